@@ -1,0 +1,43 @@
+# Two commands do everything: `make demo` and `make test`. `make lab` opens JupyterLab.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+DATA ?=
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lab install export outputs clean-notebooks lint help
+help:
+	@echo "make demo [DATA=folder]   run the main job end to end and leave an HTML report"
+	@echo "make test                 install and run all tests"
+	@echo "make lab                  open JupyterLab on the notebooks"
+	@echo "make export               write medvl/ from the notebooks"
+
+# The stamp holds the digest of what decides the environment, so a changed dependency reinstalls.
+STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt 2>/dev/null | cksum | cut -d' ' -f1)
+$(STAMP):
+	$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else 'medvl needs Python 3.11 to 3.13; set PYTHON=...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,samples,pretrained,cluster,oracles]"
+	rm -f $(VENV)/.installed-*
+	touch $@
+install: $(STAMP)
+
+demo: install
+	$(BIN)/python -m medvl.run.cli run mammo_clip $(if $(DATA),-p data=$(abspath $(DATA)))
+
+test: install
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q $(ARGS)
+
+lab: install
+	$(BIN)/jupyter lab nbs
+
+export: install
+	$(BIN)/nbdev_export
+outputs: install
+	$(BIN)/python .ci/notebooks.py refresh $(NB)
+clean-notebooks: install
+	$(BIN)/nbdev_clean
+lint: install
+	$(BIN)/ruff check .
