@@ -1,0 +1,104 @@
+"""Schedules against the original's numbers and torch's own schedulers; parameter groups; AdamW against a hand-written step."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from golden import golden
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from medvl.train.optim import SCHEDULES, lr_scale, make_optimizer, param_groups, set_lr, warmup_steps
+
+
+@pytest.mark.parametrize('tag,total,warmup', [('T150_W10', 150, 10), ('T37_Wfrac0.1', 37, 0.1), ('T20_W0', 20, 0), ('T1500_W100_ep15', 1500, 100)])
+def test_reference_schedule_is_the_originals(tag, total, warmup):
+    z = np.load(golden('mammoclip/scheduler.npz'))
+    assert warmup_steps(warmup, total) == int(z[f'{tag}_wsteps'])
+    ours = [5e-5 * lr_scale(t, total, warmup, 'reference') for t in range(total + 1)]
+    np.testing.assert_allclose(ours, z[tag], rtol=1e-9, atol=1e-20)
+
+
+def test_reference_schedule_by_its_formula():
+    "The same without the golden file: linear from 0, then cos squared."
+    ours = [lr_scale(t, 40, 5, 'reference') for t in range(41)]
+    formula = [t / 5 if t < 5 else math.cos(math.pi / 2 * (t - 5) / 35) ** 2 for t in range(41)]
+    np.testing.assert_allclose(ours, formula, atol=1e-15)
+
+
+@pytest.mark.parametrize('name,make', [
+    ('cosine', lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 20)),
+    ('linear', lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, 20)),
+    ('constant', lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0))])
+def test_shapes_are_torchs(name, make):
+    o = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, theirs = make(o), []
+    for _ in range(20): theirs.append(o.param_groups[0]['lr']); o.step(); scheduler.step()
+    np.testing.assert_allclose([lr_scale(t, 20, 0, name) for t in range(20)], theirs, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(SCHEDULES), st.integers(1, 300), st.data())
+def test_schedules_stay_between_0_and_1_and_fall_after_the_warm_up(name, total, data):
+    warm = data.draw(st.integers(0, total - 1))
+    values = [lr_scale(t, total, warm, name) for t in range(total)]
+    assert all(0 <= v <= 1 + 1e-12 for v in values)
+    assert all(a >= b - 1e-12 for a, b in zip(values[warm:], values[warm + 1:]))
+    assert all(a <= b + 1e-12 for a, b in zip(values[:warm], values[1:warm + 1]))
+    if name != 'reference': assert min(values) > 0, 'a step would be wasted'
+
+
+@pytest.mark.parametrize('warmup,total', [(-1, 10), (10, 10), (11, 10), (1.5, 10), (-0.5, 10)])
+def test_impossible_warm_up_is_refused(warmup, total):
+    with pytest.raises(ValueError, match='warmup'): warmup_steps(warmup, total)
+
+
+def test_floor():
+    assert lr_scale(100, 100, 0, 'cosine', floor=0.1) == pytest.approx(0.1)
+
+
+def net():
+    return nn.ModuleDict({'image_encoder': nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)), 'text_encoder': nn.Linear(4, 4)})
+
+
+def test_groups_partition_the_parameters():
+    model = net()
+    model['text_encoder'].bias.requires_grad_(False)
+    groups = param_groups(model, 1e-3, 0.1, lr_scales={'text_*': 0.5, 'image_encoder.0': 2.0})
+    names = [n for g in groups for n in g['names']]
+    assert sorted(names) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    by_name = {n: g for g in groups for n in g['names']}
+    assert by_name['text_encoder.weight']['lr'] == pytest.approx(5e-4) and by_name['text_encoder.weight']['weight_decay'] == 0.1
+    assert by_name['image_encoder.0.bias']['lr'] == pytest.approx(2e-3) and by_name['image_encoder.0.bias']['weight_decay'] == 0.0
+    assert by_name['image_encoder.1.weight']['lr'] == pytest.approx(1e-3)
+
+
+def test_the_originals_groups_decay_everything():
+    assert {g['weight_decay'] for g in param_groups(net(), 1e-3, 0.1, no_decay=())} == {0.1}
+
+
+def test_patterns_that_match_nothing_are_refused():
+    with pytest.raises(ValueError, match='nope'): param_groups(net(), 1e-3, no_decay=('nope',))
+    frozen = net().requires_grad_(False)
+    with pytest.raises(ValueError, match='nothing to train'): param_groups(frozen, 1e-3)
+
+
+def test_adamw_step_by_hand():
+    "Two steps of AdamW with decay and a scaled group, against the formula in float64."
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    w, b = model.weight.detach().clone(), model.bias.detach().clone()
+    optimizer = make_optimizer(model, 1e-2, 0.1)
+    m = [torch.zeros_like(w), torch.zeros_like(b)]; v = [torch.zeros_like(w), torch.zeros_like(b)]
+    for t in (1, 2):
+        lr = set_lr(optimizer, 1 / t)
+        x = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+        optimizer.zero_grad(); model(x).square().sum().backward(); optimizer.step()
+        out = x @ w.T + b
+        grads = [2 * out.T @ x, 2 * out.sum(0)]
+        for i, (p, g, decay) in enumerate(((w, grads[0], 0.1), (b, grads[1], 0.0))):
+            m[i] = 0.9 * m[i] + 0.1 * g; v[i] = 0.999 * v[i] + 0.001 * g * g
+            p.mul_(1 - lr * decay).sub_(lr * (m[i] / (1 - 0.9 ** t)) / ((v[i] / (1 - 0.999 ** t)).sqrt() + 1e-8))
+    torch.testing.assert_close(model.weight, w, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(model.bias, b, rtol=1e-10, atol=1e-12)
