@@ -52,7 +52,21 @@ class RankCounts:
     n_pos: np.ndarray   # (r,) weight of all positives
     n_neg: np.ndarray   # (r,) weight of all negatives
 
-# %% ../../nbs/500_evaluate.metrics.ipynb #d064c269
+# %% ../../nbs/500_evaluate.metrics.ipynb #062a4477
+def _running(
+    x: np.ndarray, # (n, r)
+    stride: int = 32,
+) -> np.ndarray: # (n, r) float64
+    "Cumulative sum down the rows in two levels (numpy's own is three times slower across short rows)."
+    n, r = x.shape
+    out = np.zeros((-(-n // stride) * stride, r))
+    out[:n] = x
+    tiles = out.reshape(-1, stride, r)
+    for i in range(1, stride): tiles[:, i] += tiles[:, i - 1]
+    tiles[1:] += np.cumsum(tiles[:, -1], axis=0)[:-1, None]
+    return out[:n]
+
+# %% ../../nbs/500_evaluate.metrics.ipynb #39def0ec
 @dataclass(frozen=True)
 class RankTable:
     "Positives grouped by distinct score and negatives binned between them, a column for each group of rows (patient)."
@@ -65,8 +79,8 @@ class RankTable:
         "Add up the weights for every resample."
         g = len(self.values)
         table = self.matrix @ weights
-        pos, neg = table[:g].astype(np.float64), np.cumsum(table[g:], axis=0, dtype=np.float64)
-        tp = np.cumsum(pos, axis=0)
+        pos, neg = table[:g].astype(np.float64), _running(table[g:])
+        tp = _running(pos)
         n_pos = tp[-1] if g else np.zeros(weights.shape[1])
         return RankCounts(pos, tp, neg[1::2], neg[:-1:2], n_pos, neg[-1])
 
