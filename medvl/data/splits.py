@@ -24,7 +24,7 @@ def patient_number(
     word = lambda p: int.from_bytes(hashlib.blake2b(f'{purpose}|{seed}|{p}'.encode(), digest_size=8).digest(), 'big')
     return np.array([word(p) for p in patients], np.uint64) / 2.0**64 if len(patients) else np.zeros(0)
 
-# %% ../../nbs/130_data.splits.ipynb #a890a003
+# %% ../../nbs/130_data.splits.ipynb #63ae6f71
 def patient_table(
     manifest:pd.DataFrame, # one row an image
     stratify=(), # names of columns to balance
@@ -47,7 +47,9 @@ def patient_table(
             out[f'{name}=1'], out[f'{name}=?'] = (best == 1).to_numpy(), best.isna().to_numpy()
         else:
             text = column.astype(object).where(column.notna(), '').astype(str)
-            mode = text.groupby(ids, sort=False).agg(lambda s: s.value_counts().sort_index().idxmax()).reindex(order)
+            counts = pd.DataFrame({'who': ids.astype(str), 'value': text}).value_counts().rename('n').reset_index()
+            counts = counts.sort_values(['who', 'n', 'value'], ascending=[True, False, True]).drop_duplicates('who')
+            mode = counts.set_index('who')['value'].reindex([str(i) for i in order]).set_axis(order)
             out |= {f'{name}={v}': (mode == v).to_numpy() for v in sorted(mode.unique())}
     out = pd.DataFrame(out, index=pd.Index(order, name=by))
     return out.loc[:, out.any() & ~out.all()]
