@@ -44,7 +44,7 @@ def forward(sd, x, width, depth, nominal, training=False, lite=False, momentum=.
     maps, n, i = [], nominal, 0
     x = act(bn(same_conv(x, sd['_conv_stem.weight'], 2, n), '_bn0'))
     n = math.ceil(n / 2)
-    for repeats, k, s, e, ci, co in ARCH:
+    for repeats, _k, s, e, ci, co in ARCH:
         ci, co = filters(ci, width), filters(co, width)
         for r in range(math.ceil(depth * repeats)):
             p, stride, cin, skip = f'_blocks.{i}.', 1 if r else s, co if r else ci, x
