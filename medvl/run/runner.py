@@ -114,13 +114,13 @@ class RunFailedError(RuntimeError):
 class _StopError(BaseException):
     "The runner was told to end."
 
-# %% ../../nbs/705_run.runner.ipynb #3692a854
+# %% ../../nbs/705_run.runner.ipynb #4776c471
 def _papermill(run, notebook, cwd, started, box):
     "Execute the notebook; what happened goes into `box`."
     import logging
     import nbformat
     import papermill
-    logging.getLogger('papermill').setLevel(logging.ERROR)
+    logging.getLogger('papermill').setLevel(logging.CRITICAL) # what it says is in the verdict
     quiet = os.environ.get('MEDVL_PROGRESS') == '0' or 'IN_TEST' in os.environ or not sys.stderr.isatty()
     env = {'MEDVL_RUN': str(run.folder.resolve()), 'MEDVL_ATTEMPT': str(run.attempt)}
 
@@ -246,7 +246,7 @@ def _old(experiment, params, resume, outputs):
     if changed: raise RefusedError(f'{run.folder.name} has {changed[0]} = {run.params.get(changed[0])!r}; other parameters need a run of their own.')
     return run, notebook
 
-# %% ../../nbs/705_run.runner.ipynb #4375b00b
+# %% ../../nbs/705_run.runner.ipynb #5c584806
 def _set_aside(run, notebook):
     "Keep what the last attempt left, and renew the provenance."
     last = run.attempt - 1
@@ -257,10 +257,12 @@ def _set_aside(run, notebook):
             shutil.copyfile(run.folder/name, target) if name == 'provenance.json' else os.replace(run.folder/name, target)
     fresh, old = provenance(), read_json(run.folder/'provenance.json')
     write_json(run.folder/'provenance.json', {**fresh, 'seeds': old.get('seeds', {}), 'inputs': old.get('inputs', [])})
-    if notebook != run.folder/'source.ipynb' and sha256_file(notebook) != sha256_file(run.folder/'source.ipynb'):
+    source = run.folder/'source.ipynb'
+    if not source.exists(): shutil.copyfile(notebook, source) # killed before it was copied
+    if notebook != source and sha256_file(notebook) != sha256_file(source):
         run.note(f'Attempt {run.attempt} ran a notebook that was changed since attempt {last}; the earlier one is kept in attempts/{last}.')
-        os.replace(run.folder/'source.ipynb', run.path('attempts', str(last), 'source.ipynb'))
-        shutil.copyfile(notebook, run.folder/'source.ipynb')
+        os.replace(source, run.path('attempts', str(last), 'source.ipynb'))
+        shutil.copyfile(notebook, source)
 
 # %% ../../nbs/705_run.runner.ipynb #0d763b9d
 def _attempt(run, notebook, timeout):
