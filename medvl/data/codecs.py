@@ -7,7 +7,7 @@ __all__ = ['KNOWN_PHOTOMETRIC', 'RLE', 'PixelLayout', 'whole_number', 'pixel_lay
            'stream_info', 'decode_stream', 'decode_checked', 'decode_rle', 'read_native', 'stored_values', 'grey_of',
            'by_pydicom', 'read_pixels']
 
-# %% ../../nbs/100b_data.codecs.ipynb #b3d31161
+# %% ../../nbs/100b_data.codecs.ipynb #772a473b
 import struct
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ import pydicom
 from pydicom.pixels import convert_color_space
 
 from ..core.errors import DataError
-from .header import Limits, OpenDicom, check_size, open_dicom, value_of
+from .header import Limits, OpenDicom, check_size, value_of
 
 # %% ../../nbs/100b_data.codecs.ipynb #4c0d4eae
 @dataclass(frozen=True)
