@@ -2,7 +2,7 @@
 
 # %% auto #0
 __all__ = ['gather_rows', 'Together', 'exchange_of', 'spread_weights', 'average_gradients', 'average_statistics', 'anywhere',
-           'from_first', 'launch']
+           'gather_objects', 'from_first', 'launch']
 
 # %% ../../nbs/408_train.distributed.ipynb #b923aa08
 import io
@@ -92,7 +92,7 @@ def average_gradients(
         if p.grad is None: p.grad = torch.zeros_like(p)
     _averaged([p.grad for p in shared], exchange.world)
 
-# %% ../../nbs/408_train.distributed.ipynb #dec92e61
+# %% ../../nbs/408_train.distributed.ipynb #fc743815
 @torch.no_grad()
 def average_statistics(
     module, # torch module
@@ -113,6 +113,14 @@ def anywhere(
     value = torch.tensor([int(flag)], device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def gather_objects(value):
+    "Give the list of every process's object, in the order of the ranks."
+    boxes = [None] * exchange_of().world
+    if len(boxes) == 1: return [value]
+    dist.all_gather_object(boxes, value)
+    return boxes
 
 
 def from_first(value):

@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['FREE', 'TrainConfig', 'check_config', 'run_length', 'fingerprint', 'check_same_run']
 
-# %% ../../nbs/412_train.settings.ipynb #77b106b0
-from dataclasses import dataclass, fields
+# %% ../../nbs/412_train.settings.ipynb #a1af8ca0
+from dataclasses import dataclass
 
 from ..core.config import config_dict
 from ..core.errors import DataError, unknown_name
@@ -118,7 +118,7 @@ def _differences(old, new, name=''):
     plain = lambda x: [plain(i) for i in x] if isinstance(x, (list, tuple)) else x
     return [] if plain(old) == plain(new) else [f'{name}: {old!r} -> {new!r}']
 
-# %% ../../nbs/412_train.settings.ipynb #992616ce
+# %% ../../nbs/412_train.settings.ipynb #4bc1e11c
 def check_same_run(
     old:dict, # fingerprint in the checkpoint
     new:dict, # fingerprint of the run that wants to go on
@@ -128,6 +128,6 @@ def check_same_run(
     Raises: DataError naming every field that differs.
     """
     free = {f'train.{name}' for name in FREE}
-    if new['train'].get('schedule') == 'constant': free |= {'train.epochs', 'train.max_steps'}
+    if new['train'].get('schedule') == 'constant' and float(new['train'].get('warmup', 0)).is_integer(): free |= {'train.epochs', 'train.max_steps'}
     wrong = [d for d in _differences(old, new) if d.split(':')[0] not in free]
     if wrong: raise DataError('this folder holds another run: ' + '; '.join(wrong) + '.', fix='Choose another folder, or give the same settings.')
