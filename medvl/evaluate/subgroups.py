@@ -38,11 +38,12 @@ def group_of(
     values = frame[by].astype(object)
     return values.where(values.notna() & (values.astype(str) != ''), NOT_STATED).astype(str).to_numpy()
 
-# %% ../../nbs/502_evaluate.subgroups.ipynb #42912949
+# %% ../../nbs/502_evaluate.subgroups.ipynb #3d2b9e72
 def _masked(scored, groups):
     "Labels with everything outside the group not stated, and the same for the group's complement."
     y = np.asarray(scored.labels, float)
-    return {g: (np.where(groups == g, y, np.nan), np.where(groups == g, np.nan, y)) for g in sorted(set(groups))}
+    order = sorted(set(groups), key=lambda g: (g == NOT_STATED, not g.startswith('<'), g))
+    return {g: (np.where(groups == g, y, np.nan), np.where(groups == g, np.nan, y)) for g in order}
 
 def _differences(scored, masks, metric, n_boot, level, seed):
     "Interval of 'group minus the others' for each group."
