@@ -59,7 +59,7 @@ class MammoFactorConfig:
     temperature: float = 0.07 # divides the cosine
     positives: Literal['none', 'one'] = 'none' # what positive images add to the denominator; 'one' is the original
 
-# %% ../../nbs/610_attribute.mammo_factor.ipynb #0edebddd
+# %% ../../nbs/610_attribute.mammo_factor.ipynb #b7803f14
 @register
 class MammoFactor(Method):
     "Learn which feature maps answer to which attribute, on a frozen encoder."
@@ -94,7 +94,9 @@ class MammoFactor(Method):
     @torch.no_grad()
     def maps_of(self, batch):
         "Give the frozen feature maps of a batch: cached ones, or fresh from its images (b,1,1,h,w)."
-        if 'maps' in batch: return batch['maps'].float()
+        if 'maps' in batch: # one tensor, or a list of (c,h,w) as `collate` leaves it
+            maps = batch['maps'] if isinstance(batch['maps'], Tensor) else torch.stack([torch.as_tensor(m) for m in batch['maps']])
+            return maps.to(self.vectors.device).float()
         images = batch['images']
         if images.ndim == 5 and images.shape[1] != 1: raise ValueError(f'Mammo-FActOR reads one view a sample, not {images.shape[1]}')
         return self.base.feature_maps(images.flatten(0, 1) if images.ndim == 5 else images).float()

@@ -1,0 +1,65 @@
+"""A clean install: the wheel holds modules and experiments, imports without developer tools, and `import medvl` is quick."""
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+
+BLOCK = """
+import importlib, pkgutil, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {'fastcore', 'nbdev', 'execnb', 'ghapi', 'torchvision', 'timm', 'captum', 'zarr', 'gdcm', 'pylibjpeg', 'pytest', 'hypothesis'}:
+            raise ModuleNotFoundError(f'blocked for the test: {name}', name=name)
+sys.meta_path.insert(0, Blocked())
+"""
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "The wheel, unpacked."
+    folder = tmp_path_factory.mktemp('wheel')
+    done = subprocess.run([sys.executable, '-m', 'pip', 'wheel', str(REPO), '--no-deps', '--no-build-isolation', '-q', '-w', str(folder)],
+                          capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    wheel, = folder.glob('*.whl')
+    zipfile.ZipFile(wheel).extractall(folder/'site')
+    return folder/'site'
+
+
+def run(site, code, **env):
+    "Run code with the unpacked wheel in front of everything else, away from the checkout."
+    full = os.environ | {'PYTHONPATH': str(site), 'OMP_NUM_THREADS': '1'} | env
+    return subprocess.run([sys.executable, '-c', code], cwd=site.parent, env=full, capture_output=True, text=True)
+
+
+def test_wheel_holds_the_experiments(site):
+    ours = {p.name for p in (REPO/'nbs'/'experiments').glob('*.ipynb')}
+    assert ours and {p.name for p in (site/'medvl'/'experiments').glob('*.ipynb')} == ours
+
+
+def test_every_module_imports_without_developer_tools(site):
+    code = BLOCK + """
+import medvl
+for m in pkgutil.walk_packages(medvl.__path__, 'medvl.'):
+    if not m.name.startswith('medvl.experiments') and not m.name.endswith('_modidx'): importlib.import_module(m.name)
+print(medvl.__file__, len(sys.modules))
+"""
+    done = run(site, code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert str(site) in done.stdout
+
+
+def test_command_line_answers(site):
+    done = run(site, BLOCK + "import sys; sys.argv = ['medvl', '--help']; from medvl.run.cli import main; main()")
+    assert 'run' in done.stdout and 'sweep' in done.stdout, done.stderr[-2000:]
+
+
+def test_import_is_lazy(site):
+    "`import medvl` loads neither torch nor pandas; its names appear when they are asked for."
+    done = run(site, "import sys, medvl; assert 'torch' not in sys.modules and 'pandas' not in sys.modules; print(medvl.load, medvl.__version__)")
+    assert done.returncode == 0, done.stderr[-2000:]
