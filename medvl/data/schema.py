@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['LATERALITIES', 'CHEST_VIEWS', 'VIEWS', 'DENSITIES', 'SPLITS', 'RECORDS', 'BOXES', 'SENTENCES', 'MANIFEST', 'TABLES',
            'ALIASES', 'Column', 'describe', 'read_csv', 'check_columns', 'tidy', 'schema', 'find_problems', 'validate',
-           'sort_out', 'fit_boxes', 'Report', 'Source', 'empty']
+           'sort_out', 'fit_boxes', 'read_list', 'Report', 'Source', 'empty']
 
-# %% ../../nbs/110_data.schema.ipynb #09b1cd46
+# %% ../../nbs/110_data.schema.ipynb #48185d91
+import ast
 import functools
 import re
 from pathlib import Path
@@ -300,6 +301,24 @@ def fit_boxes(
     inside = np.clip(boxes, 0, [width, height, width, height])
     kept = (inside[:, 2] > inside[:, 0]) & (inside[:, 3] > inside[:, 1])
     return inside, kept, kept & (inside != boxes).any(1)
+
+# %% ../../nbs/110_data.schema.ipynb #923875d7
+def read_list(
+    text:str, # cell
+    file=None, # for the message
+    row=None, # for the message
+    column=None, # for the message
+) -> list: # of text
+    """Read a list of texts that was written as Python text; an empty cell is an empty list.
+
+    Raises: DataError for anything else."""
+    text = str(text).strip()
+    if not text: return []
+    try: value = ast.literal_eval(text) if len(text) < 100_000 else None
+    except (ValueError, SyntaxError, MemoryError, RecursionError): value = None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(v, (str, int)) for v in value):
+        raise DataError(f'{text[:60]!r} is no list of texts.', file=file, row=row, column=column, fix="Write it as ['a', 'b'].")
+    return [str(v) for v in value]
 
 # %% ../../nbs/110_data.schema.ipynb #b4377f88
 class Report:
