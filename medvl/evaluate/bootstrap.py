@@ -15,7 +15,7 @@ from scipy.stats import norm, rankdata
 from ..core.seed import numpy_rng
 from .metrics import Evaluator, NotComputable, metric_of, stated, why_not
 
-# %% ../../nbs/501_evaluate.bootstrap.ipynb #0b75377f
+# %% ../../nbs/501_evaluate.bootstrap.ipynb #d6744c67
 @dataclass(frozen=True)
 class Estimate:
     "A metric's value with its interval and what it rests on."
@@ -47,7 +47,8 @@ class Estimate:
         "Give the columns of a tidy result table."
         d = asdict(self)
         return {'value': d['value'], 'low': d['low'], 'high': d['high'], 'unit': d['unit'], 'n': d['n'], 'n_positive': d['n_positive'],
-                'patients': d['n_clusters'], 'n_dropped': d['n_dropped'], 'level': d['level'], 'interval': d['method'], 'n_boot': d['n_boot'], 'note': d['note']}
+                'patients': d['n_clusters'], 'n_dropped': d['n_dropped'], 'level': d['level'], 'interval': d['method'], 'n_boot': d['n_boot'],
+                'note': (f'not computable: {self.note}' if np.isnan(self.value) else self.note)}
 
 # %% ../../nbs/501_evaluate.bootstrap.ipynb #5a581311
 BLOCK = 64 # resamples drawn with one key
