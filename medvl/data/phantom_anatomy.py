@@ -160,23 +160,25 @@ def skin_depth(
     distance = np.hypot(np.asarray(x)[:, None] - skin_x, np.asarray(up)[:, None] - skin_up).min(1)
     return np.where(np.asarray(x) < outline(breast, view, up), distance, -distance)
 
-# %% ../../nbs/150_data.phantom_anatomy.ipynb #2d894d8b
+# %% ../../nbs/150_data.phantom_anatomy.ipynb #2d77b9f2
 def fractal(
-    rng, # generator; consumed from coarse to fine
+    rng, # generator; one number is taken from it, whatever the size
     frame:Frame, # where to draw
     coarsest:float=40.0, # mm, size of the largest structure
     finest:float=0.3, # mm, size of the smallest one; also limited by the pixels
     roughness:float=0.5, # amplitude falls as size to this power
 ) -> np.ndarray: # float32 (h,w), mean 0, variance about 1
     "Draw smooth noise with a power-law spectrum."
+    rng = np.random.default_rng(int(rng.integers(2**63)))
     rows, columns = (round(mm/frame.spacing) for mm in FIELD_MM)
-    out, cell, power = np.zeros((rows, columns), np.float32), coarsest, 0.0
-    while cell >= max(finest, 1.4*frame.spacing):
+    out, cell, power = None, coarsest, 0.0
+    while out is None or cell >= max(finest, 1.4*frame.spacing):
         shape = tuple(int(np.ceil(mm/cell)) + 1 for mm in FIELD_MM)
-        grid = rng.standard_normal(shape, dtype=np.float32)
         weight = (cell/coarsest)**roughness
-        out += weight*cv2.resize(grid, (columns, rows), interpolation=cv2.INTER_CUBIC)
-        power, cell = power + 0.45*weight**2, cell/2
+        grid = weight*rng.standard_normal(shape, dtype=np.float32)
+        out = grid if out is None else grid + cv2.resize(out, shape[::-1], interpolation=cv2.INTER_CUBIC)
+        power, cell = power + 0.79*weight**2, cell/2
+    out = cv2.resize(out, (columns, rows), interpolation=cv2.INTER_CUBIC)
     return fit(out/float(np.sqrt(power)), frame)
 
 
@@ -189,7 +191,7 @@ def fit(
     if extra_y or extra_x: field = np.pad(field, ((extra_y//2, extra_y - extra_y//2), (0, extra_x)), mode='symmetric')
     return np.ascontiguousarray(field[:frame.height, :frame.width])
 
-# %% ../../nbs/150_data.phantom_anatomy.ipynb #ced82657
+# %% ../../nbs/150_data.phantom_anatomy.ipynb #bf60a6ea
 GLAND_SHARE = {'A': (0.03, 0.10), 'B': (0.17, 0.31), 'C': (0.42, 0.56), 'D': (0.66, 0.80)}
 
 
@@ -200,11 +202,12 @@ def gland(
     inside:np.ndarray, # bool (h,w), breast without muscle
     half:float, # mm, half height of the breast in this view
     share:float, # share of `inside` that is gland, 0..1
+    lines:np.ndarray|float=0.0, # float32 (h,w), strands, along which gland prefers to lie
 ) -> np.ndarray: # float32 (h,w), 0 fat .. 1 gland
     "Draw fibroglandular tissue that covers the wanted share of the breast."
     x, up = frame.coordinates()
     cone = -((x - 0.60*breast.depth)/(0.62*breast.depth))**2 - (up/(0.85*half))**2
-    field = 0.85*fractal(rng, frame, 32.0, roughness=0.6) + 1.5*cone + 0.16*strands(rng, frame, breast, 0.25)
+    field = 0.85*fractal(rng, frame, 32.0, roughness=0.6) + 1.5*cone + 0.12*lines
     threshold = np.quantile(field[inside][::7], 1 - share)
     body = np.clip((field - threshold)/1.5 + 0.5, 0, 1)
     body = body*body*(3 - 2*body)
@@ -260,7 +263,7 @@ def pectoral(
     edge = width*(1 - np.clip(t, -0.3, 1)) + 0.10*width*np.sin(np.pi*np.clip(t, 0, 1))
     return np.clip((edge - x)/3.0 + 0.5, 0, 1)*(t < 1)
 
-# %% ../../nbs/150_data.phantom_anatomy.ipynb #0f9824ef
+# %% ../../nbs/150_data.phantom_anatomy.ipynb #dbfcae02
 def healthy_view(
     rng, # generator of this view's tissue
     breast:Breast, # the breast
@@ -279,8 +282,9 @@ def healthy_view(
     fatty = np.clip((depth - 3)/9, 0, 1)
     muscle = pectoral(breast, frame)*inside if view == 'MLO' else np.zeros_like(edge)
     half = (breast.lateral + breast.medial)/2 if view == 'CC' else breast.inferior + 6
-    tissue = 0.52*gland(rng, frame, breast, inside & (muscle < 0.5), half, share)*fatty*(1 - 0.75*muscle)
-    tissue += 0.15*strands(rng, frame, breast)*(1 - muscle) + 0.14*vessels(rng, frame, breast, int(rng.integers(1, 5)))*(1 - 0.6*muscle)
+    lines = strands(rng, frame, breast)
+    tissue = 0.52*gland(rng, frame, breast, inside & (muscle < 0.5), half, share, lines)*fatty*(1 - 0.75*muscle)
+    tissue += 0.15*lines*(1 - muscle) + 0.14*vessels(rng, frame, breast, int(rng.integers(1, 5)))*(1 - 0.6*muscle)
     tissue += 0.06*fractal(rng, frame, 60.0, 1.0) + muscle*(0.50 + 0.05*fractal(rng, frame, 12.0, 1.0))
     roll = 1 - np.exp(-depth/5.5)
     skin = 0.20*np.exp(-((depth - 1.0)/max(1.1, 0.8*frame.spacing))**2)

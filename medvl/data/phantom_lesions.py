@@ -271,7 +271,7 @@ def render_calcification(
     mask = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (grow, grow)))
     return (y0, x0), grey.astype(np.float32), mask > 0
 
-# %% ../../nbs/150a_data.phantom_lesions.ipynb #f2b149ff
+# %% ../../nbs/150a_data.phantom_lesions.ipynb #4067ad54
 def distractors(
     rng, # generator of the view
     frame:Frame, # where to draw
@@ -284,8 +284,10 @@ def distractors(
     for _ in range(rng.poisson(mean)):
         cx, cy, turn = rng.uniform(5, 0.85*breast.depth), rng.uniform(-45, 45), rng.uniform(0, np.pi)
         long, short = rng.uniform(6, 14), rng.uniform(2.5, 6)
-        a, b = (x - cx)*np.cos(turn) + (up - cy)*np.sin(turn), (up - cy)*np.cos(turn) - (x - cx)*np.sin(turn)
-        out += rng.uniform(0.4, 0.9)*np.exp(-((a/long)**2 + (b/short)**2)**1.5)*broken
+        here = np.ix_(np.abs(up[:, 0] - cy) < 1.7*long, np.abs(x[0] - cx) < 1.7*long)
+        dx, dy, c, s = x[:, here[1][0]] - cx, up[here[0][:, 0]] - cy, float(np.cos(turn)), float(np.sin(turn))
+        square = ((dx*c + dy*s)/long)**2 + ((dy*c - dx*s)/short)**2
+        out[here] += rng.uniform(0.4, 0.9)*np.exp(-square*np.sqrt(square))*broken[here]
     for _ in range(rng.poisson(1 + mean)):
         column, row = frame.to_pixels(rng.uniform(3, 0.9*breast.depth), rng.uniform(-55, 55))
         if 2 <= column < frame.width - 3 and 2 <= row < frame.height - 3:
