@@ -10,15 +10,17 @@ import torch
 
 from ..core.errors import DataError
 
-# %% ../../nbs/414_train.average.ipynb #b1499a28
+# %% ../../nbs/414_train.average.ipynb #3f329832
 class Average:
-    "The running average of a module's weights and floating-point buffers."
+    "The running average of a module's weights and BatchNorm statistics."
     def __init__(self,
         module, # torch module, on its device
         decay:float, # final decay, 0..1
     ):
         self.decay = decay
         self.values = {k: v.detach().clone() for k, v in module.state_dict().items()}
+        weights = {k for k, _ in module.named_parameters(remove_duplicate=False)}
+        self.moving = [k for k, v in self.values.items() if v.is_floating_point() and (k in weights or k.endswith(('running_mean', 'running_var')))]
 
     @torch.no_grad()
     def update(self,
@@ -27,9 +29,8 @@ class Average:
     ):
         "Move the average towards the current weights."
         keep, now = min(self.decay, (1 + step) / (10 + step)), module.state_dict()
-        real = [k for k, v in self.values.items() if v.is_floating_point()]
-        if real: torch._foreach_lerp_([self.values[k] for k in real], [now[k].detach() for k in real], 1 - keep)
-        for k in self.values.keys() - set(real): self.values[k].copy_(now[k])
+        torch._foreach_lerp_([self.values[k] for k in self.moving], [now[k].detach() for k in self.moving], 1 - keep)
+        for k in self.values.keys() - set(self.moving): self.values[k].copy_(now[k])
 
     def load(self,
         values:dict, # name -> tensor, from a checkpoint

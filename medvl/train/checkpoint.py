@@ -121,7 +121,7 @@ def _verify(folder):
         if sha256_file(path) != entry['sha256']: raise TornCheckpoint(f'{name} was changed (its checksum differs)', file=folder.name)
     if STATE not in listed: raise TornCheckpoint(f'{STATE} is not listed', file=folder.name)
 
-# %% ../../nbs/410_train.checkpoint.ipynb #734981c8
+# %% ../../nbs/410_train.checkpoint.ipynb #0d9d70f0
 def load_checkpoint(
     folder, # of one checkpoint
 ) -> tuple: # (tensors: file name -> dict of named CPU tensors, state)
@@ -149,7 +149,7 @@ def latest_checkpoint(
         try: return (folder, *load_checkpoint(folder))
         except TornCheckpoint as e:
             damaged.append(e); say(f'damaged checkpoint passed over: {e}')
-    if damaged: raise TornCheckpoint(f'none of the {len(damaged)} checkpoints is whole', file=root, fix='Start again in a new folder (resume=False).')
+    if damaged: raise TornCheckpoint(f'none of the {len(damaged)} checkpoints is whole', file=root, fix='Start again in a new folder.')
     return None
 
 # %% ../../nbs/410_train.checkpoint.ipynb #c8d39c5b

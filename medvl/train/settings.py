@@ -3,8 +3,8 @@
 # %% auto #0
 __all__ = ['FREE', 'TrainConfig', 'check_config', 'run_length', 'fingerprint', 'check_same_run']
 
-# %% ../../nbs/412_train.settings.ipynb #a1af8ca0
-from dataclasses import dataclass
+# %% ../../nbs/412_train.settings.ipynb #21c04c02
+from dataclasses import dataclass, is_dataclass
 
 from ..core.config import config_dict
 from ..core.errors import DataError, unknown_name
@@ -94,7 +94,7 @@ def run_length(
     warmup_steps(config.warmup, total)
     return in_epoch, total
 
-# %% ../../nbs/412_train.settings.ipynb #65896ef6
+# %% ../../nbs/412_train.settings.ipynb #c3b8ff01
 FREE = ('workers', 'save_every', 'keep_last', 'keep_best', 'log_every', 'trackers')
 
 
@@ -104,11 +104,19 @@ def fingerprint(
     data:str, # digest of the training data
     valid:str='', # digest of the validation data
     world:int=1, # number of processes
+    transform=None, # the augmentation; its `config` counts where it has one
 ) -> dict: # plain values
     "Describe a run by everything that its weights depend on."
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in config_dict(config).items()}
     own = {} if method.config is None else config_dict(method.config)
-    return {'train': settings, 'method': {'name': method.name, **own}, 'data': data, 'valid_data': valid, 'processes': world}
+    return {'train': settings, 'method': {'name': method.name, **own}, 'data': data, 'valid_data': valid, 'processes': world, 'transform': _describe(transform)}
+
+
+def _describe(transform):
+    "Name a transform, with its settings where it has a dataclass of them."
+    if transform is None: return None
+    inner = getattr(transform, 'config', None)
+    return {'name': getattr(transform, '__qualname__', type(transform).__name__), **(config_dict(inner) if is_dataclass(inner) else {})}
 
 
 def _differences(old, new, name=''):
