@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AugmentConfig', 'affine_matrix', 'flip_matrix', 'Draw', 'elastic_field', 'alpha_to_rms', 'draw', 'sampling_grid',
-           'warp', 'Augment', 'map_boxes', 'map_points']
+           'warp', 'map_boxes', 'map_points', 'Augment']
 
 # %% ../../nbs/140_data.augment.ipynb #8cc443ab
 from dataclasses import dataclass
@@ -200,7 +200,32 @@ def warp(
         out[group] = moved + fill if fill else moved
     return out
 
-# %% ../../nbs/140_data.augment.ipynb #e2fc4d22
+# %% ../../nbs/140_data.augment.ipynb #76868168
+def map_boxes(
+    boxes, # (k, 4) x0, y0, x1, y1 in pixels, edges (x1, y1 exclusive)
+    matrix, # (3,3) of `transforms`
+    height:int, # pixels
+    width:int, # pixels
+) -> tuple: # float64 (k,4) moved and cut to the image; float64 (k,) share of the area that is left
+    "Move boxes with an image."
+    boxes, m = np.asarray(boxes, dtype=np.float64).reshape(-1, 4), np.asarray(matrix, dtype=np.float64)
+    corners = np.stack([boxes[:, [0, 1]], boxes[:, [2, 1]], boxes[:, [0, 3]], boxes[:, [2, 3]]], 1) - 0.5
+    moved = corners @ m[:2, :2].T + m[:2, 2] + 0.5
+    whole = np.concatenate([moved.min(1), moved.max(1)], 1)
+    cut = np.clip(whole, 0, [width, height, width, height])
+    area = lambda b: (b[:, 2] - b[:, 0])*(b[:, 3] - b[:, 1])
+    return cut, area(cut)/np.maximum(area(whole), 1e-12)
+
+
+def map_points(
+    points, # (..., 2) x, y in pixels, centres of pixels at whole numbers
+    matrix, # (3,3) of `transforms`
+) -> np.ndarray: # float64 (..., 2)
+    "Move points with an image."
+    m = np.asarray(matrix, dtype=np.float64)
+    return np.asarray(points, dtype=np.float64) @ m[:2, :2].T + m[:2, 2]
+
+# %% ../../nbs/140_data.augment.ipynb #ef71894c
 def _tone(images, draws):
     "Change tones in place."
     for i, d in enumerate(draws):
@@ -208,6 +233,12 @@ def _tone(images, draws):
             gamma, contrast, brightness = d.tone
             images[i] = ((images[i].clamp(0, 255)/255).pow(gamma).sub(0.5).mul(contrast).add(0.5).mul(255).add(brightness)).clamp(0, 255)
     return images
+
+
+def _with_boxes(boxes, d, height, width): return map_boxes(boxes, d.matrix, height, width)[0].astype(np.float32)
+
+
+def _with_mask(mask, d): return None if mask is None else warp(torch.as_tensor(mask)[None, None], [d], nearest=True)[0, 0].numpy().astype(np.uint8)
 
 
 class Augment:
@@ -237,8 +268,8 @@ class Augment:
         images, draws = batch['images'], self.draws(batch, seed, epoch)
         flat = [d for row in draws for d in row]
         out = {**batch, 'images': _tone(self._warp(images, flat, self.config.fill), flat).view(images.shape)}
-        if isinstance(batch.get('masks'), torch.Tensor):
-            out['masks'] = self._warp(batch['masks'], flat, 0, True).view(batch['masks'].shape).to(batch['masks'].dtype)
+        if 'boxes' in batch: out['boxes'] = [[_with_boxes(b, d, *images.shape[-2:]) for b, d in zip(*r)] for r in zip(batch['boxes'], draws)]
+        if 'masks' in batch: out['masks'] = [[_with_mask(m, d) for m, d in zip(*r)] for r in zip(batch['masks'], draws)]
         matrices = torch.from_numpy(np.stack([d.matrix for d in flat]).astype(np.float32))
         out['transforms'] = matrices.view(*images.shape[:2], 3, 3).to(images.device)
         return out
@@ -249,28 +280,3 @@ class Augment:
         chunk = self.config.chunk or (1 if images.device.type == 'cpu' else 16)
         for i in range(0, len(flat), chunk): out[i:i + chunk] = warp(flat[i:i + chunk], draws[i:i + chunk], fill, nearest)
         return out
-
-# %% ../../nbs/140_data.augment.ipynb #76868168
-def map_boxes(
-    boxes, # (k, 4) x0, y0, x1, y1 in pixels, edges (x1, y1 exclusive)
-    matrix, # (3,3) of `transforms`
-    height:int, # pixels
-    width:int, # pixels
-) -> tuple: # float64 (k,4) moved and cut to the image; float64 (k,) share of the area that is left
-    "Move boxes with an image."
-    boxes, m = np.asarray(boxes, dtype=np.float64).reshape(-1, 4), np.asarray(matrix, dtype=np.float64)
-    corners = np.stack([boxes[:, [0, 1]], boxes[:, [2, 1]], boxes[:, [0, 3]], boxes[:, [2, 3]]], 1) - 0.5
-    moved = corners @ m[:2, :2].T + m[:2, 2] + 0.5
-    whole = np.concatenate([moved.min(1), moved.max(1)], 1)
-    cut = np.clip(whole, 0, [width, height, width, height])
-    area = lambda b: (b[:, 2] - b[:, 0])*(b[:, 3] - b[:, 1])
-    return cut, area(cut)/np.maximum(area(whole), 1e-12)
-
-
-def map_points(
-    points, # (..., 2) x, y in pixels, centres of pixels at whole numbers
-    matrix, # (3,3) of `transforms`
-) -> np.ndarray: # float64 (..., 2)
-    "Move points with an image."
-    m = np.asarray(matrix, dtype=np.float64)
-    return np.asarray(points, dtype=np.float64) @ m[:2, :2].T + m[:2, 2]

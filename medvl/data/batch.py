@@ -31,7 +31,7 @@ def _pad_batch(rows, pad):
     shape = (len(rows), counts.pop(), -1)
     return {'input_ids': torch.from_numpy(ids).view(shape), 'attention_mask': torch.from_numpy(mask).view(shape)}
 
-# %% ../../nbs/145_data.batch.ipynb #4bfbd1ff
+# %% ../../nbs/145_data.batch.ipynb #1f9089c8
 def collate(
     samples:list, # dicts of one dataset's `__getitem__`
     pad:int=0, # token to pad with
@@ -58,11 +58,12 @@ def _stack_images(values, samples):
         odd = next(s['sample_id'] for s, v in zip(samples, values) if {(len(v), *x.shape) for x in v} != {(len(values[0]), *values[0][0].shape)})
         raise ValueError(f'images of sample {odd} have another shape than the first (views, height, width: {sorted(shapes)}).')
     (v, h, w), = shapes
-    out = torch.empty((len(values), v, 1, h, w), dtype=torch.uint8)
+    deep = values[0][0].dtype != np.uint8 # 16 bits do not fit: float32 in 0..255
+    out = torch.empty((len(values), v, 1, h, w), dtype=torch.float32 if deep else torch.uint8)
     array = out.numpy()
     for i, views in enumerate(values):
         for j, image in enumerate(views): array[i, j, 0] = image
-    return out
+    return out.mul_(255/65535) if deep else out
 
 # %% ../../nbs/145_data.batch.ipynb #c6449be4
 def batch_size(
