@@ -11,7 +11,7 @@ import torch
 
 from ..core.errors import unknown_name
 
-# %% ../../nbs/250_losses.contrastive.ipynb #8723e5c3
+# %% ../../nbs/250_losses.contrastive.ipynb #f0ab17dd
 DUPLICATES = ('negatives', 'mask', 'positives')
 
 
@@ -25,18 +25,15 @@ def row_loss(logits, # scaled similarities, float (...,r,n): row i's own column 
     if duplicates not in DUPLICATES: raise ValueError(unknown_name('way of treating duplicates', duplicates, DUPLICATES))
     r, n = logits.shape[-2:]
     own = torch.arange(r, device=logits.device) + first
-    hit = logits.gather(-1, own.view(-1, 1).expand(*logits.shape[:-1], 1)).squeeze(-1)
-    mean = logits.mean(-1) if smoothing else 0.0
-    if same is not None and duplicates != 'negatives':
-        eye = torch.arange(n, device=logits.device) == own.unsqueeze(-1)
-        if duplicates == 'positives':
-            target = (same | eye).to(logits.dtype)
-            hit = (logits * target).sum(-1) / target.sum(-1)
-        else:
-            out = same & ~eye
-            if smoothing: mean = logits.masked_fill(out, 0).sum(-1) / (~out).sum(-1)
-            logits = logits.masked_fill(out, -math.inf)
-    return (logits.logsumexp(-1) - (1 - smoothing) * hit - smoothing * mean).mean(-1)
+    eye = torch.arange(n, device=logits.device) == own.unsqueeze(-1)
+    target, keep = eye, None
+    if same is not None and duplicates == 'positives': target = same | eye
+    if same is not None and duplicates == 'mask': keep = eye | ~same
+    logp = (logits if keep is None else logits.masked_fill(~keep, -math.inf)).log_softmax(-1)
+    hit = torch.where(target, logp, 0).sum(-1) / target.sum(-1)
+    if not smoothing: return -hit.mean(-1)
+    mean = logp.mean(-1) if keep is None else torch.where(keep, logp, 0).sum(-1) / keep.sum(-1)
+    return -((1 - smoothing) * hit + smoothing * mean).mean(-1)
 
 # %% ../../nbs/250_losses.contrastive.ipynb #f15d54d5
 def shared_reports(text_group, # int64 (n,t): equal numbers for equal reports
