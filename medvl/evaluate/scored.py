@@ -19,7 +19,7 @@ UNITS = {'image': ('image_id',), 'breast': ('patient_id', 'exam_id', 'laterality
 class LeakError(ValueError):
     "Data of one split was about to be used for what only another split may do."
 
-# %% ../../nbs/500a_evaluate.scored.ipynb #56975e3c
+# %% ../../nbs/500a_evaluate.scored.ipynb #503f7790
 def unit_keys(
     manifest: pd.DataFrame, # prepared manifest, one row an image
     unit: str,              # image, breast, exam or patient
@@ -30,7 +30,7 @@ def unit_keys(
     if unit not in UNITS: raise ValueError(unknown_name('unit', unit, UNITS))
     columns = [c for c in UNITS[unit] if c in manifest or c != 'exam_id']
     for c in columns:
-        if c not in manifest: raise DataError(f'the unit {unit!r} needs this column', column=c, fix='Prepare the data with it, or choose another unit.')
+        if c not in manifest: raise DataError(f'the unit {unit!r} needs this column.', column=c, fix='Prepare the data with it, or choose another unit.')
     grouped = manifest.groupby(columns, sort=False, dropna=False)
     return grouped.ngroup().to_numpy(), grouped.ngroups, manifest[columns].drop_duplicates().reset_index(drop=True)
 
