@@ -218,7 +218,7 @@ def make_manifest(
     out['fold'] = r.fold.fillna(-1).astype(int) if 'fold' in r else -1
     return out.assign(**{c: r[c] for c in r if c.startswith('label_')})
 
-# %% ../../nbs/115_data.prepare.ipynb #0dd7209e
+# %% ../../nbs/115_data.prepare.ipynb #d4308ba8
 def make_boxes(
     plan:Plan, # the run
     entries:list, # of the journal
@@ -248,7 +248,7 @@ def make_sentences(
     patient = [by_image.get(i) or by_exam.get(e) for i, e in zip(s.image_id, s.exam_id)]
     s, patient = s[np.array([p is not None for p in patient], bool)].reset_index(drop=True), [p for p in patient if p is not None]
     s['exam_id'] = [hash_id(exam_key(p, e), salt) for p, e in zip(patient, s.exam_id)]
-    s['box'] = [numbers.get((i, int(b)), -1) for i, b in zip(s.image_id, s.box)]
+    s['box'] = [-1 if pd.isna(b) else numbers.get((i, int(b)), -1) for i, b in zip(s.image_id, s.box)]
     s['image_id'] = s.image_id.where(s.image_id.isin(manifest.image_id), '')
     return s
 
