@@ -64,7 +64,7 @@ class StoredTensor:
 def _rebuild_tensor(storage, offset, size, stride, *rest): # rest: requires_grad, hooks, metadata: not wanted
     return StoredTensor(storage.key, storage.dtype, int(offset), tuple(size), tuple(stride))
 
-# %% ../../nbs/210_models.checkpoints.ipynb #14ebc8ca
+# %% ../../nbs/210_models.checkpoints.ipynb #6cdd5956
 class _NumpyType(Inert):
     def __init__(self, name, *args): self.__dict__['name'] = str(name)
 
@@ -91,6 +91,7 @@ ALLOWED = {('builtins', t.__name__): t for t in (dict, list, tuple, set, int, fl
 class RestrictedUnpickler(pickle.Unpickler):
     "Unpickle plain containers and notes of tensors only; no function that the file names is ever called."
     def find_class(self, module, name):
+        if module == '__builtin__': module, name = 'builtins', {'unicode': 'str', 'long': 'int'}.get(name, name)  # Python 2's names
         if (module, name) in ALLOWED: return ALLOWED[module, name]
         if module.split('.')[0] in STAND_INS: return type(name.split('.')[-1], (Inert,), {})
         raise pickle.UnpicklingError(f'the file asks for {module}.{name}, which is no part of a set of weights')
