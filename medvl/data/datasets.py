@@ -109,7 +109,7 @@ def report_texts(
         if clean or config.empty == 'keep': seen.setdefault(clean, (name, text))
     return list(seen.values())
 
-# %% ../../nbs/146_data.datasets.ipynb #1bcf7d22
+# %% ../../nbs/146_data.datasets.ipynb #4c3af0cb
 def _is_there(text): return isinstance(text, str) and text.strip() != ''
 
 
@@ -132,7 +132,7 @@ def breasts(
         if reason: skipped[reason] += 1
         else:
             rows.append(dict(sample_id=f'{patient}/{exam}/{side}', patient_id=str(patient), exam_id=str(exam), laterality=str(side), texts=texts,
-                             other={n: ('augmented', t) for n, t in other}, group=_report_key(reports),
+                             other={n: ('augmented', t) for n, t in other if t.strip()}, group=_report_key(reports),
                              images={v: list(zip(g.row.astype(int), g['view'])) for v, g in group.groupby('view', sort=True)}))
     return rows, {k: n for k, n in skipped.items() if n}
 

@@ -252,7 +252,7 @@ def paper_sentences(
     tokens = [_paper_tokens(piece) for piece in pieces if piece]
     return [' '.join(t) for t in tokens if len(t) >= shortest]
 
-# %% ../../nbs/120_data.reports.ipynb #d30f88ce
+# %% ../../nbs/120_data.reports.ipynb #f0a09dd1
 _PLAIN = str.maketrans({'‐': '-', '‑': '-', '‒': '-', '–': '-', '—': '-', '―': '-', '−': '-', '‘': "'", '’': "'", '“': '"', '”': '"', '`': "'", '´': "'",
                         '®': '', '™': '', '\ufffd': ' ', '×': 'x', '\u200b': '', '\ufeff': '', '…': '.'})
 
@@ -260,6 +260,7 @@ _PLAIN = str.maketrans({'‐': '-', '‑': '-', '‒': '-', '–': '-', '—': '
 def _medvl_normalise(text):
     text = unicodedata.normalize('NFKC', text.translate(_PLAIN)).translate(_PLAIN)
     text = ''.join(c if c in '\n\t' or unicodedata.category(c)[0] != 'C' else ' ' for c in text)
+    if not re.search(r'\w', text): return ''
     sentences = [re.sub(r'\s+([.,;:!?])', r'\1', re.sub(r'\.{2,}', '.', s)) for s in split_sentences(text)]
     text = ' '.join(s if s[-1] in '.!?:;,' else s + '.' for s in sentences)
     return re.sub(rf'\b{_BIRADS}(?![a-z])', 'bi-rads', text, flags=re.I).lower()
