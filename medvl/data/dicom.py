@@ -6,7 +6,8 @@
 __all__ = ['LookupTable', 'StoredImage', 'lookup_table', 'numbers_of', 'padding_range', 'grey_scale', 'read_dicom',
            'apply_window', 'modality_values', 'image_range', 'brightness']
 
-# %% ../../nbs/100c_data.dicom.ipynb #8e5fda5d
+# %% ../../nbs/100c_data.dicom.ipynb #0c87bef6
+import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -114,7 +115,7 @@ def grey_scale(
                 voi_function=str(value_of(ds, 'VOILUTFunction', 'LINEAR')).upper(), slope=slope[0] or 1., intercept=intercept[0],
                 modality_lut=modality, voi_lut=lookup_table(ds, 'VOILUTSequence', voi_signed, opened.little, file), padding=padding_range(ds, signed))
 
-# %% ../../nbs/100c_data.dicom.ipynb #fa230433
+# %% ../../nbs/100c_data.dicom.ipynb #85fb472f
 def read_dicom(
     path, # DICOM file
     limits:Limits=Limits(), # what it may cost
@@ -124,14 +125,15 @@ def read_dicom(
 
     Raises: DataError with the reason when the file is no such image."""
     opened = open_dicom(path, limits)
-    with opened.stream:
+    with opened.stream, warnings.catch_warnings():
+        warnings.simplefilter('ignore')   # pydicom's warnings quote values, identifiers among them
         layout = pixel_layout(opened, limits, path)
         grey = grey_scale(opened, layout.signed, path)
         pixels = read_pixels(opened, layout, colour, path)
-    ds, (side, view), (spacing, source) = opened.ds, view_of(opened.ds), spacing_of(opened.ds)
-    keys = {k: str(value_of(ds, n, '') or '') for k, n in (('patient_key', 'PatientID'), ('exam_key', 'StudyInstanceUID'), ('image_key', 'SOPInstanceUID'))}
-    photometric = layout.photometric if layout.samples == 1 else 'MONOCHROME2'
-    return StoredImage(pixels, photometric, layout.stored, 'dicom', opened.syntax, header_fields(ds), side, view, spacing, source, **grey, **keys)
+        (side, view), (spacing, source) = view_of(opened.ds), spacing_of(opened.ds)
+        keys = {k: str(value_of(opened.ds, n, '') or '') for k, n in (('patient_key', 'PatientID'), ('exam_key', 'StudyInstanceUID'), ('image_key', 'SOPInstanceUID'))}
+        photometric = layout.photometric if layout.samples == 1 else 'MONOCHROME2'
+        return StoredImage(pixels, photometric, layout.stored, 'dicom', opened.syntax, header_fields(opened.ds), side, view, spacing, source, **grey, **keys)
 
 # %% ../../nbs/100c_data.dicom.ipynb #f7ff47f1
 def apply_window(

@@ -25,7 +25,7 @@ SYNTAXES = {
     'jpegls': '1.2.840.10008.1.2.4.80', 'jpegls_near': '1.2.840.10008.1.2.4.81', 'jpeg2000': '1.2.840.10008.1.2.4.90',
     'jpeg2000_lossy': '1.2.840.10008.1.2.4.91', 'rle': '1.2.840.10008.1.2.5'}
 
-# %% ../../nbs/100_data.dicom_write.ipynb #0c71e850
+# %% ../../nbs/100_data.dicom_write.ipynb #fe42f922
 def encode_rle(
     pixels:np.ndarray, # stored values, uint8 or uint16 (h,w) or (h,w,3)
 ) -> bytes: # one frame: header of 64 bytes, then the segments
@@ -37,7 +37,7 @@ def encode_rle(
     for plane in planes:
         parts = plane.astype(plane.dtype.newbyteorder('>')).view(np.uint8).reshape(*plane.shape, -1)
         for byte in range(parts.shape[-1]):
-            packed = b''.join(imagecodecs.packbits_encode(row) for row in np.ascontiguousarray(parts[..., byte]))
+            packed = b''.join(imagecodecs.packbits_encode(row.tobytes()) for row in parts[..., byte])
             segments.append(packed + b'\0'*(len(packed) % 2))
     starts = np.cumsum([64] + [len(s) for s in segments[:-1]])
     return struct.pack('<16L', len(segments), *starts, *[0]*(15 - len(segments))) + b''.join(segments)

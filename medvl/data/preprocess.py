@@ -6,7 +6,7 @@
 __all__ = ['PROFILES', 'Profile', 'get_profile', 'along', 'back_along', 'Placement', 'check_boxes', 'surviving', 'place_mask',
            'as_stored', 'grey_table', 'fit', 'Preprocessed', 'locate', 'resized', 'preprocess']
 
-# %% ../../nbs/102a_data.preprocess.ipynb #1750b695
+# %% ../../nbs/102a_data.preprocess.ipynb #237fa9b9
 from dataclasses import dataclass, replace
 
 import cv2
@@ -15,8 +15,6 @@ import numpy as np
 from ..core.errors import DataError, unknown_name
 from .crop import apply_table, breast_crop, minmax_table, paper_crop, take_runs
 from .dicom import StoredImage, brightness, image_range
-from .header import Limits
-from .image import read_image
 
 # %% ../../nbs/102a_data.preprocess.ipynb #43c7edcd
 @dataclass(frozen=True)
