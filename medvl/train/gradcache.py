@@ -120,7 +120,7 @@ def _push(features, gradients):
     pairs = [(features[k], g.to(features[k].dtype)) for k, g in gradients.items() if features[k].requires_grad]
     if pairs: torch.autograd.backward([f for f, _ in pairs], [g for _, g in pairs])
 
-# %% ../../nbs/405_train.gradcache.ipynb #144cc22d
+# %% ../../nbs/405_train.gradcache.ipynb #e0eb862a
 def second_pass(
     parts, # Parts, after its first pass
     gradients:dict, # name -> gradient at the features of the whole batch
@@ -132,8 +132,9 @@ def second_pass(
     _push(tail, _rows_of(gradients, counts, last))
     tail.clear()
     for i in range(last):
-        with statistics_kept(parts.method): features, _ = parts.encode(i)
-        _push(features, _rows_of(gradients, counts, i))
+        with statistics_kept(parts.method): # the backward pass too: it encodes again where activations are checkpointed
+            features, _ = parts.encode(i)
+            _push(features, _rows_of(gradients, counts, i))
 
 # %% ../../nbs/405_train.gradcache.ipynb #ea6b5d68
 @dataclass

@@ -3,7 +3,7 @@
 # %% auto #0
 __all__ = ['Loop', 'one_step', 'validated', 'judge', 'save', 'restore', 'begin', 'log', 'after', 'run_steps', 'train']
 
-# %% ../../nbs/420_train.loop.ipynb #88ad96a4
+# %% ../../nbs/420_train.loop.ipynb #e80eff4f
 import time
 import warnings
 from contextlib import ExitStack
@@ -18,7 +18,7 @@ from ..methods.base import Method, StepState, plain_state, save_pretrained
 from .average import Average
 from .checkpoint import (checkpoints, clear_leftovers, latest_checkpoint, optimizer_tensors, prune_checkpoints, restore_optimizer,
                                     save_checkpoint)
-from .checks import broken_rows, check_texts, names_of, why_not_finite
+from .checks import broken_rows, check_texts, guilty, names_of, not_finite
 from .distributed import anywhere, average_gradients, average_statistics, exchange_of, from_first, gather_objects, spread_weights
 from .feed import RunBatches, data_digest, make_loader
 from .gradcache import backward_batch, join
@@ -28,7 +28,7 @@ from .result import Journal, TrainResult, history
 from .settings import TrainConfig, check_config, check_same_run, fingerprint
 from .validation import evaluating, validation_loss
 
-# %% ../../nbs/420_train.loop.ipynb #8b277e52
+# %% ../../nbs/420_train.loop.ipynb #c1c78a97
 class Loop:
     "One training run: what it is made of, and where it stands."
     def __init__(self, method, dataset, config, folder, valid=None, transform=None, validate=None):
@@ -39,6 +39,7 @@ class Loop:
         self.device, self.exchange, self.first = self.accelerator.device, exchange_of(), self.accelerator.is_main_process
         self.batches = RunBatches(dataset, config)
         self.total, self.in_epoch = self.batches.total, self.batches.in_epoch
+        self.empty_texts = getattr(getattr(dataset, 'config', None), 'empty', '') == 'keep' # the paper's datasets ask for them
         self._place()
         self.optimizer = make_optimizer(method, config.lr, config.weight_decay, config.optimizer, config.betas, config.momentum,
                                         no_decay=config.no_decay, lr_scales=config.lr_scales)
@@ -68,12 +69,13 @@ class Loop:
         batch = to_device(batch, self.device)
         return self.transform(batch, self.config.seed, batch.get('epoch', 0)) if self.transform else batch
 
-# %% ../../nbs/420_train.loop.ipynb #dc7d8a81
-def _check_loss(loop, result):
+# %% ../../nbs/420_train.loop.ipynb #d264c079
+def _check_loss(loop, result, batch):
     "Stop on a loss that is not finite, naming the samples of all processes."
     finite = bool(torch.stack([v.float() for v in result.losses.values()]).isfinite().all())
     if not anywhere(not finite, loop.device): return
-    why = [w for w in gather_objects('' if finite else why_not_finite(result, loop.method)) if w]
+    rows = guilty(loop.method, batch, loop.prepare, loop.autocast) if not finite else {}
+    why = [w for w in gather_objects('' if finite else not_finite(result.losses, loop.method, names_of(batch), rows)) if w]
     raise DataError(f'step {loop.step + 1}: {" ".join(dict.fromkeys(why))}', fix='The checkpoints before this step are kept.')
 
 
@@ -85,7 +87,7 @@ def _check_norm(loop, norm, results):
     raise DataError(f'step {loop.step + 1}: the gradient is not finite' + (f': sample {", ".join(bad[:8])}.' if bad else '.'),
                     fix='Lower lr, set clip, or use bf16. The checkpoints before this step are kept.')
 
-# %% ../../nbs/420_train.loop.ipynb #20b4ad86
+# %% ../../nbs/420_train.loop.ipynb #27be83a7
 def _gradient(loop, batches, state):
     "Add up the gradients of one step's batches; give what they left behind."
     loop.optimizer.zero_grad(set_to_none=True)
@@ -93,9 +95,9 @@ def _gradient(loop, batches, state):
     if loop.scaler.is_enabled(): scale = loop.scaler.scale(torch.ones((), device=loop.device)) * scale
     results = []
     for micro, batch in enumerate(batches):
-        check_texts(batch)
+        if not loop.empty_texts: check_texts(batch)
         results.append(backward_batch(loop.method, batch, state, loop.config.chunk_size, loop.prepare, loop.autocast, scale, loop.exchange, micro,
-                                      check=lambda result: _check_loss(loop, result)))
+                                      check=lambda result, batch=batch: _check_loss(loop, result, batch)))
     average_gradients(loop.trainable)
     return results
 

@@ -3,10 +3,9 @@
 # %% auto #0
 __all__ = ['blocks', 'evaluating', 'validation_loss']
 
-# %% ../../nbs/418_train.validation.ipynb #af1efdd3
+# %% ../../nbs/418_train.validation.ipynb #a125df7d
 import math
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..core.errors import DataError
 from ..core.seed import key_of
 from ..data.batch import batch_size as rows_of
-from .checks import why_not_finite
+from .checks import broken_rows, names_of, not_finite
 from .distributed import exchange_of, gather_objects
 from .feed import make_loader
 from .gradcache import PIXELS, join
@@ -47,7 +46,7 @@ def _encoded(method, chunk, prepare, autocast):
     features = {k: v.float() if isinstance(v, Tensor) and v.dtype in (torch.float16, torch.bfloat16) else v for k, v in features.items()}
     return features, chunk if not method.chunkable else {k: v for k, v in chunk.items() if k not in PIXELS}
 
-# %% ../../nbs/418_train.validation.ipynb #a4a665ff
+# %% ../../nbs/418_train.validation.ipynb #0af6c6ab
 def _block_losses(method, parts, state, autocast):
     "Give [(samples, losses)] of one block: one entry where the method can be chunked, else one a batch."
     inside = autocast if getattr(method, 'autocast_losses', False) else nullcontext
@@ -57,7 +56,8 @@ def _block_losses(method, parts, state, autocast):
         with inside(): losses = method.losses(features, batch, state)
         values = {k: torch.as_tensor(v) for k, v in losses.items()}
         if not all(torch.isfinite(v).all() for v in values.values()):
-            raise DataError('validation: ' + why_not_finite(SimpleNamespace(losses=values, local=features, batch=batch), method))
+            rows = {i: 'features' for i in broken_rows(features, rows_of(batch))}
+            raise DataError('validation: ' + not_finite(values, method, names_of(batch), rows))
         found.append((rows_of(batch), {k: float(v) for k, v in losses.items()}))
     return found
 
