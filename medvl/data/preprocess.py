@@ -53,7 +53,7 @@ def get_profile(
         if getattr(profile, name) not in allowed: raise ValueError(unknown_name(f'profile {name}', getattr(profile, name), allowed))
     return profile
 
-# %% ../../nbs/102a_data.preprocess.ipynb #efc4c575
+# %% ../../nbs/102a_data.preprocess.ipynb #f8aa2f2b
 def along(
     x:np.ndarray, # coordinates in the original
     runs:tuple, # kept ((start, stop), ...)
@@ -68,14 +68,15 @@ def along(
 def back_along(
     x:np.ndarray, # coordinates in the crop
     runs:tuple, # kept ((start, stop), ...)
+    end:bool=False, # whether these are ends, which at a seam belong to the run before it
 ) -> np.ndarray: # coordinates in the original
     """Map coordinates of one axis back; the inverse of `along` inside the crop."""
     x, lengths = np.asarray(x, np.float64), np.array([b - a for a, b in runs])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
-    r = np.clip(np.searchsorted(starts, x, 'right') - 1, 0, len(runs) - 1)
+    r = np.clip(np.searchsorted(starts, x + (-1e-9 if end else 1e-9), 'right') - 1, 0, len(runs) - 1)
     return np.array([a for a, _ in runs])[r] + x - starts[r]
 
-# %% ../../nbs/102a_data.preprocess.ipynb #91c98198
+# %% ../../nbs/102a_data.preprocess.ipynb #ece97b36
 @dataclass(frozen=True)
 class Placement:
     """The map from an image's pixels to the prepared ones."""
@@ -103,9 +104,9 @@ class Placement:
     ) -> np.ndarray: # (n,4) float64 in original pixels
         """Map boxes of the output, e.g. those of a heat map, back into the original."""
         out = np.array(boxes, np.float64).reshape(-1, 4)
-        for columns, runs, axis in (([0, 2], self.columns, 1), ([1, 3], self.rows, 0)):
+        for column, runs, axis in ((0, self.columns, 1), (1, self.rows, 0), (2, self.columns, 1), (3, self.rows, 0)):
             total = sum(b - a for a, b in runs)
-            out[:, columns] = back_along(np.clip((out[:, columns] - self.offset[axis])/self.scale[axis], 0, total), runs)
+            out[:, column] = back_along(np.clip((out[:, column] - self.offset[axis])/self.scale[axis], 0, total), runs, column > 1)
         return out
 
 # %% ../../nbs/102a_data.preprocess.ipynb #580eeffb
