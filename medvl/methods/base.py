@@ -191,17 +191,17 @@ def save_pretrained(method, # a registered Method
                                    **({'metrics': metrics} if metrics else {})})
     return folder
 
-# %% ../../nbs/300_methods.base.ipynb #68085578
+# %% ../../nbs/300_methods.base.ipynb #8a46c700
 def _folder_of(source, revision=None):
     "Give the local folder of a saved method: itself, or the hub's snapshot."
-    source = Path(source) if Path(source).exists() else source
+    source = Path(source) if Path(source).exists() else str(source)
     if isinstance(source, Path):
         if not (source / CONFIG).is_file(): raise DataError('no saved method here: config.json is missing', file=source)
         return source
-    if str(source).count('/') != 1 or str(source).startswith(('.', '/', '~')):
+    if source.count('/') != 1 or source.startswith(('.', '/', '~')):
         raise DataError('no such folder, and not a hub name (owner/name) either', file=source)
     from huggingface_hub import snapshot_download
-    return Path(snapshot_download(str(source), revision=revision, allow_patterns=['*.json', '*.txt', '*.safetensors', '*/*.json', '*/*.txt']))
+    return Path(snapshot_download(source, revision=revision, allow_patterns=['*.json', '*.txt', '*.safetensors', '*/*.json', '*/*.txt']))
 
 
 def from_pretrained(source, # folder of `save_pretrained`, or a hub name owner/name

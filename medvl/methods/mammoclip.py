@@ -127,14 +127,16 @@ class _Parts(Method):
             self._tokenizer = self._fitting(load_tokenizer(name))
         return self._tokenizer
 
-# %% ../../nbs/310_methods.mammoclip.ipynb #293a57ae
+# %% ../../nbs/310_methods.mammoclip.ipynb #49bae676
 class _Features(_Parts):
     "Turn images and texts into features."
     def _images(self, images):
         "(b,1,h,w) or (b,v,1,h,w) -> normalised (b·v,1,h,w)."
         if images.dim() not in (4, 5) or images.shape[-3] not in (1, 3):
             raise ValueError(f'images must be (b,1,h,w) or (b,v,1,h,w), not {tuple(images.shape)}')
-        return normalise_images(images.flatten(0, -4).to(self.device), self.config.image_mean, self.config.image_std)
+        dtype = self.logit_scale.dtype  # float32; float64 where a test asks for it
+        x = images.flatten(0, -4).to(self.device, dtype if dtype == torch.float64 else None)
+        return normalise_images(x, self.config.image_mean, self.config.image_std).to(dtype)
 
     def image_features(self, images): # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
         "Give the encoder's pooled features before the projection, (b,f); views are averaged."

