@@ -6,14 +6,15 @@
 __all__ = ['BLOCK', 'Estimate', 'patient_counts', 'resample', 'jackknife', 'interval', 'estimates', 'estimate', 'delong',
            'Comparison', 'compare']
 
-# %% ../../nbs/501_evaluate.bootstrap.ipynb #285e056f
+# %% ../../nbs/501_evaluate.bootstrap.ipynb #689ca54a
 from dataclasses import asdict, dataclass
 
 import numpy as np
 from scipy.stats import norm, rankdata
 
 from ..core.seed import numpy_rng
-from .metrics import Evaluator, NotComputable, metric_of, stated, why_not
+from .metrics import Evaluator, metric_of, why_not
+from .rank import NotComputable, stated
 
 # %% ../../nbs/501_evaluate.bootstrap.ipynb #d6744c67
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bin_edges', 'reliability', 'plot_reliability', 'ece_metric', 'ece', 'calibration', 'Scaling', 'fit_scaling']
 
-# %% ../../nbs/503_evaluate.calibration.ipynb #a9528a22
+# %% ../../nbs/503_evaluate.calibration.ipynb #94114bb9
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +14,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 
 from .bootstrap import estimates
-from .metrics import METRICS, Metric, NotComputable, stated
+from .metrics import METRICS, Metric
+from .rank import NotComputable, stated
 from .scored import Scored, need_split
 
 # %% ../../nbs/503_evaluate.calibration.ipynb #3aba52e9

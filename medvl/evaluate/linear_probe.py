@@ -6,7 +6,7 @@
 __all__ = ['CLASSES', 'CS', 'Target', 'targets_of', 'Probe', 'standardiser', 'fit_candidates', 'choose_probe',
            'LinearProbeResult', 'linear_probe']
 
-# %% ../../nbs/520_evaluate.linear_probe.ipynb #e62f90fd
+# %% ../../nbs/520_evaluate.linear_probe.ipynb #dbedb08e
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ from ..core.errors import DataError, unknown_name
 from ..data.splits import fraction_patients
 from .embeddings import Embeddings
 from .logistic import fit_binary, fit_softmax
-from .metrics import NotComputable
+from .rank import NotComputable
 from .scored import scored_at
 from .selection import assert_apart, choose, splits_of
 from .tables import METRICS_BINARY, Evaluation, evaluate_scored, not_computable, wide
@@ -135,7 +135,7 @@ def choose_probe(
     scored = {i: _scored(p, features, manifest, 'valid', unit, how) for i, p in enumerate(probes)}
     return probes[choose(scored, metric).key]
 
-# %% ../../nbs/520_evaluate.linear_probe.ipynb #b20546bb
+# %% ../../nbs/520_evaluate.linear_probe.ipynb #233811e6
 @dataclass(frozen=True)
 class LinearProbeResult:
     "Tables, predictions and models of a linear probe."
@@ -146,9 +146,14 @@ class LinearProbeResult:
     scored: dict = field(repr=False)           # of the main fit: split -> {target name: Scored}
     leaks: str = ''            # what the leak check compared
 
-    def _repr_html_(self):
-        main = self.table[(self.table.fraction == self.table.fraction.max()) & (self.table.seed == self.table.seed.min())]
-        return wide(main).to_html()
+    @property
+    def main(self) -> pd.DataFrame:
+        "The table of the main fit: the largest fraction, the first seed."
+        return self.table[(self.table.fraction == self.table.fraction.iloc[0]) & (self.table.seed == self.table.seed.iloc[0])]
+
+    def __repr__(self): return f'LinearProbeResult: {len(self.predictions)} rows, {len(self.probes)} fits\n{wide(self.main)}'
+
+    def _repr_html_(self): return wide(self.main).to_html()
 
     def over_seeds(self) -> pd.DataFrame:
         "Mean and standard deviation over seeds of the subsets, for each task, metric and fraction."
@@ -179,7 +184,7 @@ def _judge(probes, reasons, vectors, parts, main, options):
     table = pd.concat([t for t in (result.table, pd.DataFrame(absent)) if len(t)], ignore_index=True)
     return scored, result, table.assign(C=table.task.map({n: p.C for n, p in probes.items()}))
 
-# %% ../../nbs/520_evaluate.linear_probe.ipynb #d58a440a
+# %% ../../nbs/520_evaluate.linear_probe.ipynb #ecda2135
 def _plan(fractions, seeds):
     "List the fits: the main one first; the whole set has one seed."
     fractions, seeds = sorted({float(f) for f in fractions}, reverse=True), list(seeds)
@@ -187,6 +192,7 @@ def _plan(fractions, seeds):
     if bad := [f for f in fractions if not 0 < f <= 1]: raise ValueError(f'fraction {bad[0]} must lie in (0, 1]')
     return [(f, s) for f in fractions for s in (seeds if f < 1 else seeds[:1])]
 
+# %% ../../nbs/520_evaluate.linear_probe.ipynb #4a236300
 def linear_probe(
     method,              # Method with image_features (what='feature') or encode_image (what='image'); None with embeddings
     prepared,            # Prepared with a split column, or {'train': ..., 'valid': ..., 'test': ...}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AT', 'Threshold', 'choose_threshold', 'at_chosen', 'Choice', 'choose', 'splits_of', 'assert_apart']
 
-# %% ../../nbs/504_evaluate.selection.ipynb #30837596
+# %% ../../nbs/504_evaluate.selection.ipynb #eb6fdeaf
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ from ..core.errors import DataError
 from ..data.leaks import assert_no_leak, near_pairs, stored_thumbnails
 from ..data.prepared import Prepared
 from .bootstrap import estimates
-from .metrics import NotComputable, at_threshold, metric_of, rank_table, score, stated
+from .metrics import at_threshold, metric_of, score
+from .rank import NotComputable, rank_table, stated
 from .scored import LeakError, Scored, need_split
 
 # %% ../../nbs/504_evaluate.selection.ipynb #f0383168
@@ -126,7 +127,7 @@ def splits_of(
                             fix='Divide the patients with medvl.data.splits, or pass a dictionary of prepared data sets.')
     return parts
 
-# %% ../../nbs/504_evaluate.selection.ipynb #5c1bbafa
+# %% ../../nbs/504_evaluate.selection.ipynb #a9e83e42
 def _across(parts, column):
     "Values of a column that stand in two parts."
     frames = [pd.DataFrame({'split': s, 'value': p.manifest[column].astype(str).unique()}) for s, p in parts.items()]
@@ -156,7 +157,9 @@ def assert_apart(
     if near: _assert_not_alike(parts)
     return f'No leak by {", ".join(by)} between ' + ', '.join(f'{s} {len(p)}' for s, p in parts.items()) + ' (several folders).'
 
+# %% ../../nbs/504_evaluate.selection.ipynb #e6f6fc6e
 def _assert_not_alike(parts):
+    "Stop when images of two parts in different folders look alike."
     names, thumbs = list(parts), {s: stored_thumbnails(p) for s, p in parts.items()}
     for i, a in enumerate(names):
         for b in names[i + 1:]:

@@ -120,7 +120,7 @@ def class_vectors(
     ends = np.cumsum([len(p) for p in task.prompts])[:-1]
     return _unit(np.stack([part.mean(0) for part in np.split(u, ends)]))
 
-# %% ../../nbs/510_evaluate.zero_shot.ipynb #ae76697b
+# %% ../../nbs/510_evaluate.zero_shot.ipynb #60cd8205
 @dataclass(frozen=True)
 class ZeroShotResult:
     "Tables and predictions of a zero-shot evaluation."
@@ -130,6 +130,8 @@ class ZeroShotResult:
     prompts: dict = field(repr=False)          # task -> prompts that were asked
     scored: dict = field(repr=False)           # split -> {task: Scored}
     leaks: str = ''          # what the leak check compared
+
+    def __repr__(self): return f'ZeroShotResult: {len(self.scores)} rows, {len(self.prompts)} tasks\n{wide(self.table)}'
 
     def _repr_html_(self): return wide(self.table).to_html()
 
