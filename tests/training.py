@@ -117,11 +117,16 @@ def gradients(method): return {k: p.grad.clone() for k, p in method.named_parame
 
 
 def contents(folder):
-    "All bytes of the newest checkpoint's tensors, the best weights, and the metrics without their timing."
-    from medvl.core.paths import read_jsonl, sha256_file
+    "All bits of the newest checkpoint's tensors, of the best and the last weights, and the metrics without their timing."
+    import hashlib
+
+    from safetensors.torch import load_file
+
+    from medvl.core.paths import read_jsonl
     from medvl.train.checkpoint import checkpoints
     newest = checkpoints(Path(folder)/'checkpoints')[0]
-    files = {f'{p.parent.name}/{p.name}': sha256_file(p) for f in (newest, Path(folder)/'best', Path(folder)/'last') for p in sorted(f.glob('*.safetensors'))}
+    bits = lambda p: {k: (str(v.dtype), tuple(v.shape), hashlib.sha256(v.numpy().tobytes()).hexdigest()) for k, v in load_file(p).items()}
+    files = {f'{p.parent.name}/{p.name}': bits(p) for f in (newest, Path(folder)/'best', Path(folder)/'last') for p in sorted(f.glob('*.safetensors'))}
     rows = [{k: v for k, v in row.items() if k != 'seconds'} for row in read_jsonl(Path(folder)/'metrics.jsonl')]
     return files, rows
 
