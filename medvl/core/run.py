@@ -109,7 +109,7 @@ def run_state(
     "Say a run's state, from its journal alone."
     return run_info(folder)['state']
 
-# %% ../../nbs/008_core.run.ipynb #bf4c8dba
+# %% ../../nbs/008_core.run.ipynb #2b889222
 def _safe(name):
     """Check a name that becomes a file name.
 
@@ -120,12 +120,12 @@ def _safe(name):
     return name
 
 
-_FIELDS = ('low', 'high', 'unit', 'n', 'n_clusters', 'n_boot')
+_FIELDS = ('low', 'high', 'level', 'unit', 'n', 'n_positive', 'n_clusters', 'n_boot', 'n_dropped', 'n_failed', 'method', 'note')
 
 
 def _metric(value, extra):
     "Spell out a number, or an estimate with an interval."
-    entry = {k: getattr(value, k) for k in _FIELDS if getattr(value, k, None) is not None}
+    entry = {k: getattr(value, k) for k in _FIELDS if getattr(value, k, None) not in (None, '')} if hasattr(value, 'value') else {}
     number = getattr(value, 'value', value)
     number = number.item() if hasattr(number, 'item') else number
     if not isinstance(number, (int, float)): raise TypeError(f'A metric is a number, not {type(number).__name__}: {number!r}.')

@@ -187,7 +187,7 @@ def convert(
         raise RefusedError(unknown_name(f'value for {parameter.name}:', result, parameter.choices))
     return result
 
-# %% ../../nbs/700_run.parameters.ipynb #47f120c9
+# %% ../../nbs/700_run.parameters.ipynb #f808ff5a
 def check_parameters(
     path, # experiment notebook
     given:dict, # values by name: text or typed
@@ -201,7 +201,7 @@ def check_parameters(
     values = {}
     for name, p in known.items():
         if name in given: values[name] = convert(p, given[name])
-        elif not p.computed: values[name] = list(p.default) if isinstance(p.default, (tuple, set)) else p.default
+        elif not p.computed: values[name] = None if p.default is None else convert(p, p.default) # `x: float = 0` is 0.0
     return values
 
 # %% ../../nbs/700_run.parameters.ipynb #a7cc1702

@@ -53,7 +53,7 @@ def clean_html(
     cleaner.close()
     return ''.join(cleaner.out)
 
-# %% ../../nbs/702_run.report.ipynb #7e501452
+# %% ../../nbs/702_run.report.ipynb #c801b296
 def _number(value):
     "Write a number readably."
     if isinstance(value, bool) or value is None: return '' if value is None else str(value)
@@ -62,14 +62,22 @@ def _number(value):
     return str(value)
 
 
+_COUNTS = (('n', 'rows'), ('n_positive', 'positive'), ('n_clusters', 'patients'), ('n_dropped', 'not stated'), ('n_boot', 'resamples'))
+
+
+def _interval(m):
+    "Interval of a metric with its level, as text."
+    if m.get('low') is None or m.get('high') is None: return 'not estimated'
+    return f'{_number(m["low"])} to {_number(m["high"])}' + (f' ({m["level"]:.0%})' if m.get('level') else '')
+
+
 def _metric_rows(metrics):
-    "Rows of the table of results: name, value, interval, unit, counts."
-    rows = []
+    "Rows of the table of results: name, value, interval, unit, counts and details."
+    rows, named = [], {'value', 'low', 'high', 'level', 'unit', 'text', *(k for k, _ in _COUNTS)}
     for name, m in metrics.items():
-        interval = f'{_number(m["low"])} to {_number(m["high"])}' if m.get('low') is not None and m.get('high') is not None else 'not estimated'
-        counts = ', '.join(f'{m[k]} {label}' for k, label in (('n', 'samples'), ('n_clusters', 'patients or groups'), ('n_boot', 'resamples')) if m.get(k))
-        rest = ', '.join(f'{k} {v}' for k, v in m.items() if k not in ('value', 'low', 'high', 'unit', 'n', 'n_clusters', 'n_boot', 'text'))
-        rows.append((name, _number(m['value']) or m.get('text', ''), interval, m.get('unit', ''), '; '.join(p for p in (counts, rest) if p)))
+        counts = ', '.join(f'{m[k]} {label}' for k, label in _COUNTS if m.get(k))
+        rest = ', '.join(f'{k} {v}' for k, v in m.items() if k not in named and v not in (0, ''))
+        rows.append((name, _number(m['value']) or m.get('text', ''), _interval(m), m.get('unit', ''), '; '.join(p for p in (counts, rest) if p)))
     return rows
 
 # %% ../../nbs/702_run.report.ipynb #fe30328a
