@@ -2,10 +2,8 @@
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
-import subprocess
-import sys
-import textwrap
 import time
 
 import numpy as np
@@ -119,29 +117,32 @@ def test_travels_to_processes(tmp_path, method):
     child.join()
 
 
-def _run(code, **options):
-    return subprocess.Popen([sys.executable, '-c', textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-WRITE = '''
-import sys, time
-sys.path.insert(0, {tests!r})
-from test_store import *
-writer = StoreWriter({folder!r}, N, H, W)
-for i in range(N):
-    if writer.written[i]: continue
-    writer.write(i, image(i)); print(i, flush=True); time.sleep({pause})
-writer.close()
-'''
+def write_slowly(folder, pause=0.0, limit=None):
+    "Write the store in a forked process; returns its id."
+    pid = os.fork()
+    if pid: return pid
+    status = 1
+    try:
+        if limit:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        writer = StoreWriter(folder, N, H, W)
+        try:
+            for i in range(N):
+                writer.write(i, image(i))
+                time.sleep(pause)
+        except DataError as e: os.write(os.open(folder.parent/'error', os.O_WRONLY | os.O_CREAT), str(e).encode())
+        else: status = 0
+    finally: os._exit(status)
 
 
 def test_killed_and_resumed(tmp_path):
     "SIGKILL in the middle: finished rows are kept, the end is bit-identical."
-    folder, tests = tmp_path/'s', os.path.dirname(__file__)
-    child = _run(WRITE.format(folder=str(folder), tests=tests, pause=0.02))
-    for _ in range(12): assert child.stdout.readline()
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    folder = tmp_path/'s'
+    pid = write_slowly(folder, pause=0.02)
+    while not ((folder/'checksums.part').exists() and (folder/'checksums.part').stat().st_size >= 12*32): time.sleep(0.005)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
     assert not (folder/'store.json').exists() and not (folder/'pixels.bin').exists()
     with pytest.raises(DataError, match='unfinished'): ImageStore.open(folder)
     writer = StoreWriter(folder, N, H, W)
@@ -157,12 +158,10 @@ def test_killed_and_resumed(tmp_path):
 
 def test_disk_full_keeps_what_was_written(tmp_path):
     "The kernel refuses to let the file grow; afterwards the same call goes on."
-    folder, limit = tmp_path/'s', 15*H*W + 100
-    code = 'import resource, signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))\n'.format(limit)
-    child = _run(code + WRITE.format(folder=str(folder), tests=os.path.dirname(__file__), pause=0))
-    out, err = child.communicate(timeout=60)
-    assert child.returncode and 'the disk is full' in err and 'kept' in err
-    assert len(out.split()) == 15
+    folder = tmp_path/'s'
+    _, status = os.waitpid(write_slowly(folder, limit=15*H*W + 100), 0)
+    error = (tmp_path/'error').read_text()
+    assert status and 'the disk is full' in error and 'kept' in error and 'row 15' in error
     with pytest.raises(DataError, match='unfinished'): ImageStore.open(folder)
     with StoreWriter(folder, N, H, W) as writer:
         assert np.flatnonzero(writer.written).tolist() == list(range(15))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'Job', 'Answer', 'work', 'guarded', 'run_jobs']
 
-# %% ../../nbs/113_data.worker.ipynb #ac95a4e3
+# %% ../../nbs/113_data.worker.ipynb #7b5f277c
 import contextlib
 import faulthandler
 import os
@@ -18,6 +18,7 @@ from joblib import Parallel, cpu_count, delayed, parallel_config
 
 from ..core.errors import DataError
 from ..core.paths import sha256_file
+from .burned_in import burned_in_text
 from .header import Limits
 from .image import read_image
 from .preprocess import Profile, preprocess
@@ -51,12 +52,12 @@ class Answer:
     boxes:list = field(default_factory=list) # [number among the job's boxes, x0, y0, x1, y1] in pixels of the output
     notes:list = field(default_factory=list) # (stage, reason) of parts that were left out: a box, the mask
 
-# %% ../../nbs/113_data.worker.ipynb #38805121
+# %% ../../nbs/113_data.worker.ipynb #5e5a34fe
 def _header_facts(image):
     "What the header knows that the manifest wants."
     age = str(image.header.get('PatientAge', ''))
     return dict(laterality=image.laterality, view=image.view, age=float(age[:3]) if age[3:] == 'Y' else None,
-                burned_in_text=str(image.header.get('BurnedInAnnotation', '')).upper() == 'YES')
+                burned_in_text=str(image.header.get('BurnedInAnnotation', '')).upper() == 'YES' or bool(burned_in_text(image)))
 
 
 def _mask(job, shape, notes):
@@ -123,19 +124,22 @@ def guarded(
         if before: resource.setrlimit(resource.RLIMIT_AS, before)
         nowhere.close()
 
-# %% ../../nbs/113_data.worker.ipynb #5f27f8cd
+# %% ../../nbs/113_data.worker.ipynb #4dfc9b2b
 BACKENDS = ('loky', 'threading', 'sequential', 'dask')
 
 
-def _work_alone(job):
-    "Run one job in a process of its own."
+def _work_alone(jobs):
+    "Run jobs one by one in a process of their own, which is replaced when it dies."
     from joblib.externals.loky import ProcessPoolExecutor
     from joblib.externals.loky.process_executor import BrokenProcessPool
-    executor = ProcessPoolExecutor(max_workers=1)
-    try: return executor.submit(_quiet_work, job).result()
-    except BrokenProcessPool:
-        return Answer(job.number, 'decode', f'the decoder crashed, or took longer than {job.limits.seconds:g} s.')
-    finally: executor.shutdown(wait=True, kill_workers=True)
+    executor = None
+    for job in jobs:
+        executor = executor or ProcessPoolExecutor(max_workers=1)
+        try: yield executor.submit(_quiet_work, job).result()
+        except BrokenProcessPool:
+            yield Answer(job.number, 'decode', f'the decoder crashed, or took longer than {job.limits.seconds:g} s.')
+            executor = executor.shutdown(wait=True, kill_workers=True)
+    if executor: executor.shutdown(wait=True)
 
 
 def _quiet_work(job):
@@ -166,32 +170,33 @@ def run_jobs(
 
 
 def _run_chunk(jobs, n_jobs, backend):
-    options = dict(inner_max_num_threads=1) if backend == 'loky' else {}
-    done = 0
-    with _backend(backend, n_jobs, options):
-        try:
-            for answer in Parallel(return_as='generator')(delayed(_quiet_work)(job) for job in jobs):
-                done += 1
-                yield answer
-            return
-        except Exception as error:
-            if not _died(error): raise
-    alone = _work_alone if backend == 'loky' else _work_by(backend, n_jobs)
-    for job in jobs[done:]: yield alone(job)
-
-
-def _work_by(backend, n_jobs):
-    "Run one job through a cluster; a worker that dies again condemns the file."
-    def run(job):
-        with _backend(backend, n_jobs, {}):
-            try: return Parallel()([delayed(_quiet_work)(job)])[0]
+    "Run jobs in parallel; after a worker's death, those that were on their way one by one, then the rest in parallel again."
+    while jobs:
+        done = 0
+        with _backend(backend, n_jobs):
+            try:
+                for answer in Parallel(return_as='generator', batch_size=1, pre_dispatch='2*n_jobs')(delayed(_quiet_work)(job) for job in jobs):
+                    done += 1
+                    yield answer
+                return
             except Exception as error:
                 if not _died(error): raise
-                return Answer(job.number, 'decode', 'the decoder crashed or the worker ran out of memory.')
-    return run
+        jobs = jobs[done:]
+        yield from (_work_alone if backend == 'loky' else _work_on_cluster)(jobs[:3*n_jobs])
+        jobs = jobs[3*n_jobs:]
 
 
-def _backend(backend, n_jobs, options):
+def _work_on_cluster(jobs):
+    "Run jobs one by one on the cluster; a worker that dies again condemns the file."
+    for job in jobs:
+        with _backend('dask', 1):
+            try: yield Parallel()([delayed(_quiet_work)(job)])[0]
+            except Exception as error:
+                if not _died(error): raise
+                yield Answer(job.number, 'decode', 'the decoder crashed or the worker ran out of memory.')
+
+
+def _backend(backend, n_jobs):
     if backend == 'dask':
         try:
             from distributed import get_client
@@ -200,4 +205,4 @@ def _backend(backend, n_jobs, options):
             raise ValueError('backend="dask" needs an open client: `from distributed import Client; client = Client(address)`; '
                              'the extra medvl[cluster] installs it.') from e
         return parallel_config(backend='dask', wait_for_workers_timeout=60)
-    return parallel_config(backend=backend, n_jobs=n_jobs, **options)
+    return parallel_config(backend=backend, n_jobs=n_jobs, **(dict(inner_max_num_threads=1) if backend == 'loky' else {}))
