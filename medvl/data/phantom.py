@@ -151,7 +151,7 @@ class Exam:
 
     def _repr_html_(self): return exam_html(self)
 
-# %% ../../nbs/151a_data.phantom.ipynb #1255a39e
+# %% ../../nbs/151a_data.phantom.ipynb #dd634f55
 def boxes_of(
     masks:np.ndarray, # uint8 (h,w), k + 1 where finding k is
     count:int, # number of findings
@@ -171,8 +171,9 @@ def burn_marker(pixels, side, view):
     scale = h/256*0.35
     (tw, th), _ = cv2.getTextSize(f'{side} {view}', cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
     column = w - tw - w//20 if side == 'L' else w//20
-    top = int(np.iinfo(pixels.dtype).max) if pixels.dtype == np.uint8 else 4095
-    cv2.putText(pixels, f'{side} {view}', (column, th + h//20), cv2.FONT_HERSHEY_SIMPLEX, scale, top, max(1, round(h/400)), cv2.LINE_8)
+    stencil = np.zeros((h, w), np.uint8)
+    cv2.putText(stencil, f'{side} {view}', (column, th + h//20), cv2.FONT_HERSHEY_SIMPLEX, scale, 1, max(1, round(h/400)), cv2.LINE_8)
+    pixels[stencil > 0] = 255 if pixels.dtype == np.uint8 else 4095
 
 
 def render_view(

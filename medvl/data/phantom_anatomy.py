@@ -128,7 +128,7 @@ def draw_breasts(
         both[side] = Breast(side, density, *map(float, v[:10]), muscle=(float(v[10]), float(v[11])))
     return both
 
-# %% ../../nbs/150_data.phantom_anatomy.ipynb #41426abb
+# %% ../../nbs/150_data.phantom_anatomy.ipynb #22e34688
 def outline(
     breast:Breast, # the breast
     view:str, # CC or MLO
@@ -157,8 +157,9 @@ def skin_depth(
     "Measure how deep points lie below the skin (to about 1 mm), from 150 points of the outline."
     skin_up = np.linspace(-110, 120, 150, dtype=np.float32)
     skin_x = outline(breast, view, skin_up)
-    distance = np.hypot(np.asarray(x)[:, None] - skin_x, np.asarray(up)[:, None] - skin_up).min(1)
-    return np.where(np.asarray(x) < outline(breast, view, up), distance, -distance)
+    x, up = np.asarray(x, np.float32), np.asarray(up, np.float32)
+    distance = np.sqrt(((x[:, None] - skin_x)**2 + (up[:, None] - skin_up)**2).min(1))
+    return np.where(x < outline(breast, view, up), distance, -distance)
 
 # %% ../../nbs/150_data.phantom_anatomy.ipynb #2d77b9f2
 def fractal(

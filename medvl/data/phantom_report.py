@@ -90,7 +90,7 @@ def finding_sentence(
     text = wording(rng, text, size=size_words(rng, finding.size), margin=finding.margin, morphology=finding.morphology, place=place_words(rng, finding, breast))
     return Sentence('FINDINGS', text, finding.label, index)
 
-# %% ../../nbs/151_data.phantom_report.ipynb #7d5f191d
+# %% ../../nbs/151_data.phantom_report.ipynb #a5ea0cdf
 DENSITY_TEMPLATES = {
     'A': ('the breasts are almost entirely fatty.', '[breast tissue|tissue] is almost entirely fat [(ACR A)|].', 'ACR density A: almost entirely fatty breasts.'),
     'B': ('there are scattered areas of fibroglandular density.', 'scattered fibroglandular densities [are present|] [(ACR B)|].',
@@ -111,7 +111,9 @@ NEUTRAL = ('skin is normal.', 'nipple is normal.', 'the skin [line|] is [smooth|
     'the pectoral muscle is [well|adequately] [shown|seen] on the [mediolateral|] oblique view.', 'no motion [artefact|blur] is [seen|noted].',
     'comparison is made with [earlier|previous] examinations where available.', 'no earlier images are available for comparison.',
     'the visible part of the axilla is unremarkable on the [mediolateral oblique view|oblique view] of the {side} breast.',
-    'subcutaneous fat and Cooper ligaments of the {side} breast have a normal appearance [throughout|].', 'vessels are [normal|unremarkable].',
+    'subcutaneous fat and Cooper ligaments of the {side} breast have a normal appearance [throughout|].', 'vessels are [normal|unremarkable].', 'the edge of the breast is well seen in both views.', 'all of the skin line can be seen with a [hot|bright] light.',
+    'both projections show the [whole|entire] {side} breast from the chest wall to the nipple, and compression and exposure are adequate for [interpretation|reading].',
+    'the skin and the nipple of the {side} breast are [unremarkable|normal], and there is no sign of oedema or of an inflamed [skin|areola].',
     'the [retroglandular fat|fat behind the gland] of the {side} breast is fully [included|shown] in the craniocaudal view, which speaks for good positioning.',
     'the nipple of the {side} breast is in profile in [at least one|the craniocaudal] projection, and the inframammary fold is [open|included].',
     'the examination was [read on a diagnostic workstation|interpreted with knowledge of the clinical history that was supplied].')
@@ -119,7 +121,8 @@ CLOSING = ('a letter with the result [is|will be] sent to the patient.', 'result
     'not every finding is visible on a mammogram, so clinical symptoms should be [followed up|evaluated] on their own merit.',
     'correlation with [physical|clinical] examination is advised.', 'the result was entered into the [reminder|recall] system.', 'clinical correlation advised.',
     'the [referring physician|referring doctor] has been [informed of|sent] this result, and the images are available in the archive for later comparison.',
-    'these images were read [independently|] by two readers.', 'double read.', 'images are archived.')
+    'these images were read [independently|] by two readers.', 'double read.', 'images are archived.',
+    'please [call|ask] us if you have any question about this report.', 'the images are in the archive and can be seen [there|] at any time.', 'the next step is up to the doctor who sent her to us.')
 
 # %% ../../nbs/151_data.phantom_report.ipynb #e695c462
 ASSESSMENT = {1: 'negative', 2: 'benign [finding|]', 3: 'probably benign', 4: 'suspicious [abnormality|finding|]', 5: 'highly suggestive of malignancy'}
@@ -148,23 +151,24 @@ def impression(
     out.append(Sentence('IMPRESSION', text, 'birads'))
     return [*out, Sentence('IMPRESSION', wording(rng, NEXT_STEP[birads]))]
 
-# %% ../../nbs/151_data.phantom_report.ipynb #eea448be
+# %% ../../nbs/151_data.phantom_report.ipynb #e67dffad
 def pad(
     rng, # generator of the report
     must:list, # of Sentence, all kept
     pool:tuple, # templates of neutral remarks
     side:str, # left or right
-    sentences:int, # wanted number of sentences
-    characters:int, # wanted number of characters
+    wanted:tuple[int, int, float], # numbers of sentences, characters and words
 ) -> list: # of Sentence: `must` and neutral remarks
     "Add neutral remarks until the section has the wanted length."
-    count = max(0, sentences - len(must))
-    remarks = [wording(rng, t, side=side) for t in pool for _ in range(2)]
-    sizes = np.array([len(r) + 1 for r in remarks])
-    order = np.argsort(rng.random((256, len(pool))), axis=1)[:, :min(count, len(pool))]*2 + rng.integers(0, 2, (256, 1))
-    totals = sizes[order].sum(1) + sum(len(s.text) + 1 for s in must)
-    best = order[np.argmin(np.abs(totals - characters))]
-    return [*must, *(Sentence(must[0].section, remarks[i]) for i in best)]
+    remarks = np.array([wording(rng, t, side=side) for t in pool for _ in range(2)])
+    sizes = np.array([[1, len(r) + 1, len(r.split())] for r in remarks])
+    missing = np.array(wanted) - [len(must), sum(len(s.text) + 1 for s in must), sum(len(s.text.split()) for s in must)]
+    count = max(1, min(round(missing[0]), len(pool) - 1)) + rng.integers(-1, 2, (600, 1))
+    order = np.argsort(rng.random((600, len(pool))), axis=1)[:, :count.max()]
+    order, taken = 2*order + rng.integers(0, 2, order.shape), np.arange(count.max()) < count
+    off = np.abs((sizes[order]*taken[..., None]).sum(1) - missing) @ [150, 4, 9]
+    best = int(np.argmin(off))
+    return [*must, *(Sentence(must[0].section, str(remarks[i])) for i in order[best][taken[best]])]
 
 
 def breast_report(
@@ -182,14 +186,15 @@ def breast_report(
     summary = impression(rng, breast, findings, birads)
     length = wanted_lengths(rng)
     first = Sentence('FINDINGS', density_text, 'density')
-    body = pad(rng, [first, *body], NEUTRAL, side, *length[0])[1:]
-    summary = pad(rng, summary, CLOSING, side, *length[1])
+    body = pad(rng, [first, *body], NEUTRAL, side, length[0])[1:]
+    summary = pad(rng, summary, CLOSING, side, length[1])
     return [first, *(body[i] for i in rng.permutation(len(body))), *summary]
 
 
 def wanted_lengths(rng):
-    "Draw the wanted numbers of sentences and characters: of the findings, of the impression."
-    return (int(rng.integers(7, 10)), int(rng.integers(420, 560))), (int(rng.integers(4, 7)), int(rng.integers(210, 290)))
+    "Draw the wanted numbers of sentences, characters and words: of the findings, of the impression."
+    findings, closing = rng.uniform(460, 560), rng.uniform(255, 335)
+    return (int(rng.integers(8, 10)), findings, findings/6.45), (6, closing, closing/6.6)
 
 
 def report_text(
