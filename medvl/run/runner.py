@@ -114,12 +114,24 @@ class RunFailedError(RuntimeError):
 class _StopError(BaseException):
     "The runner was told to end."
 
-# %% ../../nbs/705_run.runner.ipynb #4776c471
+# %% ../../nbs/705_run.runner.ipynb #89ca7c73
+def _import_papermill():
+    "Import papermill without building a grammar of internet addresses, which jsonschema would and which takes longer than all the rest."
+    grammar = 'rfc3987_syntax'
+    spare = grammar not in sys.modules and 'jsonschema' not in sys.modules
+    if spare: sys.modules[grammar] = None # jsonschema goes without it; notebooks hold no such addresses to check
+    try:
+        import nbformat
+        import papermill
+    finally:
+        if spare: del sys.modules[grammar]
+    return nbformat, papermill
+
+
 def _papermill(run, notebook, cwd, started, box):
     "Execute the notebook; what happened goes into `box`."
     import logging
-    import nbformat
-    import papermill
+    nbformat, papermill = _import_papermill()
     logging.getLogger('papermill').setLevel(logging.CRITICAL) # what it says is in the verdict
     quiet = os.environ.get('MEDVL_PROGRESS') == '0' or 'IN_TEST' in os.environ or not sys.stderr.isatty()
     env = {'MEDVL_RUN': str(run.folder.resolve()), 'MEDVL_ATTEMPT': str(run.attempt)}

@@ -17,7 +17,7 @@ from ..core.paths import read_jsonl
 from ..core.seed import numpy_rng
 from .style import PALETTE, figure
 
-# %% ../../nbs/012_show.curves.ipynb #805eef29
+# %% ../../nbs/012_show.curves.ipynb #108beac6
 _NOT_METRICS = ('step', 'epoch', 'time', 'attempt', 'pid', 'kind', 'event', 'split')
 
 
@@ -32,6 +32,7 @@ def read_curves(
         found = sorted(path.rglob('metrics.jsonl'), key=lambda p: (len(p.parts), -p.stat().st_mtime))
         if not found: raise FileNotFoundError(f'There is no metrics.jsonl under {path.name}.')
         path = found[0]
+    if not path.exists(): raise FileNotFoundError(f'There is no {path.name} in {path.parent.name}.')
     rows = [(int(r['step']), k, float(v)) for r in read_jsonl(path) if 'step' in r for k, v in r.items()
             if k not in _NOT_METRICS and isinstance(v, (int, float)) and not isinstance(v, bool)]
     table = pd.DataFrame(rows, columns=['step', 'name', 'value'])

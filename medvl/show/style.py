@@ -55,14 +55,20 @@ def figure(
     set_theme()
     return plt.subplots(rows, columns, figsize=(width, height or 2.7 * rows), layout='constrained', **kwargs)
 
-# %% ../../nbs/010_show.style.ipynb #104a9cc7
+# %% ../../nbs/010_show.style.ipynb #108c2d20
+def _distinct(pixels):
+    "Distinct colours, so that a rare colour counts as much as a frequent one."
+    codes = np.unique((pixels.astype(np.uint32) // 4 * 4) @ np.array([65536, 256, 1], dtype=np.uint32))
+    return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1).astype(np.uint8)
+
+
 def _quantise(image, levels):
     "Reduce colours, greys and colours apart: an X-ray would leave a heat map no palette."
     pixels = np.asarray(image.convert('RGB')).reshape(-1, 3)
     coloured = np.ptp(pixels.astype(np.int16), axis=1) > 24
     share = levels * 3 // 4 if coloured.any() else 0
     table = []
-    for part, n in ((np.unique(pixels[coloured] // 4 * 4, axis=0), share), (pixels[~coloured], levels - share)):
+    for part, n in ((_distinct(pixels[coloured]), share), (pixels[~coloured], levels - share)):
         if not len(part) or not n: continue
         table += Image.fromarray(part[None]).quantize(n).getpalette()[:3 * n]
     palette = Image.new('P', (1, 1))
@@ -87,7 +93,7 @@ def png(
     """Render a figure as PNG of at most `limit` bytes.
 
     Raises: ValueError when it does not fit even coarsely."""
-    for dpi, levels in ((130, None), (110, None), (110, 128), (100, 64), (85, 64), (70, 48), (55, 32), (40, 24)):
+    for dpi, levels in ((130, None), (110, 128), (90, 64), (75, 64), (55, 32), (40, 24)):
         data = _render(fig, dpi, levels)
         if len(data) <= limit: return data
     raise ValueError(f'The figure does not fit into {limit} bytes (at 40 dpi and 24 colours it has {len(data)}). Make it smaller or simpler.')
