@@ -19,7 +19,7 @@ from ..core.paths import atomic_path
 from ..core.progress import progress
 from .prepared import Prepared
 
-# %% ../../nbs/131_data.leaks.ipynb #2f9e223a
+# %% ../../nbs/131_data.leaks.ipynb #61f76f88
 def thumbnails(
     images, # rows of images, each (h,w)
     size:int=32, # pixels of a side
@@ -43,7 +43,7 @@ def unit_thumbs(
     thumbs:np.ndarray, # (n,32,32)
 ) -> np.ndarray: # float32 (n,1024), each of mean 0 and length 1; a constant image gives zeros
     "Centre and scale thumbnails, so that a dot product is a correlation."
-    flat = thumbs.reshape(len(thumbs), -1).astype(np.float32)
+    flat = thumbs.reshape(len(thumbs), thumbs.shape[1]*thumbs.shape[2]).astype(np.float32)
     flat = flat - flat.mean(1, keepdims=True)
     length = np.linalg.norm(flat, axis=1, keepdims=True)
     return np.where(length > 1e-6, flat/np.maximum(length, 1e-6), 0)

@@ -104,7 +104,7 @@ def image_labels(
         out['label_no_finding'] = (out.drop(columns='label_no_finding').max(axis=1) == 0).astype(float)
     return out, conflicts
 
-# %% ../../nbs/160_data.vindr.ipynb #9510d244
+# %% ../../nbs/160_data.vindr.ipynb #c2320aff
 def finding_boxes(
     findings:pd.DataFrame, # of `read_findings`
     ids=None, # image id of every row; default: the release's
@@ -112,8 +112,8 @@ def finding_boxes(
     "Collect the boxes, one a finding."
     ids = findings.image_id if ids is None else ids
     here = np.flatnonzero(findings[_EDGES].notna().all(axis=1))
-    rows = [(ids.iloc[i], label_name(n), *findings.loc[i, _EDGES].astype(float), findings.finding_birads[i].replace('BI-RADS', '').strip())
-            for i in here for n in findings.names[i] if n != NO_FINDING]
+    edges, names, birads, ids = findings[_EDGES].to_numpy(float), findings.names.tolist(), findings.finding_birads.tolist(), list(ids)
+    rows = [(ids[i], label_name(n), *edges[i], birads[i].replace('BI-RADS', '').strip()) for i in here for n in names[i] if n != NO_FINDING]
     return pd.DataFrame(rows, columns=list(BOXES))
 
 
