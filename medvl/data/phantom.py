@@ -4,7 +4,7 @@
 __all__ = ['BreastTruth', 'Truth', 'name_of', 'breast_truth', 'phantom_truth', 'scale_tissue', 'to_grey', 'View', 'Exam',
            'boxes_of', 'burn_marker', 'render_view', 'phantom_exam', 'exam_html']
 
-# %% ../../nbs/151a_data.phantom.ipynb #3c34f4f3
+# %% ../../nbs/151a_data.phantom.ipynb #5711ef09
 import html
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 
 from ..core.seed import key_of, numpy_rng
-from .phantom_anatomy import DENSITIES, GLAND_SHARE, SIDES, VIEWS, Breast, PhantomConfig, difficulty_knobs, draw_breasts, healthy_view
+from .phantom_anatomy import DENSITIES, GLAND_SHARE, SIDES, VIEWS, Breast, PhantomConfig
+from .phantom_anatomy import difficulty_knobs, draw_breasts, healthy_view
 from .phantom_lesions import depth_third, distractors, draw_findings, lesion_layer, quadrant
 from .phantom_report import DENSITY_TEMPLATES, breast_report, one_of, report_text, wording
 
@@ -46,7 +47,7 @@ def name_of(prefix, *parts):
     "Give an identifier that reveals nothing."
     return f'{prefix}{key_of(*parts, "name"):016x}'[:len(prefix) + 12]
 
-# %% ../../nbs/151a_data.phantom.ipynb #d90506bf
+# %% ../../nbs/151a_data.phantom.ipynb #1fd53313
 def breast_truth(
     key:tuple, # key of the breast's random streams
     anatomy:Breast, # the breast
@@ -56,13 +57,14 @@ def breast_truth(
     "Draw findings and report of one breast."
     findings = draw_findings(key, anatomy, config)
     malignant = any(f.malignant for f in findings)
-    labels = {name: int(any(f.label == name for f in findings)) for name in ('mass', 'suspicious_calcification')} | {'cancer': int(malignant)}
+    labels = {name: int(any(f.label == name for f in findings)) for name in ('mass',
+        'suspicious_calcification')} | {'cancer': int(malignant)}
     birads = max([f.birads for f in findings], default=1)
     sentences = tuple(breast_report(numpy_rng(*key, 'report'), anatomy, findings, birads, density_text))
     pathology = 'malignant' if malignant else 'benign' if findings else 'normal'
     return BreastTruth(anatomy, tuple(findings), labels, birads, pathology, sentences, report_text(sentences))
 
-
+# %% ../../nbs/151a_data.phantom.ipynb #ae5960a0
 def phantom_truth(
     seed:int, # seed of the population
     i:int, # number of the exam, 0, 1, 2, ...
@@ -114,7 +116,7 @@ def to_grey(
     top = 2**bits - 1
     return np.rint(np.clip(grey, 0.02, 1)*edge*top).astype(np.uint8 if bits == 8 else np.uint16)
 
-# %% ../../nbs/151a_data.phantom.ipynb #57d97dc5
+# %% ../../nbs/151a_data.phantom.ipynb #fa2913a5
 @dataclass(frozen=True, eq=False)
 class View:
     "Hold one image and where its findings are."
@@ -132,7 +134,7 @@ class View:
         "Give the mask of finding `k`, bool (h,w)."
         return self.masks == k + 1
 
-
+# %% ../../nbs/151a_data.phantom.ipynb #4fe062ee
 @dataclass(frozen=True, eq=False)
 class Exam:
     "Hold a four-view exam: the truth and the pictures."
@@ -144,14 +146,15 @@ class Exam:
         "Give the report of the whole exam."
         parts = []
         for section in ('FINDINGS', 'IMPRESSION'):
-            said = {s: [t.text for t in self.truth.breasts[s].sentences if t.section == section and t.label != 'density'] for s in ('R', 'L')}
+            said = {s: [t.text for t in self.truth.breasts[s].sentences if t.section == section and t.label != 'density']
+                    for s in ('R', 'L')}
             parts.append(f'{section}: ' + ' '.join(f'{name} breast: ' + ' '.join(said[s]) for s, name in (('R', 'Right'), ('L', 'Left'))))
         density = next(t.text for t in self.truth.breasts['L'].sentences if t.label == 'density')
         return parts[0].replace('FINDINGS: ', f'FINDINGS: {density} ', 1) + ' ' + parts[1]
 
     def _repr_html_(self): return exam_html(self)
 
-# %% ../../nbs/151a_data.phantom.ipynb #dd634f55
+# %% ../../nbs/151a_data.phantom.ipynb #487ca57f
 def boxes_of(
     masks:np.ndarray, # uint8 (h,w), k + 1 where finding k is
     count:int, # number of findings
@@ -175,7 +178,7 @@ def burn_marker(pixels, side, view):
     cv2.putText(stencil, f'{side} {view}', (column, th + h//20), cv2.FONT_HERSHEY_SIMPLEX, scale, 1, max(1, round(h/400)), cv2.LINE_8)
     pixels[stencil > 0] = 255 if pixels.dtype == np.uint8 else 4095
 
-
+# %% ../../nbs/151a_data.phantom.ipynb #984fd7bb
 def render_view(
     truth:Truth, # the exam's truth
     side:str, # L or R
@@ -190,12 +193,13 @@ def render_view(
     shadows = distractors(numpy_rng(*key, 'shadows'), frame, breast.anatomy, knobs['distractors'])
     pixels = to_grey(numpy_rng(*key, 'grey'), drawn, knobs['contrast']*(lesions + shadows), truth.density, knobs['noise'], config.bits)
     column, row = frame.to_pixels(breast.anatomy.depth, 0.0)
-    if side == 'R': pixels, masks, column = np.ascontiguousarray(pixels[:, ::-1]), np.ascontiguousarray(masks[:, ::-1]), frame.width - column
+    if side == 'R': pixels, masks, column = np.ascontiguousarray(pixels[:, ::-1]), np.ascontiguousarray(masks[:,
+        ::-1]), frame.width - column
     if config.markers: burn_marker(pixels, side, view)
     return View(name_of('', *key), side, view, pixels, frame.spacing, (float(column), float(row)), breast.findings,
                 boxes_of(masks, len(breast.findings)), masks)
 
-
+# %% ../../nbs/151a_data.phantom.ipynb #516a9814
 def phantom_exam(
     seed:int, # seed of the population
     i:int, # number of the exam
@@ -209,15 +213,17 @@ def phantom_exam(
     truth = phantom_truth(seed, i, config)
     return Exam(truth, {(side, view): render_view(truth, side, view, config) for side in SIDES for view in VIEWS})
 
-# %% ../../nbs/151a_data.phantom.ipynb #db58c5ee
+# %% ../../nbs/151a_data.phantom.ipynb #63e677b9
 def exam_html(
     exam:Exam, # the exam
 ) -> str: # HTML
     "Tell what is in an exam: patient, findings, report."
     t = exam.truth
     rows = [(s, f.label.replace('_', ' '), ' '.join(filter(None, (f.shape, f.margin, f.morphology, f.distribution))), f'{f.size:g} mm',
-             quadrant(f, b.anatomy), depth_third(f, b.anatomy), 'malignant' if f.malignant else 'benign', f.birads) for s, b in t.breasts.items() for f in b.findings]
+             quadrant(f, b.anatomy), depth_third(f, b.anatomy), 'malignant' if f.malignant else 'benign', f.birads) for s,
+                 b in t.breasts.items() for f in b.findings]
     head = ''.join(f'<th>{h}</th>' for h in ('side', 'finding', 'description', 'size', 'place', 'depth', 'pathology', 'BI-RADS'))
-    body = ''.join('<tr>' + ''.join(f'<td>{html.escape(str(v))}</td>' for v in r) + '</tr>' for r in rows) or '<tr><td colspan=8>no finding</td></tr>'
+    body = ''.join('<tr>' + ''.join(f'<td>{html.escape(str(v))}</td>' for v in r) + '</tr>' for r in rows)
+    body = body or '<tr><td colspan=8>no finding</td></tr>'
     return (f'<p><b>{t.exam_id}</b>: {t.age} years, density {t.density}, {len(exam.views)} views</p>'
             f'<table><tr>{head}</tr>{body}</table><p>{html.escape(exam.report)}</p>')

@@ -39,7 +39,7 @@ class PhantomConfig:
 
     def __post_init__(self): check_config(self)
 
-# %% ../../nbs/150_data.phantom_anatomy.ipynb #7c2a8721
+# %% ../../nbs/150_data.phantom_anatomy.ipynb #b7d5a807
 def check_config(
     config, # a PhantomConfig
 ):
@@ -50,7 +50,8 @@ def check_config(
         raise ValueError(unknown_name('difficulty', config.difficulty, DIFFICULTY))
     if not isinstance(config.difficulty, str) and not 0 <= config.difficulty <= 1:
         raise ValueError(f'difficulty is {config.difficulty!r}; give a number from 0 to 1 or one of {", ".join(DIFFICULTY)}.')
-    if len(config.size) != 2 or min(config.size) < 32: raise ValueError(f'size is {config.size!r}; give (height, width) of at least 32 pixels each.')
+    if len(config.size) != 2 or min(config.size) < 32:
+        raise ValueError(f'size is {config.size!r}; give (height, width) of at least 32 pixels each.')
     if config.bits not in (8, 12): raise ValueError(f'bits is {config.bits!r}; give 8 or 12.')
     for name in ('p_mass', 'p_calcification', 'p_second', 'p_malignant', 'p_benign'):
         if not 0 <= getattr(config, name) <= 1: raise ValueError(f'{name} is {getattr(config, name)!r}; a probability lies in 0..1.')
@@ -192,7 +193,7 @@ def fit(
     if extra_y or extra_x: field = np.pad(field, ((extra_y//2, extra_y - extra_y//2), (0, extra_x)), mode='symmetric')
     return np.ascontiguousarray(field[:frame.height, :frame.width])
 
-# %% ../../nbs/150_data.phantom_anatomy.ipynb #bf60a6ea
+# %% ../../nbs/150_data.phantom_anatomy.ipynb #0e38cd59
 GLAND_SHARE = {'A': (0.03, 0.10), 'B': (0.17, 0.31), 'C': (0.42, 0.56), 'D': (0.66, 0.80)}
 
 
@@ -214,7 +215,7 @@ def gland(
     body = body*body*(3 - 2*body)
     return body*(0.88 + 0.10*fractal(rng, frame, 8.0, roughness=0.4))
 
-
+# %% ../../nbs/150_data.phantom_anatomy.ipynb #a5e1cc46
 def strands(
     rng, # generator of the view's tissue
     frame:Frame, # where to draw
@@ -264,7 +265,7 @@ def pectoral(
     edge = width*(1 - np.clip(t, -0.3, 1)) + 0.10*width*np.sin(np.pi*np.clip(t, 0, 1))
     return np.clip((edge - x)/3.0 + 0.5, 0, 1)*(t < 1)
 
-# %% ../../nbs/150_data.phantom_anatomy.ipynb #dbfcae02
+# %% ../../nbs/150_data.phantom_anatomy.ipynb #088b5eef
 def healthy_view(
     rng, # generator of this view's tissue
     breast:Breast, # the breast
@@ -289,4 +290,5 @@ def healthy_view(
     tissue += 0.06*fractal(rng, frame, 60.0, 1.0) + muscle*(0.50 + 0.05*fractal(rng, frame, 12.0, 1.0))
     roll = 1 - np.exp(-depth/5.5)
     skin = 0.20*np.exp(-((depth - 1.0)/max(1.1, 0.8*frame.spacing))**2)
-    return {'frame': frame, 'edge': edge.astype(np.float32), 'inside': inside, 'tissue': (0.25 + (0.45 + tissue)*roll + skin).astype(np.float32)}
+    return {'frame': frame, 'edge': edge.astype(np.float32), 'inside': inside,
+        'tissue': (0.25 + (0.45 + tissue)*roll + skin).astype(np.float32)}

@@ -26,7 +26,7 @@ from .phantom import Exam, View, phantom_exam
 from .phantom_anatomy import DENSITIES, PhantomConfig
 from .phantom_lesions import depth_third, quadrant
 
-# %% ../../nbs/152_data.phantom_dataset.ipynb #2acb4cfb
+# %% ../../nbs/152_data.phantom_dataset.ipynb #daf71de3
 SOURCE = 'phantom'
 
 
@@ -38,9 +38,11 @@ def index_rows(
     t, out = exam.truth, []
     for (side, view), v in exam.views.items():
         b = t.breasts[side]
-        out.append({'image_path': f'images/{v.image_id}{suffix}', 'image_id': v.image_id, 'patient_id': t.patient_id, 'exam_id': t.exam_id, 'laterality': side, 'view': view,
+        out.append({'image_path': f'images/{v.image_id}{suffix}', 'image_id': v.image_id, 'patient_id': t.patient_id,
+            'exam_id': t.exam_id, 'laterality': side, 'view': view,
             'source': SOURCE, 'age': t.age, 'density': t.density, 'birads': b.birads, 'pathology': b.pathology, 'report_text': b.report,
-            'mask_path': f'masks/{v.image_id}.png' if v.masks.any() else '', 'spacing_y': round(v.spacing, 6), 'spacing_x': round(v.spacing, 6),
+            'mask_path': f'masks/{v.image_id}.png' if v.masks.any() else '', 'spacing_y': round(v.spacing, 6),
+            'spacing_x': round(v.spacing, 6),
             'height': v.pixels.shape[0], 'width': v.pixels.shape[1], **{f'label_{k}': n for k, n in b.labels.items()}})
     return out
 
@@ -49,7 +51,7 @@ def visible(view):
     "Give the numbers of the findings that can be seen in a view."
     return [k for k in range(len(view.findings)) if np.isfinite(view.boxes[k, 0])]
 
-
+# %% ../../nbs/152_data.phantom_dataset.ipynb #724ec9c8
 def box_rows(exam):
     "Give the rows of boxes.csv, in millimetres also where the finding lies in the breast."
     out = []
@@ -58,7 +60,8 @@ def box_rows(exam):
         for k in visible(v):
             f = v.findings[k]
             out.append({'image_id': v.image_id, 'label': f.label, **dict(zip(('x0', 'y0', 'x1', 'y1'), map(float, v.boxes[k]))),
-                'severity': 'malignant' if f.malignant else 'benign', 'finding': k, 'size_mm': f.size, 'shape': f.shape, 'margin': f.margin, 'morphology': f.morphology,
+                'severity': 'malignant' if f.malignant else 'benign', 'finding': k, 'size_mm': f.size, 'shape': f.shape,
+                'margin': f.margin, 'morphology': f.morphology,
                 'distribution': f.distribution, 'birads': f.birads, 'quadrant': quadrant(f, anatomy), 'depth': depth_third(f, anatomy),
                 'nipple_mm': round(anatomy.depth - f.x, 2), 'lateral_mm': round(f.lateral, 2), 'superior_mm': round(f.superior, 2)})
     return out
@@ -75,7 +78,7 @@ def sentence_rows(exam):
             out.extend({**row, 'image_id': i, 'box': k} for i, k in places or [('', '')])
     return out
 
-# %% ../../nbs/152_data.phantom_dataset.ipynb #a7085655
+# %% ../../nbs/152_data.phantom_dataset.ipynb #4d6cbcce
 NAMES = ('MEADOW^IVY', 'HARBOUR^NELL', 'WILLOW^ADA', 'FOREST^RUTH', 'BROOK^MAY', 'HILL^EDITH', 'STONE^CLARA', 'FIELD^ROSE')
 
 
@@ -88,7 +91,7 @@ def person(truth, ds):
     ds.StudyDate, ds.StudyTime = f'2024{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}', '093000'
     ds.InstitutionName, ds.ReferringPhysicianName, ds.AccessionNumber = 'Phantom General Hospital', 'EXAMPLE^DOCTOR', truth.exam_id
 
-
+# %% ../../nbs/152_data.phantom_dataset.ipynb #950d6dc0
 def phantom_dicom(
     exam:Exam, # the exam, drawn with bits=12
     view:View, # the view to write
@@ -101,7 +104,8 @@ def phantom_dicom(
     from pydicom.uid import DigitalMammographyXRayImageStorageForPresentation, ExplicitVRLittleEndian, generate_uid
     if view.pixels.dtype != np.uint16: raise ValueError('phantom_dicom needs 12-bit pixels; make the exam with bits=12.')
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = DigitalMammographyXRayImageStorageForPresentation, generate_uid(entropy_srcs=[view.image_id])
+    meta.MediaStorageSOPClassUID = DigitalMammographyXRayImageStorageForPresentation
+    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=[view.image_id])
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     ds = FileDataset(None, {}, file_meta=meta, preamble=b'\0'*128)
     ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
@@ -114,7 +118,7 @@ def phantom_dicom(
     fill_pixels(ds, view.pixels, monochrome1)
     return ds
 
-
+# %% ../../nbs/152_data.phantom_dataset.ipynb #2c028a95
 def fill_pixels(ds, pixels, monochrome1):
     "Store 12-bit pixels uncompressed."
     ds.Rows, ds.Columns = pixels.shape
@@ -124,7 +128,7 @@ def fill_pixels(ds, pixels, monochrome1):
     ds.WindowCenter, ds.WindowWidth, ds.RescaleIntercept, ds.RescaleSlope = 2048, 4096, 0, 1
     ds.PixelData = np.ascontiguousarray(4095 - pixels if monochrome1 else pixels, dtype='<u2').tobytes()
 
-# %% ../../nbs/152_data.phantom_dataset.ipynb #60fe9a44
+# %% ../../nbs/152_data.phantom_dataset.ipynb #86c9c59d
 BLOCK = 16
 
 
@@ -151,7 +155,7 @@ def encode(exam, view, fmt, monochrome1):
     phantom_dicom(exam, view, bool(inverted)).save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 
-
+# %% ../../nbs/152_data.phantom_dataset.ipynb #532daa0e
 def write_block(
     folder:Path, # the data set
     block:int, # number of the block
@@ -168,14 +172,15 @@ def write_block(
         rows = index_rows(exam, '.png' if fmt == 'png' else '.dcm')
         for row, view in zip(rows, exam.views.values()):
             record['bytes'][row['image_path']] = put(folder/row['image_path'], encode(exam, view, fmt, monochrome1))
-            if row['mask_path']: record['bytes'][row['mask_path']] = put(folder/row['mask_path'], png((view.masks > 0).astype(np.uint8)*255))
+            if row['mask_path']: record['bytes'][row['mask_path']] = put(folder/row['mask_path'],
+                png((view.masks > 0).astype(np.uint8)*255))
         record['exams'].append(i)
         for name, add in (('index', rows), ('boxes', box_rows(exam)), ('sentences', sentence_rows(exam))):
             record[name].extend({'exam': i, **row} for row in add)
     write_json(folder/'blocks'/f'{block:06d}.json', record)
     return len(record['exams'])
 
-
+# %% ../../nbs/152_data.phantom_dataset.ipynb #e98be6e7
 def block_done(folder, block, stop):
     "Say whether a block's record covers its exams and all its files have their recorded size."
     path = folder/'blocks'/f'{block:06d}.json'
@@ -184,7 +189,7 @@ def block_done(folder, block, stop):
     if not set(range(block*BLOCK, min(stop, (block + 1)*BLOCK))) <= set(record['exams']): return False
     return all((folder/name).exists() and (folder/name).stat().st_size == size for name, size in record['bytes'].items())
 
-# %% ../../nbs/152_data.phantom_dataset.ipynb #8b6a85e9
+# %% ../../nbs/152_data.phantom_dataset.ipynb #6d6a5f27
 def claim(
     folder:Path, # the data set
     settings:dict, # seed, fmt, configuration ...
@@ -197,14 +202,16 @@ def claim(
         there = {k: v for k, v in read_json(path).items() if k not in ('n_exams', 'complete')}
         if there != json.loads(json.dumps(settings)):
             changed = ', '.join(sorted(k for k in {*there, *settings} if there.get(k) != json.loads(json.dumps(settings)).get(k)))
-            raise DataError(f'The folder holds a phantom data set with other settings ({changed}).', file=str(path), fix='choose another folder or delete this one')
+            raise DataError(f'The folder holds a phantom data set with other settings ({changed}).', file=str(path),
+                fix='choose another folder or delete this one')
     elif folder.exists() and any(folder.iterdir()):
         raise DataError('The folder is not empty and holds no phantom data set.', file=str(folder), fix='choose a new folder')
     for name in ('images', 'masks', 'blocks'): (folder/name).mkdir(parents=True, exist_ok=True)
     if not path.exists(): write_json(path, {**settings, 'n_exams': 0, 'complete': False})
 
 
-COLUMNS = {'index': ['image_path', 'image_id', 'patient_id', 'exam_id', 'laterality', 'view'], 'boxes': ['image_id', 'label', 'x0', 'y0', 'x1', 'y1'],
+COLUMNS = {'index': ['image_path', 'image_id', 'patient_id', 'exam_id', 'laterality', 'view'],
+    'boxes': ['image_id', 'label', 'x0', 'y0', 'x1', 'y1'],
            'sentences': ['exam_id', 'laterality', 'section', 'sentence', 'label', 'image_id', 'box']}
 
 
@@ -215,14 +222,14 @@ def write_tables(folder, n_exams):
         rows = [{k: v for k, v in row.items() if k != 'exam'} for r in records for row in r[name] if row['exam'] < n_exams]
         with atomic_path(folder/f'{name}.csv') as part: pd.DataFrame(rows, columns=None if rows else columns).to_csv(part, index=False)
 
-# %% ../../nbs/152_data.phantom_dataset.ipynb #3e10927e
+# %% ../../nbs/152_data.phantom_dataset.ipynb #01a0da5a
 def follow(blocks, total, show):
     "Wait for the blocks, with a bar where one is wanted."
     if not show: return sum(blocks)
     with progress_bar(total=total, desc='phantom', unit='exam') as bar:
         for done in blocks: bar.update(done)
 
-
+# %% ../../nbs/152_data.phantom_dataset.ipynb #57d09916
 def write_phantom(
     folder, # where to write; made if absent
     n_exams:int, # number of four-view exams
@@ -241,13 +248,16 @@ def write_phantom(
     Raises: DataError when the folder holds something else; ValueError for settings that cannot be drawn."""
     if fmt not in ('png', 'dicom'): raise ValueError(f'fmt is {fmt!r}; give png or dicom.')
     if n_exams < 1: raise ValueError(f'n_exams is {n_exams!r}; give at least 1.')
-    changes |= {k: v for k, v in (('size', size and tuple(size)), ('difficulty', difficulty), ('bits', 12 if fmt == 'dicom' else None)) if v is not None}
+    changes |= {k: v for k, v in (('size', size and tuple(size)), ('difficulty', difficulty),
+        ('bits', 12 if fmt == 'dicom' else None)) if v is not None}
     config, folder = replace(config or PhantomConfig(), **changes), Path(folder)
-    settings = {'kind': SOURCE, 'version': 1, 'seed': int(seed), 'fmt': fmt, 'monochrome1': float(monochrome1), 'config': config_dict(config)}
+    settings = {'kind': SOURCE, 'version': 1, 'seed': int(seed), 'fmt': fmt, 'monochrome1': float(monochrome1),
+        'config': config_dict(config)}
     claim(folder, settings)
     todo = [b for b in range(-(-n_exams//BLOCK)) if not block_done(folder, b, n_exams)]
     tasks = (joblib.delayed(write_block)(folder, b, n_exams, seed, config, fmt, monochrome1) for b in todo)
-    follow(joblib.Parallel(n_jobs=jobs, return_as='generator_unordered')(tasks), sum(min(BLOCK, n_exams - b*BLOCK) for b in todo), progress)
+    follow(joblib.Parallel(n_jobs=jobs, return_as='generator_unordered')(tasks), sum(min(BLOCK, n_exams - b*BLOCK) for b in todo),
+        progress)
     write_tables(folder, n_exams)
     write_json(folder/'phantom.json', {**settings, 'n_exams': int(n_exams), 'complete': True})
     return folder
@@ -285,7 +295,7 @@ def read_pixels(path):
     ds = pydicom.dcmread(path)
     return (4095 - ds.pixel_array if ds.PhotometricInterpretation == 'MONOCHROME1' else ds.pixel_array)/4095
 
-# %% ../../nbs/152_data.phantom_dataset.ipynb #046e92d9
+# %% ../../nbs/152_data.phantom_dataset.ipynb #b911996d
 def trivial_features(
     folder, # a phantom data set
 ) -> pd.DataFrame: # one row a breast: features, labels, exam number
@@ -295,14 +305,19 @@ def trivial_features(
         pixels, text = read_pixels(folder/row['image_path']), row['report_text']
         inside = pixels[pixels > 0.02]
         first, second = text.split(' IMPRESSION: ')
-        out.append({'exam_id': row['exam_id'], 'laterality': row['laterality'], **{c: row[c] for c in row if c.startswith('label_')}, 'brightness': pixels.mean(),
-            'brightness of the breast': inside.mean(), 'contrast of the breast': inside.std(), 'area of the breast': inside.size/pixels.size,
-            'file size': (folder/row['image_path']).stat().st_size, 'characters': len(text), 'words': len(text.split()), 'sentences': text.count('. ') + 1,
-            'characters of the impression': len(second), 'image id': int(row['image_id'], 16)/16**12, 'patient id': int(row['patient_id'][1:], 16)/16**12,
-            'order': k, 'side': float(row['laterality'] == 'L'), 'density': DENSITIES.index(row['density']), 'characters of the findings': len(first)})
+        out.append({'exam_id': row['exam_id'], 'laterality': row['laterality'],
+            **{c: row[c] for c in row if c.startswith('label_')}, 'brightness': pixels.mean(),
+            'brightness of the breast': inside.mean(), 'contrast of the breast': inside.std(),
+            'area of the breast': inside.size/pixels.size,
+            'file size': (folder/row['image_path']).stat().st_size, 'characters': len(text), 'words': len(text.split()),
+            'sentences': text.count('. ') + 1,
+            'characters of the impression': len(second), 'image id': int(row['image_id'], 16)/16**12,
+            'patient id': int(row['patient_id'][1:], 16)/16**12,
+            'order': k, 'side': float(row['laterality'] == 'L'), 'density': DENSITIES.index(row['density']),
+            'characters of the findings': len(first)})
     return pd.DataFrame(out).groupby(['exam_id', 'laterality'], sort=False).mean().reset_index()
 
-
+# %% ../../nbs/152_data.phantom_dataset.ipynb #6d4a3ec3
 def position_features(folder):
     "Give position and size of each finding once, with its kind, for the two position checks."
     index = pd.read_csv(Path(folder)/'index.csv')[['image_id', 'exam_id', 'view']]
@@ -311,9 +326,10 @@ def position_features(folder):
     names = {'nipple_mm': 'distance from nipple', 'lateral_mm': 'lateral position', 'superior_mm': 'vertical position'}
     yield 'mass or calcification', (kinds.label == 'mass').to_numpy(), kinds.rename(columns=names), list(names.values())
     yield 'malignant or benign', (kinds.severity == 'malignant').to_numpy(), kinds.rename(columns=names), list(names.values())
-    yield 'malignant or benign mass', (kinds.severity == 'malignant').to_numpy()[kinds.label == 'mass'], kinds[kinds.label == 'mass'].rename(columns={'size_mm': 'size'}), ['size']
+    masses = kinds[kinds.label == 'mass'].rename(columns={'size_mm': 'size'})
+    yield 'malignant or benign mass', (masses.severity == 'malignant').to_numpy(), masses, ['size']
 
-# %% ../../nbs/152_data.phantom_dataset.ipynb #fcd6c75a
+# %% ../../nbs/152_data.phantom_dataset.ipynb #b0c5a961
 def shortcut_report(
     folder, # a phantom data set
     n_boot:int=200, # resamples of exams
@@ -324,7 +340,8 @@ def shortcut_report(
 
     Raises: DataError when the data set has fewer than 20 exams."""
     breasts = trivial_features(folder)
-    if breasts.exam_id.nunique() < 20: raise DataError('A check of shortcuts needs at least 20 exams.', file=str(folder), fix='write more exams')
+    if breasts.exam_id.nunique() < 20: raise DataError('A check of shortcuts needs at least 20 exams.', file=str(folder),
+        fix='write more exams')
     labels = [c for c in breasts if c.startswith('label_')]
     features = [c for c in breasts if c not in ('exam_id', 'laterality', *labels)]
     jobs = [(name[6:], breasts[name].to_numpy() > 0.5, breasts, features, 'breast') for name in labels]
@@ -335,7 +352,8 @@ def shortcut_report(
         for feature in columns:
             rng = numpy_rng(seed, label, feature, 'shortcut')
             value, error = clustered_auroc(table[feature].to_numpy(float), truth, clusters, rng, n_boot)
-            rows.append(dict(label=label, feature=feature, auroc=value, low=value - 1.96*error, high=value + 1.96*error, error=error, n=len(truth), positives=int(truth.sum()), unit=unit))
+            rows.append(dict(label=label, feature=feature, auroc=value, low=value - 1.96*error, high=value + 1.96*error,
+                error=error, n=len(truth), positives=int(truth.sum()), unit=unit))
     out = pd.DataFrame(rows)
     limit = norm.ppf(1 - family/2/len(out))
     out.insert(5, 'ok', (out.auroc - 0.5).abs() <= limit*out.error)

@@ -80,11 +80,12 @@ def draw_places(
         chosen.append(some[int(np.argmax(away))])
     return np.stack(chosen)[rng.permutation(count)]
 
-# %% ../../nbs/150a_data.phantom_lesions.ipynb #59b38e43
+# %% ../../nbs/150a_data.phantom_lesions.ipynb #1215de15
 MASS_KINDS = {False: (('round', 'oval'), (('circumscribed', 0.75), ('obscured', 0.25))),
               True: (('irregular', 'irregular', 'irregular', 'oval'), (('spiculated', 0.5), ('indistinct', 0.3), ('microlobulated', 0.2)))}
 CALCIFICATIONS = {True: ('fine pleomorphic', 'fine linear branching'), False: ('amorphous', 'coarse heterogeneous')}
-LOOK_ALIKES = (('benign_calcification', 'vascular', 'linear', (22, 30)), ('benign_calcification', 'coarse popcorn-like', 'grouped', (6, 10)),
+LOOK_ALIKES = (('benign_calcification', 'vascular', 'linear', (22, 30)),
+    ('benign_calcification', 'coarse popcorn-like', 'grouped', (6, 10)),
                ('benign_calcification', 'round', 'scattered', (22, 30)), ('benign_calcification', 'rim', 'single', (7, 12)),
                ('lymph_node', '', '', (6, 11)))
 
@@ -93,7 +94,8 @@ def draw_mass(rng, malignant):
     "Draw shape, margin, size and category of a mass."
     shapes, margins = MASS_KINDS[malignant]
     margin = str(rng.choice([m for m, _ in margins], p=[p for _, p in margins]))
-    usual, other = {'circumscribed': (3, 2), 'obscured': (3, 4), 'spiculated': (5, 4), 'indistinct': (4, 5), 'microlobulated': (4, 5)}[margin]
+    usual, other = {'circumscribed': (3, 2), 'obscured': (3, 4), 'spiculated': (5, 4), 'indistinct': (4, 5),
+        'microlobulated': (4, 5)}[margin]
     return dict(shape=str(rng.choice(shapes)), margin=margin, morphology='', distribution='', size=rng.uniform(7, 22),
                 birads=usual if rng.random() < 0.75 else other)
 
@@ -113,7 +115,7 @@ def draw_look_alike(rng):
     shape, margin = ('oval', 'circumscribed') if label == 'lymph_node' else ('', '')
     return label, dict(shape=shape, margin=margin, morphology=morphology, distribution=distribution, size=rng.uniform(low, high), birads=2)
 
-# %% ../../nbs/150a_data.phantom_lesions.ipynb #167ef0da
+# %% ../../nbs/150a_data.phantom_lesions.ipynb #ca1a8982
 def draw_findings(
     key:tuple, # key of the breast's random streams
     breast:Breast, # the breast
@@ -123,7 +125,8 @@ def draw_findings(
     rng, scale = numpy_rng(*key, 'findings'), difficulty_knobs(config)['lesion_scale']
     draws = rng.random(4)
     masses = 0 if draws[0] >= config.p_mass else 1 + int(draws[1] < config.p_second)
-    kinds = ['mass']*masses + ['suspicious_calcification']*int(draws[2] < config.p_calcification) + ['look-alike']*int(draws[3] < config.p_benign)
+    kinds = ['mass']*masses + ['suspicious_calcification']*int(draws[2] < config.p_calcification)
+    kinds += ['look-alike']*int(draws[3] < config.p_benign)
     places, out = draw_places(numpy_rng(*key, 'places'), breast), []
     for i, label in enumerate(kinds):
         own = numpy_rng(*key, label, i if label == 'mass' else 0)
@@ -136,7 +139,7 @@ def draw_findings(
         out.append(Finding(label, malignant=malignant, x=x, lateral=lateral, superior=superior, key=key_of(*key, 'render', i), **details))
     return out
 
-# %% ../../nbs/150a_data.phantom_lesions.ipynb #1cbf9b19
+# %% ../../nbs/150a_data.phantom_lesions.ipynb #20ed6e69
 def border(
     rng, # generator of this finding in this view
     finding:Finding, # shape and margin
@@ -163,7 +166,7 @@ def softness(
     if margin == 'obscured': return np.maximum(least, 0.15 + 1.0*(0.5 + 0.5*np.cos(theta - rng.uniform(0, 2*np.pi)))**2)
     return max(least, {'circumscribed': 0.14, 'microlobulated': 0.18, 'spiculated': 0.45, 'indistinct': 1.0}[margin])
 
-
+# %% ../../nbs/150a_data.phantom_lesions.ipynb #c721ed5f
 def spicules(rng, theta, r, wave, pixel):
     "Draw rays outside the border; `r` and `pixel` as shares of the radius."
     out = np.zeros_like(theta)
@@ -199,7 +202,7 @@ def render_mass(
         grey = grey*(1 - 0.75*np.exp(-((dx - 0.3*np.cos(turn))**2 + (dy - 0.3*np.sin(turn))**2)/0.09))
     return (y0, x0), grey.astype(np.float32), rho <= 1
 
-# %% ../../nbs/150a_data.phantom_lesions.ipynb #ccacd6db
+# %% ../../nbs/150a_data.phantom_lesions.ipynb #d8a06ea2
 def spread(rng, n, distribution, half):
     "Give `n` points (n,3) in mm: x, lateral, superior, within `half` of the centre."
     if distribution == 'linear':
@@ -210,7 +213,7 @@ def spread(rng, n, distribution, half):
     if distribution == 'segmental': ball[:, 1:] *= (0.25 + 0.30*(1 - ball[:, :1]))
     return half*ball
 
-
+# %% ../../nbs/150a_data.phantom_lesions.ipynb #5546889e
 def draw_grains(
     finding:Finding, # calcifications
 ) -> tuple: # points (n,3) in mm around the centre, diameter (n,) in mm, brightness (n,)
@@ -224,7 +227,8 @@ def draw_grains(
     if kind == 'rim':
         ball = rng.normal(0, 1, (90, 3))
         return half*ball/np.linalg.norm(ball, axis=1, keepdims=True), np.full(90, 0.6), np.full(90, 0.55)
-    n, diameter, level = {'coarse popcorn-like': (7, (2.0, 3.2), (1.0, 1.3)), 'round': (7, (0.8, 1.2), (0.9, 1.1)), 'amorphous': (34, (0.3, 0.5), (0.4, 0.6)),
+    n, diameter, level = {'coarse popcorn-like': (7, (2.0, 3.2), (1.0, 1.3)), 'round': (7, (0.8, 1.2), (0.9, 1.1)),
+        'amorphous': (34, (0.3, 0.5), (0.4, 0.6)),
                           'coarse heterogeneous': (14, (0.6, 1.1), (0.6, 1.1)), 'fine pleomorphic': (24, (0.3, 0.6), (0.5, 1.2)),
                           'fine linear branching': (12, (0.3, 0.45), (0.7, 1.1))}[kind]
     points = spread(rng, n, finding.distribution, half*(0.6 if kind.startswith('coarse p') else 1.0))
@@ -233,7 +237,7 @@ def draw_grains(
         points = (points[:, None] + np.linspace(-0.9, 0.9, 5)[:, None]*way[:, None]).reshape(-1, 3)
     return points, rng.uniform(*diameter, len(points)), rng.uniform(*level, len(points))
 
-# %% ../../nbs/150a_data.phantom_lesions.ipynb #a0de374b
+# %% ../../nbs/150a_data.phantom_lesions.ipynb #0cc2b19a
 def thin(
     points, # (n,2) in pixels
     apart:float=2.1, # least distance, pixels
@@ -244,7 +248,7 @@ def thin(
         if all(np.hypot(*(p - points[j])) >= apart for j in kept): kept.append(i)
     return np.array(kept)
 
-
+# %% ../../nbs/150a_data.phantom_lesions.ipynb #86df6d1a
 def render_calcification(
     finding:Finding, # calcifications
     view:str, # CC or MLO
@@ -271,7 +275,7 @@ def render_calcification(
     mask = cv2.dilate(mask, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (grow, grow)))
     return (y0, x0), grey.astype(np.float32), mask > 0
 
-# %% ../../nbs/150a_data.phantom_lesions.ipynb #4067ad54
+# %% ../../nbs/150a_data.phantom_lesions.ipynb #47bbc63b
 def distractors(
     rng, # generator of the view
     frame:Frame, # where to draw
@@ -297,7 +301,7 @@ def distractors(
             add_patch(out, (int(row) - 4, int(column) - 4), patch)
     return out
 
-
+# %% ../../nbs/150a_data.phantom_lesions.ipynb #805766de
 def add_patch(
     image:np.ndarray, # (h,w), changed in place
     corner:tuple[int, int], # row and column of the patch's first pixel; may lie outside

@@ -14,13 +14,13 @@ import numpy as np
 from .phantom_anatomy import Breast
 from .phantom_lesions import Finding, clock, depth_third, quadrant
 
-# %% ../../nbs/151_data.phantom_report.ipynb #26be4495
+# %% ../../nbs/151_data.phantom_report.ipynb #08922189
 @dataclass(frozen=True)
 class Sentence:
     "Hold one sentence of a report and what it speaks of."
     section: str  # FINDINGS or IMPRESSION
     text: str  # with its full stop
-    label: str = ''  # mass, suspicious_calcification, benign_calcification, lymph_node, density, birads, no_mass, no_suspicious_calcification, no_finding, '' for remarks
+    label: str = ''  # of the finding; density; birads; no_mass, no_suspicious_calcification, no_finding; '' for remarks
     finding: int = -1  # number of the finding in its breast; -1 when the sentence points at no place
 
 
@@ -44,14 +44,15 @@ def one_of(rng, options):
     "Take one of the options."
     return options[int(rng.integers(len(options)))]
 
-# %% ../../nbs/151_data.phantom_report.ipynb #d7596493
+# %% ../../nbs/151_data.phantom_report.ipynb #574cd4bf
 SIDE_NAMES = {'L': 'left', 'R': 'right'}
 
 
 def place_words(rng, finding, breast):
     "Say where a finding is: quadrant, side, often depth or clock face."
     q, side, depth, hour = quadrant(finding, breast), SIDE_NAMES[breast.side], depth_third(finding, breast), clock(finding, breast)
-    options = [f'in the {q} {side} breast', f'in the {q} quadrant of the {side} breast' if ' ' in q else f'in the {q} region of the {side} breast']
+    options = [f'in the {q} {side} breast',
+        f'in the {q} quadrant of the {side} breast' if ' ' in q else f'in the {q} region of the {side} breast']
     where = one_of(rng, options)
     further = [f' at {depth} depth', f', {depth} third', f' at {depth} depth', '']
     if q not in ('central', 'subareolar'): further.append(f" at {hour} o'clock, {depth} depth")
@@ -76,7 +77,7 @@ FINDING_TEMPLATES = {
     'lymph_node': ('[a|an incidental] benign [intramammary|] lymph node with fatty hilum [is seen|lies] {place}.',
              'intramammary lymph node [measuring {size}|] {place}, benign.')}
 
-
+# %% ../../nbs/151_data.phantom_report.ipynb #a952331f
 def finding_sentence(
     rng, # generator of the report
     finding:Finding, # what to describe
@@ -84,52 +85,77 @@ def finding_sentence(
     index:int, # number of the finding in its breast
 ) -> Sentence:
     "Describe one finding."
-    shape = {'round': '[round|rounded]', 'oval': '[oval|oval shaped]', 'irregular': '[irregular|irregularly shaped]', '': ''}[finding.shape]
+    shape = {'round': '[round|rounded]', 'oval': '[oval|oval shaped]', 'irregular': '[irregular|irregularly shaped]',
+        '': ''}[finding.shape]
     distribution = {'grouped': '[grouped|clustered]'}.get(finding.distribution, finding.distribution)
     text = one_of(rng, FINDING_TEMPLATES[finding.label]).replace('{shape}', shape).replace('{distribution}', distribution)
-    text = wording(rng, text, size=size_words(rng, finding.size), margin=finding.margin, morphology=finding.morphology, place=place_words(rng, finding, breast))
+    text = wording(rng, text, size=size_words(rng, finding.size), margin=finding.margin, morphology=finding.morphology,
+        place=place_words(rng, finding, breast))
     return Sentence('FINDINGS', text, finding.label, index)
 
-# %% ../../nbs/151_data.phantom_report.ipynb #a5ea0cdf
+# %% ../../nbs/151_data.phantom_report.ipynb #afed6986
 DENSITY_TEMPLATES = {
-    'A': ('the breasts are almost entirely fatty.', '[breast tissue|tissue] is almost entirely fat [(ACR A)|].', 'ACR density A: almost entirely fatty breasts.'),
+    'A': ('the breasts are almost entirely fatty.', '[breast tissue|tissue] is almost entirely fat [(ACR A)|].',
+    'ACR density A: almost entirely fatty breasts.'),
     'B': ('there are scattered areas of fibroglandular density.', 'scattered fibroglandular densities [are present|] [(ACR B)|].',
           'ACR density B: scattered areas of fibroglandular [density|tissue].'),
-    'C': ('the breasts are heterogeneously dense, which may obscure small masses.', 'the breast tissue is heterogeneously dense [(ACR C)|].',
+    'C': ('the breasts are heterogeneously dense, which may obscure small masses.',
+    'the breast tissue is heterogeneously dense [(ACR C)|].',
           'ACR density C: heterogeneously dense [breasts|tissue].'),
-    'D': ('the breasts are extremely dense, which lowers the sensitivity of mammography.', 'the breast tissue is extremely dense [(ACR D)|].',
+    'D': ('the breasts are extremely dense, which lowers the sensitivity of mammography.',
+    'the breast tissue is extremely dense [(ACR D)|].',
           'ACR density D: extremely dense [breasts|tissue].')}
 NEGATIVES = {
-    'mass': ('no [suspicious|dominant|discrete|] mass is [seen|identified] in the {side} breast.', 'there is no mass in the {side} breast.', 'no mass on the {side}.'),
+    'mass': ('no [suspicious|dominant|discrete|] mass is [seen|identified] in the {side} breast.',
+    'there is no mass in the {side} breast.', 'no mass on the {side}.'),
     'suspicious_calcification': ('no suspicious [calcification|calcifications|microcalcification] in the {side} breast.',
-                                 'there are no suspicious calcifications [on the {side}|in the {side} breast].', 'no suspicious [grouped|] calcifications.')}
-BOTH_NEGATIVE = ('no [suspicious|dominant|] mass or suspicious calcification [is seen|] in the {side} breast.', 'there is no mass and no suspicious calcification on the {side}.')
-NEUTRAL = ('skin is normal.', 'nipple is normal.', 'the skin [line|] is [smooth|normal|intact].', 'the nipple is [in profile|unremarkable|not retracted].',
+                                 'there are no suspicious calcifications [on the {side}|in the {side} breast].',
+                                 'no suspicious [grouped|] calcifications.')}
+BOTH_NEGATIVE = ('no [suspicious|dominant|] mass or suspicious calcification [is seen|] in the {side} breast.',
+    'there is no mass and no suspicious calcification on the {side}.')
+
+# %% ../../nbs/151_data.phantom_report.ipynb #d22671f6
+NEUTRAL = ('skin is normal.', 'nipple is normal.', 'the skin [line|] is [smooth|normal|intact].',
+    'the nipple is [in profile|unremarkable|not retracted].',
     'normal skin [thickness and contour|thickness] of the {side} breast.', 'no skin thickening or nipple retraction is [seen|present].',
-    'no [enlarged|abnormal] axillary lymph nodes [are seen|].', 'axilla is [clear|unremarkable].', 'image quality is [good|adequate|diagnostic].',
+    'no [enlarged|abnormal] axillary lymph nodes [are seen|].', 'axilla is [clear|unremarkable].',
+    'image quality is [good|adequate|diagnostic].',
     'craniocaudal and mediolateral oblique views [of the {side} breast|] were obtained.', 'positioning is [good|adequate].',
-    'the pectoral muscle is [well|adequately] [shown|seen] on the [mediolateral|] oblique view.', 'no motion [artefact|blur] is [seen|noted].',
+    'the pectoral muscle is [well|adequately] [shown|seen] on the [mediolateral|] oblique view.',
+    'no motion [artefact|blur] is [seen|noted].',
     'comparison is made with [earlier|previous] examinations where available.', 'no earlier images are available for comparison.',
     'the visible part of the axilla is unremarkable on the [mediolateral oblique view|oblique view] of the {side} breast.',
-    'subcutaneous fat and Cooper ligaments of the {side} breast have a normal appearance [throughout|].', 'vessels are [normal|unremarkable].', 'the edge of the breast is well seen in both views.', 'all of the skin line can be seen with a [hot|bright] light.',
-    'both projections show the [whole|entire] {side} breast from the chest wall to the nipple, and compression and exposure are adequate for [interpretation|reading].',
-    'the skin and the nipple of the {side} breast are [unremarkable|normal], and there is no sign of oedema or of an inflamed [skin|areola].',
-    'the [retroglandular fat|fat behind the gland] of the {side} breast is fully [included|shown] in the craniocaudal view, which speaks for good positioning.',
-    'the nipple of the {side} breast is in profile in [at least one|the craniocaudal] projection, and the inframammary fold is [open|included].',
+    'subcutaneous fat and Cooper ligaments of the {side} breast have a normal appearance [throughout|].',
+    'vessels are [normal|unremarkable].', 'the edge of the breast is well seen in both views.',
+    'all of the skin line can be seen with a [hot|bright] light.',
+    'both projections show the [whole|entire] {side} breast from the chest wall to the nipple, '
+    'and compression and exposure are adequate for [interpretation|reading].',
+    'the skin and the nipple of the {side} breast are [unremarkable|normal], '
+    'and there is no sign of oedema or of an inflamed [skin|areola].',
+    'the [retroglandular fat|fat behind the gland] of the {side} breast is fully [included|shown] '
+    'in the craniocaudal view, which speaks for good positioning.',
+    'the nipple of the {side} breast is in profile in [at least one|the craniocaudal] projection, '
+    'and the inframammary fold is [open|included].',
     'the examination was [read on a diagnostic workstation|interpreted with knowledge of the clinical history that was supplied].')
-CLOSING = ('a letter with the result [is|will be] sent to the patient.', 'result [sent|communicated].', 'continue [regular|monthly] self examination.',
+CLOSING = ('a letter with the result [is|will be] sent to the patient.', 'result [sent|communicated].',
+    'continue [regular|monthly] self examination.',
     'not every finding is visible on a mammogram, so clinical symptoms should be [followed up|evaluated] on their own merit.',
-    'correlation with [physical|clinical] examination is advised.', 'the result was entered into the [reminder|recall] system.', 'clinical correlation advised.',
-    'the [referring physician|referring doctor] has been [informed of|sent] this result, and the images are available in the archive for later comparison.',
+    'correlation with [physical|clinical] examination is advised.', 'the result was entered into the [reminder|recall] system.',
+    'clinical correlation advised.',
+    'the [referring physician|referring doctor] has been [informed of|sent] this result, '
+    'and the images are available in the archive for later comparison.',
     'these images were read [independently|] by two readers.', 'double read.', 'images are archived.',
-    'please [call|ask] us if you have any question about this report.', 'the images are in the archive and can be seen [there|] at any time.', 'the next step is up to the doctor who sent her to us.')
+    'please [call|ask] us if you have any question about this report.',
+    'the images are in the archive and can be seen [there|] at any time.', 'the next step is up to the doctor who sent her to us.')
 
-# %% ../../nbs/151_data.phantom_report.ipynb #e695c462
-ASSESSMENT = {1: 'negative', 2: 'benign [finding|]', 3: 'probably benign', 4: 'suspicious [abnormality|finding|]', 5: 'highly suggestive of malignancy'}
+# %% ../../nbs/151_data.phantom_report.ipynb #743f960f
+ASSESSMENT = {1: 'negative', 2: 'benign [finding|]', 3: 'probably benign', 4: 'suspicious [abnormality|finding|]',
+    5: 'highly suggestive of malignancy'}
 NEXT_STEP = {1: '[routine|annual] screening [mammography|] [is advised|].', 2: '[routine|annual] screening [mammography|] [is advised|].',
     3: '[short interval|six month] follow-up [mammography|] [is advised|].', 4: '[tissue sampling|biopsy|core biopsy] is recommended.',
     5: '[biopsy|core biopsy] [is needed|should be performed].'}
-OPINION = {2: '[, benign|, of benign appearance]', 3: ', [probably benign|likely benign]', 4: '[, suspicious for malignancy|, concerning for malignancy]',
+OPINION = {2: '[, benign|, of benign appearance]', 3: ', [probably benign|likely benign]',
+    4: '[, suspicious for malignancy|, concerning for malignancy]',
     5: '[, highly suspicious for malignancy|, malignant until proven otherwise]'}
 
 
@@ -146,12 +172,14 @@ def impression(
         noun = f'{f.margin} mass' if f.label == 'mass' else f'{f.distribution} calcifications'
         text = wording(rng, f'{noun} [in the {quadrant(f, breast)} {side} breast|on the {side}]{OPINION[f.birads]}.')
         out.append(Sentence('IMPRESSION', text, f.label, k))
-    if birads < 3: out.append(Sentence('IMPRESSION', wording(rng, 'no [mammographic|] [evidence|sign] of malignancy in the {side} breast.', side=side)))
-    text = wording(rng, '[{side} breast:|assessment, {side} breast:|] BI-RADS [category|] {n}[:|,] ' + ASSESSMENT[birads] + '.', side=side, n=birads)
+    if birads < 3: out.append(Sentence('IMPRESSION',
+        wording(rng, 'no [mammographic|] [evidence|sign] of malignancy in the {side} breast.', side=side)))
+    text = wording(rng, '[{side} breast:|assessment, {side} breast:|] BI-RADS [category|] {n}[:|,] ' + ASSESSMENT[birads] + '.',
+        side=side, n=birads)
     out.append(Sentence('IMPRESSION', text, 'birads'))
     return [*out, Sentence('IMPRESSION', wording(rng, NEXT_STEP[birads]))]
 
-# %% ../../nbs/151_data.phantom_report.ipynb #e67dffad
+# %% ../../nbs/151_data.phantom_report.ipynb #241c029b
 def pad(
     rng, # generator of the report
     must:list, # of Sentence, all kept
@@ -170,7 +198,7 @@ def pad(
     best = int(np.argmin(off))
     return [*must, *(Sentence(must[0].section, str(remarks[i])) for i in order[best][taken[best]])]
 
-
+# %% ../../nbs/151_data.phantom_report.ipynb #1a9cc340
 def breast_report(
     rng, # generator of this breast's report
     breast:Breast, # the breast
@@ -180,7 +208,8 @@ def breast_report(
 ) -> list: # of Sentence, in the order of the report
     "Write the report of one breast."
     side, absent = SIDE_NAMES[breast.side], [k for k in NEGATIVES if all(f.label != k for f in findings)]
-    if len(absent) == 2 and rng.random() < 0.4: negatives = [Sentence('FINDINGS', wording(rng, one_of(rng, BOTH_NEGATIVE), side=side), 'no_finding')]
+    if len(absent) == 2 and rng.random() < 0.4: negatives = [Sentence('FINDINGS',
+        wording(rng, one_of(rng, BOTH_NEGATIVE), side=side), 'no_finding')]
     else: negatives = [Sentence('FINDINGS', wording(rng, one_of(rng, NEGATIVES[k]), side=side), 'no_' + k) for k in absent]
     body = [finding_sentence(rng, f, breast, k) for k, f in enumerate(findings)] + negatives
     summary = impression(rng, breast, findings, birads)
