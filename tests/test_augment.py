@@ -31,6 +31,23 @@ def test_reference_matrices_golden():
         np.testing.assert_allclose(affine_matrix(152, 91, 20, (.1, .1), scale, (20, 20)), case['matrix'], atol=1e-10)
 
 
+def test_affine_matrix_by_the_library_s_formula():
+    "The form in which scikit-image documents its AffineTransform, written out: the same matrix by other arithmetic (no golden file needed)."
+    def documented(sx, sy, rotation, shear, tx=0.0, ty=0.0):
+        return np.array([[sx*np.cos(rotation), -sy*(np.cos(rotation)*np.tan(shear) + np.sin(rotation)), tx],
+                         [sx*np.sin(rotation), -sy*(np.sin(rotation)*np.tan(shear) - np.cos(rotation)), ty], [0, 0, 1]])
+    move, rng = lambda x, y: documented(1, 1, 0, 0, x, y), np.random.default_rng(0)
+    for _ in range(20):
+        h, w = rng.integers(10, 200, 2)
+        r, kx, ky = np.deg2rad(rng.uniform(-30, 30, 3))
+        (sx, sy), (tx, ty) = rng.uniform(.7, 1.3, 2), rng.uniform(-.2, .2, 2)
+        quarter = documented(1, 1, np.pi/2, 0)
+        want = (move(w/2 - .5, h/2 - .5) @ documented(sx, sy, -r, -kx, tx*w, ty*h) @ quarter @ documented(1, 1, 0, -ky) @ np.linalg.inv(quarter)
+                @ move(.5 - w/2, .5 - h/2))
+        got = affine_matrix(h, w, *np.rad2deg([r]), (tx, ty), (sx, sy), np.rad2deg([kx, ky]))
+        np.testing.assert_allclose(got, want, atol=1e-9)
+
+
 def test_reference_mode_draws_constants():
     "Whatever the key, undoing the drawn scale leaves the one constant map."
     config = AugmentConfig(mode='reference', affine=1, elastic=0, rotate=0, shear=0, translate=0)

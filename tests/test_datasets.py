@@ -242,6 +242,8 @@ def test_empty_reports_are_counted(tokenizer):
     with pytest.warns(UserWarning, match='4 breasts are left out, 1 stay') as said:
         data = BreastTextDataset(fake(rows), tokenizer, BreastTextConfig(view_names=('CC', 'MLO')))
     assert data.skipped == {'no image of the wanted views': 1, 'no report': 2, 'no text in the report': 1} and '2 with no report' in str(said[0].message)
+    html = data._repr_html_()
+    assert '1 with no text in the report' in html and 'findings 1, impression 1' in html and 'CC 1' in html
     for rows in ([('a', 'L', 'CC', '')], [('a', 'L', 'CC', None)]):
         with pytest.raises(DataError, match='no breast has images and a report'): BreastTextDataset(fake(rows), tokenizer)
 
