@@ -194,3 +194,14 @@ def test_folder_twice_the_same_id(tmp_path):
     with pytest.raises(DataError, match='no rows'): read_folder(tmp_path)
     (tmp_path/'index.csv').unlink()
     with pytest.raises(DataError, match='no index.csv'): read_folder(tmp_path)
+
+
+def test_the_example_is_valid():
+    "data_csv/ is what it says: no row is set aside, every box and sentence has its image."
+    from pathlib import Path
+    folder = Path(__file__).resolve().parents[1]/'data_csv'
+    source = read_folder(folder)
+    assert source.report.issues.kind.unique().tolist() == ['file is absent'] and len(source.records) == 7 and len(source.boxes) == 3 and len(source.sentences) == 3
+    readme = (folder/'README.md').read_text()
+    from medvl.data.schema import BOXES, RECORDS, SENTENCES
+    for name in (*RECORDS, *BOXES, *SENTENCES): assert f'`{name}`' in readme, name
