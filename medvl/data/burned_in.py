@@ -14,7 +14,7 @@ import numpy as np
 from .crop import apply_table, minmax_table
 from .dicom import StoredImage, image_range
 
-# %% ../../nbs/101b_data.burned_in.ipynb #c3a96776
+# %% ../../nbs/101b_data.burned_in.ipynb #c4dd517c
 def small_grey(
     image:StoredImage, # image
     side:int=1024, # longer side of the copy at most
@@ -29,7 +29,7 @@ def small_grey(
     size = tuple(max(1, round(s*zoom)) for s in grey.shape[::-1])
     return cv2.resize(grey, size, interpolation=cv2.INTER_AREA), size[0]/image.shape[1]
 
-
+# %% ../../nbs/101b_data.burned_in.ipynb #ff506d15
 def letters(
     grey:np.ndarray, # uint8 (h,w)
     kernel:int, # side of the top-hat's square, odd
@@ -81,7 +81,7 @@ def looks_written(
     clear = ink - float(np.median(behind))
     return clear > 90 or (clear > 60 and float(np.median(behind)) < 30 and float(behind.std()) < 12)
 
-# %% ../../nbs/101b_data.burned_in.ipynb #7e9d5a6b
+# %% ../../nbs/101b_data.burned_in.ipynb #a5a3a03c
 @dataclass
 class BurnedIn:
     """Text found in an image."""
@@ -103,7 +103,7 @@ def turn_back(
     if turns == 3: return y0, shape[0] - x1, y1, shape[0] - x0
     return box
 
-
+# %% ../../nbs/101b_data.burned_in.ipynb #c745a8f3
 def burned_in_text(
     image, # StoredImage, or uint8 array (h,w)
     contrast:int=70, # grey levels (of 255) a letter stands above its surroundings

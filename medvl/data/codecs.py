@@ -19,7 +19,7 @@ from pydicom.pixels import convert_color_space
 from ..core.errors import DataError
 from .header import Limits, OpenDicom, check_size, value_of
 
-# %% ../../nbs/100b_data.codecs.ipynb #4c0d4eae
+# %% ../../nbs/100b_data.codecs.ipynb #9f1eddf5
 @dataclass(frozen=True)
 class PixelLayout:
     """How one pixel is stored."""
@@ -32,7 +32,6 @@ class PixelLayout:
     signed: bool       # two's complement
     photometric: str   # MONOCHROME1, MONOCHROME2, RGB, YBR_...
     planar: bool       # colour planes one after the other
-
     @property
     def nbytes(self): return self.rows*self.columns*self.samples*self.allocated//8
 
@@ -48,9 +47,10 @@ def whole_number(
     Raises: DataError."""
     value = value_of(opened.ds, name, default)
     try: return int(value)
-    except (TypeError, ValueError): raise DataError(f'{name} is {"missing" if value is None else repr(value)}: no image can be made.', file=file) from None
+    except (TypeError, ValueError): raise DataError(f'{name} is {"missing" if value is None else repr(value)}: no image can be made.',
+                                                    file=file) from None
 
-# %% ../../nbs/100b_data.codecs.ipynb #d28e37ab
+# %% ../../nbs/100b_data.codecs.ipynb #49527673
 def pixel_layout(
     opened:OpenDicom, # header
     limits:Limits, # what is allowed
@@ -61,7 +61,8 @@ def pixel_layout(
     Raises: DataError for what is no single grey or colour frame of 8 to 16 bits."""
     number = lambda name, default=None: whole_number(opened, name, default, file)
     frames = number('NumberOfFrames', 1)
-    if frames != 1: raise DataError(f'{frames} frames: only single projections are read.', file=file, fix='Export the 2D view of a tomosynthesis or cine object.')
+    if frames != 1: raise DataError(f'{frames} frames: only single projections are read.', file=file,
+                                    fix='Export the 2D view of a tomosynthesis or cine object.')
     rows, columns = number('Rows'), number('Columns')
     check_size(rows, columns, limits, file)
     samples, allocated, stored = number('SamplesPerPixel', 1), number('BitsAllocated'), number('BitsStored')
@@ -72,12 +73,13 @@ def pixel_layout(
         raise DataError(f'{samples} samples of {photometric or "unknown"} photometric interpretation are not read.', file=file)
     high = number('HighBit', stored - 1)
     if not stored - 1 <= high < allocated: raise DataError(f'HighBit is {high} with {stored} bits stored of {allocated}.', file=file)
-    return PixelLayout(rows, columns, samples, allocated, stored, high, bool(number('PixelRepresentation', 0)), photometric, bool(number('PlanarConfiguration', 0)))
+    return PixelLayout(rows, columns, samples, allocated, stored, high, bool(number('PixelRepresentation', 0)), photometric,
+                       bool(number('PlanarConfiguration', 0)))
 
 
 KNOWN_PHOTOMETRIC = ('MONOCHROME1', 'MONOCHROME2', 'RGB', 'YBR_FULL', 'YBR_FULL_422', 'YBR_RCT', 'YBR_ICT')
 
-# %% ../../nbs/100b_data.codecs.ipynb #5cf5715f
+# %% ../../nbs/100b_data.codecs.ipynb #73f0d91f
 def pixel_element(
     opened:OpenDicom, # header, its stream in front of the pixels
     file=None, # for messages
@@ -87,15 +89,17 @@ def pixel_element(
     Raises: DataError when there is none."""
     order = '<' if opened.little else '>'
     head = opened.stream.read(8)
-    if len(head) < 8: raise DataError('the file has no pixel data.', file=file, fix='It is a report, a presentation state or truncated: leave it out.')
+    if len(head) < 8: raise DataError('the file has no pixel data.', file=file,
+                                      fix='It is a report, a presentation state or truncated: leave it out.')
     group, element, length = struct.unpack(order + 'HHL', head)
     if (group, element) != (0x7FE0, 0x0010): raise DataError(f'no integer pixel data, but element ({group:04X},{element:04X}).', file=file)
     opened.word = head[4:6] == b'OW'
     if not opened.implicit:
-        length = struct.unpack(order + 'L', opened.stream.read(4).ljust(4, b'\0'))[0] if head[4:6] in (b'OB', b'OW', b'UN') else struct.unpack(order + 'H', head[6:8])[0]
+        length = struct.unpack(order + 'L', opened.stream.read(4).ljust(4, b'\0'))[0] if head[4:6] in (b'OB', b'OW',
+                b'UN') else struct.unpack(order + 'H', head[6:8])[0]
     return -1 if length == 0xFFFFFFFF else length
 
-
+# %% ../../nbs/100b_data.codecs.ipynb #eb9e9d34
 def fragments(
     stream, # stream behind the head of an encapsulated element
     size:int, # bytes of the whole stream
@@ -108,14 +112,16 @@ def fragments(
     while len(head := stream.read(8)) == 8:
         group, element, length = struct.unpack('<HHL', head)
         if (group, element) == (0xFFFE, 0xE0DD): break
-        if (group, element) != (0xFFFE, 0xE000): raise DataError(f'found ({group:04X},{element:04X}) where a fragment should start.', file=file, fix='The file is damaged.')
+        if (group, element) != (0xFFFE, 0xE000): raise DataError(f'found ({group:04X},{element:04X}) where a fragment should start.',
+                                                                 file=file, fix='The file is damaged.')
         if length > size - stream.tell():
-            raise DataError(f'the file is truncated: a fragment declares {length:,} bytes, {size - stream.tell():,} are left.', file=file, fix='Copy it again.')
+            raise DataError(f'the file is truncated: a fragment declares {length:,} bytes, {size - stream.tell():,} are left.', file=file,
+                            fix='Copy it again.')
         parts.append(stream.read(length))
     if len(parts) < 2: raise DataError('the encapsulated pixel data holds no frame.', file=file)
     return parts[1] if len(parts) == 2 else b''.join(parts[1:])
 
-# %% ../../nbs/100b_data.codecs.ipynb #678e8d2a
+# %% ../../nbs/100b_data.codecs.ipynb #eeacba58
 @dataclass(frozen=True)
 class StreamInfo:
     """What a compressed stream declares."""
@@ -126,7 +132,7 @@ class StreamInfo:
     bits: int
     lossy: bool   # decoded values may leave the range of the stored bits
 
-
+# %% ../../nbs/100b_data.codecs.ipynb #5a027f24
 def stream_info(
     frame:bytes, # compressed frame
 ) -> StreamInfo|None: # None when it is no JPEG of any kind
@@ -147,7 +153,7 @@ def stream_info(
         at += 1 if marker == 0xFF else 2 + struct.unpack('>H', frame[at + 2:at + 4])[0]
     return None
 
-# %% ../../nbs/100b_data.codecs.ipynb #22edff86
+# %% ../../nbs/100b_data.codecs.ipynb #57b846d4
 def decode_stream(
     frame:bytes, # compressed JPEG, JPEG-LS or JPEG 2000 stream
     info:StreamInfo, # what it declares
@@ -160,7 +166,7 @@ def decode_stream(
     colour = {'RGB': 'RGB', '': None}.get(photometric, 'YCBCR')
     return imagecodecs.jpeg8_decode(frame, colorspace=colour, outcolorspace='RGB')
 
-
+# %% ../../nbs/100b_data.codecs.ipynb #9df59c9d
 def decode_checked(
     frame:bytes, # compressed stream
     rows:int, # rows the header declares
@@ -173,10 +179,13 @@ def decode_checked(
 
     Raises: DataError when they differ, or the stream is damaged."""
     info = stream_info(frame)
-    if info is None: raise DataError('the compressed stream is damaged: no start of an image is found in it.', file=file, fix='Replace the file.')
+    if info is None: raise DataError('the compressed stream is damaged: no start of an image is found in it.', file=file,
+                                     fix='Replace the file.')
     if (info.rows, info.columns, info.samples) != (rows, columns, samples):
-        raise DataError(f'the header says {rows} × {columns} × {samples}, the compressed stream {info.rows} × {info.columns} × {info.samples}.', file=file)
-    if b'\xff\xd9' not in frame[-64:]: raise DataError('the compressed stream is truncated: its end marker is missing.', file=file, fix='Copy the file again.')
+        there = f'{info.rows} × {info.columns} × {info.samples}'
+        raise DataError(f'the header says {rows} × {columns} × {samples}, the compressed stream {there}.', file=file)
+    if b'\xff\xd9' not in frame[-64:]: raise DataError('the compressed stream is truncated: its end marker is missing.', file=file,
+                                                       fix='Copy the file again.')
     if info.codec == 'other': raise NotImplementedError(info)
     try: out = decode_stream(frame, info, photometric)
     except Exception as e:   # every codec has an error class of its own
@@ -184,7 +193,7 @@ def decode_checked(
     if out.shape[:2] != (rows, columns): raise DataError(f'decoding gave {out.shape}, not {(rows, columns)}.', file=file)
     return out, info
 
-# %% ../../nbs/100b_data.codecs.ipynb #a7252987
+# %% ../../nbs/100b_data.codecs.ipynb #e4cf4feb
 def decode_rle(
     frame:bytes, # run-length coded frame
     layout:PixelLayout, # bit layout
@@ -196,15 +205,19 @@ def decode_rle(
     Source: PS3.5 annex G."""
     segments = layout.samples*layout.allocated//8
     starts = struct.unpack('<16L', frame[:64]) if len(frame) >= 64 else (0,)*16
-    inside = starts[0] == segments and starts[1] == 64 and all(a < b for a, b in zip(starts[1:], starts[2:segments + 1])) and starts[segments] < len(frame)
-    if not inside: raise DataError(f'damaged run lengths: {starts[0]} segments of {segments} in {len(frame):,} bytes.', file=file, fix='Replace the file.')
+    inside = starts[0] == segments and starts[1] == 64 and all(a < b for a,
+                                                               b in zip(starts[1:],
+                                                                       starts[2:segments + 1])) and starts[segments] < len(frame)
+    if not inside: raise DataError(f'damaged run lengths: {starts[0]} segments of {segments} in {len(frame):,} bytes.', file=file,
+                                   fix='Replace the file.')
     try: data = imagecodecs.dicomrle_decode(frame, f'<u{layout.allocated//8}')
     except Exception as e: raise DataError(f'damaged run lengths ({str(e)[:200]}).', file=file, fix='Replace the file.') from e
-    if len(data) != layout.nbytes: raise DataError(f'run lengths unpack to {len(data):,} bytes of {layout.nbytes:,}.', file=file, fix='The file is truncated.')
+    if len(data) != layout.nbytes: raise DataError(f'run lengths unpack to {len(data):,} bytes of {layout.nbytes:,}.', file=file,
+                                                   fix='The file is truncated.')
     planes = np.frombuffer(data, f'<u{layout.allocated//8}').reshape(layout.samples, layout.rows, layout.columns)
     return planes[0] if layout.samples == 1 else np.moveaxis(planes, 0, 2)
 
-# %% ../../nbs/100b_data.codecs.ipynb #d171573e
+# %% ../../nbs/100b_data.codecs.ipynb #d2178359
 def read_native(
     opened:OpenDicom, # stream behind the head of the pixel data
     length:int, # its declared bytes
@@ -217,7 +230,8 @@ def read_native(
     if layout.photometric == 'YBR_FULL_422': raise DataError('uncompressed YBR_FULL_422 is not read.', file=file)
     left = opened.size - opened.stream.tell()
     if min(length, left) < layout.nbytes:
-        raise DataError(f'the file is truncated: {layout.nbytes:,} bytes of pixels are declared, {min(length, left):,} are there.', file=file, fix='Copy it again.')
+        raise DataError(f'the file is truncated: {layout.nbytes:,} bytes of pixels are declared, {min(length, left):,} are there.',
+                        file=file, fix='Copy it again.')
     data = opened.stream.read(layout.nbytes)
     if layout.allocated == 8 and opened.word and not opened.little:   # 8-bit pixels inside big-endian words
         data = np.frombuffer(data[:len(data)//2*2], '>u2').astype('<u2').tobytes().ljust(layout.nbytes, b'\0')
@@ -245,7 +259,7 @@ def stored_values(
     if layout.signed or layout.stored == layout.allocated or raw.max() <= top: return raw
     return np.minimum(raw, raw.dtype.type(top)) if lossy else raw & raw.dtype.type(top)
 
-# %% ../../nbs/100b_data.codecs.ipynb #43fae93d
+# %% ../../nbs/100b_data.codecs.ipynb #2689cd6e
 def grey_of(
     rgb:np.ndarray, # uint8 or uint16 (h,w,3)
     colour:str='refuse', # 'refuse' or 'luma'
@@ -259,9 +273,10 @@ def grey_of(
     if spread.max() <= 2*(1 if rgb.dtype == np.uint8 else 257): return np.ascontiguousarray(rgb[..., 1])
     if colour == 'luma': return (rgb @ np.array([0.299, 0.587, 0.114]) + 0.5).astype(rgb.dtype)
     y, x = np.unravel_index(spread.argmax(), spread.shape)
-    raise DataError(f'a colour image: pixel ({y}, {x}) is {rgb[y, x].tolist()}; radiographs are grey.', file=file, fix="Pass colour='luma' to convert it.")
+    raise DataError(f'a colour image: pixel ({y}, {x}) is {rgb[y, x].tolist()}; radiographs are grey.', file=file,
+                    fix="Pass colour='luma' to convert it.")
 
-# %% ../../nbs/100b_data.codecs.ipynb #a66b85e7
+# %% ../../nbs/100b_data.codecs.ipynb #1d500193
 def by_pydicom(
     path, # file
     layout:PixelLayout, # bit layout
@@ -271,9 +286,10 @@ def by_pydicom(
     Raises: DataError when none of them knows it either."""
     try: return pydicom.dcmread(path).pixel_array
     except Exception as e:   # plugins raise whatever they like
-        raise DataError(f'no installed decoder reads this coding ({str(e)[:300]}).', file=path, fix='Convert it to JPEG 2000 or an uncompressed syntax.') from e
+        raise DataError(f'no installed decoder reads this coding ({str(e)[:300]}).', file=path,
+                        fix='Convert it to JPEG 2000 or an uncompressed syntax.') from e
 
-
+# %% ../../nbs/100b_data.codecs.ipynb #d48bb3a4
 def read_pixels(
     opened:OpenDicom, # header, its stream in front of the pixels
     layout:PixelLayout, # checked layout
@@ -289,7 +305,8 @@ def read_pixels(
         frame = fragments(opened.stream, opened.size, file)
         try:
             if opened.syntax == RLE: raw = decode_rle(frame, layout, file)
-            else: raw, info = decode_checked(frame, layout.rows, layout.columns, layout.samples, layout.photometric, file); lossy = info.lossy
+            else: raw, info = decode_checked(frame, layout.rows, layout.columns, layout.samples, layout.photometric,
+                                             file); lossy = info.lossy
         except NotImplementedError: return by_pydicom(file, layout)
     if layout.samples == 3:
         full = layout.photometric == 'YBR_FULL' and (length >= 0 or opened.syntax == RLE or info.codec != 'jpeg')

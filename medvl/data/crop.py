@@ -90,7 +90,7 @@ def lines_on(
         on[unsure] = lines.min(axis) != bright[unsure]
     return on
 
-# %% ../../nbs/102_data.crop.ipynb #6f44aa3a
+# %% ../../nbs/102_data.crop.ipynb #af416f08
 def central(
     n:int, # length
 ) -> slice: # its central 80 %, as the rule rounds it
@@ -108,7 +108,7 @@ def take_runs(
         (a[runs[0][0]:runs[0][1]] if axis == 0 else a[:, runs[0][0]:runs[0][1]])
     return pick(pick(pixels, rows, 0), columns, 1)
 
-
+# %% ../../nbs/102_data.crop.ipynb #4ff2a3c1
 def paper_crop(
     pixels:np.ndarray, # (h,w) stored values, borders already cut
     table:np.ndarray, # grey table of the image
@@ -152,7 +152,7 @@ def chest_side(
     left, right = inside[:edge].mean(), inside[-edge:].mean()
     return '' if abs(left - right) < 0.05*max(left, right, 1e-9) else 'left' if left > right else 'right'
 
-# %% ../../nbs/102_data.crop.ipynb #03705724
+# %% ../../nbs/102_data.crop.ipynb #90680568
 def breast_crop(
     pixels:np.ndarray, # (h,w) stored values
     table:np.ndarray, # uint8 grey table of the image
@@ -163,5 +163,6 @@ def breast_crop(
     mask = breast_mask(apply_table(np.ascontiguousarray(pixels[::step, ::step]), table))
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     extra = int(margin*step*max(len(rows), len(columns)))
-    box = [(max(0, int(index[0])*step - extra), min(size, (int(index[-1]) + 1)*step + extra)) for index, size in zip((rows, columns), pixels.shape)]
+    box = [(max(0, int(index[0])*step - extra), min(size, (int(index[-1]) + 1)*step + extra)) for index,
+           size in zip((rows, columns), pixels.shape)]
     return (box[0],), (box[1],), chest_side(mask)

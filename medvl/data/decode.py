@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUARANTINE', 'pack', 'unpack', 'send', 'receive', 'cap_memory', 'answer_to', 'serve', 'Worker', 'ready', 'reason',
-           'Quarantine', 'outcome', 'isolated', 'decode_isolated']
+           'name_of', 'ask', 'Quarantine', 'outcome', 'isolated', 'decode_isolated']
 
 # %% ../../nbs/101a_data.decode.ipynb #4e7975b7
 import atexit
@@ -30,7 +30,7 @@ from .image import read_image
 try: import resource   # POSIX only: elsewhere time is limited, memory is not
 except ImportError: resource = None
 
-# %% ../../nbs/101a_data.decode.ipynb #250fa1bf
+# %% ../../nbs/101a_data.decode.ipynb #23854b8f
 def pack(
     value, # None, bool, number, str, bytes, list, tuple, dict, array or a dataclass of medvl
     blobs:list, # receives the arrays' bytes
@@ -48,10 +48,11 @@ def pack(
     if isinstance(value, (list, tuple)): return {type(value).__name__: [pack(v, blobs) for v in value]}
     if isinstance(value, dict): return {'dict': [[pack(k, blobs), pack(v, blobs)] for k, v in value.items()]}
     if is_dataclass(value) and type(value).__module__.startswith('medvl.'):
-        return {'class': f'{type(value).__module__}:{type(value).__qualname__}', 'fields': {f.name: pack(getattr(value, f.name), blobs) for f in fields(value) if f.init}}
+        return {'class': f'{type(value).__module__}:{type(value).__qualname__}',
+                'fields': {f.name: pack(getattr(value, f.name), blobs) for f in fields(value) if f.init}}
     raise TypeError(f'{type(value).__name__} cannot be passed to or from a worker')
 
-
+# %% ../../nbs/101a_data.decode.ipynb #afcc3c5a
 def unpack(
     value, # as `pack` made it
     blobs:list, # the arrays' bytes
@@ -69,10 +70,11 @@ def unpack(
     if kind == 'dict': return {unpack(k, blobs): unpack(v, blobs) for k, v in body}
     module, _, name = str(body).partition(':')
     cls = getattr(importlib.import_module(module), name, None) if module.startswith('medvl.') and name.isidentifier() else None
-    if not (isinstance(cls, type) and is_dataclass(cls)): raise DataError(f'a worker answered with the class {body!r}, which is not one of ours.')
+    if not (isinstance(cls, type) and is_dataclass(cls)): raise DataError(
+            f'a worker answered with the class {body!r}, which is not one of ours.')
     return cls(**{k: unpack(v, blobs) for k, v in rest[0][1].items()})
 
-# %% ../../nbs/101a_data.decode.ipynb #d608869a
+# %% ../../nbs/101a_data.decode.ipynb #b6b2ecdd
 def send(
     fd:int, # file descriptor to write to
     value, # what to send
@@ -85,7 +87,7 @@ def send(
         view = memoryview(part)
         while len(view): view = view[os.write(fd, view[:1 << 20]):]
 
-
+# %% ../../nbs/101a_data.decode.ipynb #683d762f
 def receive(
     fd:int, # file descriptor to read from
     deadline:float|None=None, # time.monotonic() when to give up
@@ -112,7 +114,7 @@ def _read_into(fd, out, at):
     out[at:at + len(data)] = data
     return len(data)
 
-# %% ../../nbs/101a_data.decode.ipynb #4db79438
+# %% ../../nbs/101a_data.decode.ipynb #a169c2ef
 def cap_memory(
     more:int, # bytes of address space beyond what is used now
 ) -> None:
@@ -137,12 +139,13 @@ def answer_to(
         return {'ok': function(*request['args'], **request['kwargs'])}
     except DataError as e:
         return {'data_error': [e.message, *(None if v is None else str(v) for v in (e.file, e.row, e.column, e.fix))]}
-    except MemoryError: return {'data_error': [f'decoding needs more than {limits.memory_bytes >> 20:,} MiB of memory.', None, None, None, 'Raise Limits.memory_bytes.']}
+    except MemoryError: return {'data_error': [f'decoding needs more than {limits.memory_bytes >> 20:,} MiB of memory.', None, None, None,
+                                               'Raise Limits.memory_bytes.']}
     except Exception as e: return {'error': f'{type(e).__name__}: {e}'[:2000]}
     finally:
         if hasattr(signal, 'alarm'): signal.alarm(0)
 
-
+# %% ../../nbs/101a_data.decode.ipynb #fa7d0275
 def serve() -> None:
     """Answer requests from standard input until it closes."""
     source, sink = os.dup(0), os.dup(1)
@@ -155,7 +158,8 @@ def serve() -> None:
         except EOFError: return
         reply = answer_to(request)
         try: send(sink, reply)
-        except MemoryError: send(sink, {'data_error': ['decoding needs more memory than allowed.', None, None, None, 'Raise Limits.memory_bytes.']})
+        except MemoryError: send(sink, {'data_error': ['decoding needs more memory than allowed.', None, None, None,
+                                                       'Raise Limits.memory_bytes.']})
 
 # %% ../../nbs/101a_data.decode.ipynb #c46d66db
 class Worker:
@@ -188,7 +192,38 @@ def reason(
     """Say why a worker ended."""
     return f'crashed ({signal.Signals(-code).name})' if code < 0 else f'ended with status {code}'
 
-# %% ../../nbs/101a_data.decode.ipynb #ba70ca6f
+# %% ../../nbs/101a_data.decode.ipynb #43b85106
+def name_of(
+    function, # a function
+) -> str: # 'module:name' by which a worker finds it
+    """Name a function that a worker can import.
+
+    Raises: ValueError for one that lives in a notebook or inside another function."""
+    if function.__module__ == '__main__' or '<' in function.__qualname__:
+        raise ValueError(f'{function.__qualname__} cannot be imported by a worker')
+    return f'{function.__module__}:{function.__qualname__}'
+
+
+def ask(
+    worker:Worker, # who is asked
+    request:dict, # function, args, kwargs, limits
+    file=None, # for messages
+) -> dict: # its answer; on any error the worker is ended
+    """Ask a worker and say why it did not answer.
+
+    Raises: DataError when it crashed, hung or answered nonsense."""
+    try: return worker.ask(request, request['limits'].seconds)
+    except TimeoutError:
+        worker.stop()
+        raise DataError(f'decoding took longer than {request["limits"].seconds:g} s.', file=file, fix='Raise Limits.seconds.') from None
+    except (EOFError, OSError):
+        try: worker.process.wait(5)   # its own exit status, before ours
+        except subprocess.TimeoutExpired: pass
+        why = reason(worker.stop())
+        raise DataError(f'the decoder {why} on this file.', file=file, fix='The file is damaged or hostile: replace it.') from None
+    except BaseException: worker.stop(); raise   # an interrupted call must not leave its answer to the next one
+
+# %% ../../nbs/101a_data.decode.ipynb #bda9f6a4
 class Quarantine:
     """Workers that run importable functions within limits; use `call`."""
     def __init__(self): self.pid, self.idle, self.lock = os.getpid(), [], threading.Lock()
@@ -202,36 +237,19 @@ class Quarantine:
                 worker.stop()
         return Worker()
 
-    def call(self,
-        function, # a function of an importable module; runs in the worker
-        *args, # what it takes: numbers, strings, lists, dicts, arrays, dataclasses of medvl
-        limits:Limits=Limits(), # memory and seconds it may use
-        file=None, # what is worked on, for messages
-        **kwargs,
-    ): # what it returns
-        """Call a function in a worker.
-
-        Raises: DataError when it raises one, crashes, or exceeds a limit; RuntimeError for other errors."""
-        if function.__module__ == '__main__' or '<' in function.__qualname__: raise ValueError(f'{function.__qualname__} cannot be imported by a worker')
+    def call(self, function, *args, limits=Limits(), file=None, **kwargs):
+        request = dict(function=name_of(function), args=list(args), kwargs=kwargs, limits=limits)
         worker = self.worker()
-        request = dict(function=f'{function.__module__}:{function.__qualname__}', args=list(args), kwargs=kwargs, limits=limits)
-        try: reply = worker.ask(request, limits.seconds)
-        except TimeoutError: worker.stop(); raise DataError(f'decoding took longer than {limits.seconds:g} s.', file=file, fix='Raise Limits.seconds.') from None
-        except (EOFError, OSError, ValueError):
-            try: code = worker.process.wait(5)
-            except subprocess.TimeoutExpired: code = worker.stop()
-            raise DataError(f'the decoder {reason(code)} on this file.', file=file, fix='The file is damaged or hostile: replace it.') from None
-        except BaseException: worker.stop(); raise   # an interrupted call must not leave its answer to the next one
+        reply = ask(worker, request, file)
         with self.lock: self.idle.append(worker)
         return outcome(reply, file)
 
     def close(self):
-        """End all idle workers."""
         if self.pid != os.getpid(): return
         with self.lock: idle, self.idle = self.idle, []
         for worker in idle: worker.stop()
 
-
+# %% ../../nbs/101a_data.decode.ipynb #c8b21f39
 def outcome(
     reply:dict, # a worker's answer
     file=None, # for messages
@@ -243,21 +261,21 @@ def outcome(
         raise DataError(message, file=named or file, row=row, column=column, fix=fix)
     raise RuntimeError(f'{reply["error"]} (in a decoding worker{f", file {file}" if file else ""})')
 
-# %% ../../nbs/101a_data.decode.ipynb #8270224c
+# %% ../../nbs/101a_data.decode.ipynb #11b6d40b
 QUARANTINE = Quarantine()
 atexit.register(QUARANTINE.close)
 
 
 def isolated(
     function, # a function of an importable module
-    *args, # its arguments
+    *args, # numbers, strings, lists, dicts, arrays, dataclasses of medvl
     limits:Limits=Limits(), # memory and seconds
     file=None, # for messages
     **kwargs,
 ): # what it returns
     """Call a function in one of this process's quarantine workers.
 
-    Raises: DataError when it raises one, crashes, or exceeds a limit."""
+    Raises: DataError when it raises one, crashes, or exceeds a limit; RuntimeError for other errors."""
     return QUARANTINE.call(function, *args, limits=limits, file=file, **kwargs)
 
 

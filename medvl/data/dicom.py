@@ -17,7 +17,7 @@ from ..core.errors import DataError
 from .codecs import pixel_layout, read_pixels
 from .header import Limits, OpenDicom, header_fields, open_dicom, spacing_of, value_of, view_of
 
-# %% ../../nbs/100c_data.dicom.ipynb #2734ca57
+# %% ../../nbs/100c_data.dicom.ipynb #3f44fdc7
 @dataclass
 class LookupTable:
     """A table from a DICOM sequence: input `first` maps to `values[0]`."""
@@ -25,7 +25,7 @@ class LookupTable:
     values: np.ndarray  # outputs, uint8 or uint16 (n,)
     bits: int           # bits of an output
 
-
+# %% ../../nbs/100c_data.dicom.ipynb #53f9c7ac
 @dataclass
 class StoredImage:
     """One projection image: its stored values and their meaning."""
@@ -53,7 +53,7 @@ class StoredImage:
     @property
     def shape(self): return self.pixels.shape
 
-# %% ../../nbs/100c_data.dicom.ipynb #819d86b0
+# %% ../../nbs/100c_data.dicom.ipynb #144ff7a5
 def lookup_table(
     ds:Dataset, # elements
     name:str, # 'ModalityLUTSequence' or 'VOILUTSequence'
@@ -73,11 +73,12 @@ def lookup_table(
     entries = entries or 65536
     if isinstance(data, bytes): values = np.frombuffer(data, 'u1' if len(data) in (entries, entries + 1) else '<u2' if little else '>u2')
     else: values = np.asarray(data, np.int64).reshape(-1)
-    if not 1 <= bits <= 16 or len(values) < entries: raise DataError(f'{name}: {entries} entries of {bits} bits declared, {len(values)} there.', file=file)
+    if not 1 <= bits <= 16 or len(values) < entries:
+        raise DataError(f'{name}: {entries} entries of {bits} bits declared, {len(values)} there.', file=file)
     first = first - 65536 if signed and first > 32767 else first + 65536 if not signed and first < 0 else first
     return LookupTable(first, (values[:entries].astype(np.int64) & 0xFFFF).astype(np.uint16), bits)
 
-
+# %% ../../nbs/100c_data.dicom.ipynb #0a68bc6b
 def numbers_of(
     ds:Dataset, # elements
     name:str, # keyword
@@ -87,7 +88,7 @@ def numbers_of(
     try: return [float(v) for v in (value if isinstance(value, list) else [value])]
     except (TypeError, ValueError): return []
 
-# %% ../../nbs/100c_data.dicom.ipynb #2dd934bf
+# %% ../../nbs/100c_data.dicom.ipynb #098ad3c7
 def padding_range(
     ds:Dataset, # elements
     signed:bool, # whether stored values are signed
@@ -113,9 +114,10 @@ def grey_scale(
     voi_signed = signed and modality is None or intercept[0] < 0
     return dict(windows=tuple(zip(numbers_of(ds, 'WindowCenter'), numbers_of(ds, 'WindowWidth'))),
                 voi_function=str(value_of(ds, 'VOILUTFunction', 'LINEAR')).upper(), slope=slope[0] or 1., intercept=intercept[0],
-                modality_lut=modality, voi_lut=lookup_table(ds, 'VOILUTSequence', voi_signed, opened.little, file), padding=padding_range(ds, signed))
+                modality_lut=modality, voi_lut=lookup_table(ds, 'VOILUTSequence', voi_signed, opened.little, file),
+                    padding=padding_range(ds, signed))
 
-# %% ../../nbs/100c_data.dicom.ipynb #85fb472f
+# %% ../../nbs/100c_data.dicom.ipynb #ef226e94
 def read_dicom(
     path, # DICOM file
     limits:Limits=Limits(), # what it may cost
@@ -131,11 +133,13 @@ def read_dicom(
         grey = grey_scale(opened, layout.signed, path)
         pixels = read_pixels(opened, layout, colour, path)
         (side, view), (spacing, source) = view_of(opened.ds), spacing_of(opened.ds)
-        keys = {k: str(value_of(opened.ds, n, '') or '') for k, n in (('patient_key', 'PatientID'), ('exam_key', 'StudyInstanceUID'), ('image_key', 'SOPInstanceUID'))}
+        keys = {k: str(value_of(opened.ds, n, '') or '') for k,
+                n in (('patient_key', 'PatientID'), ('exam_key', 'StudyInstanceUID'), ('image_key', 'SOPInstanceUID'))}
         photometric = layout.photometric if layout.samples == 1 else 'MONOCHROME2'
-        return StoredImage(pixels, photometric, layout.stored, 'dicom', opened.syntax, header_fields(opened.ds), side, view, spacing, source, **grey, **keys)
+        return StoredImage(pixels, photometric, layout.stored, 'dicom', opened.syntax, header_fields(opened.ds), side, view, spacing,
+                           source, **grey, **keys)
 
-# %% ../../nbs/100c_data.dicom.ipynb #f7ff47f1
+# %% ../../nbs/100c_data.dicom.ipynb #e34d88e6
 def apply_window(
     x:np.ndarray, # modality values, float64
     centre:float, # window centre
@@ -146,9 +150,11 @@ def apply_window(
 
     Raises: DataError for a forbidden width, ValueError for an unknown function.
     Source: PS3.3 C.11.2.1.2 and C.11.2.1.3."""
-    if function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID'): raise ValueError(f'unknown VOI function {function!r}: LINEAR, LINEAR_EXACT or SIGMOID')
+    if function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID'): raise ValueError(
+            f'unknown VOI function {function!r}: LINEAR, LINEAR_EXACT or SIGMOID')
     if not (width >= 1 if function == 'LINEAR' else width > 0) or not np.isfinite([centre, width]).all():
-        raise DataError(f'WindowWidth is {width:g} (centre {centre:g}): no picture can be made with it.', fix='Use a profile that ignores windows, e.g. mammo_clip_v1.')
+        raise DataError(f'WindowWidth is {width:g} (centre {centre:g}): no picture can be made with it.',
+                        fix='Use a profile that ignores windows, e.g. mammo_clip_v1.')
     if function == 'SIGMOID': return 1/(1 + np.exp(np.clip(-4*(x - centre)/width, -700, 700)))
     if function == 'LINEAR_EXACT': return np.clip((x - centre)/width + 0.5, 0, 1)
     return (x > centre - 0.5).astype(float) if width == 1 else np.clip((x - (centre - 0.5))/(width - 1) + 0.5, 0, 1)

@@ -95,7 +95,7 @@ def add_pixels(
         ds.PixelData = encapsulate([encode_frame(pixels, syntax, ds.BitsStored)])
         ds['PixelData'].VR, ds['PixelData'].is_undefined_length = 'OB', True
 
-# %% ../../nbs/100_data.dicom_write.ipynb #29584801
+# %% ../../nbs/100_data.dicom_write.ipynb #14d7017c
 def write_dicom(
     path, # file to write
     pixels:np.ndarray, # stored values, uint8, uint16 or int16 (h,w), or uint8 (h,w,3)
@@ -116,7 +116,7 @@ def write_dicom(
     meta.TransferSyntaxUID, meta.ImplementationClassUID = SYNTAXES[syntax], '2.25.7310'
     with open(path, 'wb') as f: f.write(dicom_bytes(ds, meta, syntax))
 
-
+# %% ../../nbs/100_data.dicom_write.ipynb #20432c90
 def dicom_bytes(
     ds:Dataset, # whole data set
     meta:FileMetaDataset, # its file meta information

@@ -26,7 +26,7 @@ from pydicom.filereader import read_dataset, read_preamble
 
 from ..core.errors import DataError
 
-# %% ../../nbs/100a_data.header.ipynb #8fe46f18
+# %% ../../nbs/100a_data.header.ipynb #ea7cb832
 @dataclass(frozen=True)
 class Limits:
     """What one file may cost."""
@@ -49,10 +49,10 @@ def check_size(
     Raises: DataError."""
     if rows < 1 or columns < 1: raise DataError(f'image of {rows} × {columns} pixels is empty.', file=file)
     if max(rows, columns) > limits.side or rows*columns > limits.pixels:
-        raise DataError(f'image declares {rows} × {columns} pixels, more than the limit ({limits.pixels:,} pixels, {limits.side:,} a side).',
-                        file=file, fix='Raise Limits.pixels or Limits.side if the file is genuine.')
+        raise DataError(f'image declares {rows} × {columns} pixels, more than {limits.pixels:,} or {limits.side:,} a side.', file=file,
+                        fix='Raise Limits.pixels or Limits.side if the file is genuine.')
 
-
+# %% ../../nbs/100a_data.header.ipynb #c373af8d
 def check_file_size(
     path, # file to look at
     limits:Limits, # what is allowed
@@ -63,10 +63,11 @@ def check_file_size(
     if not os.path.isfile(path): raise DataError('no such file.', file=path, fix='Check the path in the table.')
     size = os.path.getsize(path)
     if size == 0: raise DataError('the file is empty (0 bytes).', file=path, fix='Copy it again from its source.')
-    if size > limits.file_bytes: raise DataError(f'the file has {size:,} bytes, limit {limits.file_bytes:,}.', file=path, fix='Raise Limits.file_bytes.')
+    if size > limits.file_bytes: raise DataError(f'the file has {size:,} bytes, limit {limits.file_bytes:,}.', file=path,
+                                                 fix='Raise Limits.file_bytes.')
     return size
 
-# %% ../../nbs/100a_data.header.ipynb #7af3f663
+# %% ../../nbs/100a_data.header.ipynb #f8be7e43
 VALUE_TYPES = frozenset(b'AE AS AT CS DA DS DT FL FD IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV'.split())
 DEFLATED, EXPLICIT = '1.2.840.10008.1.2.1.99', '1.2.840.10008.1.2.1'
 
@@ -87,7 +88,7 @@ def is_dicom(
     """Tell a DICOM file by its bytes, not by its name."""
     return head[128:132] == b'DICM' or looks_like_elements(head)
 
-
+# %% ../../nbs/100a_data.header.ipynb #a00dc296
 def inflate(
     data:bytes, # raw deflate stream
     limit:int, # bytes it may have inflated
@@ -99,10 +100,11 @@ def inflate(
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try: out = stream.decompress(data, limit)
     except zlib.error as e: raise DataError(f'the deflated data set is damaged ({e}).', file=file) from e
-    if stream.unconsumed_tail: raise DataError(f'the deflated data set is longer than {limit:,} bytes.', file=file, fix='Raise Limits.header_bytes.')
+    if stream.unconsumed_tail: raise DataError(f'the deflated data set is longer than {limit:,} bytes.', file=file,
+                                               fix='Raise Limits.header_bytes.')
     return out
 
-# %% ../../nbs/100a_data.header.ipynb #825920ed
+# %% ../../nbs/100a_data.header.ipynb #3c257fa7
 PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 
 
@@ -117,7 +119,7 @@ class OpenDicom:
     implicit: bool    # whether value types are left out
     word: bool = False  # whether the pixels are declared as 16-bit words
 
-
+# %% ../../nbs/100a_data.header.ipynb #f063a1e1
 def parse_header(
     stream, # binary stream at the start of the file
     head:bytes, # its first 132 bytes
@@ -140,7 +142,7 @@ def parse_header(
     stream.seek(at)
     return OpenDicom(ds, syntax, stream, size, little, implicit)
 
-
+# %% ../../nbs/100a_data.header.ipynb #a887510a
 def peek(
     stream, # binary stream
     n:int, # bytes
@@ -158,7 +160,7 @@ def read_file_meta_info_at(
     """Read the file meta information and leave the stream behind it."""
     return FileMetaDataset(read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2))
 
-# %% ../../nbs/100a_data.header.ipynb #161018f7
+# %% ../../nbs/100a_data.header.ipynb #a1e1acd2
 def open_dicom(
     path, # file
     limits:Limits=Limits(), # what it may cost
@@ -177,20 +179,24 @@ def open_dicom(
             warnings.simplefilter('ignore')   # pydicom warns about harmless irregularities in free text
             return parse_header(stream, head, limits, path)
     except DataError: stream.close(); raise
-    except RecursionError as e: stream.close(); raise DataError('sequences are nested too deeply.', file=path, fix='The file is damaged or hostile.') from e
+    except RecursionError as e: stream.close(); raise DataError('sequences are nested too deeply.', file=path,
+                                                                fix='The file is damaged or hostile.') from e
     except Exception as e:   # pydicom lets many kinds through: struct.error, KeyError, NotImplementedError, EOFError
         stream.close()
-        raise DataError(f'the header cannot be read ({type(e).__name__}: {str(e)[:200]}).', file=path, fix='The file is damaged: replace it.') from e
+        raise DataError(f'the header cannot be read ({type(e).__name__}: {str(e)[:200]}).', file=path,
+                        fix='The file is damaged: replace it.') from e
 
-# %% ../../nbs/100a_data.header.ipynb #1ce5c4f9
+# %% ../../nbs/100a_data.header.ipynb #13035ec1
 ALLOWED = (
     'Modality', 'BodyPartExamined', 'PresentationIntentType', 'PatientSex', 'PatientAge', 'Manufacturer', 'ManufacturerModelName',
     'ViewPosition', 'ImageLaterality', 'Laterality', 'PatientOrientation', 'BreastImplantPresent', 'PartialView', 'BurnedInAnnotation',
     'KVP', 'ExposureInuAs', 'BodyPartThickness', 'CompressionForce', 'DetectorType', 'AnodeTargetMaterial', 'FilterMaterial',
     'Rows', 'Columns', 'SamplesPerPixel', 'PhotometricInterpretation', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation',
-    'NumberOfFrames', 'PixelPaddingValue', 'PixelPaddingRangeLimit', 'WindowCenter', 'WindowWidth', 'VOILUTFunction', 'RescaleSlope', 'RescaleIntercept',
+    'NumberOfFrames', 'PixelPaddingValue', 'PixelPaddingRangeLimit', 'WindowCenter', 'WindowWidth', 'VOILUTFunction', 'RescaleSlope',
+        'RescaleIntercept',
     'PresentationLUTShape', 'PixelIntensityRelationship', 'PixelIntensityRelationshipSign', 'ImagerPixelSpacing', 'PixelSpacing',
-    'PixelSpacingCalibrationType', 'NominalScannedPixelSpacing', 'EstimatedRadiographicMagnificationFactor', 'LossyImageCompression', 'FieldOfViewHorizontalFlip')
+    'PixelSpacingCalibrationType', 'NominalScannedPixelSpacing', 'EstimatedRadiographicMagnificationFactor', 'LossyImageCompression',
+        'FieldOfViewHorizontalFlip')
 
 
 def plain(
@@ -211,7 +217,7 @@ def cap_age(
     if not match: return ''
     return '090Y' if match[2] == 'Y' and int(match[1]) > 89 else age.strip()
 
-
+# %% ../../nbs/100a_data.header.ipynb #afd511d9
 def value_of(
     ds:Dataset, # elements
     name:str, # keyword
@@ -244,11 +250,12 @@ def hash_id(
     if len(str(salt)) < 8: raise ValueError(f'salt has {len(str(salt))} characters, at least 8 are needed')
     return hmac.new(str(salt).encode(), value.encode(), hashlib.sha256).hexdigest()[:20]
 
-# %% ../../nbs/100a_data.header.ipynb #bfe32160
+# %% ../../nbs/100a_data.header.ipynb #d5bac162
 VIEW_CODES = {   # SNOMED CT and its older form, PS3.16 context group 4014
     '399162004': 'CC', 'R-10242': 'CC', '399368009': 'MLO', 'R-10226': 'MLO', '399260004': 'ML', 'R-10224': 'ML', '399352003': 'LM',
     'R-10228': 'LM', '399099002': 'LMO', 'R-10230': 'LMO', '399196006': 'FB', 'R-10244': 'FB', '399188001': 'SIO', 'R-102D0': 'SIO',
-    '441555000': 'ISO', '399192008': 'XCCL', 'R-1024A': 'XCCL', '399101009': 'XCCM', 'R-1024B': 'XCCM', '399265003': 'XCC', 'R-40AAA': 'XCC'}
+    '441555000': 'ISO', '399192008': 'XCCL', 'R-1024A': 'XCCL', '399101009': 'XCCM', 'R-1024B': 'XCCM', '399265003': 'XCC',
+        'R-40AAA': 'XCC'}
 VIEWS = frozenset(VIEW_CODES.values()) | {'PA', 'AP', 'LL', 'RL', 'LATERAL', 'AT', 'CV'}
 
 
@@ -263,7 +270,7 @@ def view_in_text(
     views = set(re.findall(r'\b(XCCL|XCCM|XCC|CC|MLO|LMO|ML|LM|PA|AP)\b', text))
     return (sides.pop() if len(sides) == 1 else ''), (views.pop() if len(views) == 1 else '')
 
-
+# %% ../../nbs/100a_data.header.ipynb #203a1943
 def view_of(
     ds:Dataset, # elements
 ) -> tuple[str, str]: # laterality 'L', 'R', 'B' or '', and view 'CC', 'MLO', ... or ''

@@ -28,7 +28,7 @@ def sniff(
     if is_dicom(head): return 'dicom'
     return 'pgm' if re.match(rb'P[25]\s', head[:3]) else ''
 
-# %% ../../nbs/101_data.image.ipynb #cee559fb
+# %% ../../nbs/101_data.image.ipynb #6c2d5e7c
 def check_png(
     data:bytes, # whole file
     file=None, # for messages
@@ -41,7 +41,8 @@ def check_png(
         length, kind = struct.unpack('>L4s', data[at:at + 8])
         if at + 12 + length > len(data): break
         if zlib.crc32(memoryview(data)[at + 4:at + 8 + length]) != struct.unpack('>L', data[at + 8 + length:at + 12 + length])[0]:
-            raise DataError(f'the PNG is damaged: checksum of chunk {kind.decode("latin1")} at byte {at} is wrong.', file=file, fix='Copy it again.')
+            raise DataError(f'the PNG is damaged: checksum of chunk {kind.decode("latin1")} at byte {at} is wrong.', file=file,
+                            fix='Copy it again.')
         seen.append(kind)
         at += 12 + length
         if kind == b'IEND': break
@@ -50,7 +51,7 @@ def check_png(
     columns, rows, bits = struct.unpack('>LLB', data[16:25])
     return rows, columns, bits
 
-
+# %% ../../nbs/101_data.image.ipynb #8cd3d66d
 def decode_png(
     data:bytes, # whole file
     limits:Limits, # what is allowed
@@ -66,7 +67,7 @@ def decode_png(
     except Exception as e: raise DataError(f'the PNG is damaged ({str(e)[:200]}).', file=file, fix='Copy it again.') from e
     return StoredImage(to_grey(pixels, colour, file), bits_stored=pixels.dtype.itemsize*8, format='png')
 
-
+# %% ../../nbs/101_data.image.ipynb #78cd91fe
 def to_grey(
     pixels:np.ndarray, # (h,w), (h,w,2), (h,w,3) or (h,w,4)
     colour:str='refuse', # true colour: 'refuse' or 'luma'
@@ -76,12 +77,13 @@ def to_grey(
 
     Raises: DataError for transparency or true colour."""
     if pixels.ndim == 3 and pixels.shape[2] in (2, 4):
-        if pixels[..., -1].min() != np.iinfo(pixels.dtype).max: raise DataError('the image is partly transparent.', file=file, fix='Flatten it first.')
+        if pixels[..., -1].min() != np.iinfo(pixels.dtype).max: raise DataError('the image is partly transparent.', file=file,
+                fix='Flatten it first.')
         pixels = pixels[..., :-1]
     if pixels.ndim == 3: pixels = pixels[..., 0] if pixels.shape[2] == 1 else grey_of(pixels, colour, file)
     return np.ascontiguousarray(pixels)
 
-# %% ../../nbs/101_data.image.ipynb #6d611013
+# %% ../../nbs/101_data.image.ipynb #f3fd3903
 def decode_jpeg(
     data:bytes, # whole file
     limits:Limits, # what is allowed
@@ -94,12 +96,14 @@ def decode_jpeg(
     info = stream_info(data)
     if info is None: raise DataError('the JPEG is damaged: no start of an image is found in it.', file=file, fix='Copy it again.')
     check_size(info.rows, info.columns, limits, file)
-    if info.samples not in (1, 3): raise DataError(f'the JPEG has {info.samples} channels; grey or RGB is read.', file=file, fix='Convert it to PNG.')
+    if info.samples not in (1, 3): raise DataError(f'the JPEG has {info.samples} channels; grey or RGB is read.', file=file,
+                                                   fix='Convert it to PNG.')
     try: pixels, _ = decode_checked(data, info.rows, info.columns, info.samples, file=file)
-    except NotImplementedError: raise DataError('arithmetic or hierarchical JPEG is not read.', file=file, fix='Convert it to PNG.') from None
+    except NotImplementedError: raise DataError('arithmetic or hierarchical JPEG is not read.', file=file,
+                                                fix='Convert it to PNG.') from None
     return StoredImage(to_grey(pixels, colour, file), bits_stored=info.bits, format='jpeg')
 
-
+# %% ../../nbs/101_data.image.ipynb #8c4083e3
 def decode_pgm(
     data:bytes, # whole file
     limits:Limits, # what is allowed
@@ -115,13 +119,15 @@ def decode_pgm(
     check_size(rows, columns, limits, file)
     if not 1 <= top <= 65535: raise DataError(f'the PGM declares a highest value of {top}, allowed are 1 to 65535.', file=file)
     body, dtype = memoryview(data)[match.end():], np.dtype('u1' if top < 256 else '>u2')
-    try: pixels = np.array(bytes(body).split()[:rows*columns], np.int64) if kind == 2 else np.frombuffer(body, dtype, min(rows*columns, len(body)//dtype.itemsize))
+    try: pixels = np.array(bytes(body).split()[:rows*columns], np.int64) if kind == 2 else np.frombuffer(body, dtype,
+            min(rows*columns, len(body)//dtype.itemsize))
     except ValueError as e: raise DataError(f'the PGM holds something else than numbers ({str(e)[:80]}).', file=file) from e
-    if len(pixels) < rows*columns: raise DataError(f'the PGM is truncated: {rows*columns:,} pixels declared, {len(pixels):,} there.', file=file, fix='Copy it again.')
+    if len(pixels) < rows*columns: raise DataError(f'the PGM is truncated: {rows*columns:,} pixels declared, {len(pixels):,} there.',
+                                                   file=file, fix='Copy it again.')
     if pixels.min() < 0 or pixels.max() > top: raise DataError(f'the PGM has values outside 0 to {top}.', file=file)
     return StoredImage(pixels.astype(dtype.newbyteorder('=')).reshape(rows, columns), bits_stored=top.bit_length(), format='pgm')
 
-# %% ../../nbs/101_data.image.ipynb #6b35bfd7
+# %% ../../nbs/101_data.image.ipynb #b8b2b27e
 def read_image(
     path, # DICOM, PNG, JPEG or PGM file, whatever its name
     limits:Limits=Limits(), # what it may cost
@@ -135,7 +141,8 @@ def read_image(
     kind = sniff(head)
     if kind == 'dicom': return read_dicom(path, limits, colour)
     if not kind:
-        raise DataError(f'not an image: it starts with {head[:8]!r}, no DICOM, PNG, JPEG or PGM does.', file=path, fix='If it is encrypted or compressed, unpack it first.')
+        raise DataError(f'not an image: it starts with {head[:8]!r}, no DICOM, PNG, JPEG or PGM does.', file=path,
+                        fix='If it is encrypted or compressed, unpack it first.')
     with open(path, 'rb') as f: data = f.read()
     if kind == 'pgm': return decode_pgm(data, limits, path)
     return (decode_png if kind == 'png' else decode_jpeg)(data, limits, colour, path)

@@ -16,7 +16,7 @@ from ..core.errors import DataError, unknown_name
 from .crop import apply_table, breast_crop, minmax_table, paper_crop, take_runs
 from .dicom import StoredImage, brightness, image_range
 
-# %% ../../nbs/102a_data.preprocess.ipynb #43c7edcd
+# %% ../../nbs/102a_data.preprocess.ipynb #1566d321
 @dataclass(frozen=True)
 class Profile:
     """One way of preparing an image. Never change a published one: add a version."""
@@ -38,7 +38,7 @@ PROFILES = {p.name: p for p in (
     Profile('resize_v1', grey='keep'),
     Profile('letterbox_v1', grey='keep', aspect='pad', side='centre'))}
 
-
+# %% ../../nbs/102a_data.preprocess.ipynb #b1f74332
 def get_profile(
     profile, # name or Profile
 ) -> Profile:
@@ -76,7 +76,7 @@ def back_along(
     r = np.clip(np.searchsorted(starts, x + (-1e-9 if end else 1e-9), 'right') - 1, 0, len(runs) - 1)
     return np.array([a for a, _ in runs])[r] + x - starts[r]
 
-# %% ../../nbs/102a_data.preprocess.ipynb #ece97b36
+# %% ../../nbs/102a_data.preprocess.ipynb #77a284fc
 @dataclass(frozen=True)
 class Placement:
     """The map from an image's pixels to the prepared ones."""
@@ -85,7 +85,6 @@ class Placement:
     scale: tuple     # (y, x) output pixels per original pixel
     offset: tuple    # (y, x) where the crop starts in the output
     size: tuple      # (height, width) of the output
-
     @property
     def window(self): return self.rows[0][0], self.columns[0][0], self.rows[-1][1], self.columns[-1][1]
 
@@ -98,7 +97,6 @@ class Placement:
         for columns, runs, axis in (([0, 2], self.columns, 1), ([1, 3], self.rows, 0)):
             out[:, columns] = along(out[:, columns], runs, beyond)*self.scale[axis] + self.offset[axis]
         return out
-
     def boxes_back(self,
         boxes:np.ndarray, # (n,4) x0,y0,x1,y1 in output pixels
     ) -> np.ndarray: # (n,4) float64 in original pixels
@@ -109,7 +107,7 @@ class Placement:
             out[:, column] = back_along(np.clip((out[:, column] - self.offset[axis])/self.scale[axis], 0, total), runs, column > 1)
         return out
 
-# %% ../../nbs/102a_data.preprocess.ipynb #580eeffb
+# %% ../../nbs/102a_data.preprocess.ipynb #c12f1d94
 def check_boxes(
     boxes, # (n,4) x0,y0,x1,y1, or None
     shape:tuple, # (h,w) of the image
@@ -122,7 +120,8 @@ def check_boxes(
     boxes = np.array([] if boxes is None else boxes, np.float64).reshape(-1, 4)
     for row, (x0, y0, x1, y1) in enumerate(boxes):
         if not np.isfinite([x0, y0, x1, y1]).all() or x1 <= x0 or y1 <= y0:
-            raise DataError(f'box ({x0:g}, {y0:g}, {x1:g}, {y1:g}) has no area.', row=row, fix='Boxes are x0, y0, x1, y1 with x1 > x0 and y1 > y0.')
+            raise DataError(f'box ({x0:g}, {y0:g}, {x1:g}, {y1:g}) has no area.', row=row,
+                            fix='Boxes are x0, y0, x1, y1 with x1 > x0 and y1 > y0.')
         if outside == 'error' and (x0 < 0 or y0 < 0 or x1 > shape[1] or y1 > shape[0]):
             raise DataError(f'box ({x0:g}, {y0:g}, {x1:g}, {y1:g}) lies outside the image of {shape[1]} × {shape[0]} pixels.', row=row,
                             fix="Check that the boxes belong to this file, or pass outside='clip'.")
@@ -160,7 +159,7 @@ def place_mask(
     out[y:y + h, x:x + w] = small
     return out
 
-# %% ../../nbs/102a_data.preprocess.ipynb #df421a66
+# %% ../../nbs/102a_data.preprocess.ipynb #3ce482b9
 def as_stored(
     image, # StoredImage, or array (h,w) of uint8, uint16, int8, int16
 ) -> StoredImage:
@@ -190,7 +189,7 @@ def grey_table(
     if profile.grey == 'minmax' or image.pixels.dtype != np.uint8 or profile.dtype != 'uint8': return table
     return np.arange(256, dtype=np.uint8)[::-1 if invert else 1]
 
-
+# %% ../../nbs/102a_data.preprocess.ipynb #ba21518a
 def fit(
     crop:tuple, # (height, width) of the crop
     size:tuple, # (height, width) of the output
@@ -205,7 +204,7 @@ def fit(
     left = {'left': 0, 'right': spare}.get(side if profile.side == 'chest' else '', spare//2)
     return inner, ((size[0] - inner[0])//2, left)
 
-# %% ../../nbs/102a_data.preprocess.ipynb #55762381
+# %% ../../nbs/102a_data.preprocess.ipynb #5e3304e6
 @dataclass
 class Preprocessed:
     """A prepared image, and everything needed to find one's way back."""
@@ -233,9 +232,10 @@ def locate(
     if profile.crop == 'none': return *whole, ''
     if profile.crop == 'paper': return *paper_crop(image.pixels, table), ''
     low, high = image_range(image)
-    return breast_crop(image.pixels, minmax_table(low, high, image.pixels.dtype, image.photometric == 'MONOCHROME1') if high > low else table)
+    return breast_crop(image.pixels, minmax_table(low, high, image.pixels.dtype, image.photometric == 'MONOCHROME1')
+                       if high > low else table)
 
-
+# %% ../../nbs/102a_data.preprocess.ipynb #ae60f810
 def resized(
     crop:np.ndarray, # (h,w) cut out and grey
     inner:tuple, # (height, width) it gets in the output
@@ -246,14 +246,15 @@ def resized(
     """Resize a crop by area averaging and pad it with black.
 
     Raises: DataError when nothing can be seen in it."""
-    if crop.min() == crop.max(): raise DataError(f'{profile.name} makes the image constant (grey {crop[0, 0]}).', fix='Its window does not fit its values: use mammo_clip_v1.')
+    if crop.min() == crop.max(): raise DataError(f'{profile.name} makes the image constant (grey {crop[0, 0]}).',
+                                                 fix='Its window does not fit its values: use mammo_clip_v1.')
     small = cv2.resize(crop, inner[::-1], interpolation=cv2.INTER_AREA)
     if inner == size: return small
     pixels = np.zeros(size, crop.dtype)
     pixels[offset[0]:offset[0] + inner[0], offset[1]:offset[1] + inner[1]] = small
     return pixels
 
-# %% ../../nbs/102a_data.preprocess.ipynb #5214762f
+# %% ../../nbs/102a_data.preprocess.ipynb #db5c4ab0
 def preprocess(
     image, # StoredImage from read_image, or array (h,w) of stored values
     profile='mammo_clip_v1', # name or Profile
@@ -267,8 +268,9 @@ def preprocess(
     Raises: DataError for a constant or too small image, and for impossible boxes."""
     profile, image = get_profile(profile), as_stored(image)
     size, b = tuple(int(s) for s in size or profile.size), profile.border
-    if min(image.shape) <= 2*b + 1: raise DataError(f'the image has {image.shape[0]} × {image.shape[1]} pixels: too small for {profile.name}.')
-    if mask is not None and mask.shape != image.shape: raise DataError(f'the mask has {mask.shape} pixels, the image {image.shape}.', fix='They must match.')
+    if min(image.shape) <= 2*b + 1: raise DataError(f'the image has {image.shape} pixels: too small for {profile.name}.')
+    if mask is not None and mask.shape != image.shape: raise DataError(f'the mask has {mask.shape} pixels, the image {image.shape}.',
+            fix='They must match.')
     boxes = check_boxes(boxes, image.shape, outside)
     inner_image = replace(image, pixels=image.pixels[b:image.shape[0] - b, b:image.shape[1] - b]) if b else image
     table = grey_table(inner_image, profile)
@@ -278,5 +280,6 @@ def preprocess(
     scale = tuple(i/c for i, c in zip(inner, crop.shape))
     place = Placement(*(tuple((s + b, e + b) for s, e in runs) for runs in (rows, columns)), scale, offset, size)
     mapped, spacing = place.boxes(boxes), image.spacing and tuple(s/z for s, z in zip(image.spacing, scale))
-    return Preprocessed(resized(crop, inner, offset, size, profile), mapped, surviving(boxes, mapped, scale), None if mask is None else place_mask(mask, place, inner),
+    return Preprocessed(resized(crop, inner, offset, size, profile), mapped, surviving(boxes, mapped, scale),
+                        None if mask is None else place_mask(mask, place, inner),
                         place.window, spacing, side, place, profile.name)
