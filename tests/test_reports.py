@@ -152,7 +152,7 @@ def test_ten_thousand_words_are_quick():
     for piece in ('No mass in the left breast. ', 'mass ', 'BI-RADS 4A ', '1. ', '. ', 'FINDINGS: ', '\n', '10 o clock ', 'A. ', '(', '    '):
         text, start = piece*10_000, time.process_time()
         split_sections(text), normalise(text), split_sentences(text), birads_of(text), swap_sides(text)
-        assert time.process_time() - start < 6, piece
+        assert time.process_time() - start < 3, piece
 
 
 def test_dmid_coverage():
@@ -214,5 +214,5 @@ def test_swaps():
 
 def test_swaps_on_real_reports():
     d = pd.read_csv(sample('reports/openi_reports.csv'), dtype=str, keep_default_na=False)
-    for text in d.findings + ' ' + d.impression:
+    for text in (d.findings + ' ' + d.impression)[::3]:
         assert swap_sides(swap_sides(text)) == text and swap_vertical(swap_vertical(text)) == text

@@ -70,7 +70,7 @@ _CAPITALS = re.compile(rf'(?:^{_MARK}|(?<=[.;!?]) +)(?P<h>(?=[A-Z][A-Z])(?i:{_KI
 _TYPED = re.compile(r'^[ \t]*(?P<h>[A-Za-z][A-Za-z \-]{3,30}?)[ \t]*:', re.M)
 _RADS_LINE = re.compile(rf'{_BIRADS}', re.I)
 
-# %% ../../nbs/120_data.reports.ipynb #f2e085ce
+# %% ../../nbs/120_data.reports.ipynb #0b9e8fe0
 def _name_of(heading):
     "Section of a heading as it was typed, or None."
     h = re.sub(r'\s+', ' ', heading.strip().lower())
@@ -85,16 +85,17 @@ def find_headings(
     text:str, # the report
 ) -> list: # (start, end, section, heading) in order of appearance; the body begins at `end`
     "Find the section headings of a report."
-    found = []
+    found, taken = [], bytearray(len(text))
     for pattern in (_COLON, _TYPED, _INLINE, _ALONE, _CAPITALS):
         for m in pattern.finditer(text):
             name = _name_of(m['h'])
             if pattern is _CAPITALS and m['h'] != m['h'].upper(): continue
-            if name and not any(m.start('h') < e and s < m.end() for s, e, _, _ in found):
+            if name and not any(taken[m.start('h'):m.end()]):
                 found.append((m.start('h'), m.end(), name, m['h'].strip()))
+                taken[m.start('h'):m.end()] = b'\1'*(m.end() - m.start('h'))
     return sorted(found)
 
-# %% ../../nbs/120_data.reports.ipynb #ef4860fb
+# %% ../../nbs/120_data.reports.ipynb #8cdd89d9
 def _pieces(text):
     "Yield (section, text) of a report in order; nothing but headings is left out."
     heads = find_headings(text)
@@ -128,8 +129,8 @@ def split_sections(
     sections = {}
     for name, body in _pieces(as_text(text, row=row).replace('\r\n', '\n').replace('\r', '\n')):
         body = body.strip().strip('*_').strip()
-        if body: sections[name] = f'{sections[name]}\n{body}' if name in sections else body
-    return sections
+        if body: sections.setdefault(name, []).append(body)
+    return {name: '\n'.join(bodies) for name, bodies in sections.items()}
 
 # %% ../../nbs/120_data.reports.ipynb #7bbe7fd1
 _ABBREVIATIONS = frozenset('dr mr mrs ms prof vs approx fig figs e.g i.e eg ie st jr sr inc hx pt dept et al resp lt rt ca cf incl ref '
