@@ -80,7 +80,7 @@ def _metric_rows(metrics):
         rows.append((name, _number(m['value']) or m.get('text', ''), _interval(m), m.get('unit', ''), '; '.join(p for p in (counts, rest) if p)))
     return rows
 
-# %% ../../nbs/702_run.report.ipynb #fe30328a
+# %% ../../nbs/702_run.report.ipynb #150bc2a1
 def _parameter_rows(folder, params):
     "Rows of the table of parameters: name, value, whether changed, default, help."
     source, known = folder/'source.ipynb', {}
@@ -102,7 +102,7 @@ def _provenance_rows(found):
     code = (commit[:12] + (' with uncommitted changes' if found.get('dirty') else '')) if commit else 'no commit known'
     versions = ', '.join(f'{k} {v}' for k, v in found.get('versions', {}).items() if v)
     hardware = ', '.join(f'{k} {v}' for k, v in found.get('hardware', {}).items() if v not in (None, [], ''))
-    rows = [('code', code), ('python', found.get('python', '')), ('packages', versions), ('machine', hardware), ('made at', found.get('time', ''))]
+    rows = [('code', code), ('python', found.get('python', '')), ('packages', versions), ('hardware', hardware), ('made at', found.get('time', ''))]
     rows += [('seeds', ', '.join(f'{k} {v}' for k, v in found['seeds'].items()))] if found.get('seeds') else []
     return rows + [(f'input {e["name"]}', f'sha256 {e["sha256"][:16]}…' if 'sha256' in e else f'{e["files"]} files, {e["bytes"]} bytes, names and sizes '
                     f'{e["listing"][:16]}…') for e in found.get('inputs', [])]
@@ -153,10 +153,10 @@ def _notebook(path):
 def _tail(path, lines=30):
     return '\n'.join(path.read_text(encoding='utf-8', errors='replace').splitlines()[-lines:]) if path.exists() else ''
 
-# %% ../../nbs/702_run.report.ipynb #e1ceaa7f
+# %% ../../nbs/702_run.report.ipynb #d18b7d91
 _STYLE = '''
 :root{--ink:#1d2733;--soft:#5b6876;--line:#d9dfe5;--wash:#f5f7f9;--blue:#0b5c8f}
-*{box-sizing:border-box} body{margin:0;background:#fff;color:var(--ink);font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
+*{box-sizing:border-box} body{margin:0;background:#fff;color:var(--ink);font:16px/1.6 -apple-system,"Segoe UI",Roboto,"Noto Sans","Liberation Sans","DejaVu Sans",Arial,sans-serif}
 main{max-width:60rem;margin:0 auto;padding:2.5rem 1.5rem 4rem} h1{font-size:2rem;line-height:1.2;margin:0 0 .3rem} h2{font-size:1.3rem;margin:2.6rem 0 .8rem;
 padding-bottom:.3rem;border-bottom:1px solid var(--line)} h3{font-size:1.05rem;margin:1.6rem 0 .4rem} .soft{color:var(--soft);font-size:.9rem}
 .state{display:inline-block;padding:.1rem .7rem;border-radius:1rem;font-weight:600;font-size:.9rem;color:#fff;background:#6b7280}
@@ -173,14 +173,14 @@ figcaption{color:var(--soft);font-size:.9rem} details{margin:.4rem 0} summary{cu
 '''
 INTENDED_USE = 'Research software. Not a medical device: nothing on this page is meant for diagnosis or for decisions about patients.'
 
-# %% ../../nbs/702_run.report.ipynb #9cd6038d
+# %% ../../nbs/702_run.report.ipynb #6c595014
 _TOP = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{{ info.name }}: {{ info.state }}</title><style>{{ style }}</style></head><body><main>
 <h1>{{ info.name }}</h1>
 <p class="soft"><span class="state {{ info.state }}">{{ info.state }}</span> &nbsp; {{ folder }} &middot; attempt {{ info.attempt }} &middot; {{ duration }}
 {%- if info.started %} &middot; started {{ info.started[:19] | replace("T", " ") }} UTC{% endif %}</p>
 <p class="use">{{ use }}</p>
-{% if info.state != "done" %}<div class="bad"><b>This run is not done ({{ info.state }}).</b> {{ info.reason }}
+{% if info.state != "done" %}<div class="bad"><b>This run is not done ({{ info.state }}).</b>{% if info.reason %} {{ info.reason }}.{% endif %}
 {%- if info.state != "running" %} Numbers and figures below are what it had written until then.{% endif %}
 {%- if log and info.state != "running" %}<details><summary>last lines of the log</summary><pre>{{ log }}</pre></details>{% endif %}</div>{% endif %}
 {% if notes %}<h2>Remarks</h2><ul>{% for n in notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}

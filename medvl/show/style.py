@@ -55,7 +55,7 @@ def figure(
     set_theme()
     return plt.subplots(rows, columns, figsize=(width, height or 2.7 * rows), layout='constrained', **kwargs)
 
-# %% ../../nbs/010_show.style.ipynb #108c2d20
+# %% ../../nbs/010_show.style.ipynb #b3503ce2
 def _distinct(pixels):
     "Distinct colours, so that a rare colour counts as much as a frequent one."
     codes = np.unique((pixels.astype(np.uint32) // 4 * 4) @ np.array([65536, 256, 1], dtype=np.uint32))
@@ -63,17 +63,21 @@ def _distinct(pixels):
 
 
 def _quantise(image, levels):
-    "Reduce colours, greys and colours apart: an X-ray would leave a heat map no palette."
-    pixels = np.asarray(image.convert('RGB')).reshape(-1, 3)
-    coloured = np.ptp(pixels.astype(np.int16), axis=1) > 24
-    share = levels * 3 // 4 if coloured.any() else 0
-    table = []
-    for part, n in ((_distinct(pixels[coloured]), share), (pixels[~coloured], levels - share)):
-        if not len(part) or not n: continue
-        table += Image.fromarray(part[None]).quantize(n).getpalette()[:3 * n]
-    palette = Image.new('P', (1, 1))
-    palette.putpalette(table + table[:3] * (256 - len(table) // 3))
-    return image.convert('RGB').quantize(palette=palette, dither=Image.Dither.NONE)
+    "Reduce to `levels` colours, greys and colours apart: an X-ray would leave a heat map no palette, and a heat map would tint the X-ray."
+    image = image.convert('RGB')
+    pixels = np.asarray(image)
+    coloured = np.ptp(pixels.astype(np.int16), axis=2) > 12
+    n = levels // 2 if coloured.any() else levels
+    index = np.rint(pixels.mean(2) / 255 * (n - 1)).astype(np.uint8)
+    table = np.repeat(np.rint(np.linspace(0, 255, n)).astype(np.uint8), 3).tolist()
+    if coloured.any():
+        colours = Image.fromarray(_distinct(pixels[coloured])[None]).quantize(levels - n)
+        found = np.asarray(image.quantize(palette=colours, dither=Image.Dither.NONE))
+        index = np.where(coloured, found + n, index).astype(np.uint8)
+        table += colours.getpalette()[:3 * (levels - n)]
+    out = Image.fromarray(index).convert('P')
+    out.putpalette(table)
+    return out
 
 
 def _render(fig, dpi, levels):
@@ -93,10 +97,10 @@ def png(
     """Render a figure as PNG of at most `limit` bytes.
 
     Raises: ValueError when it does not fit even coarsely."""
-    for dpi, levels in ((130, None), (110, 128), (90, 64), (75, 64), (55, 32), (40, 24)):
+    for dpi, levels in ((130, None), (110, 128), (95, 96), (80, 96), (70, 64), (55, 48), (40, 32)):
         data = _render(fig, dpi, levels)
         if len(data) <= limit: return data
-    raise ValueError(f'The figure does not fit into {limit} bytes (at 40 dpi and 24 colours it has {len(data)}). Make it smaller or simpler.')
+    raise ValueError(f'The figure does not fit into {limit} bytes (at 40 dpi and 32 colours it has {len(data)}). Make it smaller or simpler.')
 
 
 def save(
