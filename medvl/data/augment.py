@@ -225,7 +225,7 @@ def map_points(
     m = np.asarray(matrix, dtype=np.float64)
     return np.asarray(points, dtype=np.float64) @ m[:2, :2].T + m[:2, 2]
 
-# %% ../../nbs/140_data.augment.ipynb #9597dfff
+# %% ../../nbs/140_data.augment.ipynb #090b454c
 def _tone(images, draws):
     "Change tones in place."
     for i, d in enumerate(draws):
@@ -240,7 +240,7 @@ def _with_boxes(boxes, d, height, width): return map_boxes(boxes, d.matrix, heig
 
 def _with_mask(mask, d): return None if mask is None else warp(torch.from_numpy(np.array(mask))[None, None], [d], nearest=True)[0, 0].numpy().astype(np.uint8)
 
-
+# %% ../../nbs/140_data.augment.ipynb #301e0bd0
 class Augment:
     "Augments batches: `augment(batch, seed, epoch)`."
     def __init__(self,

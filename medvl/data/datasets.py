@@ -142,7 +142,7 @@ def _report_key(reports):
     words = '\n'.join(normalise(r) for r in reports)
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), 'big') >> 1
 
-# %% ../../nbs/146_data.datasets.ipynb #d5f5c63e
+# %% ../../nbs/146_data.datasets.ipynb #10f498b3
 class BreastTextDataset:
     "One sample: a breast, `views` of its images and `texts` of its report."
     def __init__(self,
@@ -195,7 +195,7 @@ def _words(name, text, mode):
     "A text as the encoder reads it; the paper only lower-cases what was translated back."
     return text.lower() if name == 'augmented' and mode in ('paper', 'legacy') else normalise_section(name, text, mode)
 
-
+# %% ../../nbs/146_data.datasets.ipynb #fdf7c98c
 def to_html(data):
     "Show the counts of a dataset as a small table."
     names = [n for r in data.rows for n, _ in r['texts']]

@@ -151,7 +151,7 @@ def _list_numbers(text):
             expected += 1
     return heads
 
-# %% ../../nbs/120_data.reports.ipynb #183026ed
+# %% ../../nbs/120_data.reports.ipynb #3b42d959
 def _unwrap(text):
     "Join hard-wrapped lines; a line break that ends a sentence becomes a paragraph break."
     lines = [re.sub(r'[ \t\f\v]+', ' ', line).strip() for line in text.split('\n')]
@@ -164,7 +164,7 @@ def _unwrap(text):
         else: out[-1] += ' ' + line
     return '\n'.join(line for line in out if line)
 
-
+# %% ../../nbs/120_data.reports.ipynb #6ae4acf0
 def _ends(text, i, j):
     "Whether the full stop(s) text[i:j] end a sentence."
     before, after = text[max(0, i - 40):i], text[j:j + 40]
