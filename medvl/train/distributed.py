@@ -130,7 +130,7 @@ def from_first(value):
     dist.broadcast_object_list(box, 0)
     return box[0]
 
-# %% ../../nbs/408_train.distributed.ipynb #50679b25
+# %% ../../nbs/408_train.distributed.ipynb #0be66798
 def _free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
@@ -142,6 +142,8 @@ def _worker(rank, function, args, world, port, queue):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='yes')
     torch.set_num_threads(1)
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state(reset_partial_state=True) # what the parent found about its own process came along with the fork
     dist.init_process_group('gloo', rank=rank, world_size=world)
     try:
         stream = io.BytesIO() # bytes, not shared memory: they outlive this process

@@ -28,7 +28,7 @@ from .result import Journal, TrainResult, history
 from .settings import TrainConfig, check_config, check_same_run, fingerprint
 from .validation import evaluating, validation_loss
 
-# %% ../../nbs/420_train.loop.ipynb #c1c78a97
+# %% ../../nbs/420_train.loop.ipynb #986ffb89
 class Loop:
     "One training run: what it is made of, and where it stands."
     def __init__(self, method, dataset, config, folder, valid=None, transform=None, validate=None):
@@ -36,7 +36,8 @@ class Loop:
         self.method, self.dataset, self.config, self.folder = method, dataset, config, Path(folder)
         self.valid, self.transform, self.validate = valid, transform, validate
         self.accelerator = make_accelerator(config, folder)
-        self.device, self.exchange, self.first = self.accelerator.device, exchange_of(), self.accelerator.is_main_process
+        self.device, self.exchange = self.accelerator.device, exchange_of()
+        self.first = self.exchange.rank == 0
         self.batches = RunBatches(dataset, config)
         self.total, self.in_epoch = self.batches.total, self.batches.in_epoch
         self.empty_texts = getattr(getattr(dataset, 'config', None), 'empty', '') == 'keep' # the paper's datasets ask for them
