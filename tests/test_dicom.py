@@ -52,7 +52,6 @@ def test_lossy_codings_are_close(tmp_path, syntax, bits, most):
 @pytest.mark.parametrize('shape', [(1, 1), (1, 7), (3, 2), (33, 31), (127, 129)])
 @pytest.mark.parametrize('syntax', ['explicit', 'big', 'rle', 'jpeg_lossless', 'jpegls', 'jpeg2000'])
 def test_odd_sizes(tmp_path, syntax, shape):
-    if syntax in ('jpegls', 'jpeg_lossless') and min(shape) < 2: pytest.skip('the encoder refuses one line')
     image = np.random.default_rng(1).integers(0, 4096, shape).astype(np.uint16)
     write_dicom(tmp_path/'a.dcm', image, syntax, bits_stored=12)
     assert np.array_equal(read_dicom(tmp_path/'a.dcm').pixels, image)
@@ -320,7 +319,7 @@ def test_stream_larger_than_its_header(tmp_path):
     refused(tmp_path/'b.dcm', 'the compressed stream 65500')
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.sampled_from(['explicit', 'rle', 'jpeg2000', 'jpegls', 'jpeg_lossless']), st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), min_size=1, max_size=6))
 def test_flipped_header_bytes_never_raise_anything_else(tmp_path_factory, syntax, flips):
     "Bytes before the pixels are changed; codecs are fuzzed in a worker below."
@@ -380,7 +379,7 @@ def test_isolated_reading_equals_reading(tmp_path):
 def test_threads_get_workers_of_their_own(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
     write_dicom(tmp_path/'a.dcm', breast(), 'jpegls', bits_stored=12)
-    with ThreadPoolExecutor(3) as pool: shapes = list(pool.map(lambda _: decode_isolated(tmp_path/'a.dcm').shape, range(12)))
+    with ThreadPoolExecutor(2) as pool: shapes = list(pool.map(lambda _: decode_isolated(tmp_path/'a.dcm').shape, range(12)))
     assert shapes == [(130, 90)]*12
 
 
