@@ -153,7 +153,7 @@ def run_checkpointed(block, # nn.Module, one tensor in, one out
     "Run a block that recomputes its activations in the backward pass, with the same random draws and no second statistics update."
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block)))
 
-# %% ../../nbs/200_models.efficientnet.ipynb #2a1c24a9
+# %% ../../nbs/200_models.efficientnet.ipynb #1c0d9532
 class EfficientNet(nn.Module):
     "EfficientNet encoder: pooled feature, and maps at every scale."
     def __init__(self,
@@ -204,7 +204,10 @@ class EfficientNet(nn.Module):
 
     def endpoints(self, x): # (b,1|3,h,w), normalised
         "Give the maps of all scales: reduction_1 (stride 2) … reduction_5, and the head as reduction_6."
-        x, maps = self.activation(self._bn0(self._conv_stem(x))), {}
+        x, maps = self._conv_stem(x), {}
+        if self._conv_stem.weight.is_contiguous(memory_format=torch.channels_last):  # one channel carries no layout: say it here
+            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.activation(self._bn0(x))
         for i in range(len(self._blocks)):
             x = self._run(i, x)
             if i in self.ends: maps[f'reduction_{self.ends.index(i) + 1}'] = x
