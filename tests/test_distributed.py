@@ -1,4 +1,11 @@
 """Two gloo processes against one, over the same samples."""
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 
 import pytest
 import torch
@@ -108,6 +115,23 @@ def test_nan_in_one_process_stops_both_with_its_name(tmp_path):
 def test_another_number_of_processes_is_another_run(tmp_path):
     run(tmp_path)
     with pytest.raises(Exception, match='processes: 1 -> 2'): launch(lambda: run(tmp_path))
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def test_torchrun(tmp_path):
+    "torchrun gives what `launch` gives. (accelerate launch starts several processes only on GPUs, through torchrun's code, or with MPI.)"
+    kwargs, script = dict(epochs=2, batch_size=4, chunk_size=2), str(Path(__file__).with_name('training.py'))
+    command = ['torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={free_port()}', script]
+    done = subprocess.run([sys.executable, '-m', *command, str(tmp_path/'a'), json.dumps(kwargs)], capture_output=True, text=True, timeout=100,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr[-2000:]
+    launch(lambda: str(run(tmp_path/'b', **kwargs)[1]))
+    assert contents(tmp_path/'a') == contents(tmp_path/'b')
 
 
 def test_mammoclip_run_of_two(tmp_path):
