@@ -24,7 +24,7 @@ $(STAMP):
 install: $(STAMP)
 
 demo: install
-	$(BIN)/python -m medvl.run.cli run mammo_clip $(if $(DATA),-p data=$(abspath $(DATA)))
+	$(BIN)/medvl run mammo_clip -p n_boot=1000 $(if $(DATA),-p data=$(abspath $(DATA)) -p config=real-small,-p config=demo -p exams=120)
 
 test: install
 	$(BIN)/ruff check .

@@ -127,7 +127,7 @@ class _Parts(Method):
             self._tokenizer = self._fitting(load_tokenizer(name))
         return self._tokenizer
 
-# %% ../../nbs/310_methods.mammoclip.ipynb #49bae676
+# %% ../../nbs/310_methods.mammoclip.ipynb #dd0742d3
 class _Features(_Parts):
     "Turn images and texts into features."
     def _images(self, images):
@@ -147,9 +147,13 @@ class _Features(_Parts):
         "Give the encoder's maps, (b,c,h',w') ((b·v,…) for several views)."
         return self.image_encoder.feature_maps(self._images(images), level)
 
+    def project_image(self, features): # (…,f): pooled features, or cells of the last map
+        "Give the projected, not normalised vectors, (…,d)."
+        return self.image_projection(features)
+
     def embed_images(self, images): # (b,1,h,w) or (b,v,1,h,w)
         "Give a unit vector an image, (b,d) or (b,v,d)."
-        return unit(self.image_projection(self.image_encoder(self._images(images)))).unflatten(0, images.shape[:-3])
+        return unit(self.project_image(self.image_encoder(self._images(images)))).unflatten(0, images.shape[:-3])
 
     def project_tokens(self, input_ids, attention_mask): # int64 (…,L) each
         "Give the projected, not normalised vectors of tokenised texts, (…,d)."
