@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEARTBEAT', 'STALE', 'process_identity', 'is_alive', 'run_info', 'run_state', 'Records', 'Sources', 'RunBusy', 'Life',
-           'run_name', 'Folder', 'Run']
+           'run_name', 'Folder', 'Ending', 'Run']
 
 # %% ../../nbs/008_core.run.ipynb #64210e48
 import datetime
@@ -330,10 +330,37 @@ def _handed_over():
         _watch(run.info['owner'])
     return run
 
-# %% ../../nbs/008_core.run.ipynb #cc32cf36
-class Run(Folder):
-    "One run of one experiment, and the folder of all it makes."
+# %% ../../nbs/008_core.run.ipynb #4865d827
+class Ending(Folder):
+    "How a run says that it is done, or fails inside `with`."
     _open = None # the unfinished run made by hand in this process
+
+    def done(self):
+        "Say that everything this notebook had to do is done: its last call."
+        known = read_json(self.path('provenance.json'))
+        write_json(self.path('provenance.json'), {**known, 'hardware': provenance()['hardware']}) # now with what torch knows
+        self.write('finished')
+        if self.by_hand: self._close('done')
+
+    def _close(self, state, reason='', code=0):
+        if self.by_hand and self._handle: self.end(state, reason, code)
+        Ending._open = None
+
+    def __enter__(self): return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None: self.done()
+        else: self._close('failed', f'{kind.__name__}: {error}', 1)
+
+    def __repr__(self): return f'Run({self.folder.name}: {self.state})'
+
+    def _repr_html_(self):
+        cells = ''.join(f'<tr><th>{k}</th><td>{v["value"]:.4g}</td></tr>' for k, v in self.metrics.items())
+        return f'<b>{self.folder.name}</b>: {self.state}, attempt {self.attempt}<table>{cells}</table>'
+
+# %% ../../nbs/008_core.run.ipynb #c52ba7bc
+class Run(Ending):
+    "One run of one experiment, and the folder of all it makes."
 
     @classmethod
     def current(cls,
@@ -349,33 +376,10 @@ class Run(Folder):
 
     @classmethod
     def _by_hand(cls, name, params, outputs):
-        if Run._open is not None: Run._open.end('killed', 'another run was started in the same kernel', 137)
+        if Ending._open is not None: Ending._open.end('killed', 'another run was started in the same kernel', 137)
         if outputs is None and 'IN_TEST' in os.environ and 'MEDVL_OUTPUTS' not in os.environ: outputs = tempfile.mkdtemp(prefix='medvl-')
         run = cls.create(name, params, outputs)
         run.by_hand = True
         run.begin('notebook')
-        Run._open = run
+        Ending._open = run
         return run
-
-    def done(self):
-        "Say that everything this notebook had to do is done: its last call."
-        known = read_json(self.path('provenance.json'))
-        write_json(self.path('provenance.json'), {**known, 'hardware': provenance()['hardware']}) # now with what torch knows
-        self.write('finished')
-        if self.by_hand: self._close('done')
-
-    def _close(self, state, reason='', code=0):
-        if self.by_hand and self._handle: self.end(state, reason, code)
-        Run._open = None
-
-    def __enter__(self): return self
-
-    def __exit__(self, kind, error, trace):
-        if kind is None: self.done()
-        else: self._close('failed', f'{kind.__name__}: {error}', 1)
-
-    def __repr__(self): return f'Run({self.folder.name}: {self.state})'
-
-    def _repr_html_(self):
-        cells = ''.join(f'<tr><th>{k}</th><td>{v["value"]:.4g}</td></tr>' for k, v in self.metrics.items())
-        return f'<b>{self.folder.name}</b>: {self.state}, attempt {self.attempt}<table>{cells}</table>'

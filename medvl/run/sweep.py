@@ -58,7 +58,7 @@ def parse_grid(
         grid[name.strip()] = values
     return grid
 
-# %% ../../nbs/710_run.sweep.ipynb #4aa59b15
+# %% ../../nbs/710_run.sweep.ipynb #936bc9ce
 def _points(notebook, grid, params):
     """All parameter sets of a grid, typed and checked.
 
@@ -69,7 +69,7 @@ def _points(notebook, grid, params):
     if len({digest(p) for p in points}) < len(points): raise RefusedError('The grid holds the same point twice.')
     return points
 
-
+# %% ../../nbs/710_run.sweep.ipynb #36c91b37
 def plan_sweep(
     experiment, # name or path of an experiment notebook
     grid:dict, # values (text or typed) by parameter name
@@ -177,7 +177,7 @@ def _local(folder, indices, jobs, gpus, **how):
         raise
     pool.shutdown()
 
-# %% ../../nbs/710_run.sweep.ipynb #3b1ee2be
+# %% ../../nbs/710_run.sweep.ipynb #68b7ed30
 def _dask(folder, indices, jobs, address=None, **how):
     "Run on a Dask cluster: the scheduler at `address`, or one on this machine."
     from distributed import Client, LocalCluster, as_completed
@@ -188,7 +188,7 @@ def _dask(folder, indices, jobs, address=None, **how):
             if future.status == 'error': warnings.warn(f'A Dask task failed: {future.exception()!r}. The journals tell which run.', stacklevel=2)
     if cluster is not None: cluster.close()
 
-
+# %% ../../nbs/710_run.sweep.ipynb #f7141e7f
 def _slurm(folder, indices, jobs, cluster=None, **how):
     "Run as Slurm jobs, at most `jobs` at a time; `cluster='local'` or 'debug' is submitit's own stand-in."
     import submitit

@@ -145,7 +145,7 @@ def _step_at(grid, recall, precision):
     "Precision at the first threshold that reaches each recall."
     return precision[np.minimum(np.searchsorted(recall, grid - 1e-12), len(precision) - 1)]
 
-# %% ../../nbs/012_show.curves.ipynb #633eeb0a
+# %% ../../nbs/012_show.curves.ipynb #1c0e4223
 def _as_models(scores): return scores if isinstance(scores, dict) else {'': scores}
 
 
@@ -154,7 +154,7 @@ def _area_text(name, area, areas, symbol):
     low, high = np.percentile(areas, [2.5, 97.5])
     return f'{name + ": " if name else ""}{symbol} {area:.2f} ({low:.2f} to {high:.2f})'
 
-
+# %% ../../nbs/012_show.curves.ipynb #15e3edd6
 def plot_roc(
     y, # labels, 1 / 0 / NaN, (n,)
     scores, # (n,), or {name: (n,)}

@@ -67,7 +67,7 @@ def _groups(values):
     if rest: groups.append((f'{len(rest)} others', known.isin(rest).to_numpy(), '0.55'))
     return groups + [(str(n), (known == n).to_numpy(), c) for n, c in zip(sorted(shown, key=str), PALETTE)]
 
-# %% ../../nbs/013_show.embedding.ipynb #890e5d75
+# %% ../../nbs/013_show.embedding.ipynb #24ec01cd
 def _scatter(fig, ax, points, values, name):
     "One panel: points coloured by one column."
     size = float(np.clip(4000 / len(points), 3, 26))
@@ -83,7 +83,7 @@ def _scatter(fig, ax, points, values, name):
     ax.set(title=name.removeprefix('label_').replace('_', ' '), xticks=[], yticks=[], aspect='equal')
     ax.set_adjustable('datalim')
 
-
+# %% ../../nbs/013_show.embedding.ipynb #0e89f58c
 def plot_embedding(
     vectors, # (n,d) embeddings
     labels, # Series, or DataFrame of one column a panel, (n,): 1/0/NaN, names or numbers

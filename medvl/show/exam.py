@@ -136,7 +136,7 @@ def hang(
         for k in range(max(map(len, sides.values()))): rows.append(tuple(sides[s][k] if k < len(sides[s]) else None for s in 'RL'))
     return rows
 
-# %% ../../nbs/011_show.exam.ipynb #4daf4e03
+# %% ../../nbs/011_show.exam.ipynb #0abcfa9d
 def _for_display(entry, turn):
     "An entry in hanging orientation, with what belongs to it."
     image, boxes = np.asarray(entry['image']), _boxes(entry.get('boxes'))
@@ -157,7 +157,7 @@ def _limits(entries, limits):
     low, high = min(float(np.nanmin(m)) for m in maps), max(float(np.nanmax(m)) for m in maps)
     return (min(low, 0.0), high) if high > min(low, 0.0) else (0.0, 1.0)
 
-
+# %% ../../nbs/011_show.exam.ipynb #6d16b393
 def _canvas(rows, title, width, bar):
     "Black figure with one axes a view, all in one scale, chest walls touching: (figure, {place: axes})."
     set_theme()

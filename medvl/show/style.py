@@ -55,7 +55,7 @@ def figure(
     set_theme()
     return plt.subplots(rows, columns, figsize=(width, height or 2.7 * rows), layout='constrained', **kwargs)
 
-# %% ../../nbs/010_show.style.ipynb #b3503ce2
+# %% ../../nbs/010_show.style.ipynb #96b9fe54
 def _distinct(pixels):
     "Distinct colours, so that a rare colour counts as much as a frequent one."
     codes = np.unique((pixels.astype(np.uint32) // 4 * 4) @ np.array([65536, 256, 1], dtype=np.uint32))
@@ -79,7 +79,7 @@ def _quantise(image, levels):
     out.putpalette(table)
     return out
 
-
+# %% ../../nbs/010_show.style.ipynb #2964bc9d
 def _render(fig, dpi, levels):
     "PNG bytes at a resolution, with all colours or `levels` of them."
     buffer = io.BytesIO()
@@ -89,7 +89,7 @@ def _render(fig, dpi, levels):
     _quantise(Image.open(buffer), levels).save(small, format='png', optimize=True)
     return small.getvalue()
 
-
+# %% ../../nbs/010_show.style.ipynb #8961f784
 def png(
     fig, # matplotlib figure
     limit:int=100_000, # bytes
