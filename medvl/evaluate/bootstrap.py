@@ -6,8 +6,9 @@
 __all__ = ['BLOCK', 'Estimate', 'patient_counts', 'resample', 'jackknife', 'interval', 'estimates', 'estimate', 'delong',
            'Comparison', 'compare']
 
-# %% ../../nbs/501_evaluate.bootstrap.ipynb #689ca54a
+# %% ../../nbs/501_evaluate.bootstrap.ipynb #adbe1a6f
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy.stats import norm, rankdata
@@ -16,9 +17,29 @@ from ..core.seed import numpy_rng
 from .metrics import Evaluator, metric_of, why_not
 from .rank import NotComputable, stated
 
-# %% ../../nbs/501_evaluate.bootstrap.ipynb #d6744c67
-@dataclass(frozen=True)
-class Estimate:
+# %% ../../nbs/501_evaluate.bootstrap.ipynb #b0163a2a
+class _Shown:
+    "How an estimate reads in words and in tables."
+    def __float__(self): return float(self.value)
+
+    def __repr__(self):
+        if np.isnan(self.value): return f'not computable: {self.note}'
+        positive = '' if self.n_positive is None else f', {self.n_positive} positive'
+        return (f'{self.value:.3f} ({self.level:.0%} CI {self.low:.3f} to {self.high:.3f}; '
+                f'{self.n} {self.unit}s{positive}, {self.n_clusters} patients)' + (f' [{self.note}]' if self.note else ''))
+
+    __str__ = __repr__
+
+    def row(self) -> dict: # columns of result tables
+        "Give the columns of a tidy result table."
+        d = asdict(self)
+        names = dict(value='value', low='low', high='high', unit='unit', n='n', n_positive='n_positive', patients='n_clusters', n_dropped='n_dropped',
+                     level='level', interval='method', n_boot='n_boot')
+        return {column: d[name] for column, name in names.items()} | {'note': f'not computable: {self.note}' if np.isnan(self.value) else self.note}
+
+# %% ../../nbs/501_evaluate.bootstrap.ipynb #729d3007
+@dataclass(frozen=True, repr=False)
+class Estimate(_Shown):
     "A metric's value with its interval and what it rests on."
     value: float            # NaN when it cannot be computed (the note says why)
     low: float              # lower end of the interval
@@ -34,24 +55,7 @@ class Estimate:
     n_failed: int = 0       # resamples for which the metric did not exist
     note: str = ''          # warnings in words
 
-    def __float__(self): return float(self.value)
-
-    def __str__(self):
-        if np.isnan(self.value): return f'not computable: {self.note}'
-        positive = '' if self.n_positive is None else f', {self.n_positive} positive'
-        return (f'{self.value:.3f} ({self.level:.0%} CI {self.low:.3f} to {self.high:.3f}; '
-                f'{self.n} {self.unit}s{positive}, {self.n_clusters} patients)' + (f' [{self.note}]' if self.note else ''))
-
-    __repr__ = __str__
-
-    def row(self) -> dict: # columns of result tables
-        "Give the columns of a tidy result table."
-        d = asdict(self)
-        return {'value': d['value'], 'low': d['low'], 'high': d['high'], 'unit': d['unit'], 'n': d['n'], 'n_positive': d['n_positive'],
-                'patients': d['n_clusters'], 'n_dropped': d['n_dropped'], 'level': d['level'], 'interval': d['method'], 'n_boot': d['n_boot'],
-                'note': (f'not computable: {self.note}' if np.isnan(self.value) else self.note)}
-
-# %% ../../nbs/501_evaluate.bootstrap.ipynb #5a581311
+# %% ../../nbs/501_evaluate.bootstrap.ipynb #34e0da8f
 BLOCK = 64 # resamples drawn with one key
 
 def patient_counts(
@@ -59,12 +63,20 @@ def patient_counts(
     block: int,      # number of the block
     seed: int = 0,
     size: int = BLOCK, # resamples in the block
-) -> np.ndarray: # (c, size) float32: how often each patient was drawn in each resample
+) -> np.ndarray: # (c, size) float32, read-only: how often each patient was drawn in each resample
     "Draw patients with replacement for one block of resamples."
+    draw = _kept if n_clusters <= 8192 else _draw
+    return draw(n_clusters, block, seed)[:, :size]
+
+def _draw(n_clusters, block, seed):
     rng = numpy_rng('bootstrap', seed, n_clusters, block)
     drawn = rng.integers(n_clusters, size=(n_clusters, BLOCK), dtype=np.int32)
     drawn *= BLOCK; drawn += np.arange(BLOCK, dtype=np.int32)
-    return np.bincount(drawn.ravel(), minlength=n_clusters * BLOCK).reshape(n_clusters, BLOCK)[:, :size].astype(np.float32)
+    counts = np.bincount(drawn.ravel(), minlength=n_clusters * BLOCK).reshape(n_clusters, BLOCK).astype(np.float32)
+    counts.flags.writeable = False
+    return counts
+
+_kept = lru_cache(maxsize=32)(_draw) # many tables of one evaluation use the same 2,048 resamples (at most 64 MB)
 
 # %% ../../nbs/501_evaluate.bootstrap.ipynb #922f7ac5
 def resample(
@@ -207,8 +219,8 @@ def delong(
     s11 = both / (both - 1) * x @ z.T
     return auc, s10 / m + s01 / n + (s11 + s11.T) / (m * n)
 
-# %% ../../nbs/501_evaluate.bootstrap.ipynb #7e36722f
-@dataclass(frozen=True)
+# %% ../../nbs/501_evaluate.bootstrap.ipynb #e9921376
+@dataclass(frozen=True, repr=False)
 class Comparison:
     "Difference of a metric between two models on the same rows."
     a: float              # first model's value
@@ -218,10 +230,8 @@ class Comparison:
     test: str             # bootstrap, delong or permutation
     metric: str
 
-    def __str__(self):
+    def __repr__(self):
         return f'{self.metric}: {self.a:.3f} - {self.b:.3f} = {self.difference} p = {self.p_value:.4g} ({self.test})'
-
-    __repr__ = __str__
 
 # %% ../../nbs/501_evaluate.bootstrap.ipynb #378ad657
 def _swaps(y_pair, s_pair, codes, k, metric, n_perm, seed):
@@ -254,7 +264,7 @@ def _p_delong(labels, pair, codes, level):
     half = norm.ppf((1 + level) / 2) * se
     return d - half, d + half, float(2 * norm.sf(abs(d) / se)) if se > 0 else 1.
 
-# %% ../../nbs/501_evaluate.bootstrap.ipynb #f3ea9d80
+# %% ../../nbs/501_evaluate.bootstrap.ipynb #34a9a899
 def compare(
     labels, scores_a, scores_b, # (n,) labels; (n,) or (n, classes) scores of two models on the same rows
     clusters=None,         # (n,) patients; None: every row is its own
@@ -278,6 +288,5 @@ def compare(
     p = _p_two_sided(draws)
     if test == 'delong': low, high, p = _p_delong(labels, np.stack([scores_a, scores_b], 1), codes, level)
     if test == 'permutation': p = _p_permutation(labels, (scores_a, scores_b), codes, m, a - b, evs[0].keep, n_boot, seed)
-    d = Estimate(a - b, low, high, level, unit, evs[0].n, evs[0].n_positive, evs[0].n_stated_groups, n_boot,
-                 'delong' if test == 'delong' else 'percentile', evs[0].n_dropped, int(np.isnan(draws).sum()))
-    return Comparison(a, b, d, float(p), test, m.name)
+    facts = (level, unit, evs[0].n, evs[0].n_positive, evs[0].n_stated_groups, n_boot, 'delong' if test == 'delong' else 'percentile', evs[0].n_dropped)
+    return Comparison(a, b, Estimate(a - b, low, high, *facts, n_failed=int(np.isnan(draws).sum())), float(p), test, m.name)

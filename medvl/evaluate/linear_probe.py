@@ -79,7 +79,7 @@ class Probe:
         e = np.exp(z - z.max(1, keepdims=True))
         return e / e.sum(1, keepdims=True)
 
-# %% ../../nbs/520_evaluate.linear_probe.ipynb #1f2e96d8
+# %% ../../nbs/520_evaluate.linear_probe.ipynb #8a29bca6
 CS = tuple(float(c) for c in np.logspace(-5, 0, 6))
 
 def standardiser(
@@ -90,6 +90,7 @@ def standardiser(
     mean, scale = x.mean(0), x.std(0)
     return mean, np.where(scale > 1e-12 * np.maximum(np.abs(mean), 1), scale, 1.)
 
+# %% ../../nbs/520_evaluate.linear_probe.ipynb #7afbfe15
 def fit_candidates(
     features: np.ndarray,    # (n, f) training embeddings
     manifest: pd.DataFrame,  # n training rows

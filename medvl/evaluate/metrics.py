@@ -8,11 +8,12 @@ __all__ = ['METRICS', 'Metric', 'pfbeta_metric', 'at_threshold', 'class_accuracy
            'average_precision', 'pr_auc', 'pfbeta', 'pfbeta_binarized', 'sensitivity_at_specificity', 'accuracy',
            'balanced_accuracy', 'macro_f1', 'class_accuracy']
 
-# %% ../../nbs/500b_evaluate.metrics.ipynb #22e52dbb
+# %% ../../nbs/500b_evaluate.metrics.ipynb #052261f3
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from medvl.evaluate.rank import (
     NotComputable, auroc_of, average_precision_of, best_f1_of, pr_auc_of, rank_table, ratio, sensitivity_at_specificity_of, specificity_at_sensitivity_of, stated,
@@ -126,14 +127,14 @@ def metric_of(
         raise ValueError(f'unknown metric {metric!r}; known: {", ".join(METRICS)} (or pass a Metric, e.g. at_threshold("sensitivity", .5))')
     return METRICS[metric]
 
-# %% ../../nbs/500b_evaluate.metrics.ipynb #c545a067
+# %% ../../nbs/500b_evaluate.metrics.ipynb #ec9b9c6a
 def _group_sums(
     columns: np.ndarray, # (n, q)
     groups: np.ndarray,  # (n,) int
     n_groups: int,       # c
-) -> np.ndarray: # (q, c) float64
+) -> csr_matrix: # (q, c) float64; sparse, so that no BLAS threads are woken for a small product
     "Add up the columns within each group."
-    return np.stack([np.bincount(groups, weights=col.astype(float), minlength=n_groups) for col in columns.T])
+    return csr_matrix(np.stack([np.bincount(groups, weights=col.astype(float), minlength=n_groups) for col in columns.T]))
 
 def _class_rows(
     labels, # (n,) class numbers, NaN not stated

@@ -177,14 +177,13 @@ def _vectors_of(parts, prepared, method, embeddings, what, folder, batch_size, p
     if embeddings is not None: return {s: embeddings.of(p, what) for s, p in parts.items()}
     return {s: embed(method, p, folder, batch_size, (what,), precision).of(p, what) for s, p in parts.items()}
 
-# %% ../../nbs/510_evaluate.zero_shot.ipynb #309d1c96
+# %% ../../nbs/510_evaluate.zero_shot.ipynb #2fa7a129
 def zero_shot(
     method,                # Method with encode_image and encode_text (or project_text)
     prepared,              # Prepared, or {'test': Prepared, 'valid': Prepared, ...}
     tasks='mammo',         # a set's name, Tasks, or {label: (absent prompts, present prompts)}
     split: str | None = 'test', # split to judge on; None: all rows, as an external test set
-    unit: str = 'image',   # image, breast, exam or patient
-    how: str = 'mean',     # mean or max of the images' scores in a unit
+    unit: str = 'image', how: str = 'mean', # image, breast, exam or patient; mean or max of its images' scores
     embeddings: Embeddings = None, # made before by `embed`
     folder=None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
     metrics=METRICS_BINARY, by=None, # of binary tasks; subgroup columns
@@ -206,6 +205,5 @@ def zero_shot(
     for s, p in used.items(): scored[s], missing[s] = _predict(method, tasks, p.manifest, vectors[s], s, unit, how)
     valids = scored['valid'] if judged == 'test' and 'valid' in scored else None
     result = evaluate_scored(scored[judged], valids, metrics, by=by, n_boot=n_boot, level=level, seed=seed)
-    absent = [not_computable(t, 'auroc', why, judged, unit) for t, why in missing[judged].items()]
-    table = pd.concat([result.table, pd.DataFrame(absent)], ignore_index=True) if absent else result.table
+    table = pd.concat([result.table, *(pd.DataFrame([not_computable(t, 'auroc', why, judged, unit)]) for t, why in missing[judged].items())], ignore_index=True)
     return ZeroShotResult(table, scores_frame(scored), result, {t.name: t.prompts for t in tasks}, scored, leaks)
