@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from .localisation import brightness_map, map_scores, random_map
-from .mammo_factor import Explainer, MammoFactor
+from .mammo_factor import Explainer
 from .maps import upsample
 from ..core.errors import DataError, unknown_name
 from ..core.paths import atomic_path, digest

@@ -6,7 +6,7 @@
 __all__ = ['find_repo', 'repo_path', 'outputs_path', 'atomic_path', 'write_json', 'read_json', 'append_jsonl', 'read_jsonl',
            'digest', 'sha256_file']
 
-# %% ../../nbs/000_core.paths.ipynb #99ac0682
+# %% ../../nbs/000_core.paths.ipynb #1a9f6777
 import contextlib
 import hashlib
 import json
@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from configparser import ConfigParser
 from pathlib import Path
 
