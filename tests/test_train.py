@@ -15,10 +15,11 @@ from medvl.train.average import Average
 from medvl.train.checkpoint import checkpoints, load_checkpoint
 from medvl.train.checks import broken_rows, guilty
 from medvl.train.feed import RunBatches
-from medvl.train.loop import Loop, one_step, train
+from medvl.train.loop import train
 from medvl.train.machine import training_mode
 from medvl.train.optim import lr_scale
 from medvl.train.settings import TrainConfig, check_config
+from medvl.train.step import Loop, one_step
 from medvl.train.validation import blocks, validation_loss
 
 PLAIN = dict(chunk_size=None, accumulate=1, ema=0.0, clip=0.0, save_every=0, valid_every=0)

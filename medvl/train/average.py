@@ -10,7 +10,7 @@ import torch
 
 from ..core.errors import DataError
 
-# %% ../../nbs/414_train.average.ipynb #3f329832
+# %% ../../nbs/414_train.average.ipynb #0bd40873
 class Average:
     "The running average of a module's weights and BatchNorm statistics."
     def __init__(self,
@@ -20,7 +20,8 @@ class Average:
         self.decay = decay
         self.values = {k: v.detach().clone() for k, v in module.state_dict().items()}
         weights = {k for k, _ in module.named_parameters(remove_duplicate=False)}
-        self.moving = [k for k, v in self.values.items() if v.is_floating_point() and (k in weights or k.endswith(('running_mean', 'running_var')))]
+        moves = lambda k: k in weights or k.endswith(('running_mean', 'running_var'))
+        self.moving = [k for k, v in self.values.items() if v.is_floating_point() and moves(k)]
 
     @torch.no_grad()
     def update(self,

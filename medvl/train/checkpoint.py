@@ -52,7 +52,7 @@ def restore_optimizer(
     optimizer.state.clear()
     optimizer.state.update(state)
 
-# %% ../../nbs/410_train.checkpoint.ipynb #7b864525
+# %% ../../nbs/410_train.checkpoint.ipynb #aa63ca42
 CHECKSUMS, STATE = 'checksums.json', 'state.json'
 
 
@@ -62,7 +62,8 @@ def checkpoint_name(step): return f'step-{step:08d}'
 def _no_space(error):
     "Whether an error says that the disk (or the quota) is full."
     full = getattr(error, 'errno', None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return full or (isinstance(error, SafetensorError) and any(s in str(error) for s in ('No space left', 'quota', 'File too large', 'os error 28', 'os error 27')))
+    signs = ('No space left', 'quota', 'File too large', 'os error 28', 'os error 27')
+    return full or (isinstance(error, SafetensorError) and any(s in str(error) for s in signs))
 
 
 def _write(folder, tensors, state):
@@ -74,7 +75,7 @@ def _write(folder, tensors, state):
     files = sorted(p for p in folder.iterdir() if p.is_file())
     write_json(folder/CHECKSUMS, {p.name: {'bytes': p.stat().st_size, 'sha256': sha256_file(p)} for p in files})
 
-# %% ../../nbs/410_train.checkpoint.ipynb #6bf23f10
+# %% ../../nbs/410_train.checkpoint.ipynb #8637bc20
 def save_checkpoint(
     root, # folder of checkpoints
     step:int, # optimiser steps done
@@ -93,8 +94,9 @@ def save_checkpoint(
         if not _no_space(error): raise
         need = sum(v.numel() * v.element_size() for values in tensors.values() for v in values.values())
         older = [p.name for p in checkpoints(root) if p != path]
-        raise OSError(errno.ENOSPC, f'the disk is full: the checkpoint of step {step} needs {need/1e6:.1f} MB, {shutil.disk_usage(root).free/1e6:.1f} MB are '
-                      f'free. {f"{older[0]} is intact" if older else "There is no earlier checkpoint"}. Free space and start again') from error
+        left = f'{older[0]} is intact' if older else 'There is no earlier checkpoint'
+        raise OSError(errno.ENOSPC, f'the disk is full: the checkpoint of step {step} needs {need/1e6:.1f} MB, '
+                      f'{shutil.disk_usage(root).free/1e6:.1f} MB are free. {left}. Free space and start again') from error
     return path
 
 
@@ -105,7 +107,7 @@ def checkpoints(
     found = [p for p in Path(root).glob('step-*') if p.is_dir() and p.name[5:].isdigit()]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
-# %% ../../nbs/410_train.checkpoint.ipynb #d5a50034
+# %% ../../nbs/410_train.checkpoint.ipynb #7d7f86db
 class TornCheckpoint(DataError):
     "A checkpoint that is not what was written."
 
@@ -117,7 +119,8 @@ def _verify(folder):
     for name, entry in listed.items():
         path = folder/Path(name).name
         if not path.is_file(): raise TornCheckpoint(f'{name} is missing', file=folder.name)
-        if path.stat().st_size != entry['bytes']: raise TornCheckpoint(f'{name} has {path.stat().st_size} bytes, not {entry["bytes"]}', file=folder.name)
+        size = path.stat().st_size
+        if size != entry['bytes']: raise TornCheckpoint(f'{name} has {size} bytes, not {entry["bytes"]}', file=folder.name)
         if sha256_file(path) != entry['sha256']: raise TornCheckpoint(f'{name} was changed (its checksum differs)', file=folder.name)
     if STATE not in listed: raise TornCheckpoint(f'{STATE} is not listed', file=folder.name)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..core.errors import DataError
 from ..data.batch import batch_size, slice_batch
 
-# %% ../../nbs/415_train.checks.ipynb #06de34d5
+# %% ../../nbs/415_train.checks.ipynb #b4a8509c
 def names_of(batch, rows=None):
     "Give the sample ids of a batch, or of some of its rows."
     ids = list(batch.get('sample_id', ())) or [f'row {i}' for i in range(batch_size(batch))]
@@ -32,7 +32,8 @@ def check_texts(
     """
     texts = [[t] if isinstance(t, str) else t for t in batch.get('text', ())]
     empty = [i for i, t in enumerate(texts) if t and all(not isinstance(s, str) or not s.strip() for s in t)]
-    if empty: raise DataError(f'empty report text: sample {_listed(names_of(batch, empty))}.', fix='Drop these samples or give them a report.')
+    if empty:
+        raise DataError(f'empty report text: sample {_listed(names_of(batch, empty))}.', fix='Drop these samples or give them a report.')
 
 # %% ../../nbs/415_train.checks.ipynb #62a0f3f6
 def broken_rows(
@@ -47,7 +48,7 @@ def broken_rows(
             found |= set(bad.nonzero().flatten().tolist())
     return sorted(found)
 
-# %% ../../nbs/415_train.checks.ipynb #e19ba3da
+# %% ../../nbs/415_train.checks.ipynb #a27c56f0
 UNSTATED = ('labels', 'boxes', 'masks')
 
 
@@ -77,7 +78,8 @@ def guilty(
         for i in range(batch_size(batch)):
             one = slice_batch(batch, i, i + 1)
             one = prepare(one) if prepare else one
-            bad = [k for k, v in one.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in UNSTATED and not torch.isfinite(v).all()]
+            inputs = {k: v for k, v in one.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in UNSTATED}
+            bad = [k for k, v in inputs.items() if not torch.isfinite(v).all()]
             if not bad:
                 with autocast(): features = method.encode(one)
                 if broken_rows(features, 1): bad = ['features']
@@ -98,7 +100,7 @@ def not_finite(
     if not rows: return wrong + f'each sample alone has finite features; the batch was: {_listed(ids, 32)}.'
     return wrong + f'{", ".join(sorted(set(rows.values())))} of sample {_listed([ids[i] for i in rows])}.'
 
-# %% ../../nbs/415_train.checks.ipynb #1e0c57bf
+# %% ../../nbs/415_train.checks.ipynb #a1a372d4
 class Guarded:
     "A dataset whose errors name the sample."
     def __init__(self, dataset): self.dataset = dataset
@@ -107,5 +109,5 @@ class Guarded:
         try: return self.dataset[key]
         except Exception as e:
             epoch, index = key if isinstance(key, tuple) else (0, key)
-            raise DataError(f'sample {index} of epoch {epoch} cannot be loaded: {type(e).__name__}: {getattr(e, "message", e)}', file=getattr(e, 'file', None),
-                            row=getattr(e, 'row', None), column=getattr(e, 'column', None)) from e
+            text = f'sample {index} of epoch {epoch} cannot be loaded: {type(e).__name__}: {getattr(e, "message", e)}'
+            raise DataError(text, file=getattr(e, 'file', None), row=getattr(e, 'row', None), column=getattr(e, 'column', None)) from e

@@ -151,7 +151,7 @@ def _worker(rank, function, args, world, port, queue):
         queue.put((rank, stream.getvalue()))
     finally: dist.destroy_process_group()
 
-# %% ../../nbs/408_train.distributed.ipynb #beb9f6ab
+# %% ../../nbs/408_train.distributed.ipynb #03964b83
 def launch(
     function, # callable; runs in every process and returns something that pickles
     *args, # its arguments
@@ -166,7 +166,8 @@ def launch(
         return notebook_launcher(function, args, num_processes=processes)
     context = torch.multiprocessing.get_context('fork')
     queue = context.SimpleQueue()
-    running = torch.multiprocessing.start_processes(_worker, (function, args, processes, _free_port(), queue), processes, join=False, start_method='fork')
+    running = torch.multiprocessing.start_processes(_worker, (function, args, processes, _free_port(), queue), processes, join=False,
+                                                    start_method='fork')
     found = {}
     while len(found) < processes:
         if running.join(timeout=0.05) and queue.empty(): break

@@ -39,7 +39,7 @@ class RunBatches:
             for _, keys in zip(range(steps * self.config.accumulate), self.epoch_batches): yield keys
             step += steps
 
-# %% ../../nbs/416_train.feed.ipynb #d7de6a39
+# %% ../../nbs/416_train.feed.ipynb #095f75a0
 def make_loader(
     dataset, # map-style; takes (epoch, index)
     batches, # iterable of lists of (epoch, index)
@@ -47,8 +47,8 @@ def make_loader(
     pin:bool=False, # page-locked memory, for copies to a GPU
 ): # DataLoader
     "Load batches; errors name the sample."
-    return DataLoader(Guarded(dataset), batch_sampler=batches, num_workers=workers, collate_fn=getattr(dataset, 'collate', collate), pin_memory=pin,
-                      generator=torch.Generator().manual_seed(0))
+    return DataLoader(Guarded(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pin,
+                      collate_fn=getattr(dataset, 'collate', collate), generator=torch.Generator().manual_seed(0))
 
 # %% ../../nbs/416_train.feed.ipynb #53f4c79f
 def data_digest(

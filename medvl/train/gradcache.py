@@ -155,7 +155,7 @@ def check_chunks(method, chunk_size):
         raise ValueError(f'{type(method).__name__} cannot be chunked (chunkable=False): its losses run networks on the samples themselves. '
                          'Set chunk_size=None and use a smaller batch_size, or accumulate.')
 
-# %% ../../nbs/405_train.gradcache.ipynb #5a7bde98
+# %% ../../nbs/405_train.gradcache.ipynb #144f5a5e
 def backward_batch(
     method, # Method
     batch:dict, # the batch contract, b rows
@@ -176,7 +176,8 @@ def backward_batch(
     check_chunks(method, chunk_size)
     exchange, n = exchange or Alone(), batch_size(batch)
     size = chunk_size or n
-    parts = Parts(method, state, [slice_batch(batch, i, min(i + size, n)) for i in range(0, n, size)] if size < n else [batch], micro, prepare, autocast)
+    chunks = [slice_batch(batch, i, min(i + size, n)) for i in range(0, n, size)] if size < n else [batch]
+    parts = Parts(method, state, chunks, micro, prepare, autocast)
     local, rest, tail = parts.first_pass()
     features, mine = share(local, method, exchange)
     rest = {k: exchange.rows(v)[0] if k in method.gathered_batch else v for k, v in rest.items()}

@@ -83,14 +83,15 @@ def compiled(
     finally:
         for encoder in encoders: encoder._compiled_call_impl = None
 
-# %% ../../nbs/417_train.machine.ipynb #d7dc6a85
+# %% ../../nbs/417_train.machine.ipynb #781bc6de
 @contextmanager
 def arithmetic(
     deterministic:bool, # deterministic algorithms only
 ):
     "Within this context the run has its own generators and flags; afterwards the old ones are back."
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
-    old = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
+    old = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+           torch.backends.cudnn.benchmark)
     fill, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, False
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic

@@ -53,7 +53,7 @@ def history(
     for row in read_jsonl(path): rows.setdefault(row['step'], {}).update({k: v for k, v in row.items() if k not in ('step', 'kind')})
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('step').sort_index()
 
-# %% ../../nbs/419_train.result.ipynb #f18c5bfb
+# %% ../../nbs/419_train.result.ipynb #fc0eb195
 @dataclass
 class TrainResult:
     "What a training run left behind."
@@ -83,5 +83,6 @@ class TrainResult:
     def __repr__(self): return 'TrainResult(' + ', '.join(f'{k}: {v}' for k, v in self._shown().items()) + ')'
 
     def _repr_html_(self):
-        rows = ''.join(f'<tr><th style="text-align:left">{html.escape(k)}</th><td style="text-align:left">{html.escape(v)}</td></tr>' for k, v in self._shown().items())
+        left = 'style="text-align:left"'
+        rows = ''.join(f'<tr><th {left}>{html.escape(k)}</th><td {left}>{html.escape(v)}</td></tr>' for k, v in self._shown().items())
         return f'<table>{rows}</table>'

@@ -53,9 +53,10 @@ class TrainConfig:
     deterministic: bool = True  # deterministic algorithms only
     cpu: bool = False  # stay on the CPU
 
-# %% ../../nbs/412_train.settings.ipynb #886aa450
+# %% ../../nbs/412_train.settings.ipynb #107a2a23
 _choices = dict(schedule=SCHEDULES, precision=('fp32', 'bf16', 'fp16'), mode=('min', 'max'), optimizer=('adamw', 'sgd'))
-_least = dict(epochs=1, batch_size=1, accumulate=1, keep_last=1, log_every=1, valid_samples=1, workers=0, save_every=0, valid_every=0, early_stop=0)
+_least = dict(epochs=1, batch_size=1, accumulate=1, keep_last=1, log_every=1, valid_samples=1, workers=0, save_every=0, valid_every=0,
+              early_stop=0)
 
 
 def check_config(
@@ -71,13 +72,15 @@ def check_config(
     for name, least in _least.items():
         if getattr(config, name) < least: raise ValueError(f'{name}={getattr(config, name)} must be at least {least}')
     for name in ('lr', 'weight_decay', 'clip', 'floor', 'min_delta'):
-        if not 0 <= getattr(config, name) < float('inf'): raise ValueError(f'{name}={getattr(config, name)} must be a finite number, 0 or more')
+        value = getattr(config, name)
+        if not 0 <= value < float('inf'): raise ValueError(f'{name}={value} must be a finite number, 0 or more')
     if not 0 <= config.ema < 1: raise ValueError(f'ema={config.ema} is a decay in [0, 1), such as 0.999')
     if config.max_steps is not None and config.max_steps < 1: raise ValueError(f'max_steps={config.max_steps} must be at least 1, or None')
-    if config.monitor.startswith('test'): raise ValueError(f'monitor={config.monitor!r}: weights are chosen on validation data, never on test data')
+    if config.monitor.startswith('test'):
+        raise ValueError(f'monitor={config.monitor!r}: weights are chosen on validation data, never on test data')
     if method is not None: check_chunks(method, config.chunk_size)
 
-# %% ../../nbs/412_train.settings.ipynb #1b2dcd00
+# %% ../../nbs/412_train.settings.ipynb #fbb7080e
 def run_length(
     config, # TrainConfig
     batches:int, # batches of one process in one epoch
@@ -88,13 +91,13 @@ def run_length(
     """
     in_epoch = batches // config.accumulate
     if in_epoch < 1:
-        raise ValueError(f'an epoch has {batches} full batches of batch_size={config.batch_size}, and a step needs accumulate={config.accumulate}: '
-                         'lower one of the two, or bring more data')
+        raise ValueError(f'an epoch has {batches} full batches of batch_size={config.batch_size}, and a step needs '
+                         f'accumulate={config.accumulate}: lower one of the two, or bring more data')
     total = config.max_steps or config.epochs * in_epoch
     warmup_steps(config.warmup, total)
     return in_epoch, total
 
-# %% ../../nbs/412_train.settings.ipynb #c3b8ff01
+# %% ../../nbs/412_train.settings.ipynb #84c883fc
 FREE = ('workers', 'save_every', 'keep_last', 'keep_best', 'log_every', 'trackers')
 
 
@@ -109,7 +112,8 @@ def fingerprint(
     "Describe a run by everything that its weights depend on."
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in config_dict(config).items()}
     own = {} if method.config is None else config_dict(method.config)
-    return {'train': settings, 'method': {'name': method.name, **own}, 'data': data, 'valid_data': valid, 'processes': world, 'transform': _describe(transform)}
+    return {'train': settings, 'method': {'name': method.name, **own}, 'data': data, 'valid_data': valid, 'processes': world,
+            'transform': _describe(transform)}
 
 
 def _describe(transform):
@@ -126,7 +130,7 @@ def _differences(old, new, name=''):
     plain = lambda x: [plain(i) for i in x] if isinstance(x, (list, tuple)) else x
     return [] if plain(old) == plain(new) else [f'{name}: {old!r} -> {new!r}']
 
-# %% ../../nbs/412_train.settings.ipynb #4bc1e11c
+# %% ../../nbs/412_train.settings.ipynb #fe3564b9
 def check_same_run(
     old:dict, # fingerprint in the checkpoint
     new:dict, # fingerprint of the run that wants to go on
@@ -136,6 +140,8 @@ def check_same_run(
     Raises: DataError naming every field that differs.
     """
     free = {f'train.{name}' for name in FREE}
-    if new['train'].get('schedule') == 'constant' and float(new['train'].get('warmup', 0)).is_integer(): free |= {'train.epochs', 'train.max_steps'}
+    endless = new['train'].get('schedule') == 'constant' and float(new['train'].get('warmup', 0)).is_integer()
+    if endless: free |= {'train.epochs', 'train.max_steps'}
     wrong = [d for d in _differences(old, new) if d.split(':')[0] not in free]
-    if wrong: raise DataError('this folder holds another run: ' + '; '.join(wrong) + '.', fix='Choose another folder, or give the same settings.')
+    if not wrong: return
+    raise DataError('this folder holds another run: ' + '; '.join(wrong) + '.', fix='Choose another folder, or give the same settings.')
