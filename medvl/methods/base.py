@@ -186,7 +186,7 @@ def save_pretrained(method, # a registered Method
     with atomic_path(folder) as temp:
         temp.mkdir()
         config = method.save_assets(temp)
-        save_file(plain_state(method), str(temp / WEIGHTS), metadata={'format': 'pt', 'method': method.name})
+        save_file(plain_state(method), str(temp / WEIGHTS), metadata={'format': 'pt'})
         write_json(temp / CONFIG, {'method': method.name, 'medvl_version': __version__, 'config': config_dict(config),
                                    **({'metrics': metrics} if metrics else {})})
     return folder

@@ -47,6 +47,7 @@ class MammoCLIPConfig:
     t2t_weight: float = 0.5  # of texts among each other
     label_smoothing: float = 0.0  # between images and texts, in training
     duplicates: str = 'negatives'  # exams that share a report: negatives (paper), mask, positives
+    allow_empty: bool = False  # let texts without words pass, as the original does (a dataset with empty='keep' needs it)
     encode_once: bool = False  # encode equal texts of a batch once (their dropout is then equal too)
     image_mean: float = 0.3089279  # of min-max scaled images
     image_std: float = 0.25053555408335154  # of min-max scaled images
@@ -72,11 +73,12 @@ def normalise_images(images, # (…,1|3,h,w), uint8 or float 0..255
 def check_samples(batch, # dict with sample_id, perhaps tokens
                   image, # (b,v,d)
                   text=None, # (b,t,d)
+                  allow_empty=False, # let texts without words pass, as the original does
                   ):
     "Raises: DataError naming the samples whose features are not finite or whose text has no words."
     if torch.compiler.is_compiling(): return
     flags = [~torch.isfinite(f).flatten(1).all(1) for f in (image, text) if f is not None]
-    if text is not None: flags.append((batch['tokens']['attention_mask'].sum(-1) <= 2).any(-1).to(image.device))
+    if text is not None and not allow_empty: flags.append((batch['tokens']['attention_mask'].sum(-1) <= 2).any(-1).to(image.device))
     flags = torch.stack(flags)
     if not flags.any(): return
     names = batch.get('sample_id') or [f'number {i} of the batch' for i in range(len(image))]
@@ -196,7 +198,7 @@ class MammoCLIP(_Capabilities):
         "Give `image` (b,v,d) and `text` (b,t,d), unit vectors in float32."
         image = self.embed_images(batch['images'])
         text = unit(self.project_tokens(batch['tokens']['input_ids'], batch['tokens']['attention_mask']))
-        check_samples(batch, image, text)
+        check_samples(batch, image, text, self.config.allow_empty)
         return {'image': image, 'text': text}
 
     def losses(self, features, batch, state):

@@ -45,7 +45,7 @@ PRESETS = {
     'b2': Preset('the paper\'s Mammo-CLIP B2, with its mistakes put right; one GPU', model=dict(image_encoder='efficientnet-b2'), **_PAPER),
     'b5': Preset('the paper\'s Mammo-CLIP B5, with its mistakes put right; one or more GPUs', model=dict(image_encoder='efficientnet-b5'), **_PAPER),
     'b2-reference': Preset('the released code as it ran: constant augmentation, unclamped scale, sides that contradict', augment=dict(mode='reference'),
-                           model=dict(image_encoder='efficientnet-b2', limit_scale=False), train=_PAPER['train'],
+                           model=dict(image_encoder='efficientnet-b2', limit_scale=False, allow_empty=True), train=_PAPER['train'],
                            text=dict(sections=('findings', 'impression'), normalisation='paper', empty='keep', flip_scope='view', laterality='ignore', seed=10)),
 }
 
