@@ -67,9 +67,12 @@ class EpochBatches:
         "Go to another epoch (and step)."
         self.epoch, self.start_step = epoch, start_step
 
+    def order(self): # int64: batch k of all ranks is [k*size : (k + 1)*size]
+        "Give the samples of the epoch in order; other samplers define this anew."
+        return epoch_order(self.n, self.batch_size*self.world, self.seed, self.epoch, self.shuffle, self.lengths)
+
     def __iter__(self):
-        size = self.batch_size*self.world
-        order = epoch_order(self.n, size, self.seed, self.epoch, self.shuffle, self.lengths)
+        size, order = self.batch_size*self.world, self.order()
         for k in range(self.start_step, self.steps):
             part = order[k*size:(k + 1)*size]
             share = np.array_split(part, self.world)[self.rank]

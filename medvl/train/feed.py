@@ -18,14 +18,15 @@ from .settings import run_length
 class RunBatches:
     "The batches of a whole run, from one optimiser step to another."
     def __init__(self,
-        dataset, # with a length; optionally `lengths`, for bucketing
+        dataset, # with a length; optionally `lengths`, for bucketing, or `batches`: callable(batch_size, seed, rank=, world=) -> its own sampler
         config, # TrainConfig
         start:int=0, # optimiser step to start at
     ):
         exchange = exchange_of()
         self.config, self.start = config, start
-        self.epoch_batches = EpochBatches(len(dataset), config.batch_size, config.seed, rank=exchange.rank, world=exchange.world,
-                                          lengths=getattr(dataset, 'lengths', None))
+        own, share = getattr(dataset, 'batches', None), dict(rank=exchange.rank, world=exchange.world)
+        self.epoch_batches = (own(config.batch_size, config.seed, **share) if own else
+                              EpochBatches(len(dataset), config.batch_size, config.seed, lengths=getattr(dataset, 'lengths', None), **share))
         self.in_epoch, self.total = run_length(config, self.epoch_batches.steps)
 
     def __len__(self): return (self.total - self.start) * self.config.accumulate
