@@ -7,6 +7,7 @@ __all__ = ['HEARTBEAT', 'STALE', 'process_identity', 'is_alive', 'run_info', 'ru
            'run_name', 'Folder', 'Ending', 'Run']
 
 # %% ../../nbs/008_core.run.ipynb #64210e48
+import contextlib
 import datetime
 import os
 import socket
@@ -237,7 +238,8 @@ class Life(Sources):
         threading.Thread(target=self._beat, args=(self._stop,), name='medvl-heartbeat', daemon=True).start()
 
     def _beat(self, stop):
-        while not stop.wait(HEARTBEAT): self.write('heartbeat', cell=self.cell)
+        while not stop.wait(HEARTBEAT):
+            with contextlib.suppress(OSError): self.write('heartbeat', cell=self.cell) # the disk is full for now: the next one may come through
 
     def end(self, state, reason='', exit_code=0, **fields):
         "Write the attempt's last event and let go of the folder."

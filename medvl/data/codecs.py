@@ -48,7 +48,7 @@ def whole_number(
     value = value_of(opened.ds, name, default)
     try: return int(value)
     except (TypeError, ValueError): raise DataError(f'{name} is {"missing" if value is None else repr(value)}: no image can be made.',
-                                                    file=file) from None
+                                                    file=file, fix='The file is damaged, encrypted, or holds no image: replace it or leave it out.') from None
 
 # %% ../../nbs/100b_data.codecs.ipynb #49527673
 def pixel_layout(
@@ -188,6 +188,7 @@ def decode_checked(
                                                        fix='Copy the file again.')
     if info.codec == 'other': raise NotImplementedError(info)
     try: out = decode_stream(frame, info, photometric)
+    except MemoryError: raise   # says nothing about the file
     except Exception as e:   # every codec has an error class of its own
         raise DataError(f'the {info.codec} stream is damaged ({str(e)[:200]}).', file=file, fix='Replace the file.') from e
     if out.shape[:2] != (rows, columns): raise DataError(f'decoding gave {out.shape}, not {(rows, columns)}.', file=file)
@@ -211,6 +212,7 @@ def decode_rle(
     if not inside: raise DataError(f'damaged run lengths: {starts[0]} segments of {segments} in {len(frame):,} bytes.', file=file,
                                    fix='Replace the file.')
     try: data = imagecodecs.dicomrle_decode(frame, f'<u{layout.allocated//8}')
+    except MemoryError: raise
     except Exception as e: raise DataError(f'damaged run lengths ({str(e)[:200]}).', file=file, fix='Replace the file.') from e
     if len(data) != layout.nbytes: raise DataError(f'run lengths unpack to {len(data):,} bytes of {layout.nbytes:,}.', file=file,
                                                    fix='The file is truncated.')
@@ -285,6 +287,7 @@ def by_pydicom(
 
     Raises: DataError when none of them knows it either."""
     try: return pydicom.dcmread(path).pixel_array
+    except MemoryError: raise
     except Exception as e:   # plugins raise whatever they like
         raise DataError(f'no installed decoder reads this coding ({str(e)[:300]}).', file=path,
                         fix='Convert it to JPEG 2000 or an uncompressed syntax.') from e

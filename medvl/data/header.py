@@ -47,7 +47,7 @@ def check_size(
     """Refuse sizes that are nothing or too much.
 
     Raises: DataError."""
-    if rows < 1 or columns < 1: raise DataError(f'image of {rows} × {columns} pixels is empty.', file=file)
+    if rows < 1 or columns < 1: raise DataError(f'image of {rows} × {columns} pixels is empty.', file=file, fix='It is a failed export: leave it out.')
     if max(rows, columns) > limits.side or rows*columns > limits.pixels:
         raise DataError(f'image declares {rows} × {columns} pixels, more than {limits.pixels:,} or {limits.side:,} a side.', file=file,
                         fix='Raise Limits.pixels or Limits.side if the file is genuine.')
@@ -181,6 +181,7 @@ def open_dicom(
     except DataError: stream.close(); raise
     except RecursionError as e: stream.close(); raise DataError('sequences are nested too deeply.', file=path,
                                                                 fix='The file is damaged or hostile.') from e
+    except MemoryError: stream.close(); raise   # says nothing about the file
     except Exception as e:   # pydicom lets many kinds through: struct.error, KeyError, NotImplementedError, EOFError
         stream.close()
         raise DataError(f'the header cannot be read ({type(e).__name__}: {str(e)[:200]}).', file=path,

@@ -64,6 +64,7 @@ def decode_png(
     if len(data) >= 24: check_size(*struct.unpack('>LL', data[16:24])[::-1], limits, file)
     check_png(data, file)
     try: pixels = imagecodecs.png_decode(data)
+    except MemoryError: raise # says nothing about the file
     except Exception as e: raise DataError(f'the PNG is damaged ({str(e)[:200]}).', file=file, fix='Copy it again.') from e
     return StoredImage(to_grey(pixels, colour, file), bits_stored=pixels.dtype.itemsize*8, format='png')
 
@@ -141,7 +142,8 @@ def read_image(
     kind = sniff(head)
     if kind == 'dicom': return read_dicom(path, limits, colour)
     if not kind:
-        raise DataError(f'not an image: it starts with {head[:8]!r}, no DICOM, PNG, JPEG or PGM does.', file=path,
+        start = 'text' if head.isascii() and b''.join(head.split()).decode().isprintable() else repr(head[:8]) # text may name a patient
+        raise DataError(f'not an image: it starts with {start}, no DICOM, PNG, JPEG or PGM does.', file=path,
                         fix='If it is encrypted or compressed, unpack it first.')
     with open(path, 'rb') as f: data = f.read()
     if kind == 'pgm': return decode_pgm(data, limits, path)

@@ -21,14 +21,14 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
-from ..core.paths import append_jsonl, atomic_path, digest, outputs_path, read_json, read_jsonl, write_json
+from ..core.paths import FULL, append_jsonl, atomic_path, digest, outputs_path, read_json, read_jsonl, write_json
 from ..core.progress import progress
 from ..core.provenance import provenance
 from .header import Limits, hash_id
 from .prepared import Prepared, open_prepared, table_digest, write_table
 from .preprocess import Profile, get_profile
 from .schema import Source, check_columns, empty, sort_out
-from .store import FULL, StoreWriter, disk_full
+from .store import StoreWriter, disk_full
 from .worker import BACKENDS, Job, file_sum, run_jobs
 
 # %% ../../nbs/115_data.prepare.ipynb #0541a992

@@ -268,7 +268,7 @@ def preprocess(
     Raises: DataError for a constant or too small image, and for impossible boxes."""
     profile, image = get_profile(profile), as_stored(image)
     size, b = tuple(int(s) for s in size or profile.size), profile.border
-    if min(image.shape) <= 2*b + 1: raise DataError(f'the image has {image.shape} pixels: too small for {profile.name}.')
+    if min(image.shape) <= 2*b + 1: raise DataError(f'the image has {image.shape} pixels: too small for {profile.name}.', fix='It is no mammogram: leave it out.')
     if mask is not None and mask.shape != image.shape: raise DataError(f'the mask has {mask.shape} pixels, the image {image.shape}.',
             fix='They must match.')
     boxes = check_boxes(boxes, image.shape, outside)

@@ -67,8 +67,9 @@ def _mask(job, shape, notes):
     if not job.mask_path: return None
     try:
         mask = read_image(job.mask_path, job.limits, 'luma').pixels
-        if mask.shape != shape: raise DataError(f'the mask has {mask.shape[0]} × {mask.shape[1]} pixels, the image {shape[0]} × {shape[1]}.')
-    except (DataError, OSError) as e: return notes.append(('mask', getattr(e, 'message', str(e))))
+        if mask.shape != shape: raise DataError(f'the mask has {mask.shape[0]} × {mask.shape[1]} pixels, the image {shape[0]} × {shape[1]}.', fix='Draw it on this image, or leave mask_path empty.')
+    except DataError as e: return notes.append(('mask', f'{e.message} {e.fix or ""}'.strip()))
+    except OSError as e: return notes.append(('mask', f'the mask cannot be read ({e.strerror}).'))
     return (mask > 0).astype(np.uint8)
 
 
@@ -79,14 +80,14 @@ def file_sum(
     "Identify a file by its bytes."
     return sha256_file(path) if os.path.isfile(path) and os.path.getsize(path) <= limits.file_bytes else ''
 
-# %% ../../nbs/113_data.worker.ipynb #c19ace22
+# %% ../../nbs/113_data.worker.ipynb #009842cd
 def _process(job, answer):
     answer.stage, answer.sums = 'read', [file_sum(p, job.limits) for p in (job.path, job.mask_path) if p]
     image = read_image(job.path, job.limits, job.colour)
     answer.fields = _header_facts(image) | dict(image_sha256=answer.sums[0], orig_height=image.shape[0], orig_width=image.shape[1])
     if job.laterality and image.laterality in ('L', 'R') and image.laterality != job.laterality:
         answer.stage = 'table'
-        raise DataError(f'the table says laterality {job.laterality}, the file says {image.laterality}.')
+        raise DataError(f'the table says laterality {job.laterality}, the file says {image.laterality}.', fix='Look which is right and correct the table; check_side=False believes it.')
     if image.spacing is None and job.spacing: image = replace(image, spacing=job.spacing)
     mask = _mask(job, image.shape, answer.notes)
     answer.stage = 'preprocess'
@@ -96,10 +97,10 @@ def _process(job, answer):
     answer.fields |= dict(crop_y0=y0, crop_x0=x0, crop_y1=y1, crop_x1=x1, spacing_y=spacing[0], spacing_x=spacing[1])
     for k, (box, kept) in enumerate(zip(done.boxes, done.box_kept)):
         if kept: answer.boxes.append([k, *(float(v) for v in box)])
-        else: answer.notes.append(('box', f'box {k} lies outside the image or the crop'))
+        else: answer.notes.append(('box', f'box {k} lies outside the image or the crop. Correct it in the table of boxes.'))
     answer.pixels, answer.mask, answer.stage = done.pixels, done.mask, ''
 
-# %% ../../nbs/113_data.worker.ipynb #4e1901f5
+# %% ../../nbs/113_data.worker.ipynb #3000be1d
 def work(
     job:Job, # one file
 ) -> Answer: # always; a bad file is an answer, too
@@ -108,7 +109,7 @@ def work(
     try:
         with guarded(job.limits) if job.guard else contextlib.nullcontext(): _process(job, answer)
     except DataError as e: answer.reason = f'{e.message} {e.fix or ""}'.strip()
-    except MemoryError: answer.reason = f'it needs more than {job.limits.memory_bytes/1e9:.1f} GB of memory to decode.'
+    except MemoryError: answer.reason = f'it needs more than {job.limits.memory_bytes/1e9:.1f} GB of memory to decode. Raise Limits.memory_bytes if the file is genuine.'
     except Exception as e: answer.reason = f'{type(e).__name__}: {str(e)[:300]}'
     return answer
 

@@ -10,6 +10,7 @@ __all__ = ['EMBED_VERSION', 'PARTS', 'weights_digest', 'pixels_digest', 'embeddi
 import contextlib
 import fcntl
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +22,10 @@ import torch
 from .. import __version__
 from ..core.config import config_dict
 from ..core.errors import DataError
-from ..core.paths import atomic_path, digest, outputs_path, read_json, write_json
+from ..core.paths import FULL, atomic_path, digest, outputs_path, read_json, write_json
 from ..core.progress import progress
 from ..data.prepared import Prepared
+from ..data.store import disk_full
 from ..methods.base import require
 
 # %% ../../nbs/505_evaluate.embeddings.ipynb #edd5eff4
@@ -154,8 +156,20 @@ def _open_arrays(folder, sizes, n):
             with contextlib.suppress(ValueError, EOFError): old = np.lib.format.open_memmap(path, mode='r+')  # a torn header: begin anew
         fits = old is not None and old.shape == shape and old.dtype == dtype
         if not fits: (folder/'done.npy').unlink(missing_ok=True)
-        arrays[name] = old if fits else np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=shape)
+        arrays[name] = old if fits else _new_array(path, shape, dtype)
     return arrays
+
+def _new_array(path, shape, dtype):
+    "Make an array in a file whose place on the disk is taken at once: a mapped file without would end the process when the disk is full."
+    try:
+        array = np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=shape)
+        if hasattr(os, 'posix_fallocate'): # not on macOS
+            with open(path, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+    except OSError as e:
+        path.unlink(missing_ok=True)
+        if e.errno in FULL: raise disk_full(e, path, 'embeddings') from e
+        raise
+    return array
 
 # %% ../../nbs/505_evaluate.embeddings.ipynb #4f597771
 def _fill(method, prepared, folder, what, batch_size, precision, flush_every=16):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.paths import atomic_path, read_jsonl
+from ..core.paths import FULL, atomic_path, read_jsonl
 
 # %% ../../nbs/419_train.result.ipynb #3f473b4f
 class Journal:
@@ -33,8 +33,13 @@ class Journal:
     ):
         "Append one line; readers see it at once."
         if self.file is None: return
-        self.file.write(json.dumps({k: (None if isinstance(v, float) and v - v != 0 else v) for k, v in row.items()}) + '\n')
-        self.file.flush()
+        line = json.dumps({k: (None if isinstance(v, float) and v - v != 0 else v) for k, v in row.items()}) + '\n'
+        left = line.encode()
+        try:
+            while left: left = left[os.write(self.file.fileno(), left):] # at once: nothing is kept back to fail again later
+        except OSError as e:
+            if e.errno not in FULL: raise
+            raise OSError(e.errno, 'the disk is full; the checkpoints are intact. Free some space and start again', str(self.path)) from e
 
     def sync(self):
         "Make sure that the lines are on the disk, before a checkpoint relies on them."
