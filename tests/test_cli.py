@@ -13,9 +13,10 @@ cli = CliRunner()
 
 
 def test_help_loads_nothing_heavy():
-    code = 'import sys, medvl.run.cli; print(sorted({"torch", "pandas", "numpy", "papermill", "matplotlib", "transformers"} & set(sys.modules)))'
+    code = 'import sys, medvl.commands; print(sorted({"torch", "pandas", "numpy", "papermill", "matplotlib", "transformers"} & set(sys.modules)))'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == '[]'
-    out = cli.invoke(app, ['--help'])
+    from medvl.commands import app as full
+    out = cli.invoke(full, ['--help'])
     assert out.exit_code == 0 and all(c in out.output for c in ('run', 'sweep', 'runs', 'embed', 'zero-shot', 'explain', 'prepare', 'phantom', 'info'))
 
 
@@ -63,21 +64,40 @@ def test_phantom_and_prepare(tmp_path):
     assert wrong.exit_code == 2 and 'index.csv' in wrong.output
 
 
-class _Model:
-    "Stands in for `medvl.load`: the commands are thin, so this is all they need."
-    def embed(self, image): return np.arange(4.0)
-    def zero_shot(self, image, prompts=None): return {p: 0.25 for p in prompts or ['mass']}
-    def explain(self, image, sentence):
-        from medvl.show.style import figure
-        return figure(width=2, height=1)[0]
+@pytest.fixture(scope='module')
+def model_and_image(tmp_path_factory):
+    "A real saved model (untrained) and a DICOM of the phantom."
+    from medvl.api import Model
+    from medvl.data.phantom import phantom_exam
+    from medvl.data.phantom_dataset import phantom_dicom
+    from medvl.methods.presets import new_mammoclip
+    folder, exam = tmp_path_factory.mktemp('model'), phantom_exam(0, 3, bits=12)
+    phantom_dicom(exam, exam.views['L', 'MLO']).save_as(folder/'x.dcm', enforce_file_format=True)
+    Model(new_mammoclip('smoke', [exam.report]), size=(96, 64)).save_pretrained(folder/'model')
+    return str(folder/'model'), str(folder/'x.dcm')
 
 
-def test_model_commands(tmp_path, monkeypatch):
-    import types
-    api = types.ModuleType('medvl.api')
-    api.load = lambda path: _Model()
-    monkeypatch.setitem(sys.modules, 'medvl.api', api)
-    out = cli.invoke(app, ['embed', 'm', 'a.png', 'b.png', '-o', str(tmp_path/'e.npy')])
-    assert out.exit_code == 0 and np.load(tmp_path/'e.npy').shape == (2, 4)
-    assert '0.2500  no mass' in cli.invoke(app, ['zero-shot', 'm', 'a.png', 'mass', 'no mass']).output
-    assert cli.invoke(app, ['explain', 'm', 'a.png', 'a mass', '-o', str(tmp_path/'x.png')]).exit_code == 0 and (tmp_path/'x.png').stat().st_size > 500
+def program(*args):
+    "Run the program as a user does."
+    return subprocess.run([sys.executable, '-c', 'from medvl.commands import main; main()', *args], capture_output=True, text=True)
+
+
+def test_model_commands(tmp_path, model_and_image):
+    from medvl.commands import app as full
+    model, image = model_and_image
+    out = cli.invoke(full, ['embed', model, image, image, '-o', str(tmp_path/'e.npy')])
+    assert out.exit_code == 0 and np.load(tmp_path/'e.npy').shape == (2, 32), out.output
+    for prompts in ([], ['no mass', 'mass']):
+        said = cli.invoke(full, ['zero-shot', model, image, *prompts])
+        assert said.exit_code == 0 and said.output.splitlines()[1].endswith('  mass'), said.output
+    shown = cli.invoke(full, ['explain', model, image, 'there is a mass', '-o', str(tmp_path/'x.png')])
+    assert shown.exit_code == 0 and (tmp_path/'x.png').stat().st_size > 500, shown.output
+
+
+@pytest.mark.parametrize('args, says', [(['zero-shot', 'MODEL', 'IMAGE', 'mass'], 'at least two'), (['explain', 'MODEL', 'IMAGE', ' '], 'empty'),
+                                        (['embed', 'MODEL', 'absent.dcm'], 'absent.dcm'), (['embed', 'nowhere', 'IMAGE'], 'nowhere')])
+def test_model_commands_refuse_in_words(args, says, model_and_image, tmp_path):
+    names = {'MODEL': model_and_image[0], 'IMAGE': model_and_image[1]}
+    done = program(*[names.get(a, a) for a in args], *(['-o', str(tmp_path/'e.npy')] if args[0] == 'embed' else []))
+    assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr, done.stderr[-500:]
+

@@ -15,7 +15,7 @@ from torch import nn
 from .. import __version__
 from ..core.config import config_dict, config_from_dict
 from ..core.errors import DataError, unknown_name
-from ..core.paths import atomic_path, read_json, write_json
+from ..core.paths import atomic_path, read_json, sha256_file, write_json
 from ..core.seed import torch_generator
 
 # %% ../../nbs/300_methods.base.ipynb #f6a6ee02
@@ -188,7 +188,7 @@ def save_pretrained(method, # a registered Method
         config = method.save_assets(temp)
         save_file(plain_state(method), str(temp / WEIGHTS), metadata={'format': 'pt'})
         write_json(temp / CONFIG, {'method': method.name, 'medvl_version': __version__, 'config': config_dict(config),
-                                   **({'metrics': metrics} if metrics else {})})
+                                   'weights_sha256': sha256_file(temp / WEIGHTS), **({'metrics': metrics} if metrics else {})})
     return folder
 
 # %% ../../nbs/300_methods.base.ipynb #8a46c700
@@ -219,6 +219,8 @@ def from_pretrained(source, # folder of `save_pretrained`, or a hub name owner/n
     except json.JSONDecodeError as e: raise DataError(f'not JSON: {e}', file=folder / CONFIG) from e
     if not isinstance(stored, dict) or not {'method', 'config'} <= set(stored):
         raise DataError('not a medvl configuration: "method" and "config" are needed', file=folder / CONFIG)
+    if 'weights_sha256' in stored and (folder / WEIGHTS).is_file() and sha256_file(folder / WEIGHTS) != stored['weights_sha256']:
+        raise DataError('the weights are not those that were saved (another checksum)', file=folder / WEIGHTS, fix='Copy or download the folder again.')
     cls = method_class(stored['method'])
     method = cls.from_assets(config_from_dict(cls.config_class, stored['config']), folder)
     try: weights = load_file(str(folder / WEIGHTS))
@@ -250,6 +252,7 @@ def push_to_hub(method, # a registered Method
                 token=None, # access token; None takes the stored one
                 api=None, # a huggingface_hub.HfApi; None makes one
                 message='Upload a medvl method', # commit message
+                files=None, # {name: content} of further JSON files
                 ): # what the hub answers
     "Upload a method with a model card; the repository is made if it is not there."
     import tempfile
@@ -259,5 +262,6 @@ def push_to_hub(method, # a registered Method
     with tempfile.TemporaryDirectory() as temp:
         folder = save_pretrained(method, Path(temp) / 'model')
         config = json.dumps(read_json(folder / CONFIG)['config'], indent=1)
+        for name, content in (files or {}).items(): write_json(folder / name, content)
         (folder / 'README.md').write_text(CARD.format(name=method.name, version=__version__, repo=repo, config=config))
         return api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message=message)

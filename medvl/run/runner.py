@@ -34,7 +34,7 @@ def experiment_name(path): # file name without number: 'e20_pretrain.ipynb' -> '
 
 def experiments() -> dict: # path by name
     "List the experiments of the checkout, or else of the installed package."
-    repo, spec = find_repo(), None
+    repo, spec = find_repo() or find_repo(Path(__file__).parent if '__file__' in globals() else None), None # the checkout we stand in, or were installed from
     if repo is None:
         try: spec = importlib.util.find_spec('medvl.experiments')
         except ModuleNotFoundError: spec = None
