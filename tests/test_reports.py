@@ -212,6 +212,37 @@ def test_swaps():
     assert swap_sides(float('nan')) == ''
 
 
+def test_sides_in_other_forms():
+    "Composites, letters beside a view or an hour, bare clock positions; times of day and durations stay."
+    sides = {'RUOQ': 'LUOQ', 'luoq': 'ruoq', 'RLIQ.': 'LLIQ.', 'L 3:00': 'R 9:00', "L 3 o'clock": "R 9 o'clock", 'at 2:00 in the left breast': 'at 10:00 in the right breast',
+             'right breast, 10:00, 5 cm from nipple': 'left breast, 2:00, 5 cm from nipple', '10:00-11:00 position': '2:00-1:00 position', 'R/CC': 'L/CC', 'R/MLO': 'L/MLO',
+             'MLO-L, CC R': 'MLO-R, CC L', 'Leftsided': 'Rightsided', 'mass 10h': 'mass 2h', 'at 2:30': 'at 9:30', 'R UOQ': 'L UOQ', "at 2:00 and 10 o'clock": "at 10:00 and 2 o'clock"}
+    turned = {'RUOQ': 'RLIQ', 'LIQ': 'UOQ', 'superomedially': 'inferolaterally', 'inferomedially': 'superolaterally', 'supero-lateral': 'infero-medial', 'Supero-medial': 'Infero-lateral',
+              '10h': '4h', 'L 3:00': 'L 9:00', 'anterosuperior': 'anteroinferior'}
+    for text, want in sides.items(): assert (swap_sides(text), swap_sides(want)) == (want, text) and names_side(text)
+    for text, want in turned.items(): assert (swap_vertical(text), swap_vertical(want)) == (want, text) and names_side(text, vertical=True)
+    for text in ('called at 10:30', 'Dictated 3/4 at 10:30.', 'at 2:00 pm', 'time 10:30', 'after 10h', '10h later', '24h', 'ratio 1:10', '2:1', '08:15', 'medio-lateral view', 'copyright', 'LORQ'):
+        assert swap_sides(text) == text and swap_vertical(text) == text, text
+
+
+SIDE = ['left', 'Right', 'LEFT', 'rt.', 'Lt', 'L', 'R']
+ORGAN = ['breast', 'axilla', 'nipple', 'CC view', 'MLO', 'UOQ', '10:00', "3 o'clock", '2h position']
+WHOLE = ['RUOQ', 'LLIQ', 'luiq', 'R/CC', 'LMLO', 'RXCCL', 'CC-L', 'leftsided', 'Left-sided', 'rightward', '(R)', 'at 2:00', 'at 10h', '1:00 position', "4-5 o'clock", 'between 2:00 and 3:00']
+FILL = ['mass', 'in the', '2.5 cm', 'on', 'BI-RADS 4A', 'bilateral', 'called at 10:30.', 'in 12h', ',', 'upper outer', '(']
+
+
+@quick
+@given(st.one_of(st.sampled_from(WHOLE), st.builds('{} {}'.format, st.sampled_from(SIDE), st.sampled_from(ORGAN))), st.lists(st.sampled_from(FILL), max_size=4),
+       st.lists(st.sampled_from(FILL), max_size=4))
+def test_no_side_is_overlooked(side, before, after):
+    "Whatever stands around it, a phrase that names a side changes, is seen by names_side, and comes back."
+    text = ' '.join([*before, side, *after])
+    assert names_side(text) and swap_sides(swap_sides(text)) == text and swap_sides(text) != text, text
+    assert swap_vertical(swap_vertical(text)) == text and flip_text(flip_text(text, True, True), True, True) == text
+    for t in (swap_sides(text), swap_vertical(text)):
+        assert birads_of(t) == birads_of(text) and all((words in t) == (words in text) for words in ('2.5 cm', 'called at 10:30.', 'in 12h'))
+
+
 def test_swaps_on_real_reports():
     d = pd.read_csv(sample('reports/openi_reports.csv'), dtype=str, keep_default_na=False)
     for text in (d.findings + ' ' + d.impression)[::3]:

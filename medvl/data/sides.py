@@ -12,15 +12,21 @@ import re
 from .reports import as_text
 
 # %% ../../nbs/122_data.sides.ipynb #7435cac3
-SIDES = (('left', 'right'), ('lt', 'rt'), ('leftward', 'rightward'), ('leftwards', 'rightwards'))
-UPPER_LOWER = (('upper', 'lower'), ('superior', 'inferior'), ('superiorly', 'inferiorly'), ('upward', 'downward'), ('uoq', 'loq'), ('uiq', 'liq'),
-               ('superolateral', 'inferolateral'), ('superomedial', 'inferomedial'), ('uppermost', 'lowermost'))
-INNER_OUTER = (('inner', 'outer'), ('medial', 'lateral'), ('medially', 'laterally'), ('uoq', 'uiq'), ('loq', 'liq'),
-               ('superolateral', 'superomedial'), ('inferolateral', 'inferomedial'), ('innermost', 'outermost'))
+_BREAST = ('', 'l', 'r') # a quadrant's abbreviation may begin with its side: UOQ, LUOQ, RUOQ
+SIDES = (('left', 'right'), ('lt', 'rt'), ('leftward', 'rightward'), ('leftwards', 'rightwards'), ('leftsided', 'rightsided'), ('leftside', 'rightside'),
+         ('luq', 'ruq'), ('llq', 'rlq'), *((f'l{q}', f'r{q}') for q in ('uoq', 'uiq', 'loq', 'liq')))
+UPPER_LOWER = (('upper', 'lower'), ('superior', 'inferior'), ('superiorly', 'inferiorly'), ('upward', 'downward'), ('upwards', 'downwards'), ('supero', 'infero'),
+               ('uppermost', 'lowermost'), *((f'supero{p}', f'infero{p}') for p in ('lateral', 'medial', 'laterally', 'medially')),
+               *((f'{d}superior', f'{d}inferior') for d in ('antero', 'postero')), ('luq', 'llq'), ('ruq', 'rlq'),
+               *((f'{s}u{p}q', f'{s}l{p}q') for s in _BREAST for p in 'oi'))
+INNER_OUTER = (('inner', 'outer'), ('medial', 'lateral'), ('medially', 'laterally'), ('innermost', 'outermost'),
+               *((f'{d}medial{e}', f'{d}lateral{e}') for d in ('supero', 'infero', 'antero', 'postero') for e in ('', 'ly')),
+               *((f'{s}{h}oq', f'{s}{h}iq') for s in _BREAST for h in 'ul'))
 
 # %% ../../nbs/122_data.sides.ipynb #b07111fc
 _NOT_A_PLACE = (r'(?!\s+(?:away|now|after|angle|hand(?:ed)?|as\s+is)\b)', r'(?!\s+(?:limits?|than|resolution|case|grade|extremit\w+)\b)',
-                r'(?!\s+(?:views?|projections?|oblique|spot|magnification|radiograph|images?|films?)\b)')
+                r'(?!\s+(?:views?|projections?|oblique|spot|magnification|radiograph|images?|films?)\b)'
+                r'(?<!medio-medial)(?<!medio-lateral)(?<!latero-medial)(?<!latero-lateral)')
 
 
 def _like(word, example):
@@ -42,10 +48,32 @@ def swap_words(
     return re.sub(rf'(?<!\w)(?:{words})(?![\w]){keep}', one, text, flags=re.I)
 
 # %% ../../nbs/122_data.sides.ipynb #52a01497
-_CLOCK = re.compile(r"(?<![\d:.])(?:(1[0-2]|[1-9])(?::([0-5]\d))?(\s?(?:-|to|/|and)\s?))?(1[0-2]|[1-9])(?::([0-5]\d))?(\s?o\s?['’]?\s?clock)", re.I)
+_HOUR = r'(?:1[0-2]|[1-9])'
+_JOIN = r'\s?(?:-|–|to|/|and)\s?'
+_OCLOCK = r"\s?o\s?['’]?\s?clock"
+_CLOCK = re.compile(rf"(?<![\d:.])(?P<said>(?:{_HOUR}(?::[0-5]\d)?{_JOIN})?{_HOUR}(?::[0-5]\d)?(?={_OCLOCK}))"
+                    rf"|(?<![\d:./])(?P<bare>(?:{_HOUR}:[0-5]\d{_JOIN})?{_HOUR}:[0-5]\d(?![\d:])|{_HOUR}(?=\s?h\b))", re.I)
+_FILL = r"(?:[\s.,:;(~-]|the\b|about\b|approximately\b)*$"
+_NAMED = re.compile(rf"(?<!\w)(?:left|right|lt|rt|[lr]|breast|axilla|nipple|positions?|clock){_FILL}", re.I) # before a position
+_PLACED = re.compile(rf"(?:(?<!\w)(?:at|between|from|near|around)\b|@){_FILL}", re.I) # before a position, or a time of day
+_FOLLOWS = re.compile(r"(?:\s?h\b)?[\s,(-]*(?:positions?\b|axis\b|radi(?:an|us|al)\b|(?:in|of|within)\s+(?:the\s+)?(?:left|right|lt|rt)\b|(?:left|right|lt|rt|[lr])\.?\s(?:breast|axilla)"
+                      r"|\d+(?:\.\d+)?\s?[cm]m\s(?:from|fn|deep)|(?:anterior|middle|mid|posterior)\s(?:depth|third))", re.I)
+_TIME = re.compile(r"\s?(?:[ap]\.?\s?m\b|(?:hours?|hrs?|est|pst|gmt|utc)\b|on\s+(?:\d|mon|tue|wed|thu|fri|sat|sun))", re.I)
+_SPAN = re.compile(r"\b(?:in|after|for|within|every|per|last|past|over|of|than|next)\s+$", re.I) # before a duration
+_LATER = re.compile(r"\s?h(?:\d|\s*(?:/|post|later|ago|after|delay|follow|old))", re.I)
+_EVENT = re.compile(r"(?:perform|dictat|sign|call|discuss|notif|communicat|report|arriv|approv|acquir|scan|start|complet|verif|finali|transcri|page|inform|spoke|time)", re.I)
 
 
-def _hour(hour, minute, turn):
+def _is_position(m):
+    "Tell a position on the breast (2:00, 10h) from a time of day."
+    before, after = m.string[max(0, m.start() - 60):m.start()], m.string[m.end():m.end() + 40]
+    if _TIME.match(after) or (m['bare'].isdigit() and (_SPAN.search(before) or _LATER.match(after))): return False
+    if after[:1] in ('h', 'H'): return True
+    clause = m.string[max(m.string.rfind(c, 0, m.start()) for c in '.;:\n') + 1:m.start()]
+    return bool(_FOLLOWS.match(after) or _NAMED.search(before) or _PLACED.search(before) and not _EVENT.search(clause))
+
+# %% ../../nbs/122_data.sides.ipynb #ef35c400
+def _reflect(hour, minute, turn):
     t = (turn - (int(hour) % 12 * 60 + int(minute or 0))) % 720
     return f'{t // 60 or 12}' + (f':{t % 60:02d}' if minute else '')
 
@@ -53,15 +81,15 @@ def _hour(hour, minute, turn):
 def swap_clock(
     text:str, # any text
     turn:int, # minutes: 720 mirrors left and right, 360 turns upside down
-) -> str: # the text with its o'clock positions reflected
-    "Reflect positions such as 10 o'clock, 2:30 o'clock and 10-11 o'clock."
-    def one(m):
-        first = _hour(m[1], m[2], turn) + m[3] if m[1] else ''
-        return first + _hour(m[4], m[5], turn) + m[6]
-    return _CLOCK.sub(one, text)
+) -> str: # the text with its clock positions reflected
+    "Reflect positions such as 10 o'clock, 2:30 o'clock, 10-11 o'clock, and 2:00 or 10h where they are no time of day."
+    hours = lambda words: re.sub(rf'({_HOUR})(?::([0-5]\d))?', lambda h: _reflect(h[1], h[2], turn), words)
+    return _CLOCK.sub(lambda m: hours(m[0]) if m['said'] or _is_position(m) else m[0], text)
 
 # %% ../../nbs/122_data.sides.ipynb #c65618b7
-_LETTER = re.compile(r'(?<![\w-])(?:([LlRr])(?=[\s.-]{1,2}(?i:breast|axill|nipple|cc\b|mlo\b|mammo))|(?<=\()([LR])(?=\))|([LR])(?=(?:X?CCL?|MLO|ML|LM)\b)|([lr])(?=(?:cc|mlo)\b))')
+_BESIDE = rf"(?:breast|axill|nipple|mammo|(?:x?ccl?|mlo|ml|lm)\b|[ul][oi]?q\b|{_HOUR}(?::[0-5]\d|{_OCLOCK}|\s?h\b))"
+_LETTER = re.compile(rf"(?:(?<![\w-])(?:([LlRr])(?=[\s./-]{{1,2}}(?i:{_BESIDE}))|(?<=\()([LR])(?=\))|([LR])(?=(?:X?CCL?|MLO|ML|LM)\b)|([lr])(?=(?:cc|mlo)\b))"
+                     r"|(?:(?<=CC[\s/-])|(?<=MLO[\s/-]))([LR])(?!\w))")
 _OTHER_LETTER = {'L': 'R', 'R': 'L', 'l': 'r', 'r': 'l'}
 
 
