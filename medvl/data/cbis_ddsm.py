@@ -6,7 +6,7 @@
 __all__ = ['CBIS_DDSM', 'TABLES', 'read_lesions', 'find_folders', 'pick_mask', 'mask_box', 'film_records', 'close_leak',
            'lesion_boxes', 'read_cbis_ddsm']
 
-# %% ../../nbs/166_data.cbis_ddsm.ipynb #ae229683
+# %% ../../nbs/166_data.cbis_ddsm.ipynb #6f9416ec
 import re
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from ..core.errors import DataError
 from ..core.progress import progress
 from .folder import birads_category, density_letter, pathology_labels
 from .image import read_image
-from .releases import Part, Release, find_files, find_table, image_header, read_table
+from .releases import Part, Release, find_files, find_table, read_headers, read_table
 from .schema import BOXES, Report, Source, empty
 from .vindr import require
 
@@ -62,7 +62,7 @@ def read_lesions(
     first = lambda column: df[column].str.replace('\\', '/').str.partition('/')[0].str.strip() if column in df else ''
     return df.assign(film=first('image_file_path'), roi=first('roi_mask_file_path'))
 
-# %% ../../nbs/166_data.cbis_ddsm.ipynb #db0e3337
+# %% ../../nbs/166_data.cbis_ddsm.ipynb #d7663d4a
 def find_folders(
     folder, # of the release
 ) -> dict: # name of a film or lesion -> list of its files, relative
@@ -78,11 +78,12 @@ def pick_mask(
     root:Path, # of the release
     files:list, # of a lesion's folder
     size:tuple, # of the film
+    report:Report, # gets files that cannot be read
 ) -> tuple: # (path or '', what was strange)
     "Tell the mask from the crop."
-    heads = {f: image_header(root/f) for f in files}
+    heads = read_headers(root, files, report)
     masks = [f for f, h in heads.items() if 'mask' in h['series'].lower()]
-    others = [f for f, h in heads.items() if not h['series'] or 'crop' not in h['series'].lower()]
+    others = [f for f, h in heads.items() if 'crop' not in h['series'].lower()]
     masks = masks or [f for f in others if (heads[f]['height'], heads[f]['width']) == size]
     if not masks: return '', 'no mask in the folder'
     found = heads[masks[0]]['height'], heads[masks[0]]['width']
@@ -97,7 +98,7 @@ def mask_box(
     rows, columns = np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else None
 
-# %% ../../nbs/166_data.cbis_ddsm.ipynb #0bd210ff
+# %% ../../nbs/166_data.cbis_ddsm.ipynb #14fb1f87
 _WORST = ('malignant', 'benign', 'benign_without_callback')
 
 
@@ -121,11 +122,11 @@ def film_records(
             pathology=words[0] if words else '', split=first.split, label_mass=1. if 'mass' in kinds else np.nan, label_calcification=1. if 'calc' in kinds else np.nan, **head))
     return pathology_labels(pd.DataFrame(rows), report)
 
-
+# %% ../../nbs/166_data.cbis_ddsm.ipynb #30388ac1
 def _film_file(film, found, root, listed, report):
     "The film's file and size; the table's path when it is absent."
-    heads = {f: image_header(root/f) for f in found}
-    full = [f for f, h in heads.items() if 'full' in h['series'].lower()] or sorted(found, key=lambda f: -heads[f]['height']*heads[f]['width'])
+    heads = read_headers(root, found, report)
+    full = [f for f, h in heads.items() if 'full' in h['series'].lower()] or sorted(heads, key=lambda f: -heads[f]['height']*heads[f]['width'])
     if not full:
         report.add('film is absent', film, None, '', 'set aside in preparation')
         return re.sub(r'\s', '', listed).replace('\\', '/'), dict(height=0, width=0)
@@ -148,7 +149,7 @@ def close_leak(
     for patient in sorted(both): report.add('patient in training and test', patient, None, '', rule)
     return records.split.mask(records.patient_id.isin(both) & (records.split == 'train') & (rule == 'leak_free'), '')
 
-# %% ../../nbs/166_data.cbis_ddsm.ipynb #6917bd38
+# %% ../../nbs/166_data.cbis_ddsm.ipynb #945ac909
 def lesion_boxes(
     lesions:pd.DataFrame, # of `read_lesions`
     records:pd.DataFrame, # of `film_records`
@@ -161,7 +162,7 @@ def lesion_boxes(
     rows, masks = [], {}
     for r in progress(lesions.itertuples(), desc='masks', total=len(lesions), unit='mask'):
         if not size[r.film][0]: continue
-        path, note = pick_mask(root, files.get(r.roi, []), size[r.film])
+        path, note = pick_mask(root, files.get(r.roi, []), size[r.film], report)
         box = mask_box(root/path) if path else None
         if box is None:
             report.add('no box', r.film, int(r.row), f'{r.table}: {note or "the mask marks nothing"}', 'lesion kept without a box')
@@ -171,7 +172,7 @@ def lesion_boxes(
     one = lesions.film.value_counts()
     return pd.DataFrame(rows, columns=list(BOXES)), {f: m[0] for f, m in masks.items() if one[f] == 1}
 
-# %% ../../nbs/166_data.cbis_ddsm.ipynb #0d47992f
+# %% ../../nbs/166_data.cbis_ddsm.ipynb #fd6c4753
 def read_cbis_ddsm(
     folder, # holds the case tables and the tree of DICOM files
     split:str='leak_free', # leak_free or as_given
@@ -187,7 +188,7 @@ def read_cbis_ddsm(
     records = film_records(lesions, files, root, report)
     records['split'] = close_leak(records, report, split)
     found, masks = lesion_boxes(lesions, records, files, root, report) if boxes else (empty('boxes'), {})
-    records['mask_path'] = records.image_id.map(masks).fillna('')
+    records['mask_path'] = [masks.get(film, '') for film in records.image_id]
     twice = records[['patient_id', 'laterality', 'view']].duplicated(keep=False)
     for film in records.image_id[twice]: report.add('film in both tables', film, None, '', 'kept twice, as the release has it')
     report.counts = dict(lesions=len(lesions), films=len(records), patients=records.patient_id.nunique(), films_on_disk=int((records.height > 0).sum()),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUBTYPES', 'CMMD', 'read_images', 'read_cmmd']
 
-# %% ../../nbs/168_data.cmmd.ipynb #3f70aa87
+# %% ../../nbs/168_data.cmmd.ipynb #a017f556
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,7 @@ import pandas as pd
 from ..core.errors import DataError
 from ..core.progress import progress
 from .folder import pathology_labels
-from .releases import Part, Release, find_files, find_table, image_header, read_table
+from .releases import Part, Release, find_files, find_table, read_headers, read_table
 from .schema import Report, Source, empty
 from .vindr import label_name, require
 
@@ -28,21 +28,17 @@ CMMD = Release('CMMD', 'https://www.cancerimagingarchive.net/collection/cmmd/', 
     Part('*.dcm', 'mammograms', 5202, pixels=((2294, 1914),), known="a user's inventory of the release"),
     Part('metadata.csv', 'list of the NBIA Data Retriever', needed=False), Part('LICENSE', 'licence text of the retriever', needed=False)), 'medvl.data.cmmd.read_cmmd')
 
-# %% ../../nbs/168_data.cmmd.ipynb #4b119954
+# %% ../../nbs/168_data.cmmd.ipynb #d99492d5
 def read_images(
     folder, # of the release
     report:Report, # gets the issues
 ) -> pd.DataFrame: # image_path, image_id, patient_id, laterality, view
     "List the images with what their headers say."
     root, rows = Path(folder), []
-    for path in progress(find_files(root, ('*.dcm',)), desc='headers', unit='file'):
+    for path, head in read_headers(root, progress(find_files(root, ('*.dcm',)), desc='headers', unit='file'), report).items():
         patient = next((p for p in path.split('/') if p[:3] in ('D1-', 'D2-')), '')
         if not patient:
             report.add('file outside a patient folder', path, None, '', 'left out')
-            continue
-        try: head = image_header(root/path)
-        except DataError as e:
-            report.add('header cannot be read', path, None, e.message, 'left out')
             continue
         if head['patient'] not in ('', patient): report.add('folder and header name different patients', path, None, '', 'folder used')
         if not head['laterality'] or not head['view']: report.add('no side or view in the header', path, None, '', 'set aside in preparation')
@@ -51,7 +47,7 @@ def read_images(
     number = df.groupby('image_id').cumcount()
     return df.assign(image_id=df.image_id + number.map(lambda n: f'_{n + 1}' if n else ''))
 
-# %% ../../nbs/168_data.cmmd.ipynb #f2a13c3f
+# %% ../../nbs/168_data.cmmd.ipynb #f37f45bf
 def read_cmmd(
     folder, # holds the clinical table and the tree of DICOM files
 ) -> Source: # records, boxes (none), sentences (none), report
@@ -76,7 +72,7 @@ def read_cmmd(
                         pathology=row.classification.str.lower())
     return Source(_labels(out, row, report), empty('boxes'), empty('sentences'), report)
 
-
+# %% ../../nbs/168_data.cmmd.ipynb #df50b464
 def _labels(out, row, report):
     "Add the labels and the counts."
     out, kind = pathology_labels(out, report), row.abnormality.str.lower().str.strip()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MINI_MIAS', 'TISSUE', 'CLASSES', 'SIZE', 'read_truth', 'circle_boxes', 'read_mini_mias']
 
-# %% ../../nbs/169_data.mini_mias.ipynb #0d2be0a8
+# %% ../../nbs/169_data.mini_mias.ipynb #d0b64416
 import re
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.errors import DataError
 from .folder import pathology_labels
-from .releases import Part, Release, find_files, image_header
+from .releases import Part, Release, find_files, read_headers
 from .schema import BOXES, Report, Source, empty
 
 # %% ../../nbs/169_data.mini_mias.ipynb #ce337cf2
@@ -68,7 +68,7 @@ def circle_boxes(
     edges = {'x0': (t.x - r)*s, 'y0': (y - r)*s, 'x1': (t.x + r)*s, 'y1': (y + r)*s}
     return pd.DataFrame({'image_id': t.film, 'label': t.kind.map(CLASSES), **edges, 'severity': t.severity})[list(BOXES)]
 
-# %% ../../nbs/169_data.mini_mias.ipynb #0be76283
+# %% ../../nbs/169_data.mini_mias.ipynb #30eb2af2
 def read_mini_mias(
     folder, # holds the films and Info.txt or README
     origin:str='bottom', # of the circles' y: bottom or top
@@ -82,8 +82,8 @@ def read_mini_mias(
     texts = [p for p in texts if re.search(r'^mdb\d{3}\s', (root/p).read_text(encoding='latin-1'), re.M)]
     if not texts: raise DataError('neither Info.txt nor a README with the truth is in the folder.', file=str(root), fix='Take it from the archive all-mias.tar.gz.')
     truth = read_truth(root/texts[0], report)
-    images = {Path(p).stem.lower(): p for p in find_files(root, ('mdb*.pgm', 'mdb*.png', 'mdb*.jpg', 'mdb*.jpeg'))}
-    heads = {f: image_header(root/p) for f, p in images.items()}
+    files = read_headers(root, find_files(root, ('mdb*.pgm', 'mdb*.png', 'mdb*.jpg', 'mdb*.jpeg')), report)
+    images, heads = {Path(p).stem.lower(): p for p in files}, {Path(p).stem.lower(): h for p, h in files.items()}
     odd = {f: h for f, h in heads.items() if (h['height'], h['width']) != (SIZE, SIZE)}
     for film, h in odd.items(): report.add('copy of another size', film, None, f'{h["height"]}×{h["width"]}', 'boxes and spacing scaled' if h['height'] == h['width'] else 'boxes left out')
     scale = {f: h['height']/SIZE for f, h in heads.items()}
