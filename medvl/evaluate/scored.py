@@ -63,8 +63,8 @@ def aggregate(
     if len(s) != len(manifest) or len(y) != len(manifest):
         raise ValueError(f'{len(s)} scores, {len(y)} labels and {len(manifest)} manifest rows must be aligned')
     if np.isnan(s).any(): raise ValueError(f'score NaN at row {np.argwhere(np.isnan(s))[0][0]}')
+    if unit == 'image' and 'image_id' in manifest and manifest['image_id'].is_unique: return s, y, manifest.reset_index(drop=True)
     codes, n, _ = unit_keys(manifest, unit)
-    if unit == 'image' and n == len(manifest): return s, y, manifest.reset_index(drop=True)
     frame = pd.DataFrame({c: _shared(manifest[c].reset_index(drop=True), codes) for c in manifest})
     shape = lambda out, ref: out.reshape((n,) + ref.shape[1:])
     return shape(_reduce(s.reshape(len(s), -1), codes, n, how), s), shape(_reduce(y.reshape(len(y), -1), codes, n, label_how), y), frame
