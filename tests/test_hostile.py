@@ -211,7 +211,7 @@ def test_nothing_partial_and_nobody_named(hostile):
     assert not any(b'SECRET' in (data.folder/n).read_bytes() for n in names)
 
 
-def smoke(data, **changes):
+def smoke(data):
     "The smallest real system and its data, from prepared images."
     method = new_mammoclip('smoke', data.manifest.report[data.manifest.report != ''])
     with pytest.warns(UserWarning, match='left out') if (data.manifest.report == '').any() else contextlib.nullcontext():
@@ -244,6 +244,22 @@ def test_same_bytes_in_one_process_and_in_many(hostile, tmp_path):
     for name, options in (('here', dict(backend='sequential')), ('two', dict(jobs=2))):
         prepare(source, root, tmp_path/name, size=SIZE, salt=data.folder.parent/'salt', **options)
         for file in ('images/pixels.bin', 'manifest.parquet', 'boxes.parquet', 'rejects.csv', 'dataset.json'): assert (tmp_path/name/file).read_bytes() == (data.folder/file).read_bytes(), (name, file)
+
+
+def test_folders_named_after_patients(tmp_path):
+    "One folder a patient, as in many releases: rejects.csv names the files, but nobody."
+    rows = []
+    for k, name in enumerate(('Meadow_Ivy', '7', 'Q.9')):
+        (tmp_path/'s'/name).mkdir(parents=True)
+        picture(tmp_path/'s'/name/'a.png', breast())
+        (tmp_path/'s'/name/'b.png').write_text('Meadow, Ivy: no image')
+        rows += [dict(image_path=f'{name}/{f}.png', image_id=f'{f}{k}', patient_id=name, exam_id=f'{name}x', laterality='L', view='CC', mask_path=m) for f, m in (('a', f'{name}/m.png'), ('b', ''), ('c', ''))]
+    data = prepare(pd.DataFrame(rows), tmp_path/'s', tmp_path/'out', size=SIZE, jobs=1, salt=tmp_path/'salt')
+    table = rejected(data)
+    hashes = dict(zip(data.manifest.image_id.str[1], data.manifest.patient_id))
+    assert sorted(zip(table.image_id, table.file)) == sorted((f'{f}{k}', f'{h}/{"m" if f == "a" else f}.png') for k, h in hashes.items() for f in 'abc')
+    for path in data.folder.rglob('*'):
+        if path.is_file(): assert b'Meadow' not in path.read_bytes(), path.name
 
 
 # a small clean folder --------------------------------------------------------------------------------------------------------------------------

@@ -281,6 +281,8 @@ def view_of(
     codes = ds.get('ViewCodeSequence') or []
     if view not in VIEWS and len(codes):
         view = VIEW_CODES.get(str(value_of(codes[0], 'CodeValue', '')), '') or view_in_text(value_of(codes[0], 'CodeMeaning', ''))[1]
+    placed = str(value_of(ds, 'PatientOrientation', '')).upper()
+    if view not in VIEWS and placed in VIEW_CODES.values(): view = placed   # CBIS-DDSM writes the view here
     found = view_in_text(value_of(ds, 'SeriesDescription', ''))
     return side if side in ('L', 'R', 'B') else found[0], view if view in VIEWS else found[1]
 
