@@ -33,6 +33,7 @@ class Inert:
 def plain(obj):
     "Turn stand-ins of omegaconf's lists, dictionaries and values into Python's."
     if isinstance(obj, Inert):
+        if hasattr(obj, 'array'): return obj.array()
         state = obj.state if isinstance(obj.state, dict) else {}
         return plain(state.get('_content', state.get('_val')))
     if isinstance(obj, dict): return {k: plain(v) for k, v in obj.items()}
@@ -69,11 +70,22 @@ class _NumpyType(Inert):
     def __init__(self, name, *args): self.__dict__['name'] = str(name)
 
 
-def _numpy_scalar(kind, data=None):
+def _numpy_numbers(kind, data):
+    "Read numbers (and nothing else) from bytes."
     import numpy as np
-    order = kind.state[1] if isinstance(kind.state, tuple) and len(kind.state) > 1 and kind.state[1] in '<>' else '<'
+    order = kind.state[1] if isinstance(kind.state, tuple) and len(kind.state) > 1 and kind.state[1] in tuple('<>') else '<'
     if kind.name.lstrip('<>|=')[:1] not in tuple('fiub'): raise pickle.UnpicklingError(f'a NumPy value of kind {kind.name!r} is refused')
-    return np.frombuffer(data, np.dtype(kind.name).newbyteorder(order))[0].item()
+    return np.frombuffer(data, np.dtype(kind.name).newbyteorder(order))
+
+
+def _numpy_scalar(kind, data=None): return _numpy_numbers(kind, data)[0].item()
+
+
+class _NumpyArray(Inert):
+    "An array of numbers, as a classifier's checkpoint holds its predictions."
+    def array(self):
+        _, shape, kind, fortran, data = self.state
+        return _numpy_numbers(kind, data).reshape(shape, order='F' if fortran else 'C').copy()
 
 
 STAND_INS = ('omegaconf', 'typing')  # packages whose classes become Inert
@@ -83,8 +95,9 @@ STORAGES = {f'{name}Storage': dtype for name, dtype in dict(
 ALLOWED = {('builtins', t.__name__): t for t in (dict, list, tuple, set, int, float, str, bool)} | {
     ('collections', 'OrderedDict'): OrderedDict, ('collections', 'defaultdict'): defaultdict, ('torch', 'Size'): torch.Size,
     ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor, ('torch._utils', '_rebuild_parameter'): lambda data, *rest: data,
-    ('_codecs', 'encode'): lambda text, codec: text.encode('latin1'), ('numpy', 'dtype'): _NumpyType,
-    ('numpy.core.multiarray', 'scalar'): _numpy_scalar, ('numpy._core.multiarray', 'scalar'): _numpy_scalar} | {
+    ('_codecs', 'encode'): lambda text, codec: text.encode('latin1'), ('builtins', 'bytes'): lambda *a: b'', ('numpy', 'dtype'): _NumpyType,
+    ('numpy', 'ndarray'): _NumpyArray} | {(f'numpy.{core}.multiarray', name): make for core in ('core', '_core') for name, make in (
+        ('scalar', _numpy_scalar), ('_reconstruct', lambda *a: _NumpyArray()))} | {
     ('torch', name): dtype for name, dtype in STORAGES.items()} | {('torch', str(d)[6:]): d for d in STORAGES.values()}
 
 
