@@ -135,7 +135,7 @@ def label_efficiency(
     table = _fit_table(rows, found, unit, level)
     return LabelEfficiency(table, _curve(table, found, level), probes, leaks)
 
-# %% ../../nbs/526_evaluate.label_efficiency.ipynb #fc0c14b5
+# %% ../../nbs/526_evaluate.label_efficiency.ipynb #8432fcfa
 def plot_label_efficiency(
     curve: pd.DataFrame, # `LabelEfficiency.curve`; a column `model` draws several in one panel
     tasks=None,          # which to draw; None: all
@@ -146,7 +146,8 @@ def plot_label_efficiency(
     tasks = [t for t in dict.fromkeys(c.task) if tasks is None or t in tasks]
     if not tasks: raise ValueError('there is no such task to draw')
     columns = min(columns, len(tasks))
-    fig, axes = figure(-(-len(tasks) // columns), columns, squeeze=False, height=2.6 * -(-len(tasks) // columns))
+    rows = -(-len(tasks) // columns)
+    fig, axes = figure(rows, columns, width=(4.2, 6.4, 7.2)[min(columns, 3) - 1], height=2.6 * rows, squeeze=False)
     for ax in axes.flat[len(tasks):]: ax.set_axis_off()
     for ax, task in zip(axes.flat, tasks): _panel(ax, c[c.task == task], task)
     return fig
@@ -163,5 +164,7 @@ def _panel(ax, c, task):
     if metric == 'auroc': ax.axhline(.5, color='0.4', linestyle=':', linewidth=1)
     shown = c[c.fits > 0].train_patients
     if len(shown) and shown.max() / max(shown.min(), 1) > 4: ax.set_xscale('log')
+    ax.set_xticks(sorted(set(shown.round())), [f'{n:,.0f}' for n in sorted(set(shown.round()))])
+    ax.minorticks_off()
     ax.set(title=task.replace('_', ' '), xlabel='training patients', ylabel=METRICS[metric].name.replace('class_', '') if metric in METRICS else '')
     if c.model.nunique() > 1: ax.legend()
