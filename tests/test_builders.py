@@ -196,6 +196,15 @@ def test_folder_twice_the_same_id(tmp_path):
     with pytest.raises(DataError, match='no index.csv'): read_folder(tmp_path)
 
 
+@pytest.mark.parametrize('rows, row, column, value', [
+    (['a.png,1,L,CC,x,,', 'b.png,2,L,CC,x,,'], 0, 'image_id', "'x'"), (['a.png,,L,CC,x,,'], 0, 'patient_id', "''"), (['a.png,NaN,L,CC,x,,', 'b.png,NaN,L,CC,y,,'], 0, 'patient_id', "''"),
+    (['a.png,1,L,CC,x,999,'], 0, 'age', '999'), (['a.png,1,L,CC,x,,yes'], 0, 'label_mass', "'yes'"), (['a.png,1,L,CC,x,,0.5'], 0, 'label_mass', '0.5')])
+def test_folder_without_a_good_row(tmp_path, rows, row, column, value):
+    (tmp_path/'index.csv').write_text('\n'.join(['image_path,patient_id,laterality,view,image_id,age,label_mass', *rows]))
+    with pytest.raises(DataError, match=f'all {len(rows)} rows are set aside') as e: read_folder(tmp_path)
+    assert (e.value.row, e.value.column, e.value.file) == (row, column, str(tmp_path/'index.csv')) and value in e.value.message
+
+
 def test_the_example_is_valid():
     "data_csv/ is what it says: no row is set aside, every box and sentence has its image."
     from pathlib import Path

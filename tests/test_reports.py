@@ -68,8 +68,10 @@ def test_no_category_is_lost(before, spelling, category, after):
 
 def test_categories_read():
     read = {'BIRADS: 3, 4a': ['3', '4A'], 'BI-RADS 3 and 5': ['3', '5'], 'BI-RADS IV': ['4'], 'birads 4 a': ['4A'], 'BIRADS: 3\nA small mass': ['3'],
-            'BI-RADS 4 mm': [], 'BI-RADS 3.5': [], 'BI-RADS 7': [], '4 masses': [], 'BI-RADS 2. 5 masses': ['2'], '': [], 'right BI-RADS 1, left BI-RADS 4C': ['1', '4C']}
+            'BI-RADS 4 mm': [], 'BI-RADS 3.5': [], 'BI-RADS 7': [], '4 masses': [], 'BI-RADS 2. 5 masses': ['2'], '': [], 'BI-RADS¹ 2': ['2'], 'BI-RADS™² 4b': ['4B'],
+            'BI-RADS* 3': ['3'], 'BI-RADS 4A.5 mm': ['4A'], 'BIRADS 4c.': ['4C'], 'BI-RADS 4.5': [], 'BI-RADS 4a%': [], 'right BI-RADS 1, left BI-RADS 4C': ['1', '4C']}
     assert {t: birads_of(t) for t in read} == read
+    assert {t: birads_of(normalise(t)) for t in read} == read # normalising changes no category
 
 
 def test_densities_read():

@@ -96,11 +96,21 @@ def test_hostile_lists(text):
     assert (e.value.row, e.value.column, e.value.file) == (4, 'text', 'f.csv')
 
 
+def test_other_names_are_no_misspelling():
+    "A table of boxes without labels is told so; 'table' and 'level' are not 'label'."
+    for name in ('table', 'level', 'value', 'note'):
+        with pytest.raises(DataError, match="'label' is missing") as e: check_columns(pd.DataFrame(columns=['image_id', name, 'x0', 'y0', 'x1', 'y1']), 'boxes')
+        assert 'did you mean' not in str(e.value) and e.value.column == 'label'
+    for name in ('lable', 'labels', 'labl'):
+        with pytest.raises(DataError, match="did you mean 'label'"): check_columns(pd.DataFrame(columns=['image_id', name, 'x0', 'y0', 'x1', 'y1']), 'boxes')
+
+
 def test_csv_reading(tmp_path):
     path = tmp_path/'t.csv'
     path.write_bytes('\ufeffpatient_id,age\n"NA","1"\n007,\n"a ""b"", c",3\n'.encode())
     assert read_csv(path).patient_id.tolist() == ['NA', '007', 'a "b", c']
-    for data, words in ((b'', 'empty'), (b'a,b\n1,2,3\n', 'not a table'), (b'a\xff\n', 'UTF-8'), (b'a,a\n1,2\n', 'twice')):
+    for data, words in ((b'', 'empty'), (b'a,b\n1,2,3\n', 'not a table'), (b'a\xff\n', 'UTF-8'), (b'a,a\n1,2\n', 'twice'),
+                        (b'image_path;patient_id\na;1,5\n', 'semicolons'), (b'image_path\tpatient_id\na\tb\n', 'tabs')):
         path.write_bytes(data)
         with pytest.raises(DataError, match=words): read_csv(path)
     with pytest.raises(DataError, match='does not exist'): read_csv(tmp_path/'none.csv')

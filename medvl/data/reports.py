@@ -199,9 +199,14 @@ def split_sentences(
 
 # %% ../../nbs/120_data.reports.ipynb #12abd00c
 _ROMAN = {'i': '1', 'ii': '2', 'iii': '3', 'iv': '4', 'v': '5', 'vi': '6', 'o': '0'}
-_CATEGORY = r'(?:(?:4 [abcABC](?=\s*(?:[.,;:)/]|$|\n))|[0-6][abcABC]?)(?![\w%]|[.,]\d|\s?(?:mm|cm)\b)|(?:VI|IV|V|III|II|I|vi|iv|v|iii|ii)\b)'
+_CATEGORY = r'(?:(?:4 [abcABC](?=\s*(?:[.,;:)/]|$|\n))|[0-6][abcABC])(?![\w%])|[0-6](?![\w%]|[.,]\d|\s?(?:mm|cm)\b)|(?:VI|IV|V|III|II|I|vi|iv|v|iii|ii)\b)'
 _BIRADS_OF = re.compile(rf'\b{_BIRADS}[\s\-:#=.,(®™]*(?:(?:final|overall|assessment|category|categories|cat|code|score|grade|class|is|of|mammography|no)\b[\s:.#=(\-]*)*'
                         rf'(?P<c>{_CATEGORY}(?:\s*(?:,|/|-|–|and|or|to|&)\s*{_CATEGORY})*)', re.I)
+
+
+def _no_marks(text):
+    "Take trademarks and footnote marks off the word BI-RADS, before a raised 1 becomes a category."
+    return re.sub(rf'(\b{_BIRADS})[®™*†‡⁰¹²³⁴⁵⁶⁷⁸⁹]+', r'\1', text.replace('™', '').replace('®', ''), flags=re.I)
 
 
 def birads_of(
@@ -211,7 +216,7 @@ def birads_of(
 
     Source: ACR BI-RADS Atlas, 5th edition: categories 0 to 6, 4 divided into A, B, C."""
     found = []
-    for m in _BIRADS_OF.finditer(unicodedata.normalize('NFKC', as_text(text))):
+    for m in _BIRADS_OF.finditer(unicodedata.normalize('NFKC', _no_marks(as_text(text)))):
         for c in re.findall(_CATEGORY, m['c'], re.I):
             c = c.replace(' ', '').lower()
             found.append(_ROMAN.get(c, c).upper())
@@ -259,7 +264,7 @@ _PLAIN = str.maketrans({'‐': '-', '‑': '-', '‒': '-', '–': '-', '—': '
 
 
 def _medvl_normalise(text):
-    text = unicodedata.normalize('NFKC', text.translate(_PLAIN)).translate(_PLAIN)
+    text = unicodedata.normalize('NFKC', _no_marks(text.translate(_PLAIN))).translate(_PLAIN)
     text = ''.join(c if c in '\n\t' or unicodedata.category(c)[0] != 'C' else ' ' for c in text)
     if not re.search(r'\w', text): return ''
     sentences = [re.sub(r'\s+([.,;:!?])', r'\1', re.sub(r'\.{2,}', '.', s)) for s in split_sentences(text)]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LATERALITIES', 'CHEST_VIEWS', 'VIEWS', 'DENSITIES', 'SPLITS', 'RECORDS', 'BOXES', 'SENTENCES', 'MANIFEST', 'TABLES',
            'ALIASES', 'Column', 'describe', 'read_csv', 'check_columns', 'tidy', 'schema', 'find_problems', 'validate',
-           'sort_out', 'fit_boxes', 'read_list', 'Report', 'Source', 'empty']
+           'sort_out', 'fit_boxes', 'read_list', 'Report', 'left_out', 'Source', 'empty']
 
 # %% ../../nbs/110_data.schema.ipynb #48185d91
 import ast
@@ -106,14 +106,26 @@ def describe(
     return pd.DataFrame(rows, columns=['column', 'kind', '', 'values', 'meaning']).set_index('column')
 
 # %% ../../nbs/110_data.schema.ipynb #038fca4b
+_SEPARATORS = {';': 'semicolons (;)', '\t': 'tabs', '|': 'bars (|)'}
+
+
+def _check_separator(path):
+    "Refuse a table whose first line is separated by something else than commas."
+    with open(path, 'rb') as f: names = f.readline(100_000).decode('utf-8', errors='replace')
+    for mark, word in _SEPARATORS.items():
+        if names.count(mark) > names.count(','):
+            raise DataError(f'the columns are separated by {word}, not by commas.', file=str(path), fix='Save the table as CSV with commas.')
+
+
 def read_csv(
     path, # CSV file, UTF-8
 ) -> pd.DataFrame: # text columns; empty cells are ''
     """Read a CSV as text.
 
-    Raises: DataError for a file that is absent, empty, not UTF-8 or not a table, or that has a column twice."""
+    Raises: DataError for a file that is absent, empty, not UTF-8, not a table or not separated by commas, or that has a column twice."""
     path = Path(path)
     if not path.is_file(): raise DataError('the file does not exist.', file=str(path))
+    _check_separator(path)
     try: df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', header=None, skip_blank_lines=True)
     except UnicodeDecodeError as e: raise DataError(f'not UTF-8 text ({e.reason}).', file=str(path), fix='Save the table as UTF-8 CSV.') from e
     except pd.errors.EmptyDataError as e: raise DataError('the file is empty.', file=str(path)) from e
@@ -133,7 +145,8 @@ ALIASES = {'dataset': 'source', 'report': 'report_text', 'impressions': 'impress
 def _alike(name, other):
     plain = lambda s: re.sub(r'[^a-z0-9]', '', s.lower())
     a, b = plain(name), plain(other)
-    return a == b or (abs(len(a) - len(b)) <= 2 and len(b) > 4 and _edits(a, b) <= 2)
+    few = 2 if len(b) > 6 else len(b) // 5 # 'table' is not 'label'
+    return a == b or (few > 0 and abs(len(a) - len(b)) <= few and _edits(a, b) <= few)
 
 
 def _edits(a, b):
@@ -331,12 +344,18 @@ class Report:
         item='', # image, patient or column
         row=None, # 0-based row of the source table
         detail:str='', # what was found
-        resolution:str='', # what was done
-    ): self._issues.append(dict(kind=kind, item=item, row=row, detail=detail, resolution=resolution))
+        resolution:str='', # what was done; what leaves something out says "left out" or "set aside"
+        image:str|None=None, # id of the image, where `item` is something else
+        file:str='', # image file
+    ): self._issues.append(dict(kind=kind, item=item, row=row, detail=detail, resolution=resolution, image=item if image is None else image, file=file))
 
-    def extend(self, kind, table, resolution):
-        "Add the problems that `sort_out` found."
-        for p in table.itertuples(): self.add(kind, p.column, p.row, f'{p.value!r}: {p.problem}', resolution)
+    def extend(self, kind, table, resolution, of=None):
+        "Add the problems that `sort_out` found; `of`, the table they were found in, tells which image and file each belongs to."
+        cell = lambda name, row: str(of[name].iloc[int(row)]) if of is not None and name in of else ''
+        for p in table.itertuples(): self.add(kind, p.column, p.row, f'{p.value!r}: {p.problem}', resolution, cell('image_id', p.row), cell('image_path', p.row))
+
+    @property
+    def rejects(self) -> pd.DataFrame: return left_out(self._issues)
 
     @property
     def issues(self) -> pd.DataFrame: return pd.DataFrame(self._issues, columns=['kind', 'item', 'row', 'detail', 'resolution'])
@@ -345,7 +364,24 @@ class Report:
         issues = ', '.join(f'{k}: {n}' for k, n in self.issues.kind.value_counts().items())
         return f'{self.name}: ' + ', '.join(f'{k} {v}' for k, v in self.counts.items()) + (f'; issues: {issues}' if issues else '; no issues')
 
+# %% ../../nbs/110_data.schema.ipynb #beed5f16
+def left_out(
+    issues:list, # of a Report
+) -> pd.DataFrame: # file, image_id, reason, stage ('table', 'box' or 'sentence')
+    "List the parts of a data set that its reader left out."
+    rows = {}
+    for i in issues:
+        if not re.search(r'left out|set aside', i['resolution']) or 'in preparation' in i['resolution'] or i['kind'] == 'columns not used': continue
+        words = 'row' if i['kind'].startswith('row ') else f'{i["kind"]} {i["resolution"]}'
+        stage = next((s for s in ('sentence', 'box') if s in words), 'table')
+        told = i['detail'].rpartition(': ')[2] if stage == 'sentence' else i['detail'] # what a report says is not repeated
+        where = i['kind'] + ('' if i['row'] is None else f' (row {int(i["row"])})')
+        reason = ' '.join(filter(None, [str(i['item']) if i['item'] != i['image'] else '', told]))
+        rows.setdefault((str(i['file']), str(i['image']), where, stage), []).append(reason)
+    return pd.DataFrame([(file, image, ': '.join(filter(None, [where, '; '.join(filter(None, dict.fromkeys(said)))])), stage)
+                         for (file, image, where, stage), said in rows.items()], columns=['file', 'image_id', 'reason', 'stage'])
 
+# %% ../../nbs/110_data.schema.ipynb #01655b1f
 class Source(NamedTuple):
     "A data set before preparation."
     records:pd.DataFrame # one row an image, the columns of RECORDS
