@@ -127,7 +127,8 @@ def localise(
     Raises: DataError when no image has a box of any attribute."""
     data, rows = dataset.data, []
     own = {} if explainer is None else {'mammo_factor': lambda i, a: factor_heat(explainer, dataset.maps[i], a)}
-    if twice := {*own, *baselines} & set(makers or {}): raise ValueError(f'the name {sorted(twice)[0]!r} is taken: call your map maker otherwise')
+    twice = sorted({*own, *baselines} & set(makers or {}))
+    if twice: raise ValueError(f'the name {twice[0]!r} is taken: call your map maker otherwise')
     make = {'random': lambda i, size: random_map(size, numpy_rng(seed, 'random map', data.manifest.image_id.iloc[i])),
             'brightness': lambda i, size: brightness_map(data.image(i))}
     for i, attribute, boxes in progress(scorable(data, attributes or dataset.attributes, box_labels), desc='maps', unit='map'):
