@@ -188,7 +188,7 @@ def test_boxes_and_masks_outside(hostile):
     aside = rejected(data)
     mine = data.boxes[data.boxes.image_id == ids['mask_size']]
     assert len(mine) == 1 and mine.x0.iloc[0] == 0 and 0 < mine.x1.iloc[0] < SIZE[1] # the half that is inside
-    assert aside[(aside.image_id == ids['mask_size']) & (aside.stage == 'box')].reason.str.contains('outside').tolist() == [True]
+    assert aside[(aside.image_id == ids['mask_size']) & (aside.stage == 'box')].reason.str.contains('outside').sum() == 1
     masks = aside[aside.stage == 'mask'].set_index('image_id')
     assert set(masks.index) == {ids['mask_out'], ids['mask_size']} and 'out of the folder' in masks.reason[ids['mask_out']] and '5 × 5' in masks.reason[ids['mask_size']]
     m = data.manifest.set_index('image_id')
@@ -316,7 +316,7 @@ def test_extra_columns_are_named_and_left_out(copied, tmp_path):
 
 
 @pytest.mark.parametrize('name,data,says', [('no rows', b'image_path,patient_id,laterality,view\n', 'no rows'), ('nothing', b'', 'empty'), ('latin', 'image_path,patient_id,laterality,view\na,M\xfcller,L,CC\n'.encode('latin-1'), 'UTF-8'),
-                                            ('ragged', b'image_path,patient_id,laterality,view\na,1,L,CC,extra,cells\n', 'not a table'), ('semicolons', b'image_path;patient_id;laterality;view\na;1;L;CC\n', 'image_path'),
+                                            ('ragged', b'image_path,patient_id,laterality,view\na,1,L,CC,extra,cells\n', 'not a table'), ('semicolons', b'image_path;patient_id;laterality;view\na;1;L;CC\n', 'semicolons'),
                                             ('picture', b'\x89PNG\r\n\x1a\n' + bytes(range(256)), 'UTF-8'), ('twice', b'image_path,patient_id,laterality,view,view\na,1,L,CC,CC\n', 'twice')])
 def test_tables_that_are_none(tmp_path, name, data, says):
     (tmp_path/'index.csv').write_bytes(data)
