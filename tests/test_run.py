@@ -247,3 +247,13 @@ def test_by_hand_run_and_abandoned_run(tmp_path):
     second.done()
     assert second.state == 'done'
     with pytest.raises(RefusedError, match='by hand'): run_experiment(resume=first.folder)
+
+
+def test_a_notebook_that_was_run_before_can_be_run_again(tmp_path, monkeypatch):
+    "By hand in JupyterLab the names of an earlier run are still there: objects and large results are no parameters."
+    from medvl.core.run import Run
+    monkeypatch.delenv('MEDVL_RUN', raising=False)
+    names = {'__name__': '__main__', 'lr': 0.1, 'judged': {'mass': object()}, 'table': [list(range(5000))], 'bad': float('nan'), 'tasks': ['a']}
+    run = Run.current('again', names, outputs=tmp_path)
+    assert run.params == {'lr': 0.1, 'tasks': ['a']}
+    run.done()

@@ -9,6 +9,7 @@ __all__ = ['HEARTBEAT', 'STALE', 'process_identity', 'is_alive', 'run_info', 'ru
 # %% ../../nbs/008_core.run.ipynb #64210e48
 import contextlib
 import datetime
+import json
 import os
 import socket
 import tempfile
@@ -273,8 +274,14 @@ def _new_folder(wanted):
 def _namespace(params):
     "Plain values of a notebook's `globals()`, or `params` as it is."
     if '__name__' not in params: return dict(params)
-    plain = (str, int, float, bool, list, dict, tuple, type(None))
-    return {k: v for k, v in params.items() if isinstance(v, plain) and not k.startswith('_') and k not in ('In', 'Out')}
+    return {k: v for k, v in params.items() if not k.startswith('_') and k not in ('In', 'Out') and _storable(v)}
+
+
+def _storable(value, limit=10_000):
+    "Whether a value is plain and small: a notebook that was run before also holds results under its names."
+    if not isinstance(value, (str, int, float, bool, list, dict, tuple, type(None))): return False
+    try: return len(json.dumps(value, allow_nan=False)) <= limit
+    except (TypeError, ValueError): return False
 
 # %% ../../nbs/008_core.run.ipynb #d430b0aa
 def _seeds(params): return {k: v for k, v in params.items() if 'seed' in k}
