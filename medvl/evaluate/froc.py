@@ -3,13 +3,13 @@
 # %% auto #0
 __all__ = ['RATES', 'detection_table', 'froc_table', 'froc_curve', 'plot_froc', 'reference_map']
 
-# %% ../../nbs/535a_evaluate.froc.ipynb #28af460a
+# %% ../../nbs/535a_evaluate.froc.ipynb #23261f24
 import numpy as np
 import pandas as pd
 
 from ..core.errors import unknown_name
 from .bootstrap import BLOCK, Estimate, interval, patient_counts
-from .detection import THRESHOLDS, Scene, _average, arrange, average_precision_of, candidate_pairs, match
+from .detection import THRESHOLDS, _average, arrange, average_precision_of, candidate_pairs, match
 from ..show.style import PALETTE, figure
 
 # %% ../../nbs/535a_evaluate.froc.ipynb #e8288478
