@@ -162,6 +162,25 @@ def test_rows_that_break_rules(tmp_path, salt):
     assert extra
 
 
+def test_one_table_tells_all(tmp_path, salt):
+    "What the reader set aside is in rejects.csv as well, each thing once, and without the patient's name."
+    extra = ['SecretName/i1.png,SecretName,E,L,CC,,50,B,2,,,1', 'i2.png,P8,E,Q,CC,,999,B,2,,,1', 'i3.png,P8,E,L,CC,,50,B,2,,dev,1', 'absent.png,P8,E,L,CC,,50,B,2,,,1']
+    source = make_source(tmp_path/'src', n=2, extra=extra)
+    (source/'boxes.csv').write_text('image_id,label,x0,y0,x1,y1\ni0,mass,10,60,30,90\ni0,mass,10,10,5,20\nstray,mass,1,2,3,4\n')
+    (source/'sentences.csv').write_text('exam_id,laterality,sentence,label,image_id,box\nE0,X,SecretName has a mass.,mass,i0,0\n')
+    data = run(source, tmp_path/'out', salt)
+    rejects = pd.read_csv(tmp_path/'out'/'rejects.csv', keep_default_na=False)
+    row = rejects.reason.str.extract(r'row (\d+)')[0].fillna(-1).astype(int)
+    assert sorted(zip(rejects.stage, rejects.image_id, row)) == [('box', 'i0', 1), ('box', 'stray', 2), ('file', 'absent', -1), ('sentence', 'i0', 0),
+                                                                ('table', 'i1', 1), ('table', 'i1', 2), ('table', 'i2', 3), ('table', 'i3', 4)]
+    reason = rejects.reason[rejects.image_id == 'i2'].item()
+    assert "laterality 'Q'" in reason and 'age 999' in reason and "split 'dev'" in rejects.reason[rejects.image_id == 'i3'].item()
+    assert 'there twice' in rejects.reason[rejects.image_id == 'i1'].iloc[0] and data.manifest.image_id.tolist() == ['i0'] and len(data.boxes) == 1
+    assert data.info['counts']['rejects'] == dict(box=2, file=1, sentence=1, table=4)
+    assert not any(b'Secret' in p.read_bytes() for p in (tmp_path/'out').rglob('*') if p.is_file())
+    assert run(source, tmp_path/'out', salt).digest == data.digest
+
+
 def test_boxes_and_sentences(tmp_path, salt):
     "Lost boxes are reported; numbers in sentences follow those that are left."
     source = make_source(tmp_path/'src', n=4)
@@ -173,7 +192,7 @@ def test_boxes_and_sentences(tmp_path, salt):
     assert data.sentences.box.tolist() == [-1, 0, -1, -1] and data.sentences.image_id.tolist() == ['i0', 'i0', 'i0', '']
     assert set(data.sentences.exam_id) == set(data.manifest.exam_id)
     rejects = pd.read_csv(tmp_path/'out'/'rejects.csv')
-    assert rejects.stage.tolist() == ['box'] and 'outside' in rejects.reason[0]
+    assert rejects.stage.tolist() == ['box']*3 and 'no area' in rejects.reason[0] and 'unknown image (row 4)' in rejects.reason[1] and 'outside' in rejects.reason[2]
     assert {'box set aside', 'box of an unknown image'} <= set(read_folder(source).report.issues.kind)
 
 

@@ -71,6 +71,7 @@ class Plan:
     size:tuple # (height, width)
     settings:dict # what else decides the result
     names:dict # path -> (patient, exam) as the table has them: what must not be written with a path
+    left_out:tuple = () # dicts like rejects: what the reader of the tables left out before
 
     @property
     def digest(self):
@@ -147,7 +148,7 @@ def path_names(records):
     return {path: (patient, exam) for name in ('image_path', 'mask_path') for path, patient, exam in zip(text(name), text('patient_id'), text('exam_id')) if path}
 
 
-def make_plan(records, root, boxes, sentences, profile, size, dtype, settings) -> Plan:
+def make_plan(records, root, boxes, sentences, profile, size, dtype, settings, report=None) -> Plan:
     "Check the tables and lay down the run."
     profile = get_profile(profile)
     if dtype: profile = get_profile(replace(profile, dtype=str(dtype)))
@@ -157,7 +158,9 @@ def make_plan(records, root, boxes, sentences, profile, size, dtype, settings) -
     good_sentences, problems = sort_out(sentences, 'sentences') if len(sentences) else (sentences, empty('boxes').assign(row=[], problem=[]))
     rejects += bad_boxes + [dict(file='', image_id=str(sentences.image_id[p.row]), reason=f'sentence: {p.column}: {p.problem}', stage='sentence') for p in problems.itertuples()]
     if not len(good): raise DataError(f'no record can be prepared; {len(rejects)} problems, the first: {rejects[0]["reason"] if rejects else "the table has no rows"}')
-    return Plan(good, boxes, good_sentences.reset_index(drop=True), rejects, Path(root), profile, tuple(int(s) for s in size or profile.size), settings, path_names(records))
+    names, told = path_names(records), ()
+    if report is not None: names, told = report.names | names, tuple(report.rejects.to_dict('records'))
+    return Plan(good, boxes, good_sentences.reset_index(drop=True), rejects, Path(root), profile, tuple(int(s) for s in size or profile.size), settings, names, told)
 
 
 def plan_jobs(
@@ -327,8 +330,8 @@ def without_names(
 
 
 def make_rejects(plan, entries, salt):
-    "List every file and every part of one that was left out, and why."
-    rows = [dict(r) for r in plan.rejects]
+    "List every row, file and part of one that was left out, and why: by the reader of the tables, by their check, by the files."
+    rows = [dict(r) for r in (*plan.left_out, *plan.rejects)]
     for e in entries:
         r = plan.records.iloc[e['number']]
         if e['stage']: rows.append(dict(file=r.image_path, image_id=r.image_id, reason=e['reason'], stage=e['stage']))
@@ -448,7 +451,7 @@ def prepare(
     if isinstance(records, Source):
         boxes, sentences, records = (records.boxes if boxes is None else boxes), (records.sentences if sentences is None else sentences), records.records
     settings = dict(colour=colour, check_side=check_side, salt=fingerprint(secret), pixels=limits.pixels, file_bytes=limits.file_bytes)
-    plan = make_plan(records, Path(source_root), boxes, sentences, profile, size, dtype, settings)
+    plan = make_plan(records, Path(source_root), boxes, sentences, profile, size, dtype, settings, report)
     if overwrite and folder.exists(): shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):

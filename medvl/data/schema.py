@@ -338,6 +338,7 @@ class Report:
     "Counts, and the rows where something was strange and what was done about it."
     def __init__(self, name):
         self.name, self.counts, self._issues = name, {}, []
+        self.names = {} # path of a row that was set aside -> (patient, exam): what must not be written with the path
 
     def add(self,
         kind:str, # short name of the strangeness
@@ -352,7 +353,9 @@ class Report:
     def extend(self, kind, table, resolution, of=None):
         "Add the problems that `sort_out` found; `of`, the table they were found in, tells which image and file each belongs to."
         cell = lambda name, row: str(of[name].iloc[int(row)]) if of is not None and name in of else ''
-        for p in table.itertuples(): self.add(kind, p.column, p.row, f'{p.value!r}: {p.problem}', resolution, cell('image_id', p.row), cell('image_path', p.row))
+        for p in table.itertuples():
+            self.add(kind, p.column, p.row, f'{p.value!r}: {p.problem}', resolution, cell('image_id', p.row), cell('image_path', p.row))
+            self.names[cell('image_path', p.row)] = (cell('patient_id', p.row), cell('exam_id', p.row))
 
     @property
     def rejects(self) -> pd.DataFrame: return left_out(self._issues)
