@@ -102,6 +102,24 @@ def test_corruption_is_named(tmp_path):
     with pytest.raises(DataError, match='no store'): ImageStore.open(tmp_path)
 
 
+@pytest.mark.parametrize('read', [lambda s, i: s[i], lambda s, i: s.read([0, i]), lambda s, i: s[i - N], lambda s, i: s.read([i - N])])
+def test_a_changed_row_cannot_be_read(tmp_path, read):
+    "Whoever reads it is told, the first time and again; other rows stay readable, a checked row is hashed once."
+    fill(tmp_path/'s')
+    with open(tmp_path/'s'/'pixels.bin', 'r+b') as f:
+        f.seek(7*H*W + 5); value = f.read(1)[0]; f.seek(7*H*W + 5); f.write(bytes([value ^ 128]))
+    store = ImageStore.open(tmp_path/'s')
+    for _ in range(2):
+        with pytest.raises(DataError, match='changed after') as e: read(store, 7)
+        assert e.value.row == 7 and e.value.file == str(tmp_path/'s'/'pixels.bin')
+    read(store, 8)
+    assert store._seen[8] and not store._seen[7]
+    assert pickle.loads(pickle.dumps(ImageStore.open(tmp_path/'s', checked=False)))[7].shape == (H, W) # noqa: S301 (our own)
+    sums = bytearray((tmp_path/'s'/'checksums.bin').read_bytes()); sums[32*3] ^= 1
+    (tmp_path/'s'/'checksums.bin').write_bytes(sums)
+    with pytest.raises(DataError, match='do not belong'): ImageStore.open(tmp_path/'s')[0]
+
+
 def _child(store, queue): queue.put((int(store[3].sum()), store.verify([3])))
 
 
