@@ -184,6 +184,18 @@ def test_words_agree_with_pixels(tokenizer, mode):
     if mode == 'no_flip': assert any(data[e, 1]['flip'].any() for e in range(20)) # a report without sides is flipped
 
 
+@pytest.mark.parametrize('mode', ['swap', 'ignore'])
+def test_group_follows_the_words(tokenizer, mode):
+    "Equal groups have equal reports as they are read: a flip that changes the words changes the group, one that does not, does not."
+    left, right, none = 'FINDINGS: Mass in the left breast.', 'FINDINGS: Mass in the right breast.', 'FINDINGS: There is no mass.'
+    data = BreastTextDataset(fake([('p', 'L', 'CC', left), ('q', 'R', 'CC', right), ('r', 'L', 'CC', none)]), tokenizer, BreastTextConfig(laterality=mode))
+    samples = [data[e, i] for e in range(20) for i in range(3)]
+    seen = {(s['text_group'][0], s['text'][0]) for s in samples}
+    assert len(seen) == 3 == len({g for g, _ in seen}) == len({t for _, t in seen}) # one to one
+    changed = {s['text_group'][0] != data.rows[s['index']]['group'] for s in samples if s['flip'][0, 0] and s['index'] < 2}
+    assert changed == {mode == 'swap'} and all(s['text_group'] == [data.rows[s['index']]['group']]*2 for s in samples if not s['flip'][0, 0] or s['index'] == 2)
+
+
 def test_tokens_are_those_of_the_text(tokenizer):
     data = BreastTextDataset(many(), tokenizer)
     batch = data.collate([data[4, i] for i in range(6)])
@@ -303,6 +315,20 @@ def test_image_dataset():
     with pytest.raises(IndexError): data[3]
     empty = fake([('a', 'L', 'CC', '')]); empty.manifest = empty.manifest[:0]
     with pytest.raises(DataError, match='no images'): ImageDataset(empty)
+
+
+def test_changed_pixels_stop_the_training(tokenizer, tmp_path):
+    "A row of the store that was damaged is named by whatever dataset reads it first; the others are read."
+    from medvl.data.store import ImageStore, StoreWriter
+    with StoreWriter(tmp_path/'s', 3, 6, 4) as writer:
+        for i in range(3): writer.write(i, np.full((6, 4), i, np.uint8))
+    with open(tmp_path/'s'/'pixels.bin', 'r+b') as f: f.seek(2*24); f.write(b'\7')
+    prepared = fake([('p', 'L', 'CC', LEFT), ('p', 'L', 'MLO', LEFT), ('q', 'L', 'CC', LEFT)], labels={'mass': [1, 0, 1]})
+    prepared.images = ImageStore.open(tmp_path/'s')
+    for data in (BreastTextDataset(prepared, tokenizer), ImageDataset(prepared)):
+        assert data[0]['images'][0].max() < 2
+        with pytest.raises(DataError, match='pixels changed') as e: data[len(data) - 1]
+        assert e.value.row == 2 and e.value.file == str(tmp_path/'s'/'pixels.bin')
 
 
 def test_sixteen_bits_keep_their_depth():

@@ -132,7 +132,7 @@ def breasts(
         if reason: skipped[reason] += 1
         else:
             rows.append(dict(sample_id=f'{patient}/{exam}/{side}', patient_id=str(patient), exam_id=str(exam), laterality=str(side), texts=texts,
-                             other={n: ('augmented', t) for n, t in other if t.strip()}, group=_report_key(reports),
+                             other={n: ('augmented', t) for n, t in other if t.strip()}, reports=reports, group=_report_key(reports),
                              images={v: list(zip(g.row.astype(int), g['view'])) for v, g in group.groupby('view', sort=True)}))
     return rows, {k: n for k, n in skipped.items() if n}
 
@@ -159,7 +159,7 @@ class BreastTextDataset:
                                           fix='Fill the column `report`, or train on labels with ImageDataset.')
         if self.skipped: warnings.warn(f'{sum(self.skipped.values())} breasts are left out, {len(self.rows)} stay: {_counts(self.skipped)}.', stacklevel=2)
         self.cache = TokenCache(tokenizer, cache, self.config.max_length)
-        self._versions = {}
+        self._versions, self._groups = {}, {}
         self._first_tokens()
         self.collate = partial(collate, pad=tokenizer.pad_token_id)
 
@@ -178,6 +178,14 @@ class BreastTextDataset:
         key = (name, text, bool(horizontal), bool(vertical))
         if key not in self._versions: self._versions[key] = _words(name, flip_text(text, horizontal, vertical), self.config.normalisation)
         return self._versions[key]
+
+    def group(self, index, horizontal=False, vertical=False):
+        "Number of a report as it reads for images flipped so: equal words, equal number."
+        key = (index, bool(horizontal), bool(vertical))
+        if key not in self._groups:
+            row = self.rows[index]
+            self._groups[key] = _report_key([flip_text(r, horizontal, vertical) for r in row['reports']]) if horizontal or vertical else row['group']
+        return self._groups[key]
 
     def __len__(self): return len(self.rows)
 
@@ -257,9 +265,10 @@ def sample_of(
     images = choose_views(row['images'], c.views, rng)
     words = flip[0] if c.laterality == 'swap' else (False, False)
     text = [data.text(name, t, *words) for name, t in draw_texts(c, row, rng)]
+    group = data.group(index, *words)
     return dict(images=[data.prepared.images[r] for r, _ in images], view=[v for _, v in images], laterality=row['laterality'], patient_id=row['patient_id'],
                 sample_id=row['sample_id'], index=index, epoch=epoch, tokens=_tokens(data, text, row['sample_id']), text=text,
-                text_group=[row['group']]*c.texts, flip=flip)
+                text_group=[group]*c.texts, flip=flip)
 
 
 def _tokens(data, text, name):
