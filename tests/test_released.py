@@ -150,7 +150,8 @@ def test_detector(tmp_path):
     torch.save({'state_dict': state}, tmp_path/'d.pth')
     found = convert_released(tmp_path/'d.pth', tmp_path/'ours', labels=('mass', 'suspicious_calcification'))
     assert found.kind == 'detector' and found.method.config.padding == 'detector' and (found.table.status == 'spare').sum() == 2
-    assert all(torch.equal(v, from_pretrained(tmp_path/'ours').state_dict()[k]) for k, v in m.state_dict().items())
+    again = from_pretrained(tmp_path/'ours').state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in m.state_dict().items())
     export_released(tmp_path/'ours', tmp_path/'back.pth')
     back = torch.load(tmp_path/'back.pth', weights_only=True)['state_dict']
     assert list(back) == list(state) and all(torch.equal(back[k], v) for k, v in state.items())
