@@ -372,3 +372,22 @@ def test_phantom_to_tables(tmp_path):
         assert len(fine) > 4 and fine.value.between(-1, 1).all() and table[table.value.isna()].note.str.startswith('not computable').all()
     assert len(list((tmp_path / 'cache').iterdir())) == 2
     assert {read_json(p / 'embeddings.json')['method'] for p in (tmp_path / 'cache').iterdir()} == {method.name}
+
+
+def test_vectors_of_older_code_are_not_reused():
+    "The cache's key holds the source of the method's classes: a changed projection is another key."
+    import torch
+    from medvl.evaluate.embeddings import code_digest
+
+    def made(body):
+        import linecache
+        text = f'import torch\nclass Changing(torch.nn.Module):\n    def encode_image(self, x): return {body}\n'
+        name = f'/changing-{body}.py'
+        linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+        module = type(torch)('changing'); module.__file__ = name
+        import sys
+        sys.modules['changing'] = module
+        exec(compile(text, name, 'exec'), module.__dict__)
+        return module.Changing()
+    first = code_digest(made('x'))
+    assert first == code_digest(made('x')) != code_digest(made('x + 1'))
