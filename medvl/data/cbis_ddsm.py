@@ -98,7 +98,7 @@ def mask_box(
     rows, columns = np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else None
 
-# %% ../../nbs/166_data.cbis_ddsm.ipynb #14fb1f87
+# %% ../../nbs/166_data.cbis_ddsm.ipynb #26b502f3
 _WORST = ('malignant', 'benign', 'benign_without_callback')
 
 
@@ -109,18 +109,20 @@ def film_records(
     report:Report, # gets the issues
 ) -> pd.DataFrame: # records, the film's size as height and width
     "Bring the lesions of a film to one row."
-    rows = []
-    for film, g in lesions.groupby('film', sort=False):
-        first, kinds = g.iloc[0], set(g.kind)
-        for column in ('patient_id', 'left_or_right_breast', 'image_view', 'breast_density'):
-            if g[column].nunique() > 1: report.add(f'rows disagree: {column}', film, int(first.row), ' and '.join(sorted(set(g[column]))), 'first row used')
-        words = [w for w in _WORST if w in set(g.pathology.str.lower())]
-        if not words: report.add('pathology not understood', film, int(first.row), ', '.join(set(g.pathology)), 'not stated')
-        path, head = _film_file(film, files.get(film, []), root, first.image_file_path, report)
-        rows.append(dict(image_path=path, image_id=film, patient_id=first.patient_id, exam_id=first.patient_id, laterality=first.left_or_right_breast[:1].upper(),
-            view=first.image_view.upper(), source='cbis_ddsm', density=density_letter(first.breast_density), birads=birads_category('$'.join(g.assessment)),
-            pathology=words[0] if words else '', split=first.split, label_mass=1. if 'mass' in kinds else np.nan, label_calcification=1. if 'calc' in kinds else np.nan, **head))
-    return pathology_labels(pd.DataFrame(rows), report)
+    groups = lesions.groupby('film', sort=False)
+    first, words = groups.first(), lesions.pathology.str.lower()
+    differ = groups[['patient_id', 'left_or_right_breast', 'image_view', 'breast_density']].nunique() > 1
+    for column in differ:
+        for film in differ.index[differ[column]]: report.add(f'rows disagree: {column}', film, int(first.row[film]), '', 'first row used')
+    for i in np.flatnonzero(~words.isin(_WORST)): report.add('pathology not understood', lesions.film[i], int(lesions.row[i]), lesions.pathology[i], 'not stated')
+    worst = words.map({w: i for i, w in enumerate(_WORST)}).groupby(lesions.film).min().map(dict(enumerate(_WORST))).fillna('')
+    found = [_film_file(film, files.get(film, []), root, path, report) for film, path in first.image_file_path.items()]
+    size = pd.DataFrame([head for _, head in found])
+    out = pd.DataFrame({'image_path': [path for path, _ in found], 'image_id': first.index, 'patient_id': first.patient_id, 'exam_id': first.patient_id,
+        'laterality': first.left_or_right_breast.str[:1].str.upper(), 'view': first.image_view.str.upper(), 'source': 'cbis_ddsm',
+        'density': first.breast_density.map(density_letter), 'birads': groups.assessment.agg('$'.join).map(birads_category), 'pathology': worst.reindex(first.index),
+        'split': first.split, 'label_mass': first.kind.map({'mass': 1.}).astype(float), 'label_calcification': first.kind.map({'calc': 1.}).astype(float)})
+    return pathology_labels(out.reset_index(drop=True).join(size), report)
 
 # %% ../../nbs/166_data.cbis_ddsm.ipynb #30388ac1
 def _film_file(film, found, root, listed, report):

@@ -112,7 +112,7 @@ def read_outlines(
         else: rows.append((image, 'lesion', *map(float, box), severity[image]))
     return pd.DataFrame(rows, columns=list(BOXES)) if rows else empty('boxes')
 
-# %% ../../nbs/170_data.cdd_cesm.ipynb #9c2dbe82
+# %% ../../nbs/170_data.cdd_cesm.ipynb #974379d2
 KINDS = {'DM': 'low_energy', 'CESM': 'subtracted', 'CM': 'subtracted'}
 
 
@@ -130,7 +130,7 @@ def image_records(
     for i in np.flatnonzero(kind == ''): report.add('unknown kind of image', name[i], int(i), df.Type[i], 'left out')
     said = [texts.get(p, {}).get((k, s), ('', '')) for p, k, s in zip(patient, kind, side)]
     birads = df.BIRADS.str.replace(r'\.0$', '', regex=True)
-    out = pd.DataFrame({'image_path': [images.get(n, f'{n}.jpg') for n in name], 'image_id': name, 'patient_id': 'cesm_p' + patient, 'exam_id': 'cesm_p' + patient, 'laterality': side,
+    out = pd.DataFrame({'image_path': [images.get(n, f'{n}.jpg') for n in name], 'image_id': name, 'patient_id': 'cesm_p' + patient.str.zfill(3), 'exam_id': 'cesm_p' + patient.str.zfill(3), 'laterality': side,
         'view': df.View.str.upper(), 'source': 'cdd_cesm_' + kind, 'age': pd.to_numeric(df.Age, errors='coerce'), 'density': df['Breast density (ACR)'].map(density_letter),
         'birads': birads.map(birads_category), 'pathology': df['Pathology Classification/ Follow up'].str.lower(), 'findings': [f or t for (f, _), t in zip(said, df.Findings)],
         'impression': [i for _, i in said], 'kind': kind, 'several': birads.str.contains('$', regex=False)})

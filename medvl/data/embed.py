@@ -135,7 +135,7 @@ def file_records(
     for i in np.flatnonzero(out.image_id.duplicated()): report.add('file listed twice', out.image_id[i], int(i), '', 'first row used')
     return out.drop_duplicates('image_id').reset_index(drop=True)
 
-# %% ../../nbs/171_data.embed.ipynb #253344e7
+# %% ../../nbs/171_data.embed.ipynb #b733246e
 def read_embed(
     folder, # of the release: tables/ and images/
     kinds=('2D',), # of FinalImageType
@@ -151,9 +151,9 @@ def read_embed(
     root, report = Path(folder), Report('EMBED')
     tables = root/'tables' if (root/'tables').is_dir() else root
     path = find_table(tables, 'EMBED_OpenData_metadata_reduced', 'EMBED_OpenData_metadata')
-    meta = file_records(require(read_table(path, (*_META, 'match_level', 'num_roi')), _META, path), images, kinds, special, report)
+    meta = file_records(require(read_table(path), _META, path), images, kinds, special, report)
     path = find_table(tables, 'EMBED_OpenData_clinical', 'EMBED_OpenData_clinical_reduced')
-    breasts = breast_table(require(read_table(path, (*_CLINICAL, *_OPTIONAL)), _CLINICAL, path), report)
+    breasts = breast_table(require(read_table(path), _CLINICAL, path), report)
     side = meta.ImageLateralityFinal.str.upper()
     row = breasts.reindex(pd.MultiIndex.from_arrays([meta.empi_anon, meta.acc_anon, side])).reset_index(drop=True)
     if (n := int(row.birads.isna().sum())): report.add('image without a clinical row', '', None, f'{n} images', 'kept without labels')

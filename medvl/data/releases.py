@@ -6,8 +6,7 @@
 __all__ = ['VINDR_MAMMO', 'RSNA_BREAST', 'Part', 'Release', 'image_header', 'read_headers', 'read_table', 'find_files', 'fits',
            'find_table', 'check_part', 'check_release']
 
-# %% ../../nbs/165_data.releases.ipynb #3948fd1e
-import csv
+# %% ../../nbs/165_data.releases.ipynb #53f2c169
 import html
 import importlib.util
 import os
@@ -106,7 +105,7 @@ def read_headers(
         except DataError as e: report.add('header cannot be read', path, None, e.message, 'left out')
     return out
 
-# %% ../../nbs/165_data.releases.ipynb #c4b7ed74
+# %% ../../nbs/165_data.releases.ipynb #d5ad234b
 def read_table(
     path, # .csv (comma or semicolon) or .xlsx
     columns=None, # keep only these, where they are there; None keeps all
@@ -114,20 +113,23 @@ def read_table(
 ) -> pd.DataFrame: # text columns; empty cells are ''; names and cells without surrounding space
     """Read a release's table as text.
 
-    Raises: DataError for a file that is absent, empty or no table, and for Excel files without openpyxl."""
-    path, keep = Path(path), (lambda c: True) if columns is None else (lambda c: str(c).strip() in columns)
+    Raises: DataError for a file that is absent, empty or no table, a column that is there twice, and Excel files without openpyxl."""
+    path = Path(path)
     if not path.is_file(): raise DataError('the file does not exist.', file=str(path))
-    try:
-        if path.suffix.lower() in ('.xlsx', '.xls'): df = _read_excel(path, sheet)
-        else:
-            with open(path, encoding='utf-8-sig', newline='') as f: first = next(csv.reader(f, delimiter='\n'), [''])
-            separator = ';' if ''.join(first).count(';') > ''.join(first).count(',') else ','
-            df = pd.read_csv(path, sep=separator, dtype=str, keep_default_na=False, encoding='utf-8-sig', usecols=keep, index_col=False)
+    try: df = _read_excel(path, sheet) if path.suffix.lower() in ('.xlsx', '.xls') else _read_csv(path)
     except UnicodeDecodeError as e: raise DataError(f'not UTF-8 text ({e.reason}).', file=str(path), fix='Save the table as UTF-8 CSV.') from e
     except pd.errors.EmptyDataError as e: raise DataError('the file is empty.', file=str(path)) from e
     except pd.errors.ParserError as e: raise DataError(f'not a table: {e}.', file=str(path), fix='Download it again.') from e
-    df.columns = [str(c).strip() for c in df.columns]
-    return df.loc[:, [keep(c) for c in df.columns]].apply(lambda s: s.fillna('').astype(str).str.strip()).reset_index(drop=True)
+    df.columns = [str(c).strip() or f'unnamed_{i}' for i, c in enumerate(df.columns)]
+    if (twice := df.columns[df.columns.duplicated()]).size: raise DataError('the column is there twice.', file=str(path), column=twice[0])
+    df = df if columns is None else df[[c for c in df if c in columns]]
+    return df.apply(lambda s: s.fillna('').astype(str).str.strip()).reset_index(drop=True)
+
+
+def _read_csv(path): # the first row is read as a row, so that a longer one is noticed
+    with open(path, encoding='utf-8-sig', newline='') as f: first = f.readline()
+    df = pd.read_csv(path, sep=';' if first.count(';') > first.count(',') else ',', dtype=str, keep_default_na=False, encoding='utf-8-sig', header=None)
+    return df.iloc[1:].set_axis(df.iloc[0].tolist(), axis=1)
 
 
 def _read_excel(path, sheet):
