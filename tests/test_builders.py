@@ -9,6 +9,7 @@ from golden import golden, sample
 
 from medvl.core.errors import DataError
 from medvl.data.folder import birads_category, density_letter, read_folder
+from medvl.data.phantom_prepared import with_split
 from medvl.data.report_table import BREAST_COLUMNS, breast_table, read_breast_table, read_report_table
 from medvl.data.rsna import read_rsna
 from medvl.data.schema import read_list, validate
@@ -30,6 +31,14 @@ def test_vindr_has_the_release_numbers(vindr):
     assert len(breast) == 20000 and len(finding) == 20486 and finding.image_id.duplicated().sum() == 486
     assert finding.xmin.notna()[:2254].all() and finding.xmin.isna()[2254:].all() and (finding.split[:2254] == 'training').sum() == 1802
     assert (finding.split == 'training').sum() == 16391
+
+
+def test_vindr_gets_a_validation_part(vindr):
+    "The official test patients stay; a fifth of the others validates."
+    source = read_vindr(vindr[0])
+    r = with_split(source).records
+    assert ((r.split == 'test') == (source.records.split == 'test')).all() and set(r.split) == {'train', 'valid', 'test'} and r.groupby('patient_id').split.nunique().max() == 1
+    assert abs(r[r.split == 'valid'].patient_id.nunique() - 800) <= 5 # of 4000; the rare findings decide about the last few
 
 
 def test_vindr_images(vindr):
