@@ -14,7 +14,7 @@ from torch import Tensor
 from .similarity import text_vector
 from ..core.errors import unknown_name
 
-# %% ../../nbs/620_attribute.gradcam.ipynb #8fb36e73
+# %% ../../nbs/620_attribute.gradcam.ipynb #637e5aa6
 @contextlib.contextmanager
 def caught(
     method, # Method
@@ -36,13 +36,15 @@ def caught(
         return
     owner = next((o for o in (getattr(method, 'image_encoder', None), method) if callable(getattr(o, 'feature_maps', None))), None)
     if owner is None: raise ValueError(f'{type(method).__name__} has no feature_maps: name a layer')
-    original = owner.feature_maps
+    original, own = owner.feature_maps, vars(owner).get('feature_maps')
     def feature_maps(*args, **kwargs):
         with torch.no_grad(): maps = original(*args, **kwargs)
         return leaf(maps)
     owner.feature_maps = feature_maps
     try: yield found
-    finally: del owner.feature_maps
+    finally:
+        if own is None: del owner.feature_maps
+        else: owner.feature_maps = own
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #46ab4c1b
 def sentence_score(
@@ -65,7 +67,7 @@ def _still(method):
     finally:
         for m, training in modes.items(): m.training = training
 
-# %% ../../nbs/620_attribute.gradcam.ipynb #58f4f82f
+# %% ../../nbs/620_attribute.gradcam.ipynb #4d948c7c
 def map_gradients(
     method, # with `encode_image`
     images:Tensor, # (b,1,h,w) uint8 or float 0..255
@@ -77,7 +79,7 @@ def map_gradients(
     Raises: ValueError when the map takes no part in the embedding, or is not (b,c,h',w')."""
     with _still(method), torch.enable_grad(), caught(method, layer) as found:
         embeddings = method.encode_image(images)
-        if not found: raise ValueError('the embedding does not pass through this map: name another layer')
+        if len(found) != 1: raise ValueError(f'the embedding does not pass through this map once, but {len(found)} times: name another layer')
         maps, values = found[-1], torch.stack([s(embeddings) for s in scores], 1)
         if maps.ndim != 4: raise ValueError(f'a map is (b,c,h,w); this layer gives {tuple(maps.shape)}')
         if not values.requires_grad: raise ValueError('the score does not depend on this map: name another layer')
