@@ -192,3 +192,17 @@ def test_a_folder_without_tokenizer_says_so(tmp_path, listconfig):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter('always'); convert_released(tmp_path/'m.tar', tmp_path/'ours', config=MammoCLIPConfig(**{**vars(TINY), 'vocab_size': len(TOKENIZER)}))
     assert any('no tokenizer' in str(w.message) for w in seen) and (tmp_path/'ours'/RECORD).is_file()
+
+
+def test_the_command_converts_and_goes_back(tmp_path):
+    from typer.testing import CliRunner
+
+    from medvl.commands import app
+    m = Classifier(ClassifierConfig(labels=('mass',), image_encoder='efficientnet-tiny'))
+    torch.save({'model': m.state_dict(), 'epoch': 3}, tmp_path/'c.pth')
+    done = CliRunner().invoke(app, ['convert', str(tmp_path/'c.pth'), str(tmp_path/'ours'), '-l', 'mass'])
+    assert done.exit_code == 0 and f'{len(m.state_dict())} loaded' in done.output, done.output
+    assert from_pretrained(tmp_path/'ours').config.labels == ('mass',)
+    assert CliRunner().invoke(app, ['convert', '--back', str(tmp_path/'ours'), str(tmp_path/'back.pth')]).exit_code == 0
+    assert list(read_checkpoint(tmp_path/'back.pth').weights) == list(m.state_dict())
+    with pytest.raises(DataError, match='no such file'): CliRunner().invoke(app, ['convert', str(tmp_path/'no.tar'), str(tmp_path/'x')], catch_exceptions=False)
