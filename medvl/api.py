@@ -21,7 +21,7 @@ from .core.errors import DataError
 from .core.paths import read_json, write_json
 from .data.image import read_image
 from .data.preprocess import get_profile, preprocess
-from .methods import mammoclip as _mammoclip  # noqa: F401  (its import registers the method)
+from .methods import classifier as _classifier, mammoclip as _mammoclip  # noqa: F401  (their import registers the methods)
 from .methods.base import from_pretrained, push_to_hub, require, save_pretrained
 
 # %% ../nbs/800_api.ipynb #feccf577
