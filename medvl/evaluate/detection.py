@@ -186,10 +186,11 @@ def coco_map(truth, found, images, # tables as in `arrange`
     mean['boxes'] = table.boxes.sum()
     return pd.concat([table, mean]).rename_axis('label').astype({'boxes': int})
 
-# %% ../../nbs/535_evaluate.detection.ipynb #39de903b
+# %% ../../nbs/535_evaluate.detection.ipynb #0354bb12
 def _class_row(hit, counts, n, thresholds, areas, rank, max_detections):
     "All metrics of one class; hit and counts (t,r,d)."
-    ap = average_precision_of(hit.reshape(-1, hit.shape[-1]), counts.reshape(-1, hit.shape[-1]), np.tile(n, len(thresholds))).reshape(len(thresholds), -1)
+    flat = (len(thresholds) * len(areas), hit.shape[-1])
+    ap = average_precision_of(hit.reshape(flat), counts.reshape(flat), np.tile(n, len(thresholds))).reshape(len(thresholds), -1)
     with np.errstate(invalid='ignore', divide='ignore'):
         recall = {m: np.where(n > 0, (hit & counts)[..., rank < m].sum(-1) / n, np.nan).mean(0) for m in max_detections}
     row = {'AP': ap[:, 0].mean()}

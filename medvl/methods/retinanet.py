@@ -118,7 +118,7 @@ class _Network(Method):
         "Local paths do not leave this machine; the weights are stored with the method."
         return replace(self.config, image_weights='', image_pretrained=False)
 
-# %% ../../nbs/335_methods.retinanet.ipynb #cdaee618
+# %% ../../nbs/335_methods.retinanet.ipynb #e51649f2
 class _Answers(_Network):
     "Turn images into answers for all anchors."
     def prepare(self, images): # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
@@ -130,12 +130,17 @@ class _Answers(_Network):
         return F.pad(x, (0, -w % 32, 0, -h % 32), value=-c.image_mean / c.image_std), (h, w)
 
     def answers(self, images):
-        "Give logits (b,a,k), deltas (b,a,4), anchors (a,4), and the size of the prepared images."
-        x, size = self.prepare(images)
+        "Give logits (b·v,a,k) and deltas (b·v,a,4)."
+        x, _ = self.prepare(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.freeze == 'none'): maps = encoder_taps(self.image_encoder, x, self.config.taps)
         levels = self.pyramid(*maps)
-        anchors = anchor_grid(*x.shape[-2:], size=self.config.anchor_size, device=x.device)
-        return self.classification(levels).float(), self.regression(levels).float(), anchors, size
+        return self.classification(levels).float(), self.regression(levels).float()
+
+    def geometry(self, images):
+        "Give the anchors (a,4), the size (h,w) of prepared images before padding, and the factors (4,) from the pixels given to theirs."
+        h, w = (self.config.height, self.config.width) if self.config.height else images.shape[-2:]
+        anchors = anchor_grid(h + -h % 32, w + -w % 32, size=self.config.anchor_size, device=self.device)
+        return anchors, (h, w), torch.tensor([w / images.shape[-1], h / images.shape[-2]] * 2, device=self.device)
 
     def feature_maps(self, images, level=-1): # level -1: the last map
         "Give the encoder's maps, (b·v,c,h',w')."
@@ -146,18 +151,18 @@ class _Answers(_Network):
         "Find boxes: one dict an image with `boxes` (n,4) in its pixels, `scores` (n,), `labels` (n,) numbers in `names`, best first."
         c, was = self.config, self.training
         self.eval()
-        try: logits, deltas, anchors, size = self.answers(images)
+        try: logits, deltas = self.answers(images)
         finally: self.train(was)
+        anchors, size, scale = self.geometry(images)
         found = [select_boxes(s, d, anchors, *size, c.score_threshold, c.overlap, c.per_class, c.candidates, c.top, c.unbounded)
                  for s, d in zip(logits.sigmoid(), deltas)]
-        scale = torch.tensor([images.shape[-1] / size[1], images.shape[-2] / size[0]] * 2, device=logits.device)
-        return [{**f, 'boxes': f['boxes'] * scale} for f in found]
+        return [{**f, 'boxes': f['boxes'] / scale} for f in found]
 
-# %% ../../nbs/335_methods.retinanet.ipynb #b35625ad
+# %% ../../nbs/335_methods.retinanet.ipynb #2168695f
 @register
 class RetinaNet(_Answers):
     "RetinaNet on an EfficientNet. Source: Lin et al., ICCV 2017; Ghosh et al., MICCAI 2024."
-    name, gathered_batch = 'retinanet', ()
+    name, gathered_batch, chunkable = 'retinanet', (), True
 
     def truth(self, batch, scale): # boxes: b lists of v arrays (k,4); box_labels: b lists of v lists of names; scale (4,)
         """Give boxes (g,4) and labels (g,) of every image of a batch.
@@ -177,17 +182,16 @@ class RetinaNet(_Answers):
         return boxes, labels
 
     def encode(self, batch): # images (b,v,1,h,w)
-        "Give `scores` (logits), `deltas` and the size of the prepared images."
-        logits, deltas, anchors, size = self.answers(batch['images'])
-        return {'scores': logits, 'deltas': deltas, 'anchors': anchors, 'size': size}
+        "Give `scores` (b·v,a,k), logits, and `deltas` (b·v,a,4)."
+        logits, deltas = self.answers(batch['images'])
+        return {'scores': logits, 'deltas': deltas}
 
     def losses(self, features, batch, state):
         "Give the loss and its parts: class, box, positives."
-        c, (h, w) = self.config, features['size']
-        scale = torch.tensor([w / batch['images'].shape[-1], h / batch['images'].shape[-2]] * 2, device=features['scores'].device)
+        c, (anchors, _, scale) = self.config, self.geometry(batch['images'])
         boxes, labels = self.truth(batch, scale)
         scores = features['scores'].sigmoid() if c.clamped else features['scores']
-        return detection_loss(scores, features['deltas'], features['anchors'], boxes, labels, c.box_weight, alpha=c.alpha, gamma=c.gamma,
+        return detection_loss(scores, features['deltas'], anchors, boxes, labels, c.box_weight, alpha=c.alpha, gamma=c.gamma,
                               empty=c.empty, force=c.force, clamped=c.clamped)
 
 # %% ../../nbs/335_methods.retinanet.ipynb #95f9b8cf
