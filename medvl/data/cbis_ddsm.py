@@ -98,7 +98,7 @@ def mask_box(
     rows, columns = np.flatnonzero(on.any(1)), np.flatnonzero(on.any(0))
     return (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1) if len(rows) else None
 
-# %% ../../nbs/166_data.cbis_ddsm.ipynb #26b502f3
+# %% ../../nbs/166_data.cbis_ddsm.ipynb #63ce14fe
 _WORST = ('malignant', 'benign', 'benign_without_callback')
 
 
@@ -111,10 +111,7 @@ def film_records(
     "Bring the lesions of a film to one row."
     groups = lesions.groupby('film', sort=False)
     first, words = groups.first(), lesions.pathology.str.lower()
-    differ = groups[['patient_id', 'left_or_right_breast', 'image_view', 'breast_density']].nunique() > 1
-    for column in differ:
-        for film in differ.index[differ[column]]: report.add(f'rows disagree: {column}', film, int(first.row[film]), '', 'first row used')
-    for i in np.flatnonzero(~words.isin(_WORST)): report.add('pathology not understood', lesions.film[i], int(lesions.row[i]), lesions.pathology[i], 'not stated')
+    _report_rows(lesions, groups, first, words, report)
     worst = words.map({w: i for i, w in enumerate(_WORST)}).groupby(lesions.film).min().map(dict(enumerate(_WORST))).fillna('')
     found = [_film_file(film, files.get(film, []), root, path, report) for film, path in first.image_file_path.items()]
     size = pd.DataFrame([head for _, head in found])
@@ -124,7 +121,15 @@ def film_records(
         'split': first.split, 'label_mass': first.kind.map({'mass': 1.}).astype(float), 'label_calcification': first.kind.map({'calc': 1.}).astype(float)})
     return pathology_labels(out.reset_index(drop=True).join(size), report)
 
-# %% ../../nbs/166_data.cbis_ddsm.ipynb #30388ac1
+# %% ../../nbs/166_data.cbis_ddsm.ipynb #83a705e4
+def _report_rows(lesions, groups, first, words, report):
+    "Report rows of a film that disagree, and words for pathology that are not understood."
+    differ = groups[['patient_id', 'left_or_right_breast', 'image_view', 'breast_density']].nunique() > 1
+    for column in differ:
+        for film in differ.index[differ[column]]: report.add(f'rows disagree: {column}', film, int(first.row[film]), '', 'first row used')
+    for i in np.flatnonzero(~words.isin(_WORST)): report.add('pathology not understood', lesions.film[i], int(lesions.row[i]), lesions.pathology[i], 'not stated')
+
+
 def _film_file(film, found, root, listed, report):
     "The film's file and size; the table's path when it is absent."
     heads = read_headers(root, found, report)

@@ -112,10 +112,10 @@ def read_outlines(
         else: rows.append((image, 'lesion', *map(float, box), severity[image]))
     return pd.DataFrame(rows, columns=list(BOXES)) if rows else empty('boxes')
 
-# %% ../../nbs/170_data.cdd_cesm.ipynb #974379d2
+# %% ../../nbs/170_data.cdd_cesm.ipynb #1a5bb331
 KINDS = {'DM': 'low_energy', 'CESM': 'subtracted', 'CM': 'subtracted'}
 
-
+# %% ../../nbs/170_data.cdd_cesm.ipynb #f18b9125
 def image_records(
     df:pd.DataFrame, # the table of images
     images:dict, # name -> file

@@ -105,7 +105,7 @@ def read_headers(
         except DataError as e: report.add('header cannot be read', path, None, e.message, 'left out')
     return out
 
-# %% ../../nbs/165_data.releases.ipynb #d5ad234b
+# %% ../../nbs/165_data.releases.ipynb #040715d2
 def read_table(
     path, # .csv (comma or semicolon) or .xlsx
     columns=None, # keep only these, where they are there; None keeps all
@@ -125,7 +125,7 @@ def read_table(
     df = df if columns is None else df[[c for c in df if c in columns]]
     return df.apply(lambda s: s.fillna('').astype(str).str.strip()).reset_index(drop=True)
 
-
+# %% ../../nbs/165_data.releases.ipynb #6183b21e
 def _read_csv(path): # the first row is read as a row, so that a longer one is noticed
     with open(path, encoding='utf-8-sig', newline='') as f: first = f.readline()
     df = pd.read_csv(path, sep=';' if first.count(';') > first.count(',') else ',', dtype=str, keep_default_na=False, encoding='utf-8-sig', header=None)
