@@ -15,7 +15,7 @@ from ..core.errors import DataError, unknown_name
 from ..core.paths import atomic_path
 from .prepared import Prepared
 
-# %% ../../nbs/128_data.augmented.ipynb #5faacc0e
+# %% ../../nbs/128_data.augmented.ipynb #e774cfa0
 FOLDER = 'wordings'
 
 
@@ -30,7 +30,7 @@ def _place(prepared, name, folder):
     if not name or any(c in name for c in '/\\.'): raise ValueError(f'{name!r} cannot name a wording: use letters, digits, - and _.')
     return Path(folder or prepared.folder/FOLDER)/f'{name}.parquet'
 
-
+# %% ../../nbs/128_data.augmented.ipynb #cea1518d
 def augment_reports(
     prepared:Prepared, # its reports are reworded, each distinct one once
     writer, # callable: list of reports -> list of as many texts; may have `digest`

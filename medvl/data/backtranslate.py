@@ -43,23 +43,29 @@ def check_backtranslate(config): # BackTranslateConfig
     if config.do_sample and not config.temperature > 0: raise ValueError(f'temperature must be above 0, not {config.temperature}.')
     return config
 
-# %% ../../nbs/127_data.backtranslate.ipynb #754b59fd
+# %% ../../nbs/127_data.backtranslate.ipynb #1a0280a6
+def _load_pair(name): # hub name or folder -> tokeniser, model
+    "Raises: DataError when the model cannot be had."
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    local = Path(name).is_dir()
+    if not local and (Path(name).is_absolute() or str(name).startswith('.')):
+        raise DataError('there is no folder of a translation model.', file=name)
+    try:
+        with torch.random.fork_rng(devices=[]): # building a model draws weights, before they are replaced
+            return [c.from_pretrained(str(name), local_files_only=local) for c in (AutoTokenizer, AutoModelForSeq2SeqLM)]
+    except (OSError, ValueError, ImportError) as e:
+        raise DataError(f'the translation model cannot be loaded ({type(e).__name__}: {str(e)[:150]})', file=name,
+                        fix='Give a folder of a seq2seq model, or a hub name in reach; Marian models also need `pip install sentencepiece`.') from e
+
+# %% ../../nbs/127_data.backtranslate.ipynb #f5c493f7
 class Translator:
     "Translate sentences with one model."
     def __init__(self,
         name, # hub name or folder
         device:str='cpu', # where to
     ):
-        from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
-        local = Path(name).is_dir()
-        if not local and (Path(name).is_absolute() or str(name).startswith('.')): raise DataError('there is no folder of a translation model.', file=name)
-        try:
-            with torch.random.fork_rng(devices=[]): # building a model draws weights, before they are replaced
-                self.tokenizer, self.model = (c.from_pretrained(str(name), local_files_only=local) for c in (AutoTokenizer, AutoModelForSeq2SeqLM))
-        except (OSError, ValueError, ImportError) as e:
-            raise DataError(f'the translation model cannot be loaded ({type(e).__name__}: {str(e)[:150]})', file=name,
-                            fix='Give a folder of a seq2seq model, or a hub name with the hub in reach; Marian models also need `pip install sentencepiece`.') from e
-        self.device, self.model = device, self.model.to(device).eval()
+        self.tokenizer, model = _load_pair(name)
+        self.device, self.model = device, model.to(device).eval()
 
     def fits(self, sentence, limit): return len(self.tokenizer(sentence).input_ids) <= min(limit, getattr(self.model.config, 'max_position_embeddings', limit))
 
@@ -100,15 +106,15 @@ def toy_translator(
     for part in (tokenizer, model): part.save_pretrained(str(folder))
     return Path(folder)
 
-# %% ../../nbs/127_data.backtranslate.ipynb #dfc05ecf
+# %% ../../nbs/127_data.backtranslate.ipynb #65d9f24e
 def _identity(name):
     "What tells a model from another: a folder's files, or a hub name."
     if not Path(name).is_dir(): return str(name)
     return [(p.name, sha256_file(p)) for p in sorted(Path(name).iterdir()) if p.is_file()]
 
-
-class BackTranslator:
-    "Reword reports by translating them and back."
+# %% ../../nbs/127_data.backtranslate.ipynb #ae2d8c44
+class _Kept:
+    "What has been translated, in memory and on disk."
     def __init__(self,
         folder, # where finished sentences are kept
         config:BackTranslateConfig|None=None, # options
@@ -123,6 +129,9 @@ class BackTranslator:
         for line in read_jsonl(self.path) if self.path.exists() else ():
             for before, after in line['sentences']: self.known.setdefault(before, after)
 
+# %% ../../nbs/127_data.backtranslate.ipynb #f04df9c7
+class _Journey(_Kept):
+    "Send sentences there and back."
     @property
     def digest(self): return digest([self.made_by, self.config.keep_facts])
 
@@ -150,6 +159,9 @@ class BackTranslator:
             append_jsonl(self.path, {'sentences': list(done.items())})
             for before, after in done.items(): self.known.setdefault(before, after)
 
+# %% ../../nbs/127_data.backtranslate.ipynb #e0c3f436
+class BackTranslator(_Journey):
+    "Reword reports by translating them and back."
     def __call__(self,
         reports, # list of str
         progress=True, # show a bar

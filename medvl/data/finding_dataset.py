@@ -27,7 +27,7 @@ from .reports import normalise_section
 from .sides import flip_text
 from .tokens import tokenise, tokenizer_digest
 
-# %% ../../nbs/149_data.finding_dataset.ipynb #ab14a0bc
+# %% ../../nbs/149_data.finding_dataset.ipynb #e285d652
 @dataclass
 class FindingConfig:
     "How a breast and its labels become a training sample."
@@ -47,7 +47,7 @@ class FindingConfig:
     empty: str = 'drop' # reports are never empty
     seed: int = 0 # of all draws
 
-
+# %% ../../nbs/149_data.finding_dataset.ipynb #52d8e4f3
 def paper_findings(
     **changes, # fields to change
 ) -> FindingConfig:
@@ -95,9 +95,9 @@ def finding_breasts(
                              group=key_of('findings', tuple(told))))
     return rows, skipped
 
-# %% ../../nbs/149_data.finding_dataset.ipynb #244a5d8a
-class FindingDataset:
-    "One sample: a breast, `views` of its images and for each a report written from its findings."
+# %% ../../nbs/149_data.finding_dataset.ipynb #ecbf1c15
+class _Breasts:
+    "Breasts with findings, and what is needed to speak of them."
     def __init__(self,
         prepared:Prepared, # images, manifest with labels that are findings
         tokenizer, # a fast transformers tokeniser
@@ -120,6 +120,9 @@ class FindingDataset:
         kinds = {(v, str(f)): (v, f, r['sample_id']) for r in self.rows for v, f in r['findings'].items()}
         tokenise(self.tokenizer, [self.report(v, f, None, name=n) for v, f, n in kinds.values()], self.config.max_length, [n for _, _, n in kinds.values()])
 
+# %% ../../nbs/149_data.finding_dataset.ipynb #2c3f8e8e
+class _Reports(_Breasts):
+    "Write the reports."
     def bank(self, view): return self.own_bank or prompt_bank(view if self.config.places == 'view' else '', self.config.detail)
 
     def report(self, view, findings, rng, flip=(False, False), name=''):
@@ -136,6 +139,9 @@ class FindingDataset:
         if key not in self._versions: self._versions[key] = normalise_section('findings', flip_text(sentence, horizontal, vertical), self.config.normalisation)
         return self._versions[key]
 
+# %% ../../nbs/149_data.finding_dataset.ipynb #a59fd6d1
+class FindingDataset(_Reports):
+    "One sample: a breast, `views` of its images and for each a report written from its findings."
     def __len__(self): return len(self.rows)
 
     @property
@@ -189,9 +195,9 @@ def shares_of(
     for i in np.argsort(counts - exact, kind='stable')[:sum(lengths) - counts.sum()]: counts[i] += 1
     return counts.tolist()
 
-# %% ../../nbs/149_data.finding_dataset.ipynb #875efe3d
-class Mixture:
-    "Several datasets as one."
+# %% ../../nbs/149_data.finding_dataset.ipynb #577050b0
+class _Sources:
+    "Datasets, and where each sample stands."
     def __init__(self,
         sources:dict, # {name: dataset}, e.g. {'reports': BreastTextDataset, 'labels': FindingDataset}
         balance=None, # None: as many as each has; 'equal'; or one number a source (their share of an epoch)
@@ -209,14 +215,6 @@ class Mixture:
 
     def __len__(self): return int(self.starts[-1])
 
-    @property
-    def config(self): return SimpleNamespace(empty='keep' if any(getattr(s.config, 'empty', '') == 'keep' for s in self.sources) else 'drop')
-
-    @property
-    def digest(self): return digest([type(self).__name__, self.names, [s.digest for s in self.sources], self.counts, self.seed])
-
-    def __repr__(self): return 'Mixture(' + ', '.join(f'{n}: {k} an epoch of {len(s)}' for n, k, s in zip(self.names, self.counts, self.sources)) + ')'
-
     def place(self, epoch, index):
         "Say which sample of which source, and which pass over that source, stands here."
         k = int(np.searchsorted(self.starts, index, side='right')) - 1
@@ -224,6 +222,17 @@ class Mixture:
         if self.balance is None: return k, turn, position
         if self._orders.get(k, (None,))[0] != turn: self._orders[k] = turn, numpy_rng('mixture', self.seed, k, turn).permutation(len(self.sources[k]))
         return k, turn, int(self._orders[k][1][position])
+
+# %% ../../nbs/149_data.finding_dataset.ipynb #dc3b0bbc
+class Mixture(_Sources):
+    "Several datasets as one."
+    @property
+    def config(self): return SimpleNamespace(empty='keep' if any(getattr(s.config, 'empty', '') == 'keep' for s in self.sources) else 'drop')
+
+    @property
+    def digest(self): return digest([type(self).__name__, self.names, [s.digest for s in self.sources], self.counts, self.seed])
+
+    def __repr__(self): return 'Mixture(' + ', '.join(f'{n}: {k} an epoch of {len(s)}' for n, k, s in zip(self.names, self.counts, self.sources)) + ')'
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)

@@ -58,7 +58,7 @@ def view_findings(
     names = list(columns.values())
     return tuple(n for n, s in zip(names, some) if s), tuple(n for n, s, z in zip(names, some, none) if z and not s)
 
-# %% ../../nbs/164_data.findings.ipynb #42e449e7
+# %% ../../nbs/164_data.findings.ipynb #808000f2
 _VIEWS = ('CC', 'MLO')
 COLUMNS = ('patient_id', 'laterality', 'split', 'image', 'view', 'CC', 'MLO', 'cc_findings', 'mlo_findings', 'CC_FINDING', 'MLO_FINDING', 'fold', 'patient_id_laterality')
 
@@ -75,7 +75,7 @@ def _row(patient, side, group, columns):
                 f'{v}_FINDING': four_lists(present, absent, side, complete) if len(images) else [[], [], [], []]}
     return row | {'fold': int(group.split.iloc[0] == 'train'), 'patient_id_laterality': f'{patient}_{side}'}
 
-
+# %% ../../nbs/164_data.findings.ipynb #344a5edf
 def finding_table(
     records:pd.DataFrame, # of a builder's Source, or the manifest of a prepared data set
     findings=FINDINGS, # findings that count
@@ -91,7 +91,7 @@ def finding_table(
     if not rows: raise DataError('no image has the view CC or MLO.', column='view')
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
-
+# %% ../../nbs/164_data.findings.ipynb #e1441404
 def vindr_findings(
     folder, # holds VinDr's two annotation tables
     rule:str='any_positive', # how rows of one image are resolved (medvl.data.vindr)
@@ -100,7 +100,7 @@ def vindr_findings(
     "Make the table of breasts from the raw annotations."
     return finding_table(read_vindr(folder, rule).records, findings)
 
-# %% ../../nbs/164_data.findings.ipynb #c72c2909
+# %% ../../nbs/164_data.findings.ipynb #64ea5792
 def _literal(text, file, row, column):
     "A Python literal, read without running it."
     try: value = ast.literal_eval(text) if len(text) < 100_000 else None
@@ -119,7 +119,7 @@ def _flat(value, file, row, column):
         else: raise DataError(f'{v!r} is no text.', file=file, row=row, column=column)
     return out
 
-
+# %% ../../nbs/164_data.findings.ipynb #ede6fa71
 def read_lists(
     text, # cell: text of four lists, or the lists themselves
     file=None, # for messages

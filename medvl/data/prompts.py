@@ -134,7 +134,7 @@ def check_bank(
             if bad: raise DataError(f'{bad[0]!r} in {slot} of {f!r} is no sentence.', column=f, fix='Give a list of texts with words.')
     return bank
 
-# %% ../../nbs/124_data.prompts.ipynb #ecdfb38d
+# %% ../../nbs/124_data.prompts.ipynb #dbdd20a7
 def check_findings(
     findings, # four lists of findings
     bank:dict, # that must know them
@@ -150,7 +150,7 @@ def check_findings(
     right, left, no_right, no_left = map(tuple, findings)
     return (right, left, (), ()) if NORMAL in right + left else (right, left, no_right, no_left)
 
-
+# %% ../../nbs/124_data.prompts.ipynb #92397215
 def choose_sentences(
     findings, # four lists: present right, present left, absent right, absent left
     bank:dict, # of `prompt_bank`

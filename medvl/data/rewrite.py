@@ -37,7 +37,7 @@ def facts(
 
 def same_facts(before, after): return facts(before) == facts(after)
 
-# %% ../../nbs/126_data.rewrite.ipynb #ea33e410
+# %% ../../nbs/126_data.rewrite.ipynb #9505d970
 SYNONYMS = (
     ('is seen', 'is noted', 'is identified', 'is visible', 'is present'), ('are seen', 'are noted', 'are identified', 'are visible', 'are present'),
     ('demonstrates', 'shows', 'reveals'), ('demonstrate', 'show', 'reveal'), ('concerning for', 'worrisome for'), ('consistent with', 'compatible with'),
@@ -49,7 +49,7 @@ SYNONYMS = (
     ('available', 'at hand'), ('physician', 'doctor'), ('unusual', 'uncommon'), ('is again seen', 'is again noted'), ('are again seen', 'are again noted'),
     ('microcalcifications', 'fine calcifications'), ('therefore', 'for this reason'), ('in addition', 'furthermore', 'moreover'))
 
-
+# %% ../../nbs/126_data.rewrite.ipynb #bd6f41d5
 def _cased(word, example):
     "Write `word` in the case of `example`."
     if len(example) > 1 and example.isupper(): return word.upper()
@@ -95,7 +95,7 @@ def turn_sentence(
     out = ' '.join(forms[int(rng.integers(len(forms)))].split()) + end
     return (out[0].upper() + out[1:] if text.strip()[0].isupper() else out)
 
-# %% ../../nbs/126_data.rewrite.ipynb #e8a2b6b7
+# %% ../../nbs/126_data.rewrite.ipynb #d7785997
 @dataclass
 class RewriteConfig:
     "How far a report is reworded."
@@ -113,7 +113,7 @@ def sentence_pieces(
     "Cut a report so that it can be put together again."
     return [(p, i % 2 == 0 and not p.endswith(':') and any(c.isalpha() for c in p)) for i, p in enumerate(_PIECES.split(text)) if p]
 
-
+# %% ../../nbs/126_data.rewrite.ipynb #60ee829c
 def rewrite_sentence(sentence, rng, config): # str, generator, RewriteConfig -> str
     "Reword one sentence, or leave it."
     turned = turn_sentence(sentence, rng) if rng.random() < config.turn else sentence

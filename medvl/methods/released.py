@@ -131,7 +131,7 @@ def open_released(
     spare = {k: weights[k] for k in table.index[table.status == 'spare']}
     return Released(method.eval(), kind, encoder, table, checkpoint.extra, spare, checkpoint.file)
 
-# %% ../../nbs/340_methods.released.ipynb #4f58f8c7
+# %% ../../nbs/340_methods.released.ipynb #c45364a2
 RECORD, LEFT_OVER = 'released.json', 'released_spare.safetensors'
 
 
@@ -149,7 +149,7 @@ def _with_tokenizer(method):
     except (OSError, ValueError) as e:
         warnings.warn(f'The folder has no tokenizer, so texts cannot be encoded: {e} Give it with tokenizer=.', stacklevel=3)
 
-
+# %% ../../nbs/340_methods.released.ipynb #2f703b67
 def convert_released(
     source, # path of a released .tar or .pth
     folder, # where to
@@ -167,7 +167,7 @@ def convert_released(
                                'order': [k for k in found.table.index if found.table.status[k] in ('loaded', 'spare')], 'extra': _json(found.extra)})
     return found
 
-# %% ../../nbs/340_methods.released.ipynb #e31b7d1c
+# %% ../../nbs/340_methods.released.ipynb #1e5a5ede
 def stored_config(
     c, # MammoCLIPConfig
 ) -> dict: # the part of the original's configuration that describes the model
@@ -180,7 +180,7 @@ def stored_config(
                       'text_encoder': text, 'projection_head': {'name': c.projection, 'dropout': c.projection_dropout, 'proj_dim': c.dim}},
             'loss': {'breast_clip': {'label_smoothing': c.label_smoothing, 'i2i_weight': c.i2i_weight, 't2t_weight': c.t2t_weight, 'loss_ratio': 1.0}}}
 
-
+# %% ../../nbs/340_methods.released.ipynb #c97d39f6
 def export_released(
     source, # a method, or a folder of `convert_released` or `save_pretrained`
     path, # .tar or .pth to write
