@@ -75,7 +75,7 @@ def paired_differences(
                              'better': int((d > 0).sum()), 'worse': int((d < 0).sum())})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/622_attribute.comparison.ipynb #f8f49363
+# %% ../../nbs/622_attribute.comparison.ipynb #31896755
 def attribute_figure(
     data, # Prepared
     rows, # rows of the data to show
@@ -92,14 +92,15 @@ def attribute_figure(
     columns = [(name, a) for a in attributes for name in makers]
     h, w = data.image(rows[0]).shape
     n = 1 + len(columns)
-    fig, axes = figure(len(rows), n, width=width * n, height=len(rows) * (width * h / w + 0.3), squeeze=False)
+    fig, axes = figure(len(rows), n, width=width * n, height=len(rows) * (width * h / w + 0.15) + 0.4, squeeze=False)
     for line, row in zip(axes, rows):
         image, r = data.image(row), data.manifest.iloc[row]
         boxes = {a: boxes_of(data, r.image_id, a, box_labels) for a in attributes}
-        draw_view(line[0], image, boxes=[(*b, a.replace('_', ' ')) for a in attributes for b in boxes[a]])
+        draw_view(line[0], image, boxes=[(*b, '') for a in attributes for b in boxes[a]])
         line[0].set_title(f'{r.laterality} {r["view"]}', fontsize=7)
         for ax, (name, a) in zip(line[1:], columns):
             heat = scale_01(torch.from_numpy(at_size(makers[name](row, a), image.shape))).numpy()
             draw_view(ax, image, boxes=[(*b, '') for b in boxes[a]], heat=heat)
-            ax.set_title(' · '.join(p for p in (a.replace('_', ' '), name.replace('_', ' ')) if p), fontsize=7)
+            words = f'{a} {name}'.replace('_', ' ').split() # a word a line: panels are narrow
+            if row == rows[0]: ax.set_title('\n'.join(words), fontsize=6)
     return fig
