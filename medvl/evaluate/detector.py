@@ -37,8 +37,8 @@ def detect(method, # Method with `predict` and `names`, e.g. RetinaNet
     columns = ['image_id', 'label', 'score', *BOX]
     return pd.concat(parts, ignore_index=True)[columns].astype({'label': object}) if parts else pd.DataFrame(columns=columns)
 
-# %% ../../nbs/535b_evaluate.detector.ipynb #bee0da80
-@dataclass
+# %% ../../nbs/535b_evaluate.detector.ipynb #9198e651
+@dataclass(repr=False)
 class DetectionResult:
     "What a detector found, and how right it was."
     found: pd.DataFrame  # detections
@@ -48,6 +48,9 @@ class DetectionResult:
     coco: pd.DataFrame  # COCO's table
     reference: pd.Series  # the original's AP
     curve: pd.DataFrame  # FROC curves
+
+    def __repr__(self):
+        return f'DetectionResult({len(self.found)} detections, {len(self.truth)} true boxes, {len(self.images)} images, {self.images.patient_id.nunique()} patients)'
 
     def _repr_html_(self):
         rows = self.table[self.table.metric.isin(['AP', 'AP50', 'mean_sensitivity'])]
