@@ -87,7 +87,7 @@ def map_gradients(
         gradients = [torch.autograd.grad(sums[j], maps, retain_graph=j + 1 < len(scores))[0] for j in range(len(scores))]
     return maps.detach(), torch.stack(gradients, 1), values.detach()
 
-# %% ../../nbs/620_attribute.gradcam.ipynb #7909119f
+# %% ../../nbs/620_attribute.gradcam.ipynb #d81ea8d8
 def _plus_plus(maps, g):
     "Grad-CAM++ for maps (b,1,c,h,w) and gradients (b,a,c,h,w)."
     below = 2 * g**2 + (maps * g**3).sum((-2, -1), keepdim=True)
@@ -100,7 +100,7 @@ KINDS = {
     'hires_cam': lambda maps, g: (g * maps).sum(2),
     'layer_cam': lambda maps, g: (g.relu() * maps).sum(2)}
 
-
+# %% ../../nbs/620_attribute.gradcam.ipynb #443878ce
 def grad_cams(
     method, # with `encode_image`, and `project_text` for sentences
     images:Tensor, # (b,1,h,w) uint8 or float 0..255

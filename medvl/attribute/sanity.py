@@ -21,7 +21,7 @@ from ..core.errors import unknown_name
 from ..core.seed import torch_generator
 from ..show.style import PALETTE, figure
 
-# %% ../../nbs/625_attribute.sanity.ipynb #bce14757
+# %% ../../nbs/625_attribute.sanity.ipynb #61215ede
 def rank_similarity(
     a:np.ndarray, # maps (n,h,w)
     b:np.ndarray, # maps (n,h,w)
@@ -32,7 +32,7 @@ def rank_similarity(
     length = np.sqrt((x**2).sum(1) * (y**2).sum(1))
     return np.divide((x * y).sum(1), length, out=np.zeros(len(x)), where=length > 0)
 
-
+# %% ../../nbs/625_attribute.sanity.ipynb #7fbbc5f8
 def structural_similarity(
     a:np.ndarray, # maps (n,h,w), any scale
     b:np.ndarray, # maps (n,h,w)
@@ -51,7 +51,7 @@ def structural_similarity(
         out.append(((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean())
     return np.array(out)
 
-# %% ../../nbs/625_attribute.sanity.ipynb #a524c47b
+# %% ../../nbs/625_attribute.sanity.ipynb #774fa11a
 @torch.no_grad()
 def randomise(
     module:nn.Module, # its parameters are replaced in place
@@ -77,7 +77,7 @@ def randomise(
             if own: m.reset_parameters()
             for k, b in m.named_buffers(recurse=False): b.copy_(kept[k])
 
-
+# %% ../../nbs/625_attribute.sanity.ipynb #87e0c3af
 @contextlib.contextmanager
 def restored(
     *modules:nn.Module, # what may be changed

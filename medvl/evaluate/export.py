@@ -58,7 +58,7 @@ def refuse_other_model(
     if facts.get('tokenizer') and mine['tokenizer'] and facts['tokenizer'] != mine['tokenizer']:
         raise DataError('the sentences were cut by another tokenizer.', file=file or None, fix=fix)
 
-# %% ../../nbs/506_evaluate.export.ipynb #56e202ef
+# %% ../../nbs/506_evaluate.export.ipynb #2a8401eb
 KEY = b'medvl_embeddings'
 
 def _vectors_digest(ids, arrays):
@@ -70,6 +70,7 @@ def _as_column(x):
     flat = pa.array(np.ascontiguousarray(x, np.float32).reshape(-1), pa.float32())
     return pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
 
+# %% ../../nbs/506_evaluate.export.ipynb #ee39cf61
 def _write(file, frame, key, arrays, facts):
     "Write a table with vectors, whole or not at all."
     ids = frame[key].astype(str)
@@ -147,7 +148,7 @@ def export_embeddings(
              'provenance': provenance()}
     return _write(Path(file), m[keep], 'image_id', arrays, facts)
 
-# %% ../../nbs/506_evaluate.export.ipynb #27a783e8
+# %% ../../nbs/506_evaluate.export.ipynb #f528fc9d
 def _same_pixels(frame, manifest, file):
     "Refuse an image whose pixels have changed since."
     columns = ['image_id', 'pixel_sha256']
@@ -157,7 +158,7 @@ def _same_pixels(frame, manifest, file):
         which = f'image {differ.image_id.iloc[0]!r} has other pixels now ({len(differ)} in all).'
         raise DataError(which, file=str(file), fix='Embed again.')
 
-
+# %% ../../nbs/506_evaluate.export.ipynb #2fb39217
 def read_embeddings(
     file,          # written by `export_embeddings`
     method=None,   # refuse the vectors of any other model
