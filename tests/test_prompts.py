@@ -86,11 +86,13 @@ def test_the_words_of_a_view_stay_in_it_upside_down():
 def test_reports_do_not_depend_on_the_process():
     code = ("from medvl.data.prompts import *; from medvl.core.seed import numpy_rng; f=[['Mass','Asymmetry'],[],['Skin Thickening','Nipple Retraction'],[]];"
             "print(write_report(f, prompt_bank()), [write_report(f, prompt_bank('CC'), numpy_rng(i)) for i in range(3)])")
-    outs = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': h}, capture_output=True, text=True, check=True).stdout for h in '07'}
+    outs = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': h}, capture_output=True, text=True,
+                           check=True).stdout for h in '07'}
     assert len(outs) == 1
 
 
-@pytest.mark.parametrize('findings,match', [([['Mas'], [], [], []], 'Mass'), ([[], [], []], 'four lists'), ("[['Mass'],[],[],[]]", 'four lists'), (['Mass', [], [], []], 'four lists')])
+@pytest.mark.parametrize('findings,match', [([['Mas'], [], [], []], 'Mass'), ([[], [], []], 'four lists'),
+                                            ("[['Mass'],[],[],[]]", 'four lists'), (['Mass', [], [], []], 'four lists')])
 def test_bad_findings(findings, match):
     with pytest.raises(DataError, match=match): choose_sentences(findings, prompt_bank(), name='p/L')
 
@@ -121,21 +123,25 @@ def test_table_of_breasts_from_raw_annotations(release, tmp_path):
     assert labels.label_mass.sum() == names.map(lambda n: 'Mass' in n).sum() and len(labels) == len(breast) and not labels.isna().any().any()
 
 
-@pytest.mark.parametrize('cell,match', [("[['Mass'], [], []]", '3 lists'), ("__import__('os').mkdir('x')", 'no list'), ("[['Mas'], [], [], []]", 'Mass'), ('', 'no list'),
+@pytest.mark.parametrize('cell,match', [("[['Mass'], [], []]", '3 lists'), ("__import__('os').mkdir('x')", 'no list'),
+                                        ("[['Mas'], [], [], []]", 'Mass'), ('', 'no list'),
                                         ('[' * 5000, 'no list'), ("[[1], [], [], []]", 'no text')])
 def test_lists_are_read_safely(tmp_path, cell, match):
-    pd.DataFrame({'patient_id': ['a', 'b'], 'laterality': 'L', 'CC_FINDING': ["[[], ['Mass'], [], []]", cell], 'MLO_FINDING': '[[], [], [], []]'}).to_csv(tmp_path/'t.csv', index=False)
+    pd.DataFrame({'patient_id': ['a', 'b'], 'laterality': 'L', 'CC_FINDING': ["[[], ['Mass'], [], []]", cell],
+                  'MLO_FINDING': '[[], [], [], []]'}).to_csv(tmp_path/'t.csv', index=False)
     with pytest.raises(DataError, match=match) as e: read_finding_table(tmp_path/'t.csv')
     assert e.value.row == 1 and e.value.column == 'CC_FINDING' and 't.csv' in str(e.value)
 
 
 def test_unstated_labels_are_neither_present_nor_absent():
-    df = pd.DataFrame({'image_id': ['a', 'b'], 'patient_id': 'p', 'laterality': 'R', 'view': ['CC', 'MLO'], 'split': 'train', 'label_mass': [0., np.nan], 'label_asymmetry': [np.nan, 0.]})
+    df = pd.DataFrame({'image_id': ['a', 'b'], 'patient_id': 'p', 'laterality': 'R', 'view': ['CC', 'MLO'], 'split': 'train',
+                       'label_mass': [0., np.nan], 'label_asymmetry': [np.nan, 0.]})
     row = finding_table(df).iloc[0]
     assert row.CC_FINDING == [[], [], ['Mass'], []] and row.MLO_FINDING == [[], [], ['Asymmetry'], []] and row.cc_findings == []
     assert four_lists([], ['Mass'], 'L') == [[], [NORMAL], [], ['Mass']]
     with pytest.raises(DataError, match='split'): finding_table(df.assign(split=['train', 'test']))
-    with pytest.raises(DataError, match='none of the labels'): finding_table(df[['image_id', 'patient_id', 'laterality', 'view', 'split']].assign(label_cancer=1))
+    with pytest.raises(DataError, match='none of the labels'): finding_table(df[['image_id', 'patient_id', 'laterality', 'view',
+                                                                                 'split']].assign(label_cancer=1))
 
 
 @pytest.fixture(scope='module')
@@ -166,7 +172,8 @@ def test_texts_follow_their_views(phantom, tokenizer):
     bank = {f: {s: (f'{f} {s} seen',) for s in SLOTS} for f in FINDINGS} | {NORMAL: {s: ('nothing',) for s in SLOTS}}
     m = phantom.manifest.copy()
     m['label_mass'] = np.float32(m['view'] == 'CC'); m['label_suspicious_calcification'] = np.float32(m['view'] == 'MLO')
-    data = FindingDataset(Prepared(phantom.folder, phantom.info, phantom.images, phantom.masks, m, phantom.boxes, phantom.sentences), tokenizer, bank=bank)
+    data = FindingDataset(Prepared(phantom.folder, phantom.info, phantom.images, phantom.masks, m, phantom.boxes, phantom.sentences),
+                          tokenizer, bank=bank)
     orders = set()
     for e in range(4):
         s = data[(e, 0)]; orders.add(tuple(s['view']))
@@ -201,8 +208,10 @@ def test_bad_banks_and_options(phantom, tokenizer):
 def test_a_mixture_trains_and_is_balanced(phantom, tokenizer, tmp_path):
     labels = FindingDataset(phantom, tokenizer, FindingConfig(negatives=2))
     both = Mixture({'reports': BreastTextDataset(phantom, tokenizer), 'labels': labels}, 'equal', seed=3)
-    method = MammoCLIP(MammoCLIPConfig(image_encoder='efficientnet-tiny', text_encoder='tiny', text_pretrained=False, dim=16, duplicates='mask'), tokenizer)
-    result = train(method, both, TrainConfig(max_steps=2, batch_size=8, lr=1e-3, warmup=0), tmp_path/'run', transform=Augment(AugmentConfig(mode='none')))
+    method = MammoCLIP(MammoCLIPConfig(image_encoder='efficientnet-tiny', text_encoder='tiny', text_pretrained=False, dim=16,
+                                       duplicates='mask'), tokenizer)
+    result = train(method, both, TrainConfig(max_steps=2, batch_size=8, lr=1e-3, warmup=0), tmp_path/'run',
+                   transform=Augment(AugmentConfig(mode='none')))
     losses = [json.loads(line) for line in (tmp_path/'run'/'metrics.jsonl').read_text().splitlines()]
     assert result is not None and all(np.isfinite(row['loss']) for row in losses if 'loss' in row)
     batch = both.collate([both[(1, i)] for i in range(len(both))])
@@ -224,6 +233,7 @@ def test_balance_and_coverage(sizes, balance):
 
 def test_sources_of_another_form_are_refused(phantom, tokenizer):
     reports = BreastTextDataset(phantom, tokenizer)
-    for other, what in ((FindingDataset(phantom, tokenizer, FindingConfig(texts=1)), 'texts'), (FindingDataset(phantom, build_wordpiece(['a mass on the left', *'right']), FindingConfig()), 'tokeniser'),
+    for other, what in ((FindingDataset(phantom, tokenizer, FindingConfig(texts=1)), 'texts'),
+                        (FindingDataset(phantom, build_wordpiece(['a mass on the left', *'right']), FindingConfig()), 'tokeniser'),
                         (FindingDataset(phantom, tokenizer, train=False), 'way to draw')):
         with pytest.raises(ValueError, match=what): Mixture({'r': reports, 'l': other})

@@ -34,7 +34,8 @@ def listconfig(monkeypatch):
             def __getstate__(self): return dict(self.__dict__)
         ListConfig.__module__, ListConfig.__qualname__ = 'omegaconf.listconfig', 'ListConfig'
         module = types.ModuleType('omegaconf.listconfig'); module.ListConfig = ListConfig
-        monkeypatch.setitem(sys.modules, 'omegaconf', types.ModuleType('omegaconf')); monkeypatch.setitem(sys.modules, 'omegaconf.listconfig', module)
+        monkeypatch.setitem(sys.modules, 'omegaconf', types.ModuleType('omegaconf'))
+        monkeypatch.setitem(sys.modules, 'omegaconf.listconfig', module)
         return ListConfig
     return OmegaConf.create
 
@@ -58,7 +59,8 @@ def small(seed=0, **changes):
 def tree(method, listconfig, **changes):
     config = stored_config(method.config)
     config['transform'] = {'train': {'transform': {'affine_scale': listconfig([.8, 1.2])}}}
-    return {'model': OrderedDict(method.state_dict()), 'optimizer': {'state': {}, 'param_groups': [{'lr': 5e-5}]}, 'scheduler': {'last_epoch': 9}, 'config': config,
+    return {'model': OrderedDict(method.state_dict()), 'optimizer': {'state': {}, 'param_groups': [{'lr': 5e-5}]},
+            'scheduler': {'last_epoch': 9}, 'config': config,
             'epoch': 10, 'train_loss': torch.tensor(1.5)} | changes
 
 
@@ -66,7 +68,8 @@ def tree(method, listconfig, **changes):
 def test_the_released_layouts_are_ours_key_by_key(b):
     weights = meta(b)
     assert (kind_of(weights), encoder_of(weights)) == ('pretraining', f'efficientnet-{b}')
-    with torch.device('meta'): method = MammoCLIP(MammoCLIPConfig(image_encoder=f'efficientnet-{b}', text_encoder='bert-base-clinical-config', text_pretrained=False))
+    with torch.device('meta'): method = MammoCLIP(MammoCLIPConfig(image_encoder=f'efficientnet-{b}',
+                                                                  text_encoder='bert-base-clinical-config', text_pretrained=False))
     table = weight_table(released_state(method), weights)
     assert (table.status == 'loaded').all() and list(released_state(method)) == list(weights) and len(table) == {'b2': 710, 'b5': 1056}[b]
     assert [v.dtype for v in released_state(method).values()] == [v.dtype for v in weights.values()]
@@ -87,11 +90,13 @@ def test_detector_layout(b):
 
 
 def test_converted_b2_gives_the_golden_features(tmp_path, listconfig):
-    encoder = {k: v.float() if v.is_floating_point() else v for k, v in torch.load(golden('mammoclip/b2_image_encoder_fp16.pt'), weights_only=True).items()}
+    encoder = {k: v.float() if v.is_floating_point() else v for k, v in torch.load(golden('mammoclip/b2_image_encoder_fp16.pt'),
+                                                                                   weights_only=True).items()}
     def value(k, s, d): return encoder[k[14:]] if k.startswith('image_encoder.') else torch.full((1,) * max(1, len(s)) if s else (), .01, dtype=d).expand(s)
     config = json.loads(golden('mammoclip/config_pre_train_b2_clip.json').read_text())
     config['transform']['train']['transform']['affine_scale'] = listconfig([.8, 1.2])
-    torch.save({'model': OrderedDict((k, value(k, s, d)) for k, s, d in layout('b2')), 'config': config, 'epoch': 10, 'train_loss': torch.tensor(1.)}, tmp_path/'b2-model-best-epoch-10.tar')
+    torch.save({'model': OrderedDict((k, value(k, s, d)) for k, s, d in layout('b2')), 'config': config, 'epoch': 10,
+                'train_loss': torch.tensor(1.)}, tmp_path/'b2-model-best-epoch-10.tar')
     with pytest.raises(Exception, match='omegaconf'): torch.load(tmp_path/'b2-model-best-epoch-10.tar', weights_only=True)
     found = open_released(tmp_path/'b2-model-best-epoch-10.tar')
     assert found.kind == 'pretraining' and (found.table.status == 'loaded').all() and len(found.table) == 710 and found.extra['config']['transform']['train']['transform']['affine_scale'] == [.8, 1.2]
@@ -111,7 +116,9 @@ def test_there_and_back_again(tmp_path, listconfig):
     again = from_pretrained(tmp_path/'ours')
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in weights.items())
     x = torch.randint(0, 255, (2, 1, 64, 48), dtype=torch.uint8)
-    with torch.no_grad(): assert torch.equal(again.encode_image(x), source.encode_image(x)) and torch.equal(again.encode_text(['a mass']), source.encode_text(['a mass']))
+    with torch.no_grad(): assert torch.equal(again.encode_image(x),
+                                             source.encode_image(x)) and torch.equal(again.encode_text(['a mass']),
+                                                                                     source.encode_text(['a mass']))
     export_released(tmp_path/'ours', tmp_path/'back.tar')
     one, two = read_checkpoint(tmp_path/'m.tar'), read_checkpoint(tmp_path/'back.tar')
     assert list(one.weights) == list(two.weights) and all(torch.equal(v, two.weights[k]) and v.dtype == two.weights[k].dtype for k, v in one.weights.items())
@@ -133,8 +140,10 @@ def test_a_method_trained_here_is_written_in_the_originals_words(tmp_path):
 
 @pytest.mark.parametrize('outputs,labels,classes', [(1, 'mass', ()), (4, (), ('A', 'B', 'C', 'D')), (1, (), ())])
 def test_classifier(tmp_path, outputs, labels, classes):
-    m = Classifier(ClassifierConfig(labels=('density',) if classes else ('mass',), classes=classes, image_encoder='efficientnet-tiny')).eval()
-    torch.save({'model': m.state_dict(), 'predictions': np.random.default_rng(0).random((7, outputs)), 'epoch': 3, 'auroc': np.float64(.83)}, tmp_path/'c.pth')
+    m = Classifier(ClassifierConfig(labels=('density',) if classes else ('mass',), classes=classes,
+                                    image_encoder='efficientnet-tiny')).eval()
+    torch.save({'model': m.state_dict(), 'predictions': np.random.default_rng(0).random((7, outputs)), 'epoch': 3,
+                'auroc': np.float64(.83)}, tmp_path/'c.pth')
     found = convert_released(tmp_path/'c.pth', tmp_path/'ours', labels=labels)
     assert found.kind == 'classifier' and found.extra['auroc'] == .83 and found.extra['predictions'].shape == (7, outputs) and found.method.config.classes == classes
     x = torch.randint(0, 255, (3, 1, 64, 48), dtype=torch.uint8)
@@ -145,7 +154,8 @@ def test_classifier(tmp_path, outputs, labels, classes):
 
 
 def test_detector(tmp_path):
-    m = RetinaNet(reference_config(classes=('mass', 'suspicious_calcification'), image_encoder='efficientnet-tiny', pyramid_width=8, head_width=12)).eval()
+    m = RetinaNet(reference_config(classes=('mass', 'suspicious_calcification'), image_encoder='efficientnet-tiny', pyramid_width=8,
+                                   head_width=12)).eval()
     state = OrderedDict(released_state(m)) | {'efficientnet._fc.weight': torch.ones(3, 2), 'efficientnet._fc.bias': torch.zeros(3)}
     torch.save({'state_dict': state}, tmp_path/'d.pth')
     found = convert_released(tmp_path/'d.pth', tmp_path/'ours', labels=('mass', 'suspicious_calcification'))
@@ -166,13 +176,16 @@ def test_another_architecture_and_other_bad_files(tmp_path, listconfig):
     with pytest.raises(DataError, match='no EfficientNet that is known'): open_released(Checkpoint({k: v for k, v in weights.items() if '_blocks.9.' not in k}, {}, 'm.tar'), config=TINY)
     with pytest.raises(DataError, match='no weights of Mammo-CLIP'): open_released(Checkpoint({'conv1.weight': torch.zeros(1)}, {}, 'resnet.pth'))
     with pytest.raises(DataError, match='no such file'): open_released(tmp_path/'absent.tar')
-    for change, match in ((lambda w: w.pop('image_projection.projection.bias'), 'missing image_projection'), (lambda w: w.update(more=torch.zeros(1)), 'unexpected more'),
-                          (lambda w: w.update({'text_projection.projection.bias': torch.zeros(3)}), r'shape text_projection.projection.bias \(3,\) for \(8,\)'),
+    for change, match in ((lambda w: w.pop('image_projection.projection.bias'), 'missing image_projection'),
+                          (lambda w: w.update(more=torch.zeros(1)), 'unexpected more'),
+                          (lambda w: w.update({'text_projection.projection.bias': torch.zeros(3)}),
+                           r'shape text_projection.projection.bias \(3,\) for \(8,\)'),
                           (lambda w: w.update({'logit_scale': torch.tensor(float('nan'))}), 'not finite: logit_scale')):
         w = dict(weights); change(w)
         with pytest.raises(DataError, match=match): open_released(Checkpoint(w, {}, 'm.tar'), config=TINY, tokenizer=TOKENIZER)
     w = dict(weights); w.pop('image_projection.projection.bias')
-    with pytest.warns(UserWarning, match='missing'): part = open_released(Checkpoint(w, {}, 'm.tar'), config=TINY, tokenizer=TOKENIZER, strict=False)
+    with pytest.warns(UserWarning, match='missing'): part = open_released(Checkpoint(w, {}, 'm.tar'), config=TINY, tokenizer=TOKENIZER,
+                                                                          strict=False)
     assert (part.table.status == 'missing').sum() == 1 and (part.table.status == 'loaded').sum() == len(weights) - 1
 
 
@@ -190,7 +203,8 @@ def test_no_code_of_the_file_runs(tmp_path):
 def test_a_folder_without_tokenizer_says_so(tmp_path, listconfig):
     torch.save(tree(small(), listconfig), tmp_path/'m.tar')
     with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter('always'); convert_released(tmp_path/'m.tar', tmp_path/'ours', config=MammoCLIPConfig(**{**vars(TINY), 'vocab_size': len(TOKENIZER)}))
+        warnings.simplefilter('always')
+        convert_released(tmp_path/'m.tar', tmp_path/'ours', config=MammoCLIPConfig(**{**vars(TINY), 'vocab_size': len(TOKENIZER)}))
     assert any('no tokenizer' in str(w.message) for w in seen) and (tmp_path/'ours'/RECORD).is_file()
 
 
@@ -205,4 +219,5 @@ def test_the_command_converts_and_goes_back(tmp_path):
     assert from_pretrained(tmp_path/'ours').config.labels == ('mass',)
     assert CliRunner().invoke(app, ['convert', '--back', str(tmp_path/'ours'), str(tmp_path/'back.pth')]).exit_code == 0
     assert list(read_checkpoint(tmp_path/'back.pth').weights) == list(m.state_dict())
-    with pytest.raises(DataError, match='no such file'): CliRunner().invoke(app, ['convert', str(tmp_path/'no.tar'), str(tmp_path/'x')], catch_exceptions=False)
+    with pytest.raises(DataError, match='no such file'): CliRunner().invoke(app, ['convert', str(tmp_path/'no.tar'), str(tmp_path/'x')],
+                                                                            catch_exceptions=False)

@@ -19,20 +19,28 @@ from medvl.data.rewrite import SYNONYMS, RewriteConfig, Rewriter, facts, rewrite
 from medvl.data.sides import names_side
 from medvl.data.tokens import build_wordpiece
 
-LEAD = ['There is', 'There are', 'No', 'A', 'We see', 'Multiple', 'Bilateral', 'On the left there is no', 'There is no', 'In the right breast there is']
-THING = ['irregular mass', 'suspicious calcifications', 'large lymph node', 'skin thickening', 'evidence of malignancy', 'clustered microcalcifications', 'focal asymmetry with round margins']
-WHERE = ['', 'in the left breast', 'in the upper outer quadrant of the right breast', 'at 2 o\'clock', 'on the left', 'behind the nipple', 'and no mass on the right', 'L CC', 'in both breasts']
-TAIL = ['', 'is seen', 'are noted', 'measuring 3.5 cm', ', approximately 12 mm', 'is unchanged compared to the prior examination', ', BI-RADS 4', 'is not present', 'without distortion']
-SENTENCE = st.tuples(*(st.sampled_from(x) for x in (LEAD, THING, WHERE, TAIL)), st.sampled_from('.;!')).map(lambda t: re.sub(r' +([,.;!])', r'\1', ' '.join(t)))
+LEAD = ['There is', 'There are', 'No', 'A', 'We see', 'Multiple', 'Bilateral', 'On the left there is no', 'There is no',
+        'In the right breast there is']
+THING = ['irregular mass', 'suspicious calcifications', 'large lymph node', 'skin thickening', 'evidence of malignancy',
+         'clustered microcalcifications', 'focal asymmetry with round margins']
+WHERE = ['', 'in the left breast', 'in the upper outer quadrant of the right breast', 'at 2 o\'clock', 'on the left', 'behind the nipple',
+         'and no mass on the right', 'L CC', 'in both breasts']
+TAIL = ['', 'is seen', 'are noted', 'measuring 3.5 cm', ', approximately 12 mm', 'is unchanged compared to the prior examination',
+        ', BI-RADS 4', 'is not present', 'without distortion']
+SENTENCE = st.tuples(*(st.sampled_from(x) for x in (LEAD, THING, WHERE, TAIL)),
+                     st.sampled_from('.;!')).map(lambda t: re.sub(r' +([,.;!])', r'\1', ' '.join(t)))
 HEADS = ['', 'FINDINGS: ', 'IMPRESSION: ', '\nIMPRESSION:\n']
-REPORT = st.lists(st.tuples(st.sampled_from(HEADS), SENTENCE, st.sampled_from([' ', '\n', '  '])).map(''.join), min_size=1, max_size=5).map(''.join)
+REPORT = st.lists(st.tuples(st.sampled_from(HEADS), SENTENCE, st.sampled_from([' ', '\n', '  '])).map(''.join), min_size=1,
+                  max_size=5).map(''.join)
 
 
 def independent(text):
     "The same promises, checked by other code than the rewriter's."
     words = re.findall(r"[a-z']+|\d+(?:\.\d+)?", text.lower())
-    return ([w for w in words if w in ('left', 'right', 'both', 'bilateral')], [w for w in words if w in ('no', 'not', 'without', 'cannot', 'never')],
-            re.findall(r'\d+(?:[.,]\d+)?', text), birads_of(text), density_of(text), names_side(text), names_side(text, vertical=True), list(split_sections(text)))
+    return ([w for w in words if w in ('left', 'right', 'both', 'bilateral')],
+            [w for w in words if w in ('no', 'not', 'without', 'cannot', 'never')],
+            re.findall(r'\d+(?:[.,]\d+)?', text), birads_of(text), density_of(text), names_side(text), names_side(text, vertical=True),
+            list(split_sections(text)))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -52,13 +60,16 @@ def test_any_text_survives(text, seed):
 
 
 def test_it_does_reword():
-    texts = ['There is an irregular mass in the left breast.', 'Clustered calcifications are seen adjacent to the scar, approximately 4 mm.', 'Biopsy is recommended.']
+    texts = ['There is an irregular mass in the left breast.',
+             'Clustered calcifications are seen adjacent to the scar, approximately 4 mm.', 'Biopsy is recommended.']
     for t in texts: assert len({rewrite(t, RewriteConfig(seed=s)) for s in range(12)}) > 1, t
-    assert {turn_sentence('No mass is seen on the right.', types.SimpleNamespace(integers=lambda n, i=i: min(i, n - 1))) for i in range(3)} == {
+    assert {turn_sentence('No mass is seen on the right.',
+                          types.SimpleNamespace(integers=lambda n, i=i: min(i, n - 1))) for i in range(3)} == {
         'There is no mass on the right.', 'No mass is seen on the right.', 'On the right there is no mass.'}
 
 
-@pytest.mark.parametrize('text', ['No mass and no calcification is seen in the left breast.', 'There is a mass, which is benign, in the left breast.', 'There is no mass but a calcification.'])
+@pytest.mark.parametrize('text', ['No mass and no calcification is seen in the left breast.',
+                                  'There is a mass, which is benign, in the left breast.', 'There is no mass but a calcification.'])
 def test_sentences_of_several_clauses_are_not_turned(text):
     for i in range(6): assert turn_sentence(text, types.SimpleNamespace(integers=lambda n, i=i: min(i, n - 1))) == text
 
@@ -71,10 +82,12 @@ def test_synonyms_hold_no_fact_and_no_phrase_twice():
 
 
 def test_a_long_text_takes_no_time():
-    for text in ('there is no ' + 'in the left breast '*3000, 'no '*20000, 'in the , there is a '*3000, 'n'*60000): assert same_facts(text, rewrite(text))
+    for text in ('there is no ' + 'in the left breast '*3000, 'no '*20000, 'in the , there is a '*3000,
+                 'n'*60000): assert same_facts(text, rewrite(text))
 
 
-TEXTS = ['There is an irregular mass in the left breast.', 'Biopsy is recommended.', 'Skin is normal.', 'The nipple is normal.', 'Images are archived.', 'Double read.', 'Result sent.']
+TEXTS = ['There is an irregular mass in the left breast.', 'Biopsy is recommended.', 'Skin is normal.', 'The nipple is normal.',
+         'Images are archived.', 'Double read.', 'Result sent.']
 
 
 @pytest.fixture(scope='module')
@@ -146,7 +159,8 @@ def phantom(tmp_path_factory): return prepared_phantom(tmp_path_factory.mktemp('
 
 def test_wordings_lie_beside_the_data(phantom, models, tmp_path):
     before = open_prepared(phantom.folder).digest
-    augment_reports(phantom, Rewriter(), 'rules'); augment_reports(phantom, BackTranslator(tmp_path, config(models, num_beams=1, batch_size=64), 'cpu'), 'italian', tmp_path)
+    augment_reports(phantom, Rewriter(), 'rules')
+    augment_reports(phantom, BackTranslator(tmp_path, config(models, num_beams=1, batch_size=64), 'cpu'), 'italian', tmp_path)
     assert open_prepared(phantom.folder).digest == before
     both = with_wording(phantom, 'rules')
     assert both.manifest.report_augmented.tolist() == Rewriter()(phantom.manifest.report.tolist()) and both.digest != phantom.digest

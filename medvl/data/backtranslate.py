@@ -84,7 +84,7 @@ class Translator:
             out = self.model.generate(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, **how)
         return self.tokenizer.batch_decode(out, skip_special_tokens=True)
 
-# %% ../../nbs/127_data.backtranslate.ipynb #41294857
+# %% ../../nbs/127_data.backtranslate.ipynb #ec511d0f
 def toy_translator(
     folder, # where to
     texts, # list of str: their words are its vocabulary
@@ -98,8 +98,10 @@ def toy_translator(
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(single='$A </s>', special_tokens=[('</s>', 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token='<pad>', eos_token='</s>', unk_token='<unk>')
-    config = MarianConfig(vocab_size=len(words), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
-                          decoder_ffn_dim=16, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, forced_eos_token_id=1)
+    config = MarianConfig(vocab_size=len(words), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                          decoder_attention_heads=2, encoder_ffn_dim=16,
+                          decoder_ffn_dim=16, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
+                          forced_eos_token_id=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MarianMTModel(config)

@@ -73,7 +73,7 @@ def check_finding_config(config): # FindingConfig
         raise ValueError("Views that are flipped apart cannot agree with one report: use flip_scope='sample', or laterality='ignore' as the paper does.")
     return config
 
-# %% ../../nbs/149_data.finding_dataset.ipynb #975d8ebb
+# %% ../../nbs/149_data.finding_dataset.ipynb #3230de28
 def finding_breasts(
     prepared:Prepared, # images with labels
     config:FindingConfig, # options
@@ -91,11 +91,12 @@ def finding_breasts(
         if not images: skipped += 1
         else:
             told = sorted((v, tuple(tuple(sorted(g)) for g in f)) for v, f in findings.items())
-            rows.append(dict(sample_id=f'{patient}/{exam}/{side}', patient_id=str(patient), exam_id=str(exam), laterality=str(side), images=images, findings=findings,
+            rows.append(dict(sample_id=f'{patient}/{exam}/{side}', patient_id=str(patient), exam_id=str(exam), laterality=str(side),
+                             images=images, findings=findings,
                              group=key_of('findings', tuple(told))))
     return rows, skipped
 
-# %% ../../nbs/149_data.finding_dataset.ipynb #ecbf1c15
+# %% ../../nbs/149_data.finding_dataset.ipynb #13787b7c
 class _Breasts:
     "Breasts with findings, and what is needed to speak of them."
     def __init__(self,
@@ -109,8 +110,10 @@ class _Breasts:
         self.config = c = check_finding_config(config or FindingConfig())
         self.own_bank = None if bank is None else check_bank(bank, c.findings)
         self.rows, self.skipped = finding_breasts(prepared, c)
-        if not self.rows: raise DataError('no breast has an image of the wanted views with a stated finding.', column='label_*', fix=f'View names are {c.view_names}.')
-        if self.skipped: warnings.warn(f'{self.skipped} breasts have no stated finding and are left out, {len(self.rows)} stay.', stacklevel=2)
+        if not self.rows: raise DataError('no breast has an image of the wanted views with a stated finding.', column='label_*',
+                                          fix=f'View names are {c.view_names}.')
+        if self.skipped: warnings.warn(f'{self.skipped} breasts have no stated finding and are left out, {len(self.rows)} stay.',
+                                       stacklevel=2)
         self.lengths, self._versions = None, {}
         self.collate = partial(collate, pad=tokenizer.pad_token_id)
         self._check_reports()
@@ -118,9 +121,10 @@ class _Breasts:
     def _check_reports(self):
         "Write one report of every kind: a bank that leaves nothing to say shows now."
         kinds = {(v, str(f)): (v, f, r['sample_id']) for r in self.rows for v, f in r['findings'].items()}
-        tokenise(self.tokenizer, [self.report(v, f, None, name=n) for v, f, n in kinds.values()], self.config.max_length, [n for _, _, n in kinds.values()])
+        tokenise(self.tokenizer, [self.report(v, f, None, name=n) for v, f, n in kinds.values()], self.config.max_length,
+                 [n for _, _, n in kinds.values()])
 
-# %% ../../nbs/149_data.finding_dataset.ipynb #2c3f8e8e
+# %% ../../nbs/149_data.finding_dataset.ipynb #6295473f
 class _Reports(_Breasts):
     "Write the reports."
     def bank(self, view): return self.own_bank or prompt_bank(view if self.config.places == 'view' else '', self.config.detail)
@@ -136,7 +140,8 @@ class _Reports(_Breasts):
     def _sentence(self, sentence, horizontal, vertical):
         "A sentence as the encoder reads it."
         key = (sentence, bool(horizontal), bool(vertical))
-        if key not in self._versions: self._versions[key] = normalise_section('findings', flip_text(sentence, horizontal, vertical), self.config.normalisation)
+        if key not in self._versions: self._versions[key] = normalise_section('findings', flip_text(sentence, horizontal, vertical),
+                                                                              self.config.normalisation)
         return self._versions[key]
 
 # %% ../../nbs/149_data.finding_dataset.ipynb #a59fd6d1
@@ -154,7 +159,7 @@ class FindingDataset(_Reports):
 
 def _some(names, count, rng): return [names[i] for i in sorted(rng.permutation(len(names))[:count])]
 
-# %% ../../nbs/149_data.finding_dataset.ipynb #0bed07e2
+# %% ../../nbs/149_data.finding_dataset.ipynb #ca58ebd9
 def finding_sample(
     data:FindingDataset, # the dataset
     epoch:int, # epoch
@@ -168,12 +173,15 @@ def finding_sample(
     c, row = data.config, data.rows[index]
     rng = numpy_rng('finding sample', c.seed, epoch, index) if data.train else None
     images = choose_views(row['images'], c.views, rng)
-    flip = draw_flips(c, rng, [('', f'{row["laterality"]} breast'), ('', 'upper inner')]) if data.train else np.zeros((c.views, 2), dtype=bool)
+    flip = draw_flips(c, rng, [('', f'{row["laterality"]} breast'),
+                               ('', 'upper inner')]) if data.train else np.zeros((c.views, 2), dtype=bool)
     words = flip[0] if c.laterality == 'swap' else (False, False)
     views = [images[k % c.views][1] for k in range(c.texts)]
     text = [data.report(v, row['findings'][v], rng, words, row['sample_id']) for v in views]
-    return dict(images=[data.prepared.images[r] for r, _ in images], view=[v for _, v in images], laterality=row['laterality'], patient_id=row['patient_id'],
-                sample_id=row['sample_id'], index=index, epoch=epoch, tokens=tokenise(data.tokenizer, text, c.max_length, [row['sample_id']]*c.texts), text=text,
+    return dict(images=[data.prepared.images[r] for r, _ in images], view=[v for _, v in images], laterality=row['laterality'],
+                patient_id=row['patient_id'],
+                sample_id=row['sample_id'], index=index, epoch=epoch,
+                tokens=tokenise(data.tokenizer, text, c.max_length, [row['sample_id']]*c.texts), text=text,
                 text_group=[row['group']]*c.texts, flip=flip)
 
 # %% ../../nbs/149_data.finding_dataset.ipynb #fa181484
@@ -195,7 +203,7 @@ def shares_of(
     for i in np.argsort(counts - exact, kind='stable')[:sum(lengths) - counts.sum()]: counts[i] += 1
     return counts.tolist()
 
-# %% ../../nbs/149_data.finding_dataset.ipynb #577050b0
+# %% ../../nbs/149_data.finding_dataset.ipynb #9db2413b
 class _Sources:
     "Datasets, and where each sample stands."
     def __init__(self,
@@ -220,7 +228,8 @@ class _Sources:
         k = int(np.searchsorted(self.starts, index, side='right')) - 1
         turn, position = divmod(epoch*self.counts[k] + index - int(self.starts[k]), len(self.sources[k]))
         if self.balance is None: return k, turn, position
-        if self._orders.get(k, (None,))[0] != turn: self._orders[k] = turn, numpy_rng('mixture', self.seed, k, turn).permutation(len(self.sources[k]))
+        if self._orders.get(k, (None,))[0] != turn: self._orders[k] = turn, numpy_rng('mixture', self.seed, k,
+                                                                                      turn).permutation(len(self.sources[k]))
         return k, turn, int(self._orders[k][1][position])
 
 # %% ../../nbs/149_data.finding_dataset.ipynb #dc3b0bbc
@@ -241,7 +250,7 @@ class Mixture(_Sources):
         k, turn, item = self.place(epoch, index)
         return self.sources[k][(turn, item)] | dict(index=index, epoch=epoch, source=self.names[k])
 
-# %% ../../nbs/149_data.finding_dataset.ipynb #fe288855
+# %% ../../nbs/149_data.finding_dataset.ipynb #e0fefc24
 def check_alike(
     sources:dict, # {name: dataset}
 ):
@@ -250,8 +259,10 @@ def check_alike(
     Raises: ValueError naming the two that differ."""
     def form(s):
         image = s.prepared.images
-        return {'size of the images': tuple(image.shape[1:]), 'kind of pixel': image.dtype.name, 'number of views': s.config.views, 'number of texts': s.config.texts,
-                'longest text': s.config.max_length, 'tokeniser': tokenizer_digest(s.tokenizer, s.config.max_length)[:8], 'way to draw': 'train' if s.train else 'fixed'}
+        return {'size of the images': tuple(image.shape[1:]), 'kind of pixel': image.dtype.name, 'number of views': s.config.views,
+                'number of texts': s.config.texts,
+                'longest text': s.config.max_length, 'tokeniser': tokenizer_digest(s.tokenizer, s.config.max_length)[:8],
+                'way to draw': 'train' if s.train else 'fixed'}
     (first, wanted), *others = [(n, form(s)) for n, s in sources.items()]
     for name, found in others:
         for what, value in found.items():

@@ -34,7 +34,7 @@ def four_lists(
     present, absent = list(present) or ([NORMAL] if complete else []), list(absent)
     return [present, [], absent, []] if laterality == 'R' else [[], present, [], absent]
 
-# %% ../../nbs/164_data.findings.ipynb #a59e61a8
+# %% ../../nbs/164_data.findings.ipynb #a48516f3
 def label_findings(
     labels, # names of labels, as a data set has them
     findings=FINDINGS, # findings that count
@@ -44,7 +44,8 @@ def label_findings(
     Raises: DataError when there is none."""
     found = {f'label_{n}': f for n in labels for f in findings if label_name(f) == label_name(n)}
     if not found:
-        raise DataError(f'none of the labels {list(labels)} is a finding of the bank.', column='label_*', fix=f'Findings are {", ".join(label_name(f) for f in findings)}.')
+        raise DataError(f'none of the labels {list(labels)} is a finding of the bank.', column='label_*',
+                        fix=f'Findings are {", ".join(label_name(f) for f in findings)}.')
     return found
 
 
@@ -58,14 +59,16 @@ def view_findings(
     names = list(columns.values())
     return tuple(n for n, s in zip(names, some) if s), tuple(n for n, s, z in zip(names, some, none) if z and not s)
 
-# %% ../../nbs/164_data.findings.ipynb #808000f2
+# %% ../../nbs/164_data.findings.ipynb #0441f23f
 _VIEWS = ('CC', 'MLO')
-COLUMNS = ('patient_id', 'laterality', 'split', 'image', 'view', 'CC', 'MLO', 'cc_findings', 'mlo_findings', 'CC_FINDING', 'MLO_FINDING', 'fold', 'patient_id_laterality')
+COLUMNS = ('patient_id', 'laterality', 'split', 'image', 'view', 'CC', 'MLO', 'cc_findings', 'mlo_findings', 'CC_FINDING', 'MLO_FINDING',
+           'fold', 'patient_id_laterality')
 
 
 def _row(patient, side, group, columns):
     "One breast."
-    row = {'patient_id': patient, 'laterality': side, 'split': {'train': 'training'}.get(group.split.iloc[0], group.split.iloc[0]), 'image': group.image_id.tolist(),
+    row = {'patient_id': patient, 'laterality': side, 'split': {'train': 'training'}.get(group.split.iloc[0], group.split.iloc[0]),
+           'image': group.image_id.tolist(),
            'view': [v for v in _VIEWS if (group['view'] == v).any()]}
     for v in _VIEWS:
         images = group[group['view'] == v]
@@ -75,7 +78,7 @@ def _row(patient, side, group, columns):
                 f'{v}_FINDING': four_lists(present, absent, side, complete) if len(images) else [[], [], [], []]}
     return row | {'fold': int(group.split.iloc[0] == 'train'), 'patient_id_laterality': f'{patient}_{side}'}
 
-# %% ../../nbs/164_data.findings.ipynb #344a5edf
+# %% ../../nbs/164_data.findings.ipynb #993d5f10
 def finding_table(
     records:pd.DataFrame, # of a builder's Source, or the manifest of a prepared data set
     findings=FINDINGS, # findings that count
@@ -86,7 +89,8 @@ def finding_table(
     columns = label_findings([c[6:] for c in records.columns if c.startswith('label_')], findings)
     rows = []
     for (patient, side), group in records[records['view'].isin(_VIEWS)].groupby(['patient_id', 'laterality'], sort=True, observed=True):
-        if group.split.nunique() > 1: raise DataError(f'the images of {patient}, {side}, lie in {sorted(group.split.unique())}.', column='split', fix='Split by patient.')
+        if group.split.nunique() > 1: raise DataError(f'the images of {patient}, {side}, lie in {sorted(group.split.unique())}.',
+                                                      column='split', fix='Split by patient.')
         rows.append(_row(patient, side, group.sort_values('image_id'), columns))
     if not rows: raise DataError('no image has the view CC or MLO.', column='view')
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -100,12 +104,13 @@ def vindr_findings(
     "Make the table of breasts from the raw annotations."
     return finding_table(read_vindr(folder, rule).records, findings)
 
-# %% ../../nbs/164_data.findings.ipynb #64ea5792
+# %% ../../nbs/164_data.findings.ipynb #de2bc59b
 def _literal(text, file, row, column):
     "A Python literal, read without running it."
     try: value = ast.literal_eval(text) if len(text) < 100_000 else None
     except (ValueError, SyntaxError, MemoryError, RecursionError): value = None
-    if not isinstance(value, (list, tuple)): raise DataError(f'{text[:60]!r} is no list.', file=file, row=row, column=column, fix="Write it as ['a', 'b'].")
+    if not isinstance(value, (list, tuple)): raise DataError(f'{text[:60]!r} is no list.', file=file, row=row, column=column,
+                                                             fix="Write it as ['a', 'b'].")
     return list(value)
 
 
@@ -138,7 +143,7 @@ def read_lists(
     clean = [*lists[:2], *([f for f in g if f not in here] for g in lists[2:])]
     return clean, clean != [list(g) if not isinstance(g, str) else g for g in groups]
 
-# %% ../../nbs/164_data.findings.ipynb #f9637b92
+# %% ../../nbs/164_data.findings.ipynb #2168a5a5
 def write_finding_table(
     table:pd.DataFrame, # of `finding_table`
     path, # .csv
@@ -157,7 +162,8 @@ def read_finding_table(
     Raises: DataError naming file, row and column."""
     df, report = read_csv(path), report or Report('findings')
     for column in ('patient_id', 'laterality', 'CC_FINDING', 'MLO_FINDING'):
-        if column not in df: raise DataError(f'the column {column!r} is missing.', file=str(path), column=column, fix=f'The table has: {", ".join(df.columns)}.')
+        if column not in df: raise DataError(f'the column {column!r} is missing.', file=str(path), column=column,
+                                             fix=f'The table has: {", ".join(df.columns)}.')
     for column in [c for c in COLUMNS if c in df and c in ('image', 'view', 'CC', 'MLO', 'cc_findings', 'mlo_findings')]:
         df[column] = [_flat(_literal(t, str(path), i, column), str(path), i, column) for i, t in enumerate(df[column])]
     for column in ('CC_FINDING', 'MLO_FINDING'):

@@ -12,15 +12,17 @@ from itertools import product
 
 from ..core.errors import DataError, unknown_name
 
-# %% ../../nbs/124_data.prompts.ipynb #6d9c77e0
+# %% ../../nbs/124_data.prompts.ipynb #aa8a074f
 SLOTS = ('pos_right', 'pos_left', 'neg_right', 'neg_left') # sign and side, in the order of the finding lists
 NORMAL = 'No Finding'
 PLACES = ('', 'upper', 'lower', 'inner', 'outer', 'upper outer', 'upper inner', 'lower outer', 'lower inner', 'retroareolar')
 IN_VIEW = {'CC': ('', 'inner', 'outer', 'retroareolar'), 'MLO': ('', 'upper', 'lower', 'retroareolar')}
 DEPTHS = ('', ', anterior third', ', middle third', ', posterior third')
 LEADS = {
-    'Mass': ('', 'suspicious', 'possible', 'questionable', 'indistinct', 'indeterminate', 'irregular', 'spiculated', 'microlobulated', 'new'),
-    'Architectural Distortion': ('', 'suspicious', 'possible', 'subtle', 'questionable', 'marked', 'indeterminate', 'localised', 'spiculated', 'new'),
+    'Mass': ('', 'suspicious', 'possible', 'questionable', 'indistinct', 'indeterminate', 'irregular', 'spiculated', 'microlobulated',
+             'new'),
+    'Architectural Distortion': ('', 'suspicious', 'possible', 'subtle', 'questionable', 'marked', 'indeterminate', 'localised',
+                                 'spiculated', 'new'),
     'Global Asymmetry': ('', 'possible', 'new', 'questionable'),
     'Focal Asymmetry': ('', 'possible', 'new', 'questionable', 'suspicious', 'developing'),
     'Asymmetry': ('', 'possible', 'new', 'questionable', 'suspicious', 'developing', 'indeterminate'),
@@ -44,7 +46,7 @@ def _spread(things, places, side, depths=DEPTHS):
     "Every thing at every place and depth."
     return tuple(f'{t} {_where(p, side)}{d}' for t, p, d in product(things, places, depths))
 
-# %% ../../nbs/124_data.prompts.ipynb #ee6e740f
+# %% ../../nbs/124_data.prompts.ipynb #ad05fd9a
 def _present(finding, side, places, depths, full):
     "Sentences that say a finding is there."
     leads = LEADS.get(finding, ('',)) if full else LEADS.get(finding, ('',))[:1]
@@ -56,21 +58,26 @@ def _present(finding, side, places, depths, full):
         spots = (f'in the {side} breast', f'in the {side} axilla', f'in the axillary tail of the {side} breast')
         return tuple(f'{_a(n)} {s}' for n, s in product(named('lymph node'), spots if full else spots[1:2]))
     if finding == 'Nipple Retraction':
-        forms = ('the {} nipple is retracted', 'retraction of the {} nipple', 'the {} nipple is drawn in', 'inversion of the {} nipple', 'new retraction of the {} nipple')
+        forms = ('the {} nipple is retracted', 'retraction of the {} nipple', 'the {} nipple is drawn in', 'inversion of the {} nipple',
+                 'new retraction of the {} nipple')
         return tuple(f.format(side) for f in forms[:5 if full else 1])
     if finding in ('Skin Retraction', 'Skin Thickening'):
         spots = [_where(p, side).replace('in the', 'over the', 1).replace('behind the nipple', 'around the nipple') for p in places]
         return tuple(f'{n} {s}' for n, s in product(named(finding.lower()), [*spots, f'over the {side} areola'] if full else spots[:1]))
     return _spread([_a(n) for n in named(finding.lower())], places, side, depths)
 
-# %% ../../nbs/124_data.prompts.ipynb #4bc1dd4b
-FINDINGS = ('Mass', 'Suspicious Calcification', 'Architectural Distortion', 'Global Asymmetry', 'Focal Asymmetry', 'Asymmetry', 'Suspicious Lymph Node',
+# %% ../../nbs/124_data.prompts.ipynb #1c784f37
+FINDINGS = ('Mass', 'Suspicious Calcification', 'Architectural Distortion', 'Global Asymmetry', 'Focal Asymmetry', 'Asymmetry',
+            'Suspicious Lymph Node',
             'Nipple Retraction', 'Skin Retraction', 'Skin Thickening')
 DENIALS = ('no {} in the {} breast', 'there is no {} on the {}', 'the {1} breast is free of {0}')
 BENIGN = {
-    'Mass': ('a benign appearing mass', 'a stable oval circumscribed mass', 'a fat containing benign mass', 'a simple cyst', 'a calcified fibroadenoma', 'a benign lymph node'),
-    'Suspicious Calcification': ('vascular calcifications', 'coarse popcorn calcifications', 'round benign calcifications', 'rim calcifications', 'milk of calcium',
-                                 'large rod-like calcifications', 'dystrophic calcifications', 'skin calcifications', 'suture calcifications', 'stable scattered calcifications',
+    'Mass': ('a benign appearing mass', 'a stable oval circumscribed mass', 'a fat containing benign mass', 'a simple cyst',
+             'a calcified fibroadenoma', 'a benign lymph node'),
+    'Suspicious Calcification': ('vascular calcifications', 'coarse popcorn calcifications', 'round benign calcifications',
+                                 'rim calcifications', 'milk of calcium',
+                                 'large rod-like calcifications', 'dystrophic calcifications', 'skin calcifications',
+                                 'suture calcifications', 'stable scattered calcifications',
                                  'punctate benign calcifications', 'a biopsy marker', 'lucent-centred calcifications')}
 _PLURAL = {'Suspicious Calcification': 'suspicious calcifications', 'Suspicious Lymph Node': 'suspicious lymph node'}
 
@@ -81,10 +88,11 @@ def _absent(finding, side, places, depths, full):
     benign = _spread(BENIGN[finding], places, side, depths) if full and finding in BENIGN else ()
     return tuple(d.format(noun, side) for d in DENIALS) + benign
 
-# %% ../../nbs/124_data.prompts.ipynb #900f8c41
+# %% ../../nbs/124_data.prompts.ipynb #0000be81
 def _normal(side, places, depths, full):
     "Sentences for an image without any finding; many (as in the paper's second bank) where `full` is 'many'."
-    few = (f'no abnormality in the {side} breast', f'the {side} breast is unremarkable', f'no sign of malignancy in the {side} breast', f'normal appearance of the {side} breast')
+    few = (f'no abnormality in the {side} breast', f'the {side} breast is unremarkable', f'no sign of malignancy in the {side} breast',
+           f'normal appearance of the {side} breast')
     if full != 'many': return few
     things = ('no mass', 'no suspicious calcifications', 'no architectural distortion', 'no asymmetry', 'normal tissue', 'no abnormality')
     return tuple(dict.fromkeys(few + _spread((*things, *BENIGN['Mass'], *BENIGN['Suspicious Calcification']), places, side, depths)))
@@ -106,7 +114,8 @@ def prompt_bank(
     full = detail != 'plain'
     places, depths = (IN_VIEW.get(view, PLACES), DEPTHS) if full else (('',), ('',))
     sides = ('right', 'left')
-    bank = {f: {f'{sign}_{s}': make(f, s, places, depths, full) for sign, make in (('pos', _present), ('neg', _absent)) for s in sides} for f in FINDINGS}
+    bank = {f: {f'{sign}_{s}': make(f, s, places, depths,
+                                    full) for sign, make in (('pos', _present), ('neg', _absent)) for s in sides} for f in FINDINGS}
     bank[NORMAL] = {f'pos_{s}': _normal(s, places, depths, detail) for s in sides} | {'neg_right': (), 'neg_left': ()}
     return bank
 
@@ -117,7 +126,7 @@ def bank_counts(
     "Count the sentences of a bank."
     return {f: {slot: len(slots[slot]) for slot in SLOTS} for f, slots in bank.items()}
 
-# %% ../../nbs/124_data.prompts.ipynb #71abbe03
+# %% ../../nbs/124_data.prompts.ipynb #809df9f4
 def check_bank(
     bank:dict, # {finding: {slot: sentences}}
     findings=(), # findings that it must have
@@ -129,12 +138,13 @@ def check_bank(
         if f not in bank: raise DataError(unknown_name('finding', f, bank), fix='Add its sentences to the bank.')
     for f, slots in bank.items():
         for slot in SLOTS:
-            if slot not in slots: raise DataError(f'{f!r} has no {slot}.', column=f, fix=f'Give a list of sentences for each of {", ".join(SLOTS)}; it may be empty.')
+            if slot not in slots: raise DataError(f'{f!r} has no {slot}.', column=f,
+                                                  fix=f'Give a list of sentences for each of {", ".join(SLOTS)}; it may be empty.')
             bad = [s for s in slots[slot] if not isinstance(s, str) or not any(c.isalnum() for c in s)] if not isinstance(slots[slot], str) else [slots[slot]]
             if bad: raise DataError(f'{bad[0]!r} in {slot} of {f!r} is no sentence.', column=f, fix='Give a list of texts with words.')
     return bank
 
-# %% ../../nbs/124_data.prompts.ipynb #dbdd20a7
+# %% ../../nbs/124_data.prompts.ipynb #87291ff6
 def check_findings(
     findings, # four lists of findings
     bank:dict, # that must know them
@@ -144,7 +154,8 @@ def check_findings(
 
     Raises: DataError naming the sample and the finding."""
     if isinstance(findings, str) or len(findings) != 4 or any(isinstance(f, str) for f in findings):
-        raise DataError(f'{str(findings)[:60]!r} are no four lists of findings.', row=name or None, fix='Read a stored table with medvl.data.findings.read_finding_table.')
+        raise DataError(f'{str(findings)[:60]!r} are no four lists of findings.', row=name or None,
+                        fix='Read a stored table with medvl.data.findings.read_finding_table.')
     for f in (f for group in findings for f in group):
         if f not in bank: raise DataError(unknown_name('finding', f, bank), row=name or None)
     right, left, no_right, no_left = map(tuple, findings)

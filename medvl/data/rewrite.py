@@ -37,16 +37,23 @@ def facts(
 
 def same_facts(before, after): return facts(before) == facts(after)
 
-# %% ../../nbs/126_data.rewrite.ipynb #9505d970
+# %% ../../nbs/126_data.rewrite.ipynb #bd059457
 SYNONYMS = (
-    ('is seen', 'is noted', 'is identified', 'is visible', 'is present'), ('are seen', 'are noted', 'are identified', 'are visible', 'are present'),
-    ('demonstrates', 'shows', 'reveals'), ('demonstrate', 'show', 'reveal'), ('concerning for', 'worrisome for'), ('consistent with', 'compatible with'),
-    ('approximately', 'about', 'roughly'), ('previous', 'prior', 'earlier'), ('unchanged', 'stable'), ('additional', 'further'), ('recommended', 'advised'),
-    ('examinations', 'studies'), ('adjacent to', 'next to'), ('grouped', 'clustered'), ('oval', 'ovoid'), ('round', 'rounded'), ('margin', 'border'),
+    ('is seen', 'is noted', 'is identified', 'is visible', 'is present'),
+    ('are seen', 'are noted', 'are identified', 'are visible', 'are present'),
+    ('demonstrates', 'shows', 'reveals'), ('demonstrate', 'show', 'reveal'), ('concerning for', 'worrisome for'),
+    ('consistent with', 'compatible with'),
+    ('approximately', 'about', 'roughly'), ('previous', 'prior', 'earlier'), ('unchanged', 'stable'), ('additional', 'further'),
+    ('recommended', 'advised'),
+    ('examinations', 'studies'), ('adjacent to', 'next to'), ('grouped', 'clustered'), ('oval', 'ovoid'), ('round', 'rounded'),
+    ('margin', 'border'),
     ('margins', 'borders'), ('evidence of', 'sign of'), ('compared with', 'in comparison with', 'compared to'), ('obtained', 'acquired'),
-    ('performed', 'carried out'), ('breast tissue', 'breast parenchyma'), ('entire', 'whole'), ('adequate', 'sufficient'), ('situated', 'located'),
-    ('tissue sampling', 'biopsy'), ('large', 'sizeable'), ('measuring', 'with a size of'), ('measures', 'has a size of'), ('usual', 'customary'),
-    ('available', 'at hand'), ('physician', 'doctor'), ('unusual', 'uncommon'), ('is again seen', 'is again noted'), ('are again seen', 'are again noted'),
+    ('performed', 'carried out'), ('breast tissue', 'breast parenchyma'), ('entire', 'whole'), ('adequate', 'sufficient'),
+    ('situated', 'located'),
+    ('tissue sampling', 'biopsy'), ('large', 'sizeable'), ('measuring', 'with a size of'), ('measures', 'has a size of'),
+    ('usual', 'customary'),
+    ('available', 'at hand'), ('physician', 'doctor'), ('unusual', 'uncommon'), ('is again seen', 'is again noted'),
+    ('are again seen', 'are again noted'),
     ('microcalcifications', 'fine calcifications'), ('therefore', 'for this reason'), ('in addition', 'furthermore', 'moreover'))
 
 # %% ../../nbs/126_data.rewrite.ipynb #bd6f41d5
@@ -72,11 +79,12 @@ def replace_synonyms(
         return _cased(others[pick], m[0]) if draw < strength else m[0]
     return re.sub(rf'(?<![\w-])(?:{pattern})(?![\w-])', one, text, flags=re.I)
 
-# %% ../../nbs/126_data.rewrite.ipynb #65b468e3
+# %% ../../nbs/126_data.rewrite.ipynb #302fb0bd
 _THING = r'(?P<thing>(?:no|an?|several|multiple|suspicious|benign|scattered|grouped|clustered)\b(?:(?! in the | on the | at the | behind the ).)+?)'
 _PLACE = r'(?P<place> (?:in|on|at|behind) the [^,;:]+?)?'
 _SEEN = r'(?:seen|noted|identified|visible|present|found)'
-_FORMS = (re.compile(rf'there (?P<be>is|are) {_THING}{_PLACE}(?P<end>[.;!]?)', re.I), re.compile(rf'{_THING} (?P<be>is|are) {_SEEN}{_PLACE}(?P<end>[.;!]?)', re.I),
+_FORMS = (re.compile(rf'there (?P<be>is|are) {_THING}{_PLACE}(?P<end>[.;!]?)', re.I),
+          re.compile(rf'{_THING} (?P<be>is|are) {_SEEN}{_PLACE}(?P<end>[.;!]?)', re.I),
           re.compile(rf'(?P<place>(?:in|on|at|behind) the [^,;:]+?),? there (?P<be>is|are) {_THING}(?P<end>[.;!]?)', re.I))
 _CLAUSES = re.compile(r'[,;:()/]|\b(?:and|or|but|which|that|who|with no|without|however|although|because|since|if|when|while)\b', re.I)
 
@@ -113,7 +121,7 @@ def sentence_pieces(
     "Cut a report so that it can be put together again."
     return [(p, i % 2 == 0 and not p.endswith(':') and any(c.isalpha() for c in p)) for i, p in enumerate(_PIECES.split(text)) if p]
 
-# %% ../../nbs/126_data.rewrite.ipynb #60ee829c
+# %% ../../nbs/126_data.rewrite.ipynb #462f204a
 def rewrite_sentence(sentence, rng, config): # str, generator, RewriteConfig -> str
     "Reword one sentence, or leave it."
     turned = turn_sentence(sentence, rng) if rng.random() < config.turn else sentence
@@ -128,7 +136,8 @@ def rewrite(
 ) -> str: # the report in other words
     "Reword a report; what a diagnosis rests on stays."
     text, config = as_text(text), config or RewriteConfig()
-    words = [rewrite_sentence(p, numpy_rng('rewrite', config.seed, i, p), config) if spoken else p for i, (p, spoken) in enumerate(sentence_pieces(text))]
+    words = [rewrite_sentence(p, numpy_rng('rewrite', config.seed, i, p),
+                              config) if spoken else p for i, (p, spoken) in enumerate(sentence_pieces(text))]
     out = ''.join(words)
     return out if same_facts(text, out) and list(split_sections(text)) == list(split_sections(out)) else text
 

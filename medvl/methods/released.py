@@ -49,7 +49,7 @@ def released_state(
     if kind != 'detector': return dict(state)
     return {theirs + k[len(ours):]: v for theirs, ours in RELEASED_NAMES.items() for k, v in state.items() if k.startswith(ours)}
 
-# %% ../../nbs/340_methods.released.ipynb #55146d54
+# %% ../../nbs/340_methods.released.ipynb #f740b552
 OUTPUTS = {1: (('finding',), ()), 3: (('birads',), ('0', '1', '2')), 4: (('density',), ('A', 'B', 'C', 'D'))} # outputs: (labels, classes)
 
 
@@ -76,7 +76,8 @@ def _pretrained(checkpoint, encoder, config, tokenizer):
     "A Mammo-CLIP for these weights; the stored configuration must name the same encoder."
     config = config or released_config(checkpoint)
     if config.image_encoder != encoder:
-        raise DataError(f'the configuration names {config.image_encoder}, the weights are of {encoder}.', file=checkpoint.file, fix='Give the right configuration with config=.')
+        raise DataError(f'the configuration names {config.image_encoder}, the weights are of {encoder}.', file=checkpoint.file,
+                        fix='Give the right configuration with config=.')
     return MammoCLIP(config, tokenizer)
 
 # %% ../../nbs/340_methods.released.ipynb #1f7b8475
@@ -105,7 +106,7 @@ def _fill(state, weights, table):
     with torch.no_grad():
         for k in fits: state[k].copy_(weights[k])
 
-# %% ../../nbs/340_methods.released.ipynb #e70808d8
+# %% ../../nbs/340_methods.released.ipynb #1975b556
 def open_released(
     source, # path of a .tar or .pth, or its Checkpoint
     labels=(), # names of a classifier's or detector's outputs
@@ -122,7 +123,8 @@ def open_released(
     weights, kind = checkpoint.weights, kind_of(checkpoint.weights)
     encoder = encoder_of(weights, kind)
     method = (_pretrained(checkpoint, encoder, config, tokenizer) if kind == 'pretraining' else
-              _classifier(weights, encoder, labels, classes, changes) if kind == 'classifier' else _detector(weights, encoder, labels, changes))
+              _classifier(weights, encoder, labels, classes,
+                          changes) if kind == 'classifier' else _detector(weights, encoder, labels, changes))
     state = released_state(method)
     table = weight_table(state, weights, SPARE[kind])
     if strict: check_weights(table, checkpoint.file)
@@ -149,7 +151,7 @@ def _with_tokenizer(method):
     except (OSError, ValueError) as e:
         warnings.warn(f'The folder has no tokenizer, so texts cannot be encoded: {e} Give it with tokenizer=.', stacklevel=3)
 
-# %% ../../nbs/340_methods.released.ipynb #2f703b67
+# %% ../../nbs/340_methods.released.ipynb #ea17ddd4
 def convert_released(
     source, # path of a released .tar or .pth
     folder, # where to
@@ -163,24 +165,29 @@ def convert_released(
     folder = save_pretrained(found.method, folder)
     if found.spare: save_file({k: v.contiguous() for k, v in found.spare.items()}, str(folder/LEFT_OVER))
     write_json(folder/'preprocess.json', {'profile': 'mammo_clip_v1', 'size': [1520, 912]})
-    write_json(folder/RECORD, {'kind': found.kind, 'encoder': found.encoder, 'file': found.source, 'sha256': sha256_file(source) if isinstance(source, (str, Path)) else '',
-                               'order': [k for k in found.table.index if found.table.status[k] in ('loaded', 'spare')], 'extra': _json(found.extra)})
+    write_json(folder/RECORD, {'kind': found.kind, 'encoder': found.encoder, 'file': found.source,
+                               'sha256': sha256_file(source) if isinstance(source, (str, Path)) else '',
+                               'order': [k for k in found.table.index if found.table.status[k] in ('loaded', 'spare')],
+                               'extra': _json(found.extra)})
     return found
 
-# %% ../../nbs/340_methods.released.ipynb #1e5a5ede
+# %% ../../nbs/340_methods.released.ipynb #3267bd5f
 def stored_config(
     c, # MammoCLIPConfig
 ) -> dict: # the part of the original's configuration that describes the model
     "Write a configuration in the original's words."
     name = {ours: theirs for theirs, ours in RELEASED_ENCODERS.items()}.get(c.image_encoder, c.image_encoder)
-    text = {'source': 'huggingface', 'name': CLINICAL_BERT, 'pretrained': True, 'gradient_checkpointing': False, 'pooling': c.pooling, 'cache_dir': '', 'trust_remote_code': True}
+    text = {'source': 'huggingface', 'name': CLINICAL_BERT, 'pretrained': True, 'gradient_checkpointing': False, 'pooling': c.pooling,
+            'cache_dir': '', 'trust_remote_code': True}
     return {'base': {'mean': c.image_mean, 'std': c.image_std, 'image_size_h': 1520, 'image_size_w': 912, 'text_max_length': c.max_length},
             'tokenizer': {'source': 'huggingface', 'pretrained_model_name_or_path': CLINICAL_BERT, 'cache_dir': ''},
-            'model': {'name': 'clip_custom', 'temperature': c.temperature, 'image_encoder': {'source': 'cnn', 'name': name, 'pretrained': False, 'model_type': 'cnn'},
+            'model': {'name': 'clip_custom', 'temperature': c.temperature,
+                      'image_encoder': {'source': 'cnn', 'name': name, 'pretrained': False, 'model_type': 'cnn'},
                       'text_encoder': text, 'projection_head': {'name': c.projection, 'dropout': c.projection_dropout, 'proj_dim': c.dim}},
-            'loss': {'breast_clip': {'label_smoothing': c.label_smoothing, 'i2i_weight': c.i2i_weight, 't2t_weight': c.t2t_weight, 'loss_ratio': 1.0}}}
+            'loss': {'breast_clip': {'label_smoothing': c.label_smoothing, 'i2i_weight': c.i2i_weight, 't2t_weight': c.t2t_weight,
+                                     'loss_ratio': 1.0}}}
 
-# %% ../../nbs/340_methods.released.ipynb #c97d39f6
+# %% ../../nbs/340_methods.released.ipynb #fe0b15e3
 def export_released(
     source, # a method, or a folder of `convert_released` or `save_pretrained`
     path, # .tar or .pth to write
@@ -195,6 +202,7 @@ def export_released(
     if record:
         spare = load_file(str(Path(source)/LEFT_OVER)) if (Path(source)/LEFT_OVER).is_file() else {}
         state = {k: (spare | state)[k] for k in record['order']}
-    if extra is None: extra = record['extra'] if record else {'config': stored_config(method.config), 'epoch': 0} if kind == 'pretraining' else {}
+    if extra is None: extra = record['extra'] if record else {'config': stored_config(method.config),
+                                                              'epoch': 0} if kind == 'pretraining' else {}
     write_torch(path, kind, state, extra)
     return Path(path)

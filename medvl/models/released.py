@@ -38,7 +38,7 @@ def kind_of(
     raise DataError(f'these are no weights of Mammo-CLIP: names begin with {", ".join(heads[:6])}.',
                     fix='Released files are of pre-training, classifiers or detectors; plain image encoders are read by load_weights.')
 
-# %% ../../nbs/212_models.released.ipynb #b665857f
+# %% ../../nbs/212_models.released.ipynb #7a95c2da
 def _mark(shapes):
     "What tells EfficientNets apart: shapes of stem and head, number of blocks, squeeze-and-excitation."
     blocks = {int(m[1]) for k in shapes if (m := re.match(r'_blocks\.(\d+)\.', k))}
@@ -51,7 +51,8 @@ def encoder_mark(
     "Say what marks an EfficientNet, without building it."
     c = EFFICIENTNETS[name]
     plan = block_plan(c)
-    return (round_channels(32, c.width), 3, 3, 3), (round_channels(1280, c.width), plan[-1]['channels_out'], 1, 1), len(plan), c.se_ratio > 0
+    return (round_channels(32, c.width), 3, 3, 3), (round_channels(1280, c.width), plan[-1]['channels_out'], 1,
+                                                    1), len(plan), c.se_ratio > 0
 
 
 def encoder_of(
@@ -68,7 +69,7 @@ def encoder_of(
     raise DataError(f'the image encoder is no EfficientNet that is known: stem {found[0]}, head {found[1]}, {found[2]} blocks.',
                     fix=f'Known are {", ".join(EFFICIENTNETS)}.')
 
-# %% ../../nbs/212_models.released.ipynb #a68aa709
+# %% ../../nbs/212_models.released.ipynb #c44e2091
 def weight_table(
     state, # the network's state dictionary, under the file's names
     weights, # the file's: name -> tensor
@@ -80,7 +81,8 @@ def weight_table(
     status |= {k: 'shape' for k, _, _ in report.mismatched} | dict.fromkeys(report.ignored, 'spare')
     shape = lambda d, k: tuple(d[k].shape) if k in d else None
     names = [*weights, *report.missing]
-    return pd.DataFrame({'status': [status[k] for k in names], 'in_file': [shape(weights, k) for k in names], 'in_network': [shape(state, k) for k in names]},
+    return pd.DataFrame({'status': [status[k] for k in names], 'in_file': [shape(weights, k) for k in names],
+                         'in_network': [shape(state, k) for k in names]},
                         index=pd.Index(names, name='tensor'))
 
 
