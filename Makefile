@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DATA ?=
+SOURCE ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
@@ -24,7 +25,7 @@ $(STAMP):
 install: $(STAMP)
 
 demo: install
-	$(BIN)/medvl run mammo_clip -p n_boot=1000 $(if $(DATA),-p data=$(abspath $(DATA)) -p config=real-small,-p config=demo -p exams=120)
+	$(BIN)/medvl run mammo_clip -p n_boot=1000 $(if $(DATA),-p data=$(abspath $(DATA)) $(if $(SOURCE),-p source=$(SOURCE)) -p config=real-small,-p config=demo -p exams=120)
 
 test: install
 	$(BIN)/ruff check .

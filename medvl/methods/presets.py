@@ -32,7 +32,7 @@ _SMALL = dict(sections=('findings', 'impression'), max_length=128)
 PRESETS = {
     'demo': Preset('the whole way in minutes on two CPU cores, on the phantom', (256, 160), own_words=True,
                    model=dict(image_encoder='efficientnet-tiny', text_encoder='tiny', text_pretrained=False, dim=128, pooling='mean', duplicates='mask'),
-                   text=_SMALL, train=dict(epochs=8, batch_size=32, lr=1e-3, weight_decay=1e-2, warmup=0.1, clip=1.0, channels_last=True),
+                   text=_SMALL, train=dict(epochs=12, batch_size=16, lr=1e-3, weight_decay=1e-2, warmup=0.1, clip=1.0, channels_last=True),
                    augment=dict(rotate=10.0, translate=0.05, shear=5.0, scale=(0.9, 1.1), elastic=0.0)),
     'smoke': Preset('seconds, for tests: it learns nothing', (96, 64), own_words=True,
                     model=dict(image_encoder='efficientnet-tiny', text_encoder='tiny', text_pretrained=False, dim=32, pooling='mean'),
