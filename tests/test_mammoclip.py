@@ -199,6 +199,9 @@ def test_damaged_saved_folders(tmp_path):
         with pytest.raises(DataError, match='model.safetensors'): from_pretrained(folder)
     save_pretrained(make(dim=8), tmp_path / 'other')
     (folder / 'model.safetensors').write_bytes((tmp_path / 'other' / 'model.safetensors').read_bytes())
+    with pytest.raises(DataError, match='another checksum'): from_pretrained(folder)
+    config = json.loads((folder / 'config.json').read_text()); config.pop('weights_sha256')  # as an older folder has none
+    (folder / 'config.json').write_text(json.dumps(config))
     with pytest.raises(DataError, match='projection'): from_pretrained(folder)
     config = json.loads((folder / 'config.json').read_text()); config['config']['dimm'] = 3
     (folder / 'config.json').write_text(json.dumps(config))

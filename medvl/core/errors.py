@@ -32,7 +32,7 @@ def closest(
 ) -> str|None: # the most similar one, or None when nothing is close
     "Find the existing name that is most like `name`."
     lower = {str(o).lower(): str(o) for o in options}
-    hits = get_close_matches(str(name).lower(), list(lower), n=1, cutoff=0.6)
+    hits = get_close_matches(str(name).lower(), list(lower), n=1, cutoff=0.5 if len(str(name)) < 5 else 0.6) # of short names, one letter is much
     return lower[hits[0]] if hits else None
 
 

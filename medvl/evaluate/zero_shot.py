@@ -209,7 +209,7 @@ def _parts(prepared, split):
 
 def _vectors_of(parts, prepared, method, embeddings, what, folder, batch_size, precision):
     "Embeddings for every part: given ones (of this model), or the whole data set embedded once."
-    if embeddings is not None: refuse_other_model(embeddings.facts, method)
+    if embeddings is not None and method is not None: refuse_other_model(embeddings.facts, method)
     if embeddings is None and isinstance(prepared, Prepared): embeddings = embed(method, prepared, folder, batch_size, (what,), precision)
     if embeddings is not None: return {s: embeddings.of(p, what) for s, p in parts.items()}
     return {s: embed(method, p, folder, batch_size, (what,), precision).of(p, what) for s, p in parts.items()}
