@@ -336,3 +336,18 @@ def test_overhead(tmp_path):
     loop_times = (time.process_time() - began) / 300
     added = loop_times - float(np.median(times))
     assert added < 5e-3, f'{1000 * added:.2f} ms a step'
+
+
+@pytest.mark.parametrize('lr', [1e6, 1e38])
+def test_mammoclip_that_diverges_blames_the_weights(tmp_path, lr):
+    "Found in review: the samples were blamed."
+    from medvl.data.augment import Augment, AugmentConfig
+    from medvl.data.datasets import BreastTextConfig, BreastTextDataset
+    from medvl.data.phantom_prepared import prepared_phantom
+    from medvl.methods.presets import new_mammoclip, preset
+    named, prepared = preset('smoke'), prepared_phantom(tmp_path/'phantom', 8, (64, 48))
+    method = new_mammoclip('smoke', prepared.manifest.report)
+    data = BreastTextDataset(prepared, method.tokenizer, BreastTextConfig(**named.text))
+    settings = TrainConfig(max_steps=12, batch_size=4, lr=lr, optimizer='sgd', clip=0, warmup=0, schedule='constant', trackers=(), cpu=True)
+    with pytest.raises(DataError, match='weights'):
+        train(method, data, settings, tmp_path/'run', transform=Augment(AugmentConfig(**named.augment)))

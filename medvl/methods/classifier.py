@@ -129,7 +129,7 @@ class Classifier(_Predictions):
     def encode(self, batch): # images (b,v,1,h,w)
         "Give `logits` (b,k)."
         logits = self.logits(batch['images'])
-        check_samples(batch, logits)
+        check_samples(batch, logits, module=self)
         return {'logits': logits}
 
     def losses(self, features, batch, state): # labels (b,k): 1/0/NaN, or (b,1) class numbers

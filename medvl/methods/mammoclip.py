@@ -74,13 +74,21 @@ def check_samples(batch, # dict with sample_id, perhaps tokens
                   image, # (b,v,d)
                   text=None, # (b,t,d)
                   allow_empty=False, # let texts without words pass, as the original does
+                  module=None, # whose weights are looked at before a sample is blamed
                   ):
-    "Raises: DataError naming the samples whose features are not finite or whose text has no words."
+    """Refuse features that are not finite and texts without words.
+
+    Where all samples of a batch are spoilt the loss is let become NaN: `train.checks` encodes each alone and tells diverged weights from one bad sample.
+    Raises: DataError naming the samples, or the weights where these are not finite."""
     if torch.compiler.is_compiling(): return
     flags = [~torch.isfinite(f).flatten(1).all(1) for f in (image, text) if f is not None]
+    networks = len(flags)
     if text is not None and not allow_empty: flags.append((batch['tokens']['attention_mask'].sum(-1) <= 2).any(-1).to(image.device))
     flags = torch.stack(flags)
     if not flags.any(): return
+    spoilt = [n for n, p in module.named_parameters() if not torch.isfinite(p).all()] if module is not None else []
+    if spoilt: raise DataError(f'the weights are not finite any more ({", ".join(spoilt[:3])}), so no sample gives finite features', fix='Lower lr or set clip.')
+    if len(image) > 1 and flags[:networks].all(1).any(): return # BatchNorm spreads one sample's fault, and diverged weights spoil all: the training loop finds out which
     names = batch.get('sample_id') or [f'number {i} of the batch' for i in range(len(image))]
     reasons = ('the image gives features that are not finite', 'the text gives features that are not finite', 'the report is empty')
     for reason, row in zip(reasons, flags.tolist()):
@@ -198,7 +206,7 @@ class MammoCLIP(_Capabilities):
         "Give `image` (b,v,d) and `text` (b,t,d), unit vectors in float32."
         image = self.embed_images(batch['images'])
         text = unit(self.project_tokens(batch['tokens']['input_ids'], batch['tokens']['attention_mask']))
-        check_samples(batch, image, text, self.config.allow_empty)
+        check_samples(batch, image, text, self.config.allow_empty, self)
         return {'image': image, 'text': text}
 
     def losses(self, features, batch, state):

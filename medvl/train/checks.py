@@ -81,8 +81,10 @@ def guilty(
             inputs = {k: v for k, v in one.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in UNSTATED}
             bad = [k for k, v in inputs.items() if not torch.isfinite(v).all()]
             if not bad:
-                with autocast(): features = method.encode(one)
-                if broken_rows(features, 1): bad = ['features']
+                try:
+                    with autocast(): spoilt = broken_rows(method.encode(one), 1)
+                except DataError: spoilt = True # the method refused this sample by itself
+                if spoilt: bad = ['features']
             if bad: found[i] = bad[0]
     return found
 
@@ -97,6 +99,8 @@ def not_finite(
     wrong = ', '.join(k for k, v in losses.items() if not torch.isfinite(v).all()) + ' not finite: '
     weights = [n for n, p in method.named_parameters() if not torch.isfinite(p).all()]
     if weights: return wrong + f'the weights already are not ({_listed(weights, 3)}); lower lr or set clip.'
+    if len(rows) == len(ids) > 1 and set(rows.values()) == {'features'}:
+        return wrong + f'none of the {len(ids)} samples has finite features, even alone, so the weights have diverged; lower lr or set clip.'
     if not rows: return wrong + f'each sample alone has finite features; the batch was: {_listed(ids, 32)}.'
     return wrong + f'{", ".join(sorted(set(rows.values())))} of sample {_listed([ids[i] for i in rows])}.'
 
