@@ -203,7 +203,10 @@ def scores_frame(
 # %% ../../nbs/510_evaluate.zero_shot.ipynb #7f3a8cfd
 def _parts(prepared, split):
     "Split name -> Prepared; everything is 'test' when split is None."
-    if split is None: return {'test': prepared}
+    if split is None: # an external test set: whatever split its rows were tagged with, none of them was trained on
+        one = prepared if isinstance(prepared, Prepared) else prepared['test']
+        if 'split' not in one.manifest: return {'test': one}
+        return {'test': Prepared(one.folder, one.info, one.images, one.masks, one.manifest.assign(split='test'), one.boxes, one.sentences)}
     if split not in ('valid', 'test', 'train'): raise ValueError(unknown_name('split', split, ('train', 'valid', 'test')))
     return splits_of(prepared, needed=(split,))
 
@@ -219,7 +222,7 @@ def zero_shot(
     method,                # Method with encode_image and encode_text (or project_text)
     prepared,              # Prepared, or {'test': Prepared, 'valid': Prepared, ...}
     tasks='mammo',         # a set's name, Tasks, or {label: (absent prompts, present prompts)}
-    split: str | None = 'test', # split to judge on; None: all rows, as an external test set
+    split: str | None = 'test', # split to judge on; None: all rows, as an external test set (the model must have seen none of them)
     unit: str = 'image', how: str = 'mean', # image, breast, exam or patient; mean or max of its images' scores
     embeddings: Embeddings = None, # made before by `embed`
     folder=None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
