@@ -44,6 +44,7 @@ def run_command(
     params: Params = None, file: ParamFile = None, outputs: Outputs = None, timeout: Timeout = None,
     resume: Annotated[Optional[str], typer.Option('--resume', help='Continue this run: folder, name, or beginning of its name.')] = None,
     report: Annotated[bool, typer.Option(help='Write report.html.')] = True,
+    plan: Annotated[bool, typer.Option('--plan', help='Train nothing: state memory, time and disk of the run (experiments that pre-train).')] = False,
 ):
     "Run an experiment notebook. Exit: 0 done, 1 failed, 2 refused, 124 time limit, 130 interrupted, 137 killed, 143 terminated."
     from medvl.run.parameters import RefusedError
@@ -51,11 +52,16 @@ def run_command(
     if experiment is None and resume is None:
         for name, path in experiments().items(): typer.echo(f'{name:24} {path.name}')
         return
-    try: run = run_experiment(experiment, _given(params, file), outputs, resume, timeout, report)
+    if plan and resume: _refuse('--plan is for a run that has not started; --resume continues one. Give one of them.')
+    try: run = run_experiment(experiment, {**_given(params, file), **({'plan': True} if plan else {})}, outputs, resume, timeout, report)
     except RefusedError as e: _refuse(e)
     except RunFailedError as e:
         typer.echo(f'medvl: {e}\nKept in {e.run.folder}\nContinue with: medvl run --resume {e.run.folder.name}', err=True)
         raise typer.Exit(e.exit_code) from None
+    if plan:
+        import pandas as pd
+        table = pd.read_csv(run.folder/'tables'/'plan.csv')
+        _print(table.assign(value=[f'{v:,.4g}' if v < 100 else f'{v:,.0f}' for v in table.value]))
     typer.echo(f'done: {run.folder}' + (f'\nreport: {run.folder/"report.html"}' if report else ''))
 
 # %% ../../nbs/720_run.cli.ipynb #d66edede
