@@ -138,3 +138,19 @@ def test_mammoclip_run_of_two(tmp_path):
     kwargs = dict(epochs=1, batch_size=4, chunk_size=2, accumulate=1, lr=1e-3, warmup=0)
     result = launch(lambda: run(tmp_path, tiny_mammoclip(), Breasts(), Breasts(5), **kwargs)[1].summary())
     assert result[0]['steps'] == result[1]['steps'] == '2 of 2' and result[0]['best valid_loss'] == result[1]['best valid_loss']
+
+
+def test_mammoclip_curve_of_two_is_that_of_one(tmp_path):
+    "The real system, BatchNorm frozen, random layers off: the loss curve, step by step, over the same samples."
+    def still():
+        method = tiny_mammoclip(drop_connect=0.0, dropout=0.0)
+        for m in method.modules():
+            if isinstance(m, torch.nn.Dropout): m.p = 0.0
+        return method
+    kwargs = dict(epochs=3, chunk_size=2, accumulate=1, lr=1e-3, warmup=0, freeze_bn=True)
+    _, one = run(tmp_path/'one', still(), Breasts(), Breasts(5), batch_size=8, **kwargs)
+    launch(lambda: str(run(tmp_path/'two', still(), Breasts(), Breasts(5), batch_size=4, **kwargs)[1]))
+    _, rows = contents(tmp_path/'two')
+    two = [r['loss'] for r in rows if r['kind'] == 'train']
+    assert len(two) == one.step == 6 and max(two) - min(two) > 1e-3
+    assert two == pytest.approx(list(one.history.loss.dropna())[:6], rel=1e-4)
