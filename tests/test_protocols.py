@@ -13,7 +13,8 @@ from sklearn.linear_model import LogisticRegression
 from golden import golden
 from medvl.core.errors import DataError
 from medvl.core.paths import read_json
-from medvl.evaluate.embeddings import embed, evaluating, open_embeddings, weights_digest
+from medvl.evaluate.embeddings import embed, open_embeddings, weights_digest
+from medvl.methods.base import evaluating
 from medvl.evaluate.linear_probe import CS, fit_candidates, linear_probe, targets_of
 from medvl.evaluate.logistic import fit_binary, fit_softmax, minimise
 from medvl.evaluate.metrics import auroc, balanced_accuracy, class_accuracy

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..evaluate.embeddings import evaluating
+from ..methods.base import evaluating
 from ..methods.base import Method
 
 # %% ../../nbs/602_attribute.similarity.ipynb #00688f6e

@@ -16,14 +16,14 @@ from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
 from ..data.prepared import Prepared
 from ..data.targets import check_targets, target_matrix
-from .embeddings import _AUTOCAST, _batches, _check_finite, _device, evaluating
+from .embeddings import _AUTOCAST, _batches, _check_finite, _device
 from .metrics import score
 from .rank import NotComputable
 from .scored import Scored, scored_at
 from .selection import assert_apart, splits_of
 from .tables import METRICS_BINARY, Evaluation, evaluate_scored, wide
 from .zero_shot import scores_frame
-from ..methods.base import require
+from ..methods.base import evaluating, require
 
 # %% ../../nbs/525_evaluate.classification.ipynb #0b7a5d3d
 def predict_images(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBED_VERSION', 'PARTS', 'weights_digest', 'pixels_digest', 'code_digest', 'embedding_facts', 'Embeddings',
-           'evaluating', 'open_embeddings', 'embed']
+           'open_embeddings', 'embed']
 
 # %% ../../nbs/505_evaluate.embeddings.ipynb #cb62815f
 import contextlib
@@ -26,7 +26,7 @@ from ..core.paths import FULL, atomic_path, digest, outputs_path, read_json, wri
 from ..core.progress import progress
 from ..data.prepared import Prepared
 from ..data.store import disk_full
-from ..methods.base import require
+from ..methods.base import evaluating, require
 
 # %% ../../nbs/505_evaluate.embeddings.ipynb #edd5eff4
 EMBED_VERSION = 1
@@ -100,19 +100,6 @@ class Embeddings:
         rows = pd.Index(self.ids).get_indexer(wanted)
         if (rows < 0).any(): raise DataError(f'image {wanted.iloc[int(np.argmin(rows))]!r} has no embedding ({int((rows < 0).sum())} in all).', fix='Embed this data set first.')
         return np.asarray(self.arrays[what][rows] if len(rows) != len(self) or (rows != np.arange(len(self))).any() else self.arrays[what])
-
-# %% ../../nbs/505_evaluate.embeddings.ipynb #9f2e769a
-@contextlib.contextmanager
-def evaluating(
-    method, # nn.Module
-):
-    "Evaluation mode without gradients; every module's mode is restored."
-    modes = {m: m.training for m in method.modules()}
-    method.eval()
-    try:
-        with torch.inference_mode(): yield method
-    finally:
-        for m, training in modes.items(): m.training = training
 
 # %% ../../nbs/505_evaluate.embeddings.ipynb #2ae5644e
 _AUTOCAST = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}

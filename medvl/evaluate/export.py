@@ -22,8 +22,8 @@ from ..core.paths import atomic_path, digest, outputs_path
 from ..core.provenance import provenance
 from ..data.prepared import Prepared
 from ..data.tokens import tokenizer_digest
-from .embeddings import Embeddings, evaluating, weights_digest
-from ..methods.base import capabilities
+from .embeddings import Embeddings, weights_digest
+from ..methods.base import capabilities, evaluating
 
 # %% ../../nbs/506_evaluate.export.ipynb #a7e6587d
 SETTINGS = ( # of a configuration: they change vectors

@@ -15,12 +15,12 @@ import pandas as pd
 from ..core.errors import DataError, unknown_name
 from ..data.prepared import Prepared
 from ..data.prompts import FINDINGS, prompt_bank
-from .embeddings import Embeddings, embed, evaluating
+from .embeddings import Embeddings, embed
 from .export import refuse_other_model
 from .scored import scored_at
 from .selection import assert_apart, splits_of
 from .tables import METRICS_BINARY, Evaluation, evaluate_scored, not_computable, wide
-from ..methods.base import capabilities, require
+from ..methods.base import capabilities, evaluating, require
 
 # %% ../../nbs/510_evaluate.zero_shot.ipynb #d8b78fe8
 @dataclass(frozen=True)

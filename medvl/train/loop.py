@@ -13,7 +13,7 @@ import torch
 from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
 from ..data.batch import to_device
-from ..methods.base import plain_state, save_pretrained
+from ..methods.base import evaluating, plain_state, save_pretrained
 from .checkpoint import (checkpoints, clear_leftovers, latest_checkpoint, optimizer_tensors, prune_checkpoints, restore_optimizer,
                                     save_checkpoint)
 from .distributed import anywhere, from_first
@@ -22,7 +22,7 @@ from .machine import Interruptions, arithmetic, compiled, training_mode
 from .result import Journal, TrainResult, history
 from .settings import TrainConfig, check_same_run, fingerprint
 from .step import Loop, one_step
-from .validation import evaluating, validation_loss
+from .validation import validation_loss
 
 # %% ../../nbs/420_train.loop.ipynb #177cd34c
 def validated(loop):
