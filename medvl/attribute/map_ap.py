@@ -6,7 +6,7 @@ __all__ = ['map_boxes', 'map_precision']
 # %% ../../nbs/612_attribute.map_ap.ipynb #a87b930e
 import pandas as pd
 
-from .factor_protocol import boxes_of, drawers, scorable
+from .factor_protocol import drawers, scorable
 from .maps import boxes_from_map
 from ..core.errors import unknown_name
 from ..core.progress import progress
@@ -17,11 +17,11 @@ _BOX = ['x0', 'y0', 'x1', 'y1']
 
 
 def _looked_at(data, attribute, among, box_labels):
-    "Rows of the images to judge an attribute on."
-    shown = [i for i, *_ in scorable(data, [attribute], box_labels)]
-    if among == 'shown': return sorted(set(shown))
-    absent = (data.manifest[f'label_{attribute}'] == 0).to_numpy().nonzero()[0]
-    return sorted({*shown, *absent.tolist()})
+    "Rows of the images to judge an attribute on, and the true boxes: those of images that show it (a benign mass is no box of `malignant`)."
+    shown, ids = scorable(data, [attribute], box_labels), data.manifest.image_id
+    truth = pd.DataFrame([{'image_id': ids.iloc[i], 'label': attribute, **dict(zip(_BOX, b))} for i, _, boxes in shown for b in boxes])
+    absent = [] if among == 'shown' else (data.manifest[f'label_{attribute}'] == 0).to_numpy().nonzero()[0].tolist()
+    return sorted({*(i for i, *_ in shown), *absent}), truth
 
 
 def map_boxes(
@@ -60,9 +60,8 @@ def map_precision(
     data, tables = dataset.data, []
     drawn, attributes = drawers(explainer, dataset, baselines, seed, makers), attributes or dataset.attributes
     for method, attribute in progress([(m, a) for m in drawn for a in attributes], desc='boxes', unit='table'):
-        rows = _looked_at(data, attribute, among, box_labels)
+        rows, truth = _looked_at(data, attribute, among, box_labels)
         images = data.manifest.iloc[rows][['image_id', 'patient_id']]
-        truth = pd.DataFrame([{'image_id': i, 'label': attribute, **dict(zip(_BOX, b))} for i in images.image_id for b in boxes_of(data, i, attribute, box_labels)])
         found = map_boxes(dataset, attribute, rows, drawn[method], quantile)
         table = detection_table(truth, found, images, [attribute], thresholds, coco=False, n_boot=n_boot, seed=seed)
         tables.append(table[table.task == attribute].drop(columns='task').assign(method=method, attribute=attribute, among=among))
