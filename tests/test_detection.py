@@ -196,26 +196,34 @@ def scene(seed, images=25, labels=('calcification', 'mass', 'asymmetry')):
     return truth, found.assign(score=rng.random(len(found)).round(2)), list(range(images))
 
 
-def oracle(truth, found, images):
-    "faster_coco_eval, the C++ port of pycocotools."
-    fast = pytest.importorskip('faster_coco_eval')
+def oracle(truth, found, images, which):
+    "pycocotools itself, or faster_coco_eval, its C++ port."
     names = sorted({*truth.label, *found.label})
     def rows(table):
         return [dict(id=i + 1, image_id=int(r.image_id), category_id=names.index(r.label), iscrowd=0, bbox=[r.x0, r.y0, r.x1 - r.x0, r.y1 - r.y0],
                      area=(r.x1 - r.x0) * (r.y1 - r.y0), **({'score': float(r.score)} if 'score' in table else {})) for i, r in enumerate(table.itertuples())]
+    data = dict(images=[dict(id=i) for i in images], categories=[dict(id=i, name=n) for i, n in enumerate(names)], annotations=rows(truth), info={})
     with contextlib.redirect_stdout(io.StringIO()):
-        coco = fast.COCO(dict(images=[dict(id=i) for i in images], categories=[dict(id=i, name=n) for i, n in enumerate(names)], annotations=rows(truth), info={}))
-        e = fast.COCOeval_faster(coco, coco.loadRes(rows(found)), 'bbox')
+        if which == 'pycocotools':
+            coco = pytest.importorskip('pycocotools.coco').COCO()
+            coco.dataset = data
+            coco.createIndex()
+            e = pytest.importorskip('pycocotools.cocoeval').COCOeval(coco, coco.loadRes(rows(found)), 'bbox')
+        else:
+            fast = pytest.importorskip('faster_coco_eval')
+            coco = fast.COCO(data)
+            e = fast.COCOeval_faster(coco, coco.loadRes(rows(found)), 'bbox')
         e.evaluate()
         e.accumulate()
         e.summarize()
     return e
 
 
+@pytest.mark.parametrize('which', ['pycocotools', 'faster_coco_eval'])
 @pytest.mark.parametrize('seed', range(6))
-def test_coco_map_is_cocos(seed):
+def test_coco_map_is_cocos(seed, which):
     truth, found, images = scene(seed)
-    e, ours = oracle(truth, found, images), coco_map(truth, found, images)
+    e, ours = oracle(truth, found, images, which), coco_map(truth, found, images)
     columns = ['AP', 'AP50', 'AP75', 'AP_small', 'AP_medium', 'AP_large', 'AR_1', 'AR_10', 'AR_100', 'AR_small', 'AR_medium', 'AR_large']
     np.testing.assert_allclose(ours.loc['mean', columns].to_numpy(float), np.array(e.stats[:12]), atol=1e-9)
     precision = np.asarray(e.eval['precision'])  # (overlaps, recalls, classes, areas, detections)
