@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'Profile', 'get_profile', 'along', 'back_along', 'Placement', 'check_boxes', 'surviving', 'place_mask',
-           'as_stored', 'grey_table', 'fit', 'Preprocessed', 'locate', 'resized', 'preprocess']
+           'equal_table', 'as_stored', 'grey_table', 'fit', 'Preprocessed', 'locate', 'resized', 'preprocess']
 
 # %% ../../nbs/102a_data.preprocess.ipynb #237fa9b9
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class Profile:
     version: int = 1
     border: int = 0            # pixels cut off all round before anything else
     crop: str = 'none'         # 'paper' (Mammo-CLIP's rule), 'breast' (largest bright region) or 'none'
-    grey: str = 'minmax'       # 'minmax' (truncated), 'voi' (DICOM's display chain) or 'keep' (8-bit values as they are)
+    grey: str = 'minmax'       # 'minmax' (truncated), 'voi' (DICOM's display chain), 'keep' (8-bit values as they are) or 'equalise'
     aspect: str = 'stretch'    # 'stretch' to the size or 'pad' with black
     side: str = 'chest'        # where padding goes: 'chest' = away from the chest wall, 'centre' = both sides
     dtype: str = 'uint8'       # 'uint8' or 'uint16'
@@ -36,7 +36,9 @@ PROFILES = {p.name: p for p in (
     Profile('dicom_voi_v1', crop='breast', grey='voi', aspect='pad'),
     Profile('dicom_voi16_v1', crop='breast', grey='voi', aspect='pad', dtype='uint16'),
     Profile('resize_v1', grey='keep'),
-    Profile('letterbox_v1', grey='keep', aspect='pad', side='centre'))}
+    Profile('letterbox_v1', grey='keep', aspect='pad', side='centre'),
+    Profile('lovt_v1', grey='keep', aspect='pad', side='centre', size=(224, 224)), # LoVT's RSNA and MIMIC
+    Profile('lovt_equalised_v1', grey='equalise', aspect='pad', side='centre', size=(224, 224)))} # its COVID Rural, SIIM, Object-CXR and NIH
 
 # %% ../../nbs/102a_data.preprocess.ipynb #b1f74332
 def get_profile(
@@ -48,7 +50,7 @@ def get_profile(
     if not isinstance(profile, Profile):
         if profile not in PROFILES: raise ValueError(unknown_name('profile', profile, PROFILES))
         return PROFILES[profile]
-    for name, allowed in (('crop', ('none', 'paper', 'breast')), ('grey', ('minmax', 'voi', 'keep')), ('aspect', ('stretch', 'pad')),
+    for name, allowed in (('crop', ('none', 'paper', 'breast')), ('grey', ('minmax', 'voi', 'keep', 'equalise')), ('aspect', ('stretch', 'pad')),
                           ('side', ('chest', 'centre')), ('dtype', ('uint8', 'uint16'))):
         if getattr(profile, name) not in allowed: raise ValueError(unknown_name(f'profile {name}', getattr(profile, name), allowed))
     return profile
@@ -160,6 +162,20 @@ def place_mask(
     return out
 
 # %% ../../nbs/102a_data.preprocess.ipynb #3ce482b9
+def equal_table(
+    pixels:np.ndarray, # (h,w) stored values
+    invert:bool=False, # MONOCHROME1
+    top:int=255, # highest output; 255 gives uint8, 65535 uint16
+) -> np.ndarray: # output of each value, lowest value of the type first
+    """Tabulate histogram equalisation, truncated.
+
+    Source: LoVT's preparation of four of its five data sets (spec, section 2.6)."""
+    info = np.iinfo(pixels.dtype)
+    counts = np.bincount(pixels.ravel().astype(np.int64) - info.min, minlength=info.max - info.min + 1)
+    share = (np.cumsum(counts[::-1])[::-1] if invert else np.cumsum(counts))/pixels.size
+    return (share*top).astype(np.uint8 if top == 255 else np.uint16)
+
+# %% ../../nbs/102a_data.preprocess.ipynb #d3726521
 def as_stored(
     image, # StoredImage, or array (h,w) of uint8, uint16, int8, int16
 ) -> StoredImage:
@@ -184,6 +200,7 @@ def grey_table(
     top, invert = np.iinfo(profile.dtype).max, image.photometric == 'MONOCHROME1'
     if image.pixels.min() == image.pixels.max(): minmax_table(int(image.pixels[0, 0]), int(image.pixels[0, 0]), image.pixels.dtype)
     if profile.grey == 'voi': return (brightness(image)[0]*top + 0.5).astype(profile.dtype)
+    if profile.grey == 'equalise': return equal_table(image.pixels, invert, top)
     low, high = (int(image.pixels.min()), int(image.pixels.max())) if profile.crop == 'paper' else image_range(image)
     table = minmax_table(low, high, image.pixels.dtype, invert, top)
     if profile.grey == 'minmax' or image.pixels.dtype != np.uint8 or profile.dtype != 'uint8': return table

@@ -21,7 +21,7 @@ from ..core.errors import DataError, closest
 
 # %% ../../nbs/110_data.schema.ipynb #fe0a4708
 LATERALITIES = ('L', 'R')
-CHEST_VIEWS = ('PA', 'AP', 'AP SUPINE', 'LATERAL', 'LL')
+CHEST_VIEWS = ('PA', 'AP', 'AP SUPINE', 'LATERAL', 'LL', 'FRONTAL') # FRONTAL: PA or AP, the release does not say which
 VIEWS = ('CC', 'MLO', 'ML', 'LM', 'LMO', 'AT', 'XCC', 'XCCL', 'XCCM', 'FB', 'SIO', 'ISO', 'CV', 'TAN', 'RL', 'RM', 'SPECIMEN', *CHEST_VIEWS)
 DENSITIES = ('A', 'B', 'C', 'D')
 SPLITS = ('train', 'valid', 'test')
