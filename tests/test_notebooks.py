@@ -12,12 +12,13 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (REPO/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and not p.name.startswith('_'))
 ENV = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
+RUN_HERE = [p for p in NOTEBOOKS if p.parent.name != 'tutorials'] # those run with their solutions, in test_tutorials
 
 
 def name(path): return path.relative_to(REPO/'nbs').as_posix()
 
 
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+@pytest.mark.parametrize('path', RUN_HERE, ids=name)
 def test_runs(path, tmp_path):
     code = ('import sys; from pathlib import Path; from nbdev.test import test_nb; from nbdev.config import get_config; c = get_config(); '
             'ok, _ = test_nb(Path(sys.argv[1]), skip_flags=c.tst_flags.split(), basepath=c.config_path); sys.exit(not ok)')
