@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from medvl.train.optim import SCHEDULES, lr_scale, make_optimizer, param_groups, set_lr, warmup_steps
+from medvl.train.optim import FALLING, SCHEDULES, Plateau, _bolts, lr_scale, make_optimizer, param_groups, set_lr, warmup_steps
 
 
 @pytest.mark.parametrize('tag,total,warmup', [('T150_W10', 150, 10), ('T37_Wfrac0.1', 37, 0.1), ('T20_W0', 20, 0), ('T1500_W100_ep15', 1500, 100)])
@@ -39,7 +39,7 @@ def test_shapes_are_torchs(name, make):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(SCHEDULES), st.integers(1, 300), st.data())
+@given(st.sampled_from(FALLING), st.integers(1, 300), st.data())
 def test_schedules_stay_between_0_and_1_and_fall_after_the_warm_up(name, total, data):
     warm = data.draw(st.integers(0, total - 1))
     values = [lr_scale(t, total, warm, name) for t in range(total)]
@@ -102,3 +102,60 @@ def test_adamw_step_by_hand():
             p.mul_(1 - lr * decay).sub_(lr * (m[i] / (1 - 0.9 ** t)) / ((v[i] / (1 - 0.999 ** t)).sqrt() + 1e-8))
     torch.testing.assert_close(model.weight, w, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(model.bias, b, rtol=1e-10, atol=1e-12)
+
+
+def test_schedules_of_lovt_and_lightning_bolts():
+    z = np.load(golden('lovt/schedules.npz'))
+    ours = lambda name, n, warm=0, total=None, epoch=10: [lr_scale(t, total or n, warm, name, epoch_steps=epoch) for t in range(n)]
+    np.testing.assert_allclose(1e-4 * np.array(ours('cosine_bounce', 35)), z['cosine_annealing_per_epoch_T10_lr1e4_35steps'], rtol=1e-9, atol=1e-18)
+    np.testing.assert_allclose(1e-4 * np.array(ours('cosine_restarts', 35)), z['cosine_warm_restarts_T10_lr1e4_35steps'], rtol=1e-9, atol=1e-18)
+    np.testing.assert_allclose(1e-3 * np.array(ours('bolts_reference', 100, epoch=1)), z['linear_warmup_cosine_w0_max100'], atol=0)
+    np.testing.assert_allclose(1e-3 * np.array(ours('bolts_reference', 100, 1, epoch=1)), z['linear_warmup_cosine_w1_max100'], rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(1e-3 * np.array([_bolts(e, 10, 100, 0.01) for e in range(100)]), z['linear_warmup_cosine_w10_max100_start1e5'], rtol=1e-9, atol=1e-15)
+
+
+def test_plateau_is_the_recorded_one():
+    z, plateau, rates = np.load(golden('lovt/schedules.npz')), Plateau(), []
+    for value in z['reduce_on_plateau_values']:
+        rates.append(3e-4 * plateau.scale)
+        plateau.see(value)
+    np.testing.assert_allclose(rates, z['reduce_on_plateau_lr_before_each'], rtol=1e-12)
+
+
+@pytest.mark.parametrize('name,make', [
+    ('cosine_bounce', lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 7)),
+    ('cosine_restarts', lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 7))])
+def test_epoch_schedules_are_torchs(name, make):
+    o = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, theirs = make(o), []
+    for _ in range(30): theirs.append(o.param_groups[0]['lr']); o.step(); scheduler.step()
+    np.testing.assert_allclose([lr_scale(t, 30, 0, name, epoch_steps=7) for t in range(30)], theirs, atol=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.floats(0.1, 10) | st.just(float('nan')), min_size=1, max_size=40), st.integers(0, 4), st.sampled_from(['min', 'max']))
+def test_plateau_is_torchs(values, patience, mode):
+    o = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(o, mode, 0.5, patience, eps=0), Plateau(0.5, patience, mode)
+    for value in values:
+        scheduler.step(value)
+        again = Plateau(0.5, patience, mode) # forgotten and brought back, as by a resumed run
+        again.restore(plateau.state())
+        plateau = again
+        assert plateau.see(value) == pytest.approx(o.param_groups[0]['lr'])
+
+
+@pytest.mark.parametrize('name', [n for n in SCHEDULES if n not in (*FALLING, 'plateau')])
+def test_epoch_schedules_ask_for_the_epoch_and_stay_in_bounds(name):
+    with pytest.raises(ValueError, match='epoch_steps'): lr_scale(3, 20, 0, name)
+    assert all(0 <= lr_scale(t, 40, 10, name, epoch_steps=10) <= 1 for t in range(40))
+
+
+def test_adam_is_torchs_with_coupled_decay():
+    ours, theirs = net(), net()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer, reference = make_optimizer(ours, 1e-2, 0.1, 'adam', no_decay=()), torch.optim.Adam(theirs.parameters(), 1e-2, weight_decay=0.1)
+    for _ in range(3):
+        for model, o in ((ours, optimizer), (theirs, reference)):
+            o.zero_grad(); sum((p ** 2).sum() for p in model.parameters()).backward(); o.step()
+    for a, b in zip(ours.parameters(), theirs.parameters()): torch.testing.assert_close(a, b)

@@ -230,3 +230,25 @@ def test_other_machine_is_said(tmp_path):
     try:
         with pytest.warns(UserWarning, match='not to the bit'): run(tmp_path, epochs=2, schedule='constant')
     finally: torch.set_num_threads(1)
+
+
+PLATEAU = dict(schedule='plateau', warmup=0, optimizer='adam', lr=3e-1, head_warmup=3, head_lr=1e-2, plateau_patience=0, valid_every=2, save_every=2, epochs=8)
+
+
+def test_plateau_and_head_warm_up_resume_exactly(tmp_path):
+    "Killed again and again: the plateau's memory is in the checkpoint, so rates and weights are those of the run that never died."
+    run(tmp_path/'whole', **PLATEAU)
+    files, rows = contents(tmp_path/'whole')
+    rates = [r['lr'] for r in rows if r['kind'] == 'train']
+    assert rates[:3] == [1e-2] * 3 and rates[3] == pytest.approx(3e-1)
+    assert rates[-1] < 3e-1 / 3, 'the rate must really fall'
+    killed = sum(kill_after(tmp_path/'cut', 6 * attempt + 5, **PLATEAU) for attempt in range(6))
+    assert killed >= 3
+    run(tmp_path/'cut', method=small(seed=99), **PLATEAU)
+    assert contents(tmp_path/'cut') == (files, rows)
+
+
+def test_plateau_needs_validation_and_its_metric(tmp_path):
+    with pytest.raises(ValueError, match='needs validation'): run(tmp_path/'a', valid=None, **PLATEAU)
+    with pytest.raises(ValueError, match='valid_los'): run(tmp_path/'b', plateau_monitor='valid_los', **PLATEAU)
+    with pytest.raises(ValueError, match='head_warmup=30'): run(tmp_path/'c', **{**PLATEAU, 'head_warmup': 30, 'epochs': 2})

@@ -38,7 +38,8 @@ def validated(loop):
     found = {k: float(v) for k, v in from_first(found).items()}
     tests = [k for k in found if k.lower().startswith('test')]
     if tests: raise ValueError(f'validate gave {tests[0]!r}: weights are chosen on validation data, test data is for the end')
-    if found and config.monitor not in found: raise ValueError(unknown_name('monitor', config.monitor, found))
+    for name in (config.monitor, *([config.plateau_monitor] if loop.plateau else [])):
+        if found and name not in found: raise ValueError(unknown_name('monitor', name, found))
     return found
 
 # %% ../../nbs/420_train.loop.ipynb #0c5eeac3
@@ -57,8 +58,9 @@ def _publish(loop, name, metrics=None):
 
 
 def judge(loop, metrics):
-    "Keep the weights if they are the best so far, or count towards early stopping."
+    "Keep the weights if they are the best so far, or count towards early stopping; a plateau lowers the rate of the steps that follow."
     value = metrics[loop.config.monitor]
+    if loop.plateau and loop.step >= loop.config.head_warmup: loop.plateau.see(metrics[loop.config.plateau_monitor])
     if _better(loop.config, value, loop.best):
         loop.best, loop.best_step, loop.bad = value, loop.step, 0
         _publish(loop, 'best', {**metrics, 'step': loop.step})
@@ -81,7 +83,7 @@ def save(loop):
     if loop.average: tensors['average'] = {k: v.clone() for k, v in loop.average.values.items()}
     save_checkpoint(loop.folder/'checkpoints', loop.step, tensors, {
         'run': loop.identity, 'machine': _machine(loop), 'best': loop.best, 'best_step': loop.best_step, 'bad': loop.bad,
-        'stopped': loop.stopped, 'scaler': loop.scaler.state_dict()})
+        'stopped': loop.stopped, 'scaler': loop.scaler.state_dict(), 'plateau': loop.plateau.state() if loop.plateau else None})
     prune_checkpoints(loop.folder/'checkpoints', loop.config.keep_last, loop.best_step if loop.config.keep_best else None)
     for tracker in loop.accelerator.trackers: getattr(tracker.tracker, 'flush', lambda: None)()
 
@@ -98,6 +100,7 @@ def restore(loop, found):
     restore_optimizer(loop.optimizer, tensors.get('optimizer', {}))
     if loop.average: loop.average.load(tensors['average'])
     if state['scaler']: loop.scaler.load_state_dict(state['scaler'])
+    if loop.plateau: loop.plateau.restore(state['plateau'])
     loop.step, loop.stopped = state['step'], state['stopped']
     loop.best, loop.best_step, loop.bad = state['best'], state['best_step'], state['bad']
     loop.batches.start = loop.step
@@ -105,6 +108,7 @@ def restore(loop, found):
 # %% ../../nbs/420_train.loop.ipynb #472bbb27
 def begin(loop, resume=True):
     "Find the run in its folder and go on, or start it; open the journal and the trackers."
+    if loop.plateau and loop.valid is None and loop.validate is None: raise ValueError("schedule='plateau' needs validation: give valid=, or validate=")
     root = loop.folder/'checkpoints'
     root.mkdir(parents=True, exist_ok=True)
     loop.identity = fingerprint(loop.config, loop.method, data_digest(loop.dataset), data_digest(loop.valid), loop.exchange.world,

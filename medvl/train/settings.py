@@ -4,12 +4,12 @@
 __all__ = ['FREE', 'TrainConfig', 'check_config', 'run_length', 'fingerprint', 'check_same_run']
 
 # %% ../../nbs/412_train.settings.ipynb #21c04c02
-from dataclasses import dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 
 from ..core.config import config_dict
 from ..core.errors import DataError, unknown_name
 from .gradcache import check_chunks
-from .optim import SCHEDULES, warmup_steps
+from .optim import OPTIMIZERS, SCHEDULES, warmup_steps
 
 # %% ../../nbs/412_train.settings.ipynb #825e0d1d
 @dataclass
@@ -20,16 +20,21 @@ class TrainConfig:
     batch_size: int = 16  # samples that are compared with each other, of one process
     chunk_size: int | None = None  # GradCache: samples encoded at once; None = the whole batch
     accumulate: int = 1  # batches whose gradients are averaged into one optimiser step
-    optimizer: str = 'adamw'  # 'adamw' or 'sgd'
+    optimizer: str = 'adamw'  # 'adamw', 'adam' (coupled decay) or 'sgd'
     lr: float = 5e-5  # peak learning rate
     weight_decay: float = 1e-4  # of the groups that decay
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW's decay rates of the moments
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam's and AdamW's decay rates of the moments
     momentum: float = 0.9  # SGD's
     no_decay: tuple[str, ...] = ('1d',)  # name patterns without decay; '1d' = biases, norms, scalars; () = decay all (the paper)
     lr_scales: dict | None = None  # name pattern -> factor of lr, e.g. {'text_encoder': 0.1}
     schedule: str = 'cosine'  # one of medvl.train.optim.SCHEDULES; 'reference' = the original's
     warmup: int | float = 0.1  # steps (int) or share of the run (float)
     floor: float = 0.0  # share of lr that the schedule ends at
+    plateau_monitor: str = 'valid_loss'  # schedule 'plateau': what no longer improves; lower is better
+    plateau_factor: float = 0.5  # what lr is multiplied with then
+    plateau_patience: int = 3  # validations without improvement that are borne
+    head_warmup: int = 0  # first steps, at head_lr, while the method keeps its encoder frozen; the schedule begins after them
+    head_lr: float = 1e-3  # learning rate of these steps
     clip: float = 0.0  # largest norm of the gradient; 0 = no clipping (the paper)
     precision: str = 'fp32'  # 'fp32', 'bf16' or 'fp16' (with loss scaling)
     channels_last: bool = False  # memory layout of convolutions; faster with bf16/fp16 on GPUs, and on CPUs
@@ -54,9 +59,9 @@ class TrainConfig:
     cpu: bool = False  # stay on the CPU
 
 # %% ../../nbs/412_train.settings.ipynb #107a2a23
-_choices = dict(schedule=SCHEDULES, precision=('fp32', 'bf16', 'fp16'), mode=('min', 'max'), optimizer=('adamw', 'sgd'))
+_choices = dict(schedule=SCHEDULES, precision=('fp32', 'bf16', 'fp16'), mode=('min', 'max'), optimizer=OPTIMIZERS)
 _least = dict(epochs=1, batch_size=1, accumulate=1, keep_last=1, log_every=1, valid_samples=1, workers=0, save_every=0, valid_every=0,
-              early_stop=0)
+              early_stop=0, plateau_patience=0, head_warmup=0)
 
 
 def check_config(
@@ -71,10 +76,12 @@ def check_config(
         if getattr(config, name) not in options: raise ValueError(unknown_name(name, getattr(config, name), options))
     for name, least in _least.items():
         if getattr(config, name) < least: raise ValueError(f'{name}={getattr(config, name)} must be at least {least}')
-    for name in ('lr', 'weight_decay', 'clip', 'floor', 'min_delta'):
+    for name in ('lr', 'weight_decay', 'clip', 'floor', 'min_delta', 'head_lr'):
         value = getattr(config, name)
         if not 0 <= value < float('inf'): raise ValueError(f'{name}={value} must be a finite number, 0 or more')
     if not 0 <= config.ema < 1: raise ValueError(f'ema={config.ema} is a decay in [0, 1), such as 0.999')
+    if not 0 < config.plateau_factor < 1: raise ValueError(f'plateau_factor={config.plateau_factor} is a factor between 0 and 1, such as 0.5')
+    if config.head_warmup and not config.lr: raise ValueError('head_warmup needs an lr above 0: its rate is stated as a multiple of lr')
     if config.max_steps is not None and config.max_steps < 1: raise ValueError(f'max_steps={config.max_steps} must be at least 1, or None')
     if config.monitor.startswith('test'):
         raise ValueError(f'monitor={config.monitor!r}: weights are chosen on validation data, never on test data')
@@ -94,7 +101,8 @@ def run_length(
         raise ValueError(f'an epoch has {batches} full batches of batch_size={config.batch_size}, and a step needs '
                          f'accumulate={config.accumulate}: lower one of the two, or bring more data')
     total = config.max_steps or config.epochs * in_epoch
-    warmup_steps(config.warmup, total)
+    if config.head_warmup >= total: raise ValueError(f'head_warmup={config.head_warmup} steps do not fit into a run of {total} steps')
+    warmup_steps(config.warmup, total - config.head_warmup)
     return in_epoch, total
 
 # %% ../../nbs/412_train.settings.ipynb #84c883fc
@@ -140,6 +148,7 @@ def check_same_run(
     Raises: DataError naming every field that differs.
     """
     free = {f'train.{name}' for name in FREE}
+    old = {**old, 'train': {**{k: v for k, v in asdict(TrainConfig()).items() if k in new['train']}, **old['train']}}
     endless = new['train'].get('schedule') == 'constant' and float(new['train'].get('warmup', 0)).is_integer()
     if endless: free |= {'train.epochs', 'train.max_steps'}
     wrong = [d for d in _differences(old, new) if d.split(':')[0] not in free]
