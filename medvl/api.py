@@ -53,7 +53,7 @@ class Model:
         write_json(folder/PREPROCESS, {'profile': self.profile, 'size': list(self.size)})
         return folder
 
-# %% ../nbs/800_api.ipynb #c5683aba
+# %% ../nbs/800_api.ipynb #2800fa80
 def _model_folder(source):
     "Find the folder of a model: itself, or `model/` of a run."
     folder = Path(source)
@@ -79,7 +79,7 @@ def load(
                         fix='Write {"profile": "mammo_clip_v1", "size": [1520, 912]} (or what it was trained with) into that file.')
     return Model(method, *read_preprocess(folder/PREPROCESS))
 
-
+# %% ../nbs/800_api.ipynb #c5683aba
 def read_preprocess(
     file, # preprocess.json
 ) -> tuple: # profile name, (height, width)
@@ -114,7 +114,7 @@ def pixels_of(
     pixels = np.stack([_one(i, model.profile, model.size) for i in images])
     return torch.from_numpy(pixels)[:, None].to(model.method.device)
 
-# %% ../nbs/800_api.ipynb #866373a8
+# %% ../nbs/800_api.ipynb #76326bff
 @torch.no_grad()
 def embed(
     model:Model,
@@ -132,7 +132,7 @@ def _encode(model, images, batch_size=8):
     if not images: raise ValueError('There is no image in the list.')
     return torch.cat([model.method.encode_image(pixels_of(model, images[i:i + batch_size])).float() for i in range(0, len(images), batch_size)])
 
-
+# %% ../nbs/800_api.ipynb #866373a8
 @torch.no_grad()
 def zero_shot(
     model:Model,
@@ -153,7 +153,7 @@ def zero_shot(
     table = pd.DataFrame((scale * cosines).softmax(1).cpu().numpy(), columns=list(classes))
     return table if isinstance(images, (list, tuple)) else table.iloc[0]
 
-# %% ../nbs/800_api.ipynb #b2bfd93e
+# %% ../nbs/800_api.ipynb #a83d26d8
 @dataclass
 class Explanation:
     "Where an image answers to a sentence."
@@ -183,7 +183,7 @@ class Explanation:
         plt.close(figure)
         return buffer.getvalue()
 
-
+# %% ../nbs/800_api.ipynb #b2bfd93e
 @torch.no_grad()
 def explain(
     model:Model,

@@ -42,7 +42,7 @@ def paper_table(
     out.columns = pd.MultiIndex.from_tuples([(a, m.replace('hit@', 'IoU@')) for a, m in out.columns])
     return out
 
-# %% ../../nbs/622_attribute.comparison.ipynb #2fea53f9
+# %% ../../nbs/622_attribute.comparison.ipynb #7939dbd2
 def _pairs(scores, reference, metric):
     "Scores of all methods side by side, a row an (image, attribute); refuses maps that only some methods have."
     if reference not in set(scores.method): raise ValueError(unknown_name('method', reference, list(scores.method.unique())))
@@ -52,7 +52,7 @@ def _pairs(scores, reference, metric):
     if holes.any(): raise ValueError(f'{holes.idxmax()} was not scored on the same images as the others: pairs need both scores')
     return wide
 
-
+# %% ../../nbs/622_attribute.comparison.ipynb #2fea53f9
 def paired_differences(
     scores:pd.DataFrame, # from `localise`, several methods on the same maps
     reference:str='mammo_factor', # method that the others are compared with

@@ -73,7 +73,7 @@ class FeatureMaps:
         return {'maps': torch.from_numpy(np.array(self.maps[row])), 'labels': self.labels[row], 'sample_id': record.image_id,
                 'patient_id': record.patient_id, 'index': i, 'epoch': epoch}
 
-# %% ../../nbs/611_attribute.factor_protocol.ipynb #5b26ac38
+# %% ../../nbs/611_attribute.factor_protocol.ipynb #2c3c44f9
 def boxes_of(data, image_id, attribute, box_labels=None):
     "Give the true boxes of an attribute on an image, float (n,4)."
     wanted = (box_labels or {}).get(attribute, [attribute])
@@ -91,7 +91,7 @@ def at_size(heat, size):
     heat = torch.as_tensor(heat).float()
     return (heat if tuple(heat.shape) == tuple(size) else upsample(heat, size)).cpu().numpy()
 
-
+# %% ../../nbs/611_attribute.factor_protocol.ipynb #5b26ac38
 def heat_of(explainer, maps, attribute, size):
     "Draw one map at image size, float32 (h,w)."
     return at_size(factor_heat(explainer, maps, attribute), size)

@@ -37,7 +37,7 @@ class AugmentConfig:
     fill: float = 0.0 # grey value outside the image
     chunk: int = 0 # images resampled at once, which bounds the memory; 0: one on a CPU (its cache likes it), 16 elsewhere
 
-# %% ../../nbs/140_data.augment.ipynb #fe4bde36
+# %% ../../nbs/140_data.augment.ipynb #61739f52
 def _move(x, y): return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]], dtype=np.float64)
 
 
@@ -57,7 +57,7 @@ def affine_matrix(
     cx, cy = (width - 1)/2, (height - 1)/2
     return _move(cx + translate[0]*width, cy + translate[1]*height) @ linear @ _move(-cx, -cy)
 
-
+# %% ../../nbs/140_data.augment.ipynb #fe4bde36
 def flip_matrix(
     height:int, # pixels
     width:int, # pixels
@@ -70,7 +70,7 @@ def flip_matrix(
     if vertical: m[1, 1], m[1, 2] = -1, height - 1
     return m
 
-# %% ../../nbs/140_data.augment.ipynb #5d5eacfb
+# %% ../../nbs/140_data.augment.ipynb #0d030f96
 @dataclass
 class Draw:
     "What happens to one image."
@@ -88,7 +88,7 @@ def _blur(noise, sigma):
     for axis in (1, 2): noise = np.apply_along_axis(np.convolve, axis, noise, kernel, 'valid')
     return noise
 
-
+# %% ../../nbs/140_data.augment.ipynb #5d5eacfb
 def elastic_field(
     rng:np.random.Generator, # where the numbers come from
     height:int, # pixels
@@ -121,7 +121,7 @@ def _three_points(rng, height, width, by=50.0):
     one = np.ones((3, 1))
     return np.vstack([np.linalg.solve(np.hstack([old, one]), new).T, [0, 0, 1]])
 
-# %% ../../nbs/140_data.augment.ipynb #fc8581f7
+# %% ../../nbs/140_data.augment.ipynb #986b8309
 def _draw_affine(config, rng, height, width):
     u = lambda limit, n=2: rng.uniform(-limit, limit, n)
     low, high = config.scale
@@ -131,7 +131,7 @@ def _draw_affine(config, rng, height, width):
     if not config.scale_per_axis: scale[1] = scale[0]
     return affine_matrix(height, width, u(config.rotate, 1)[0], u(config.translate), scale, u(config.shear))
 
-
+# %% ../../nbs/140_data.augment.ipynb #fc8581f7
 def draw(
     config:AugmentConfig, # what may happen
     key:tuple, # (seed, epoch, index of the sample, view)
@@ -157,7 +157,7 @@ def draw(
         tone = (float(np.exp(g)), float(np.exp(c)), float(255*b))
     return Draw(matrix, field, tone, None if affine or elastic else tuple(map(bool, flip)))
 
-# %% ../../nbs/140_data.augment.ipynb #7957e532
+# %% ../../nbs/140_data.augment.ipynb #71668dd5
 def sampling_grid(
     draws:list, # n Draws, all with a field of one shape or all without
     height:int, # pixels
@@ -177,7 +177,7 @@ def sampling_grid(
     fine = F.interpolate(torch.from_numpy(coarse).to(device), size=(height, width), mode='bilinear', align_corners=True)
     return fine.permute(0, 2, 3, 1)
 
-
+# %% ../../nbs/140_data.augment.ipynb #7957e532
 def warp(
     images:torch.Tensor, # (n, c, h, w), any number type
     draws:list, # n Draws

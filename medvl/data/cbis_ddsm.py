@@ -62,7 +62,7 @@ def read_lesions(
     first = lambda column: df[column].str.replace('\\', '/').str.partition('/')[0].str.strip() if column in df else ''
     return df.assign(film=first('image_file_path'), roi=first('roi_mask_file_path'))
 
-# %% ../../nbs/166_data.cbis_ddsm.ipynb #d7663d4a
+# %% ../../nbs/166_data.cbis_ddsm.ipynb #1e14c2cc
 def find_folders(
     folder, # of the release
 ) -> dict: # name of a film or lesion -> list of its files, relative
@@ -73,7 +73,7 @@ def find_folders(
         if names: out.setdefault(names[-1], []).append(path)
     return out
 
-
+# %% ../../nbs/166_data.cbis_ddsm.ipynb #d7663d4a
 def pick_mask(
     root:Path, # of the release
     files:list, # of a lesion's folder

@@ -139,7 +139,7 @@ def image_records(
     if (n := int(((out.density == '') & (carried != '')).sum())): report.add('density from the low-energy row', '', None, f'{n} images', 'same breast')
     return out.assign(density=out.density.where(out.density != '', carried))[~name.duplicated() & (kind != '')].reset_index(drop=True)
 
-# %% ../../nbs/170_data.cdd_cesm.ipynb #f6486380
+# %% ../../nbs/170_data.cdd_cesm.ipynb #df0efc2c
 def read_texts(root, report):
     "Read the reports: patient -> parts."
     out = {}
@@ -150,7 +150,7 @@ def read_texts(root, report):
         except DataError as e: report.add('report cannot be read', path, None, e.message, 'left out')
     return out
 
-
+# %% ../../nbs/170_data.cdd_cesm.ipynb #f6486380
 def read_cdd_cesm(
     folder, # holds the table, the outlines, the two folders of images and the reports
     kinds=('low_energy',), # low_energy, subtracted

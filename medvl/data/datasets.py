@@ -109,7 +109,7 @@ def report_texts(
         if clean or config.empty == 'keep': seen.setdefault(clean, (name, text))
     return list(seen.values())
 
-# %% ../../nbs/146_data.datasets.ipynb #4c3af0cb
+# %% ../../nbs/146_data.datasets.ipynb #a6718b36
 def _is_there(text): return isinstance(text, str) and text.strip() != ''
 
 
@@ -136,7 +136,7 @@ def breasts(
                              images={v: list(zip(g.row.astype(int), g['view'])) for v, g in group.groupby('view', sort=True)}))
     return rows, {k: n for k, n in skipped.items() if n}
 
-
+# %% ../../nbs/146_data.datasets.ipynb #4c3af0cb
 def _report_key(reports):
     "63-bit number of the whole report(s), blind to spacing and case."
     words = '\n'.join(normalise(r) for r in reports)
@@ -215,7 +215,7 @@ def to_html(data):
 
 def _counts(skipped): return ', '.join(f'{n} with {reason}' for reason, n in skipped.items())
 
-# %% ../../nbs/146_data.datasets.ipynb #300b7d8d
+# %% ../../nbs/146_data.datasets.ipynb #fefbac20
 def draw_flips(
     config:BreastTextConfig, # options
     rng:np.random.Generator, # of the sample
@@ -229,7 +229,7 @@ def draw_flips(
         flips[:, 1] &= not any(names_side(t, vertical=True) for _, t in texts)
     return np.broadcast_to(flips, (config.views, 2)).copy()
 
-
+# %% ../../nbs/146_data.datasets.ipynb #300b7d8d
 def draw_texts(
     config:BreastTextConfig, # options
     row:dict, # of `breasts`

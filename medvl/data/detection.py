@@ -31,7 +31,7 @@ def box_classes(prepared, # Prepared
         if name not in known: raise ValueError(unknown_name('finding with boxes', name, known))
     return tuple(names)
 
-# %% ../../nbs/146a_data.detection.ipynb #bb3a5015
+# %% ../../nbs/146a_data.detection.ipynb #ca73250c
 IMAGES = ('all', 'positive', 'balanced')
 
 
@@ -56,7 +56,7 @@ def detection_subset(prepared, # Prepared
     out.boxes = out.boxes[out.boxes.label.isin(classes)].reset_index(drop=True)
     return out
 
-
+# %% ../../nbs/146a_data.detection.ipynb #bb3a5015
 def detection_dataset(prepared, # Prepared
                       classes, # names from `box_classes`
                       images='all', # see `detection_subset`

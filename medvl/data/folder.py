@@ -83,7 +83,7 @@ def read_index(
     good = good[~good.index.isin(again)].reset_index(drop=True)
     return good if len(good) else nothing_left(df, problems, path)
 
-# %% ../../nbs/163_data.folder.ipynb #299ae275
+# %% ../../nbs/163_data.folder.ipynb #b54886b4
 _PATHOLOGY = {'normal': (0., 0.), 'benign': (0., 1.), 'malignant': (1., 1.), 'benign_without_callback': (0., 1.)}
 
 
@@ -99,7 +99,7 @@ def pathology_labels(
         if name not in records: records[name] = words.map({k: v[i] for k, v in _PATHOLOGY.items()}).astype(float)
     return records
 
-
+# %% ../../nbs/163_data.folder.ipynb #299ae275
 def read_part(
     path, # boxes.csv or sentences.csv
     kind:str, # 'boxes' or 'sentences'

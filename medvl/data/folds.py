@@ -12,7 +12,7 @@ from ..core.errors import DataError, unknown_name
 from .prepared import Prepared
 from .splits import fold_patients, fraction_patients, split_patients
 
-# %% ../../nbs/149a_data.folds.ipynb #d51f4423
+# %% ../../nbs/149a_data.folds.ipynb #c338cd11
 def with_split(
     prepared:Prepared, # data set
     **columns, # `split` and/or `fold`: new values
@@ -37,7 +37,7 @@ def check_folds(
     if len(found) < 3: raise DataError(f'three folds are needed (train, valid, test), there are {len(found)}.', column='fold', fix='Use with_folds to deal the patients.')
     return found
 
-
+# %% ../../nbs/149a_data.folds.ipynb #d51f4423
 def with_folds(
     prepared:Prepared, # data set
     k:int=4, # folds

@@ -121,7 +121,7 @@ def _equal_pairs(data, side, column, kind):
         names = sorted(first)
         yield from ((kind, first[a], first[b], value) for i, a in enumerate(names) for b in names[i + 1:])
 
-# %% ../../nbs/131_data.leaks.ipynb #01af099a
+# %% ../../nbs/131_data.leaks.ipynb #fef40fbe
 @dataclass
 class LeakReport:
     "What stands on both sides of a split."
@@ -137,7 +137,7 @@ class LeakReport:
 
     def _repr_html_(self): return f'<p>{self!r}</p>' + (self.pairs.head(20).to_html() if self else '')
 
-
+# %% ../../nbs/131_data.leaks.ipynb #5271f678
 def check_leaks(
     data:Prepared, # the data set
     split='split', # column of the manifest, or one value an image; '' takes no part
@@ -164,7 +164,7 @@ def check_leaks(
     pairs = pd.DataFrame(rows, columns=['kind', 'image_a', 'split_a', 'image_b', 'split_b', 'detail']).drop_duplicates(['kind', 'image_a', 'image_b'], ignore_index=True)
     return LeakReport(pairs, dict(images=side[side != ''].value_counts().sort_index().to_dict(), by=list(by)))
 
-
+# %% ../../nbs/131_data.leaks.ipynb #01af099a
 def _near(data, side, bits, correlation, mirror):
     thumbs, parts, found = stored_thumbnails(data), sorted(set(side) - {''}), []
     patient = data.manifest.patient_id.to_numpy()

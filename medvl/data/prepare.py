@@ -123,7 +123,7 @@ def sort_records(
     good, masks = clean_masks(good[here].reset_index(drop=True))
     return good, rows + masks
 
-# %% ../../nbs/115_data.prepare.ipynb #2f59ff26
+# %% ../../nbs/115_data.prepare.ipynb #9125f346
 def sort_boxes(
     boxes:pd.DataFrame|None, # of a builder
     known, # ids of images in the plan
@@ -147,7 +147,7 @@ def path_names(records):
     text = lambda name: records[name].astype(object).where(records[name].notna(), '').map(str) if name in records else ['']*len(records)
     return {path: (patient, exam) for name in ('image_path', 'mask_path') for path, patient, exam in zip(text(name), text('patient_id'), text('exam_id')) if path}
 
-
+# %% ../../nbs/115_data.prepare.ipynb #2f59ff26
 def make_plan(records, root, boxes, sentences, profile, size, dtype, settings, report=None) -> Plan:
     "Check the tables and lay down the run."
     profile = get_profile(profile)
@@ -246,7 +246,7 @@ class Journal:
         self.row += 'row' in entry
         self.mask_row += entry.get('mask_row', -1) >= 0
 
-# %% ../../nbs/115_data.prepare.ipynb #20b35812
+# %% ../../nbs/115_data.prepare.ipynb #ce3a3d71
 def report_text(
     records:pd.DataFrame, # with report_text, or findings and impression, or none
 ) -> list: # one text a record
@@ -259,7 +259,7 @@ def report_text(
 
 def exam_key(patient, exam): return f'{patient}\x1f{exam or patient}'
 
-
+# %% ../../nbs/115_data.prepare.ipynb #20b35812
 def make_manifest(
     plan:Plan, # the run
     entries:list, # of the journal
@@ -283,7 +283,7 @@ def make_manifest(
     out['fold'] = r.fold.fillna(-1).astype(int) if 'fold' in r else -1
     return out.assign(**{c: r[c] for c in r if c.startswith('label_')})
 
-# %% ../../nbs/115_data.prepare.ipynb #d4308ba8
+# %% ../../nbs/115_data.prepare.ipynb #42ea358f
 def make_boxes(
     plan:Plan, # the run
     entries:list, # of the journal
@@ -298,7 +298,7 @@ def make_boxes(
             rows.append([image, old.label, *edges, old.get('severity', '')])
     return pd.DataFrame(rows, columns=['image_id', 'label', 'x0', 'y0', 'x1', 'y1', 'severity']), numbers
 
-
+# %% ../../nbs/115_data.prepare.ipynb #8a00213c
 def make_sentences(
     plan:Plan, # the run
     manifest:pd.DataFrame, # of the run
@@ -317,7 +317,7 @@ def make_sentences(
     s['image_id'] = s.image_id.where(s.image_id.isin(manifest.image_id), '')
     return s
 
-
+# %% ../../nbs/115_data.prepare.ipynb #d4308ba8
 def without_names(
     path:str, # of a file
     names:tuple, # patient and exam as the table has them
@@ -339,7 +339,7 @@ def make_rejects(plan, entries, salt):
     for row in rows: row['file'] = without_names(row['file'], plan.names.get(row['file'], ()), salt)
     return pd.DataFrame(rows, columns=['file', 'image_id', 'reason', 'stage'])
 
-# %% ../../nbs/115_data.prepare.ipynb #aa027d95
+# %% ../../nbs/115_data.prepare.ipynb #60160fdf
 def make_info(
     plan:Plan, # the run
     manifest:pd.DataFrame,
@@ -360,7 +360,7 @@ def make_info(
                 same_file=[ids for ids in same if len(ids) > 1],
                 builder=None if report is None else dict(name=report.name, counts=report.counts, issues={k: int(v) for k, v in report.issues.kind.value_counts().items()}))
 
-
+# %% ../../nbs/115_data.prepare.ipynb #aa027d95
 def finish(plan, folder, journal, salt, report):
     "Close the stores and write the tables, `dataset.json` last."
     if not journal.row:
@@ -379,7 +379,7 @@ def finish(plan, folder, journal, salt, report):
     write_json(folder/'provenance.json', provenance())
     write_json(folder/'dataset.json', make_info(plan, manifest, rejects, salt, digests, report))
 
-# %% ../../nbs/115_data.prepare.ipynb #2f7a10bb
+# %% ../../nbs/115_data.prepare.ipynb #130c3864
 @contextlib.contextmanager
 def locked(folder:Path):
     """Hold the folder for one process.
@@ -393,7 +393,7 @@ def locked(folder:Path):
         except OSError as e: raise DataError('another process is preparing into this folder.', file=str(folder), fix='Wait for it, or choose another folder.') from e
         yield
 
-
+# %% ../../nbs/115_data.prepare.ipynb #2f7a10bb
 def run_plan(plan, folder, jobs, n_jobs, backend, salt, report):
     "Do what is left of a plan."
     n, masks = len(plan.records), sum(bool(j.mask_path) for j in jobs)

@@ -18,7 +18,7 @@ from ..core.paths import atomic_path, digest, read_json
 from .schema import TABLES, validate
 from .store import ImageStore
 
-# %% ../../nbs/112_data.prepared.ipynb #0fa950c7
+# %% ../../nbs/112_data.prepared.ipynb #24feaf30
 _TYPES = {'text': 'str', 'int': 'int64', 'float': 'float64', 'bool': 'bool', 'label': 'float32'}
 
 
@@ -37,7 +37,7 @@ def typed(
     out |= {c: checked[c].astype('float32') for c in labels} | {c: df[c].reset_index(drop=True) for c in rest}
     return pd.DataFrame(out)
 
-
+# %% ../../nbs/112_data.prepared.ipynb #0fa950c7
 def write_table(df, kind, folder):
     "Check a table and write it as Parquet, atomically."
     path = Path(folder)/f'{kind}.parquet'

@@ -22,7 +22,7 @@ from .header import Limits, is_dicom, open_dicom, value_of, view_of
 from .image import sniff
 from .schema import Report
 
-# %% ../../nbs/165_data.releases.ipynb #6b576beb
+# %% ../../nbs/165_data.releases.ipynb #594a108f
 @dataclass(frozen=True)
 class Part:
     "Files of one kind in a release."
@@ -35,7 +35,7 @@ class Part:
     needed:bool = True        # whether the reader cannot do without
     known:str = 'not confirmed' # where the numbers come from
 
-
+# %% ../../nbs/165_data.releases.ipynb #6b576beb
 @dataclass(frozen=True)
 class Release:
     "A data set as its owners give it out."
@@ -57,7 +57,7 @@ class Release:
         lines = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{html.escape(v)}</td></tr>' for k, v in facts)
         return f'<b>{html.escape(self.name)}</b><table>{lines}</table>'
 
-# %% ../../nbs/165_data.releases.ipynb #27b3eb12
+# %% ../../nbs/165_data.releases.ipynb #1e696e16
 def image_header(
     path, # DICOM, PNG, JPEG or PGM file
 ) -> dict: # height, width, and for DICOM laterality, view, series, patient
@@ -76,7 +76,7 @@ def image_header(
     if size is None: raise DataError('no image header is found in it.', file=str(path), fix='Download it again.')
     return dict(height=size[0], width=size[1], laterality='', view='', series='', patient='')
 
-
+# %% ../../nbs/165_data.releases.ipynb #27b3eb12
 def _png_size(head): return (int.from_bytes(head[20:24]), int.from_bytes(head[16:20])) if len(head) >= 24 else None
 
 
@@ -139,7 +139,7 @@ def _read_excel(path, sheet):
     try: return pd.read_excel(path, sheet_name=sheet, dtype=str, keep_default_na=False, engine='openpyxl')
     except (ValueError, KeyError, OSError) as e: raise DataError(f'the sheet {sheet!r} cannot be read ({str(e)[:100]}).', file=str(path)) from e
 
-# %% ../../nbs/165_data.releases.ipynb #476e9e72
+# %% ../../nbs/165_data.releases.ipynb #648a9280
 def find_files(
     folder, # of the release
     patterns=('*',), # names with wildcards; with a slash: the end of the path
@@ -157,7 +157,7 @@ def find_files(
         out += [p for p in paths if any(fits(p, pattern) for pattern in patterns)]
     return sorted(out)
 
-
+# %% ../../nbs/165_data.releases.ipynb #476e9e72
 def fits(path, pattern): # '/' in the pattern binds it to the end of the path
     name = path.rpartition('/')[2] if '/' not in pattern else '/'.join(path.split('/')[-pattern.count('/') - 1:])
     return fnmatch(name.lower(), pattern.lower())
@@ -176,7 +176,7 @@ def find_table(
             if found: return Path(folder)/min(found, key=lambda p: (p.count('/'), p))
     raise DataError(f'there is no {stems[0]}.csv (nor .xlsx) in the folder.', file=str(folder), fix='Download it, or give the folder that holds it.')
 
-# %% ../../nbs/165_data.releases.ipynb #17707908
+# %% ../../nbs/165_data.releases.ipynb #838424d2
 def check_part(
     folder:Path, # of the release
     part:Part, # what should be there
@@ -194,7 +194,7 @@ def check_part(
     if found and not notes and None not in (rows, part.rows) and rows != part.rows: state = 'incomplete' if rows < part.rows else 'too many'
     return dict(files=part.pattern, expected=part.files, found=len(found), rows_expected=part.rows, rows=rows, state=state, detail='; '.join(notes) or part.meaning)
 
-
+# %% ../../nbs/165_data.releases.ipynb #17707908
 def _check_table(path, part, notes):
     try: df = read_table(path)
     except DataError as e:

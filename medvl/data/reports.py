@@ -95,7 +95,7 @@ def find_headings(
                 taken[m.start('h'):m.end()] = b'\1'*(m.end() - m.start('h'))
     return sorted(found)
 
-# %% ../../nbs/120_data.reports.ipynb #8cdd89d9
+# %% ../../nbs/120_data.reports.ipynb #0421fa32
 def _pieces(text):
     "Yield (section, text) of a report in order; nothing but headings is left out."
     heads = find_headings(text)
@@ -118,7 +118,7 @@ def _pieces(text):
         back = name if name == 'impression' else 'findings'
         yield name, body
 
-
+# %% ../../nbs/120_data.reports.ipynb #8cdd89d9
 def split_sections(
     text, # the report, or what a table has in its place
     row=None, # row of the table, for messages

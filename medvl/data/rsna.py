@@ -57,7 +57,7 @@ def check_cancer(
         if not np.isnan(top[i]): report.add('views of a breast disagree', df.image_id[i], int(i), f'cancer {df.label_cancer[i]:g}', rule)
     return top if rule == 'breast_any' else df.label_cancer
 
-# %% ../../nbs/161_data.rsna.ipynb #55a8a854
+# %% ../../nbs/161_data.rsna.ipynb #3d02db4d
 def read_rsna(
     path, # train.csv or train_folds.csv, or the folder that holds one of them
     rule:str='breast_any', # how views of one breast are resolved
@@ -82,7 +82,7 @@ def read_rsna(
     _count(out, report)
     return Source(out, empty('boxes'), empty('sentences'), report)
 
-
+# %% ../../nbs/161_data.rsna.ipynb #55a8a854
 def _count(out, report):
     "Fill in the counts; report unusual views, exams without the four views, and folds that share a patient."
     for i in np.flatnonzero(~out['view'].isin(VIEWS)): report.add('unknown view', out.image_id[i], int(i), out['view'][i], 'set aside in preparation')

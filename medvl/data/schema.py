@@ -37,7 +37,7 @@ class Column(NamedTuple):
     unique:bool = False # no value twice
     filled:bool = False # may not be empty
 
-# %% ../../nbs/110_data.schema.ipynb #c0e879d9
+# %% ../../nbs/110_data.schema.ipynb #2d8f05ae
 RECORDS = {
     'image_path': Column('text', True, 'image file, relative to the folder', filled=True),
     'patient_id': Column('text', True, 'who; splits never divide a patient', filled=True),
@@ -59,6 +59,8 @@ RECORDS = {
     'spacing_y': Column('float', False, 'mm per pixel, down', low=1e-6, high=10),
     'spacing_x': Column('float', False, 'mm per pixel, across', low=1e-6, high=10),
 }
+
+# %% ../../nbs/110_data.schema.ipynb #c0e879d9
 BOXES = {
     'image_id': Column('text', True, 'image the box lies on', filled=True),
     'label': Column('text', True, 'what is in it', filled=True),
@@ -137,7 +139,7 @@ def read_csv(
     df.columns = [n or f'unnamed_{i}' for i, n in enumerate(names)]
     return df.fillna('').astype(str)
 
-# %% ../../nbs/110_data.schema.ipynb #8cd7e591
+# %% ../../nbs/110_data.schema.ipynb #01eaec77
 ALIASES = {'dataset': 'source', 'report': 'report_text', 'impressions': 'impression', 'view_position': 'view', 'patient': 'patient_id',
            'path': 'image_path', 'filename': 'image_path', 'image': 'image_path'}
 
@@ -161,7 +163,7 @@ def _edits(a, b):
         last, old = old, now
     return old[-1]
 
-
+# %% ../../nbs/110_data.schema.ipynb #8cd7e591
 def check_columns(
     df:pd.DataFrame, # any table
     kind:str, # which table it should be
@@ -182,7 +184,7 @@ def check_columns(
                             fix=(f'Is it {near!r}? ' if near else '') + f'The table has: {", ".join(map(str, df.columns))}.')
     return unknown
 
-# %% ../../nbs/110_data.schema.ipynb #891ca860
+# %% ../../nbs/110_data.schema.ipynb #69e6c859
 _SIDES = {'L': 'L', 'LEFT': 'L', 'R': 'R', 'RIGHT': 'R', '': ''}
 _NOTHING = ('', 'nan', 'none', 'null', 'n/a', '<na>', 'nat')
 
@@ -197,7 +199,7 @@ def _number(text):
 
 def _words(text): return text.astype(object).where(text.notna(), '').map(str).str.strip().astype(object)
 
-
+# %% ../../nbs/110_data.schema.ipynb #891ca860
 def tidy(
     df:pd.DataFrame, # raw table, text or typed
     kind:str, # which table
@@ -270,7 +272,7 @@ def find_problems(
     rows += list(_relations(df, kind))
     return pd.DataFrame(rows, columns=['row', 'column', 'value', 'problem']).sort_values(['row', 'column'], kind='stable', ignore_index=True)
 
-# %% ../../nbs/110_data.schema.ipynb #e5d1db84
+# %% ../../nbs/110_data.schema.ipynb #7ea0a180
 def validate(
     df:pd.DataFrame, # any table
     kind:str, # which table
@@ -288,7 +290,7 @@ def validate(
         raise DataError(f'{first.value!r}: {first.problem}{more}.', file=file, row=int(first.row), column=first.column)
     return out
 
-
+# %% ../../nbs/110_data.schema.ipynb #e5d1db84
 def sort_out(
     df:pd.DataFrame, # any table
     kind:str, # which table

@@ -99,7 +99,7 @@ def split_patients(
     else: part = np.searchsorted(np.cumsum(fractions)[:-1], number, side='right')
     return pd.Series(np.asarray(names, object)[part], has.index).reindex(manifest[by]).set_axis(manifest.index).rename('split')
 
-# %% ../../nbs/130_data.splits.ipynb #6719e6e5
+# %% ../../nbs/130_data.splits.ipynb #06753215
 def fold_patients(
     manifest:pd.DataFrame, # one row an image
     k:int=5, # folds
@@ -116,7 +116,7 @@ def fold_patients(
     part = allot(has.to_numpy(bool).reshape(len(has), -1), np.full(k, 1/k), order)
     return pd.Series(part, has.index).reindex(manifest[by]).set_axis(manifest.index).rename('fold').astype(int)
 
-
+# %% ../../nbs/130_data.splits.ipynb #6719e6e5
 def deal_groups(
     sizes, # rows of each group, in the order they are dealt
     k:int, # folds

@@ -31,7 +31,7 @@ def checksum(
     row = np.ascontiguousarray(row)
     return hashlib.sha256(row.astype(row.dtype.newbyteorder('<'), copy=False)).digest()
 
-# %% ../../nbs/105_data.store.ipynb #d1c77e60
+# %% ../../nbs/105_data.store.ipynb #950f8c38
 def disk_full(
     error:OSError, # with an errno of FULL
     path, # file or folder
@@ -59,7 +59,7 @@ def write_at(
             if e.errno in FULL: raise disk_full(e, path, what) from e
             raise
 
-
+# %% ../../nbs/105_data.store.ipynb #d1c77e60
 def check_space(
     folder:Path, # where the files will lie
     need:int, # bytes
@@ -214,7 +214,7 @@ class _Mapped:
             self._map, self._pid = np.memmap(self.folder/'pixels.bin', self.dtype, 'r', shape=self.shape), os.getpid()
         return self._map
 
-# %% ../../nbs/105_data.store.ipynb #c733e84f
+# %% ../../nbs/105_data.store.ipynb #3ca5b127
 def trusted_sums(
     store, # ImageStore
 ) -> np.ndarray: # uint8 (n,32)
@@ -235,7 +235,7 @@ def check_row(store, row, sums):
         raise DataError('the pixels changed after they were written.', file=str(store.folder/'pixels.bin'), row=int(row),
                         fix='Copy the store again, or prepare this data set again.')
 
-
+# %% ../../nbs/105_data.store.ipynb #c733e84f
 def verify(
     store, # ImageStore
     rows=None, # numbers of rows; default: all

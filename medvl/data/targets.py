@@ -47,7 +47,7 @@ def label_values(
                         fix='For several classes give `classes`; else write 1, 0 or nothing.')
     return text.map(WORDS).to_numpy(float)
 
-# %% ../../nbs/149_data.targets.ipynb #ca14c3f4
+# %% ../../nbs/149_data.targets.ipynb #2b879c8f
 CLASSES = {'density': ('A', 'B', 'C', 'D'), 'birads': ('1', '2', '3', '4', '5')}
 
 
@@ -68,7 +68,7 @@ def class_values(
         raise DataError(f'{manifest[column].iloc[bad[0]]!r} is none of the classes {", ".join(map(str, classes))}.', row=int(bad[0]), column=column)
     return text.map(number).to_numpy(float)
 
-
+# %% ../../nbs/149_data.targets.ipynb #ca14c3f4
 def target_matrix(
     manifest:pd.DataFrame, # one row an image
     labels, # names

@@ -48,7 +48,7 @@ def require(
                             fix=(f'Is it {near!r}? ' if near else '') + f'The table has: {", ".join(df.columns)}.')
     return df
 
-# %% ../../nbs/160_data.vindr.ipynb #e23d7dd7
+# %% ../../nbs/160_data.vindr.ipynb #97eea167
 def read_findings(
     path, # finding_annotations.csv
     report:Report, # gets the issues
@@ -72,7 +72,7 @@ def read_findings(
     _check_boxes(df, report)
     return df
 
-
+# %% ../../nbs/160_data.vindr.ipynb #e23d7dd7
 def _check_boxes(df, report):
     "Forget boxes that are none; report findings without a box and boxes without a finding."
     some, full = df[_EDGES].notna().any(axis=1), df[_EDGES].notna().all(axis=1)
@@ -126,7 +126,7 @@ def _common(df, pattern):
     out['split'] = df.split.str.lower().map({'training': 'train', 'test': 'test'}).fillna('')
     return out.reset_index(drop=True)
 
-# %% ../../nbs/160_data.vindr.ipynb #5f06cd12
+# %% ../../nbs/160_data.vindr.ipynb #debcc333
 def read_vindr(
     folder, # holds finding_annotations.csv and breast-level_annotations.csv
     rule:str='any_positive', # how rows of one image are resolved: any_positive, majority, unstated, finding_rows
@@ -155,7 +155,7 @@ def read_vindr(
                          duplicate_rows=int(findings.image_id.duplicated().sum()), rule=rule)
     return Source(records, boxes, empty('sentences'), report)
 
-
+# %% ../../nbs/160_data.vindr.ipynb #5f06cd12
 def _finding_records(findings, pattern):
     "One record a row, as the original has it."
     number = findings.groupby('image_id').cumcount().astype(str)

@@ -167,7 +167,7 @@ def _safe_work(job):
 
 def _died(error): return type(error).__name__ in ('TerminatedWorkerError', 'BrokenProcessPool', 'KilledWorker')
 
-# %% ../../nbs/113_data.worker.ipynb #2e6bcc36
+# %% ../../nbs/113_data.worker.ipynb #5f0096de
 def run_jobs(
     jobs, # list of Job
     n_jobs:int=-1, # processes; -1 = one a core
@@ -186,7 +186,7 @@ def run_jobs(
     for start in range(0, len(jobs), chunk):
         yield from _run_chunk(jobs[start:start + chunk], n_jobs, backend)
 
-
+# %% ../../nbs/113_data.worker.ipynb #2e6bcc36
 def _run_chunk(jobs, n_jobs, backend):
     "Run jobs in parallel; after a worker's death, those that were on their way one by one, then the rest in parallel again."
     do = _quiet_work if backend == 'loky' else _safe_work

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..core.errors import DataError, unknown_name
 
-# %% ../../nbs/535_evaluate.detection.ipynb #15c78244
+# %% ../../nbs/535_evaluate.detection.ipynb #6178dba1
 BOX = ['x0', 'y0', 'x1', 'y1']
 
 
@@ -33,7 +33,7 @@ def _check_table(table, what, columns):
         i = int(bad.argmax())
         raise DataError(f'{what}: a box without area or with numbers that are not finite: {values[i].tolist()} of image {table.image_id.iloc[i]!r}', row=i)
 
-
+# %% ../../nbs/535_evaluate.detection.ipynb #15c78244
 @dataclass
 class Scene:
     "Truth and detections as arrays, sorted by class, image, and score."
@@ -152,7 +152,7 @@ def average_precision_of(hit, # bool (...,d): right, in order of score
     tp, fp = np.cumsum(hit, -1, dtype=float), np.cumsum(counts & ~hit, -1, dtype=float)
     return _average(tp, fp, np.broadcast_to(np.asarray(n, float), tp.shape[:-1]), points)
 
-# %% ../../nbs/535_evaluate.detection.ipynb #f54c045e
+# %% ../../nbs/535_evaluate.detection.ipynb #3cdbe769
 THRESHOLDS = np.linspace(.5, .95, 10)
 AREAS = {'all': (0, 1e10), 'small': (0, 32**2), 'medium': (32**2, 96**2), 'large': (96**2, 1e10)}
 
@@ -161,7 +161,7 @@ def _outside(boxes, areas):
     size = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     return np.stack([(size < low) | (size > high) for low, high in areas.values()])
 
-
+# %% ../../nbs/535_evaluate.detection.ipynb #f54c045e
 def coco_map(truth, found, images, # tables as in `arrange`
              labels=None, # classes; None: all that occur
              thresholds=THRESHOLDS, # overlaps that are averaged

@@ -37,7 +37,7 @@ def detect(method, # Method with `predict` and `names`, e.g. RetinaNet
     columns = ['image_id', 'label', 'score', *BOX]
     return pd.concat(parts, ignore_index=True)[columns].astype({'label': object}) if parts else pd.DataFrame(columns=columns)
 
-# %% ../../nbs/535b_evaluate.detector.ipynb #9198e651
+# %% ../../nbs/535b_evaluate.detector.ipynb #faff25df
 @dataclass(repr=False)
 class DetectionResult:
     "What a detector found, and how right it was."
@@ -56,7 +56,7 @@ class DetectionResult:
         rows = self.table[self.table.metric.isin(['AP', 'AP50', 'mean_sensitivity'])]
         return rows[['task', 'metric', 'value', 'low', 'high', 'n', 'n_positive', 'patients']].round(3).to_html(index=False)
 
-
+# %% ../../nbs/535b_evaluate.detector.ipynb #9198e651
 def evaluate_detections(found, # DataFrame of `detect`
                         prepared, # Prepared: the images that were searched
                         classes, # names of the findings
@@ -91,7 +91,7 @@ def map_validation(prepared, # Prepared: validation patients
         return {'valid_map': float(mean.AP), 'valid_map50': float(mean.AP50)}
     return validate
 
-# %% ../../nbs/535b_evaluate.detector.ipynb #f87bb3e7
+# %% ../../nbs/535b_evaluate.detector.ipynb #1cfa8cc3
 OUTCOME = {'truth': BRIGHT[6], 'hit': BRIGHT[3], 'false mark': BRIGHT[5]}
 
 
@@ -112,7 +112,7 @@ def outcomes(result, # DetectionResult
     parts[0]['found'] = np.isin(np.arange(len(scene.boxes)), matched)
     return pd.concat([p for p in parts if len(p)], ignore_index=True)
 
-
+# %% ../../nbs/535b_evaluate.detector.ipynb #f87bb3e7
 def show_detections(result, # DetectionResult
                     prepared, # Prepared, as searched
                     count=4, # images

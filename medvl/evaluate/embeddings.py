@@ -138,7 +138,7 @@ def _check_finite(vectors, rows, ids):
         if bad.any(): raise DataError(f'the {name} embedding of image {ids[rows[bad][0]]!r} is not finite ({int(bad.sum())} of {len(rows)} in the batch).',
                                       row=int(rows[bad][0]), fix='Look at the image, and at the checkpoint for NaN weights.')
 
-# %% ../../nbs/505_evaluate.embeddings.ipynb #18fad2e4
+# %% ../../nbs/505_evaluate.embeddings.ipynb #dd912de8
 def _locks():
     "The module of file locks; None where the system has none (Windows): two writers of one folder are then not kept apart."
     try: import fcntl
@@ -157,6 +157,7 @@ def _locked(folder):
         finally:
             if fcntl: fcntl.flock(f, fcntl.LOCK_UN)
 
+# %% ../../nbs/505_evaluate.embeddings.ipynb #18fad2e4
 def _open_arrays(folder, sizes, n):
     "Open the arrays for writing: those of an unfinished attempt if they fit, else new ones; the last is the marks."
     arrays = {}

@@ -25,7 +25,7 @@ from ..data.tokens import tokenizer_digest
 from .embeddings import Embeddings, weights_digest
 from ..methods.base import capabilities, evaluating
 
-# %% ../../nbs/506_evaluate.export.ipynb #a7e6587d
+# %% ../../nbs/506_evaluate.export.ipynb #37e52228
 SETTINGS = ( # of a configuration: they change vectors
     'padding', 'image_mean', 'image_std', 'pooling', 'image_pooling', 'lower_case', 'max_length', 'dim')
 
@@ -39,7 +39,7 @@ def model_facts(
             'settings': {k: config[k] for k in SETTINGS if k in config},
             'tokenizer': tokenizer_digest(tokenizer) if tokenizer is not None else ''}
 
-
+# %% ../../nbs/506_evaluate.export.ipynb #a7e6587d
 def refuse_other_model(
     facts: dict,   # of vectors: from a cache, or from a file
     method,        # Method they are to be used with
@@ -177,7 +177,7 @@ def read_embeddings(
         if 'pixel_sha256' in frame: _same_pixels(frame, prepared.manifest, file)
     return Embeddings(frame['image_id'].astype(str).to_numpy(), arrays, facts), frame
 
-# %% ../../nbs/506_evaluate.export.ipynb #22e8a272
+# %% ../../nbs/506_evaluate.export.ipynb #25f5c1c4
 def embed_texts(
     method,      # Method with encode_text or project_text
     texts,       # list of n str
@@ -204,7 +204,7 @@ def embed_texts(
         _write(path, pd.DataFrame({'text': distinct}), 'text', {'vector': x}, facts)
     return read_texts(path, method)[1][pd.Index(distinct).get_indexer(texts)]
 
-
+# %% ../../nbs/506_evaluate.export.ipynb #22e8a272
 def read_texts(
     file,        # written by `embed_texts`
     method=None, # refuse the vectors of any other model

@@ -42,7 +42,7 @@ def _wrap(value, draws, scene, n_boxes, level=.95):
     notes = [f'{failed} of {len(draws)} resamples had no true box'] * (failed > 0) + ['one patient: no interval'] * (scene.patients < 2)
     return Estimate(float(value), low, high, **facts, n_failed=failed, note='; '.join(notes))
 
-# %% ../../nbs/535a_evaluate.froc.ipynb #9f483bc5
+# %% ../../nbs/535a_evaluate.froc.ipynb #1288dc69
 def detection_table(truth, found, images, # tables as in `arrange`; images with patient_id
                     labels=None, # classes
                     thresholds=(.5,), # overlaps reported one by one
@@ -68,14 +68,14 @@ def detection_table(truth, found, images, # tables as in `arrange`; images with 
             for k, name in enumerate(scene.labels) for m, at in metrics.items()]
     return pd.DataFrame(rows + [dict(task='mean', metric=m, **_wrap(_mean(values[:, at]), _mean(draws[:, at]), scene, sum(n)).row()) for m, at in metrics.items()])
 
-
+# %% ../../nbs/535a_evaluate.froc.ipynb #9f483bc5
 def _mean(x): # (classes, overlaps, ...)
     "Mean over classes that exist, then over overlaps."
     x = x.mean(1)
     there = ~np.isnan(x)
     return np.where(there.any(0), np.where(there, x, 0).sum(0) / np.maximum(there.sum(0), 1), np.nan)
 
-# %% ../../nbs/535a_evaluate.froc.ipynb #819e231d
+# %% ../../nbs/535a_evaluate.froc.ipynb #344f6494
 RATES = (.125, .25, .5, 1., 2., 4., 8.)
 
 
@@ -89,7 +89,7 @@ def _marks(scene, overlap, criterion, duplicates):
     touches[pairs[0]] = True
     return hit, hit | ~touches | (duplicates == 'false')
 
-
+# %% ../../nbs/535a_evaluate.froc.ipynb #819e231d
 def _sensitivities(ends, hit, patient, boxes_of, images_of, rates, w):
     "Sensitivity at each rate for each weight column, (rates, b); all arrays in order of score."
     drawn = w[patient]
@@ -110,7 +110,7 @@ def _prepare(scene, k, hit, counts):
     ends = np.flatnonzero(np.append(score[1:] != score[:-1], True)) if len(score) else np.zeros(0, int)
     return ends, ranked[0][keep], patient[keep], boxes_of, np.bincount(scene.patient, minlength=scene.patients), score
 
-# %% ../../nbs/535a_evaluate.froc.ipynb #ef6d8236
+# %% ../../nbs/535a_evaluate.froc.ipynb #37925c5a
 def froc_table(truth, found, images, # tables as in `arrange`; images with patient_id
                labels=None, # classes
                rates=RATES, # false marks an image
@@ -134,7 +134,7 @@ def froc_table(truth, found, images, # tables as in `arrange`; images with patie
         rows.append(dict(task=name, metric='mean_sensitivity', **_wrap(value.mean(), draws.mean(0), scene, n).row()))
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/535a_evaluate.froc.ipynb #ef6d8236
 def froc_curve(truth, found, images, labels=None, overlap=.25, criterion='iou', duplicates='ignore', max_detections=100): # as in `froc_table`
     "Give every point of the FROC curves: DataFrame task, threshold, false_marks (an image), sensitivity."
     scene, out = arrange(truth, found, images, labels, max_detections), []

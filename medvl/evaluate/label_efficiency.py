@@ -135,7 +135,7 @@ def label_efficiency(
     table = _fit_table(rows, found, unit, level)
     return LabelEfficiency(table, _curve(table, found, level), probes, leaks)
 
-# %% ../../nbs/526_evaluate.label_efficiency.ipynb #8432fcfa
+# %% ../../nbs/526_evaluate.label_efficiency.ipynb #2f085535
 def plot_label_efficiency(
     curve: pd.DataFrame, # `LabelEfficiency.curve`; a column `model` draws several in one panel
     tasks=None,          # which to draw; None: all
@@ -152,7 +152,7 @@ def plot_label_efficiency(
     for ax, task in zip(axes.flat, tasks): _panel(ax, c[c.task == task], task)
     return fig
 
-
+# %% ../../nbs/526_evaluate.label_efficiency.ipynb #8432fcfa
 def _panel(ax, c, task):
     "One task: a line and a band a model."
     for (model, g), colour in zip(c.groupby('model', sort=False), PALETTE):

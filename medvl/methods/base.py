@@ -133,7 +133,7 @@ def require(method, # a Method
         raise TypeError(f'{by} needs {", ".join(missing)}, which {type(method).__name__} does not offer '
                         f'(it offers: {", ".join(capabilities(method)) or "none"})')
 
-# %% ../../nbs/300_methods.base.ipynb #98a052c7
+# %% ../../nbs/300_methods.base.ipynb #792235a7
 _methods = {}
 
 
@@ -154,7 +154,7 @@ def methods():
     "List the registered method names."
     return sorted(_methods)
 
-
+# %% ../../nbs/300_methods.base.ipynb #98a052c7
 def method_class(name, # registry name
                  ): # the class
     """Find a method's class; its room must have been imported.
@@ -206,7 +206,7 @@ def save_pretrained(method, # a registered Method
                                    'weights_sha256': sha256_file(temp / WEIGHTS), **({'metrics': metrics} if metrics else {})})
     return folder
 
-# %% ../../nbs/300_methods.base.ipynb #8a46c700
+# %% ../../nbs/300_methods.base.ipynb #6f66c1f3
 def _folder_of(source, revision=None):
     "Give the local folder of a saved method: itself, or the hub's snapshot."
     source = Path(source) if Path(source).exists() else str(source)
@@ -218,7 +218,7 @@ def _folder_of(source, revision=None):
     from huggingface_hub import snapshot_download
     return Path(snapshot_download(source, revision=revision, allow_patterns=['*.json', '*.txt', '*.safetensors', '*/*.json', '*/*.txt']))
 
-
+# %% ../../nbs/300_methods.base.ipynb #8a46c700
 def from_pretrained(source, # folder of `save_pretrained`, or a hub name owner/name
                     device='cpu', # where to put it
                     revision=None, # hub branch, tag or commit
@@ -244,7 +244,7 @@ def from_pretrained(source, # folder of `save_pretrained`, or a hub name owner/n
     except RuntimeError as e: raise DataError(f'the weights do not fit the configuration: {e}', file=folder / WEIGHTS) from e
     return method.to(device).eval()
 
-# %% ../../nbs/300_methods.base.ipynb #0860c033
+# %% ../../nbs/300_methods.base.ipynb #a9986080
 CARD = """---
 library_name: medvl
 tags: [medical, vision-language, {name}]
@@ -260,7 +260,7 @@ Configuration:
 ```
 """
 
-
+# %% ../../nbs/300_methods.base.ipynb #0860c033
 def push_to_hub(method, # a registered Method
                 repo, # hub name owner/name
                 private=True, # create the repository as private

@@ -12,7 +12,7 @@ from ..core.errors import unknown_name
 from ..data.tokens import build_wordpiece
 from .mammoclip import MammoCLIP, MammoCLIPConfig
 
-# %% ../../nbs/312_methods.presets.ipynb #931189a1
+# %% ../../nbs/312_methods.presets.ipynb #65c4e03c
 @dataclass(frozen=True)
 class Preset:
     "Fields that differ from the defaults, and what the configuration is for."
@@ -29,6 +29,7 @@ _PAPER = dict(train=dict(epochs=15, batch_size=4, lr=5e-5, weight_decay=1e-4, no
               text=dict(sections=('findings', 'impression'), max_length=256))
 _SMALL = dict(sections=('findings', 'impression'), max_length=128)
 
+# %% ../../nbs/312_methods.presets.ipynb #931189a1
 PRESETS = {
     'demo': Preset('the whole way in minutes on two CPU cores, on the phantom', (256, 160), own_words=True,
                    model=dict(image_encoder='efficientnet-tiny', text_encoder='tiny', text_pretrained=False, dim=128, pooling='mean', duplicates='mask'),

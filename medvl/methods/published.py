@@ -77,7 +77,7 @@ def verdict(
     agrees = abs(value - published) <= tolerance + 1e-9 or (low is not None and high is not None and low <= published <= high)
     return ('agrees' if agrees else f'differs by {value - published:+.2f}') + (f'; {differs}' if differs else '')
 
-# %% ../../nbs/314_methods.published.ipynb #f4de211d
+# %% ../../nbs/314_methods.published.ipynb #4a9568c3
 ABSENT = 'data absent, not run'
 _TASKS = {'malignancy': 'cancer'} # ours -> the paper's
 _METRICS = {'class_accuracy': 'accuracy', 'AP50': 'mAP@0.5'}
@@ -89,7 +89,7 @@ def is_of(sources, data):
     names = {str(s).lower() for s in sources}
     return bool(names) and all(n.split('_')[0] == data.lower() for n in names)
 
-
+# %% ../../nbs/314_methods.published.ipynb #f4de211d
 def beside(
     protocol:str, # beginning of a published protocol, e.g. 'zero-shot' or 'linear probe'
     sources:Iterable[str], # sources of the images judged, e.g. manifest.source

@@ -63,7 +63,7 @@ def box_iou(a, # float (n,4)
     inner = (torch.minimum(a[:, None, 2:], b[None, :, 2:]) - torch.maximum(a[:, None, :2], b[None, :, :2])).clamp(min=0).prod(-1)
     return inner / (box_area(a)[:, None] + box_area(b)[None] - inner).clamp(min=1e-8)
 
-# %% ../../nbs/215_models.boxes.ipynb #a17005de
+# %% ../../nbs/215_models.boxes.ipynb #33a77b56
 SPREAD = (0.1, 0.1, 0.2, 0.2)
 LARGEST = math.log(1000 / 16)  # of a decoded log-size
 
@@ -79,7 +79,7 @@ def encode_boxes(boxes, # float (...,4)
     spread = boxes.new_tensor(SPREAD)
     return torch.cat([(centre - at) / scale, (side.clamp(min=1) / scale).log()], -1) / spread
 
-
+# %% ../../nbs/215_models.boxes.ipynb #a17005de
 def decode_boxes(deltas, # float (...,4): what the network answers
                  anchors, # float (...,4)
                  limit=LARGEST, # on the logarithm of the size; None: as the original

@@ -65,7 +65,7 @@ class StoredTensor:
 def _rebuild_tensor(storage, offset, size, stride, *rest): # rest: requires_grad, hooks, metadata: not wanted
     return StoredTensor(storage.key, storage.dtype, int(offset), tuple(size), tuple(stride))
 
-# %% ../../nbs/210_models.checkpoints.ipynb #6cdd5956
+# %% ../../nbs/210_models.checkpoints.ipynb #0520838e
 class _NumpyType(Inert):
     def __init__(self, name, *args): self.__dict__['name'] = str(name)
 
@@ -87,7 +87,7 @@ class _NumpyArray(Inert):
         _, shape, kind, fortran, data = self.state
         return _numpy_numbers(kind, data).reshape(shape, order='F' if fortran else 'C').copy()
 
-
+# %% ../../nbs/210_models.checkpoints.ipynb #6cdd5956
 STAND_INS = ('omegaconf', 'typing')  # packages whose classes become Inert
 STORAGES = {f'{name}Storage': dtype for name, dtype in dict(
     Float=torch.float32, Double=torch.float64, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64, Int=torch.int32,
@@ -114,7 +114,7 @@ class RestrictedUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError('an unknown kind of stored object')
         return StoredTensor(str(pid[2]), pid[1])
 
-# %% ../../nbs/210_models.checkpoints.ipynb #63c57b82
+# %% ../../nbs/210_models.checkpoints.ipynb #f14e31ce
 @dataclass
 class Checkpoint:
     "What a file of weights holds."
@@ -140,7 +140,7 @@ def _split(tree, part, file):
     keep = lambda v: not isinstance(v, (torch.Tensor, StoredTensor)) and not (isinstance(v, dict) and 'param_groups' in v)
     return dict(tree[names[0]]), {k: plain(v) for k, v in tree.items() if k != names[0] and keep(v)}
 
-
+# %% ../../nbs/210_models.checkpoints.ipynb #63c57b82
 def _read_restricted(path, part):
     "Read a torch zip without torch's own unpickler; only the wanted tensors are read."
     with zipfile.ZipFile(path) as z:

@@ -72,7 +72,7 @@ class Pyramid(nn.Module):
         p6 = self.P6(c5)
         return self.P3_2(l3), self.P4_2(l4), self.P5_2(l5), p6, self.P7_2(p6.relu())
 
-# %% ../../nbs/215a_models.detector.ipynb #12d09f67
+# %% ../../nbs/215a_models.detector.ipynb #faf20b4d
 class Head(nn.Module):
     "Four convolutions and an output of `values` numbers an anchor, shared by all levels."
     def __init__(self,
@@ -94,7 +94,7 @@ class Head(nn.Module):
     def forward(self, levels): # P3 … P7 -> (b,a,values)
         return torch.cat([self.level(p) for p in levels], 1)
 
-
+# %% ../../nbs/215a_models.detector.ipynb #12d09f67
 def init_detector(pyramid, regression, classification, # Pyramid and two Heads
                   prior=0.01, # probability of a finding that every anchor starts with
                   ):

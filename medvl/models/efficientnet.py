@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core.errors import unknown_name
 
-# %% ../../nbs/200_models.efficientnet.ipynb #f3116c8c
+# %% ../../nbs/200_models.efficientnet.ipynb #64c00daf
 @dataclass(frozen=True)
 class EfficientNetConfig:
     "Constants of one EfficientNet."
@@ -42,7 +42,7 @@ EFFICIENTNETS = {f'efficientnet-b{i}': EfficientNetConfig(*c) for i, c in enumer
 STAGES = ((1, 3, 1, 1, 32, 16), (2, 3, 2, 6, 16, 24), (2, 5, 2, 6, 24, 40), (3, 3, 2, 6, 40, 80),
           (3, 5, 1, 6, 80, 112), (4, 5, 2, 6, 112, 192), (1, 3, 1, 6, 192, 320))
 
-
+# %% ../../nbs/200_models.efficientnet.ipynb #f3116c8c
 def round_channels(channels, # channels of B0
                    width, # factor
                    ): # int, a multiple of 8

@@ -84,7 +84,7 @@ def report_command(run: Annotated[str, typer.Argument(help='Run folder, name, or
     try: typer.echo(write_report(find_run(run, outputs)))
     except RefusedError as e: _refuse(e)
 
-# %% ../../nbs/720_run.cli.ipynb #07b84a8a
+# %% ../../nbs/720_run.cli.ipynb #e4cc0c6d
 def _option_values(texts):
     "Backend options: numbers as numbers."
     import yaml
@@ -99,7 +99,7 @@ def _finish_sweep(table):
     typer.echo(f'{", ".join(f"{n} {s}" for s, n in counts.items())}: {table.attrs["folder"]}')
     raise typer.Exit(0 if set(counts) <= {'done'} else 1)
 
-
+# %% ../../nbs/720_run.cli.ipynb #07b84a8a
 @app.command('sweep')
 def sweep_command(
     experiment: Annotated[Optional[str], typer.Argument(help='Name of an experiment, or path of a notebook.')] = None,
@@ -174,7 +174,7 @@ def info_command():
     from medvl.core.provenance import provenance
     typer.echo(json.dumps(provenance(), indent=2))
 
-# %% ../../nbs/720_run.cli.ipynb #ede6dcc7
+# %% ../../nbs/720_run.cli.ipynb #2036ddad
 Size = Annotated[tuple[int, int], typer.Option('--size', help='Height and width of the stored images, pixels.')]
 Jobs = Annotated[int, typer.Option('--jobs', help='Processes; -1: one a core.')]
 
@@ -194,7 +194,7 @@ def phantom_command(
     try: typer.echo(f'{exams} exams: {write_phantom(folder, exams, size, seed, level, fmt, jobs)}')
     except ValueError as e: _refuse(e)
 
-
+# %% ../../nbs/720_run.cli.ipynb #ede6dcc7
 @app.command('prepare')
 def prepare_command(
     source: Annotated[Path, typer.Argument(help='Folder in the documented layout (index.csv …).')],

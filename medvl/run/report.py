@@ -20,7 +20,7 @@ from ..core.paths import atomic_path, read_json, read_jsonl
 from ..core.run import Run, run_info
 from .parameters import RefusedError, notebook_parameters
 
-# %% ../../nbs/702_run.report.ipynb #aa9d9264
+# %% ../../nbs/702_run.report.ipynb #38f69a29
 _TAGS = set('table thead tbody tr th td b i em strong code pre p br hr div span ul ol li h1 h2 h3 h4 sub sup blockquote a'.split())
 
 
@@ -43,7 +43,7 @@ class _Cleaner(HTMLParser):
     def handle_data(self, data):
         if not self.muted: self.out.append(html.escape(data))
 
-
+# %% ../../nbs/702_run.report.ipynb #aa9d9264
 def clean_html(
     text:str, # HTML from anywhere
 ) -> str: # HTML of harmless tags

@@ -114,7 +114,7 @@ class RunFailedError(RuntimeError):
 class _StopError(BaseException):
     "The runner was told to end."
 
-# %% ../../nbs/705_run.runner.ipynb #89ca7c73
+# %% ../../nbs/705_run.runner.ipynb #a19e49f0
 def _import_papermill():
     "Import papermill without building a grammar of internet addresses, which jsonschema would and which takes longer than all the rest."
     grammar = 'rfc3987_syntax'
@@ -127,7 +127,7 @@ def _import_papermill():
         if spare: del sys.modules[grammar]
     return nbformat, papermill
 
-
+# %% ../../nbs/705_run.runner.ipynb #89ca7c73
 def _papermill(run, notebook, cwd, started, box):
     "Execute the notebook; what happened goes into `box`."
     import logging

@@ -121,7 +121,7 @@ def _state(target):
     "State of a planned run: 'planned' when its folder holds no journal."
     return run_info(target)['state'] if (target/'journal.jsonl').exists() else 'planned'
 
-# %% ../../nbs/710_run.sweep.ipynb #2fca9f96
+# %% ../../nbs/710_run.sweep.ipynb #2ee2d8ea
 def _start(folder, index, timeout, env):
     "Start the process of one run."
     code = 'import sys; from medvl.run.sweep import _main; _main(*sys.argv[1:])'
@@ -130,7 +130,7 @@ def _start(folder, index, timeout, env):
         return subprocess.Popen([sys.executable, '-c', code, str(folder), str(index), str(timeout or 0)], stdin=subprocess.DEVNULL, stdout=log,
                                 stderr=log, cwd=read_json(folder/'sweep.json')['cwd'], env={**os.environ, 'MEDVL_PROGRESS': '0', **(env or {})})
 
-
+# %% ../../nbs/710_run.sweep.ipynb #2fca9f96
 def launch(
     folder, # sweep folder
     index:int, # number of the run in the plan

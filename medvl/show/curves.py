@@ -38,7 +38,7 @@ def read_curves(
     table = pd.DataFrame(rows, columns=['step', 'name', 'value'])
     return table.drop_duplicates(['step', 'name'], keep='last').sort_values(['name', 'step'], ignore_index=True)
 
-# %% ../../nbs/012_show.curves.ipynb #4ba475a0
+# %% ../../nbs/012_show.curves.ipynb #36d8005e
 def _family(name):
     "Panel of a metric: 'loss' for 'loss', 'valid_loss', 'train/loss'."
     for prefix in ('train', 'valid', 'val', 'test', 'ema'):
@@ -57,7 +57,7 @@ def smooth(
         out.append(mean / weight)
     return np.array(out)
 
-
+# %% ../../nbs/012_show.curves.ipynb #4ba475a0
 def plot_curves(
     curves, # table of `read_curves`, or a path for it
     names=None, # metrics to show; default: all

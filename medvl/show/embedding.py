@@ -14,7 +14,7 @@ import pandas as pd
 from ..core.seed import key_of
 from .style import NOT_STATED, PALETTE, figure
 
-# %% ../../nbs/013_show.embedding.ipynb #157ad30c
+# %% ../../nbs/013_show.embedding.ipynb #38cf4940
 def _check(vectors):
     """Vectors as float64.
 
@@ -36,7 +36,7 @@ def pca(
     total = (s**2).sum()
     return u[:, :2] * s[:2] * sign, (s[:2]**2 / total if total else np.zeros(2))
 
-
+# %% ../../nbs/013_show.embedding.ipynb #157ad30c
 def tsne(
     vectors, # (n,d)
     seed:int=0, # of the start

@@ -63,7 +63,7 @@ def _write(ax, x, y, text, colour, **kwargs):
     "Text with a dark rim, legible on any grey."
     ax.text(x, y, text, color=colour, fontsize=8, path_effects=[patheffects.withStroke(linewidth=2.2, foreground='black')], **kwargs)
 
-# %% ../../nbs/011_show.exam.ipynb #51ca2c3a
+# %% ../../nbs/011_show.exam.ipynb #21135936
 def _draw_boxes(ax, boxes, colour_of, shape):
     "Boxes with their labels, written beside the box where there is room."
     for x0, y0, x1, y1, label in boxes:
@@ -78,7 +78,7 @@ def _draw_heat(ax, heat, shape, limits):
     "Heat map stretched over the image."
     return ax.imshow(heat, cmap=_heat_colours(), vmin=limits[0], vmax=limits[1], interpolation='bilinear', extent=(-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5))
 
-
+# %% ../../nbs/011_show.exam.ipynb #51ca2c3a
 def draw_view(
     ax, # axes to draw on
     image, # (h,w), any range

@@ -48,7 +48,7 @@ def broken_rows(
             found |= set(bad.nonzero().flatten().tolist())
     return sorted(found)
 
-# %% ../../nbs/415_train.checks.ipynb #a27c56f0
+# %% ../../nbs/415_train.checks.ipynb #de91571c
 UNSTATED = ('labels', 'boxes', 'masks')
 
 
@@ -65,7 +65,7 @@ def mended(module):
         for n, b in kept.items(): module.get_buffer(n).copy_(b)
         for m, mode in modes.items(): m.training = mode
 
-
+# %% ../../nbs/415_train.checks.ipynb #a27c56f0
 def guilty(
     method, # Method
     batch:dict, # the batch whose loss is not finite

@@ -92,7 +92,7 @@ def average_gradients(
         if p.grad is None: p.grad = torch.zeros_like(p)
     _averaged([p.grad for p in shared], exchange.world)
 
-# %% ../../nbs/408_train.distributed.ipynb #fc743815
+# %% ../../nbs/408_train.distributed.ipynb #f8d3404d
 @torch.no_grad()
 def average_statistics(
     module, # torch module
@@ -114,7 +114,7 @@ def anywhere(
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
 
-
+# %% ../../nbs/408_train.distributed.ipynb #fc743815
 def gather_objects(value):
     "Give the list of every process's object, in the order of the ranks."
     boxes = [None] * exchange_of().world

@@ -47,7 +47,7 @@ def line_at(
     slope = max(0., (large[1] - small[1]) / (large[0] - small[0]))
     return large[1] + slope * (wanted - large[0])
 
-# %% ../../nbs/421_train.plan.ipynb #9456b57f
+# %% ../../nbs/421_train.plan.ipynb #90c96667
 @dataclass(frozen=True)
 class Plan:
     "What a run will cost, and whether this machine has it."
@@ -63,7 +63,7 @@ class Plan:
     def __repr__(self): return self.table.to_string(index=False, float_format='%.4g') + '\n' + (' '.join(self.short) or 'This machine has enough of each.')
     def _repr_html_(self): return self.table.to_html(index=False, float_format='%.4g') + f'<p>{" ".join(self.short) or "This machine has enough of each."}</p>'
 
-
+# %% ../../nbs/421_train.plan.ipynb #9456b57f
 def _batch_of(loop, n):
     "n training samples, as the loop would load them, and the seconds that took."
     began = time.perf_counter()
@@ -86,7 +86,7 @@ def _measured(loop, n):
         seconds.append(time.perf_counter() - began)
     return kept, min(seconds), loading
 
-# %% ../../nbs/421_train.plan.ipynb #1b11b5c7
+# %% ../../nbs/421_train.plan.ipynb #ffee6dd3
 def _bytes(tensors): return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -99,7 +99,7 @@ def _existing(folder):
     folder = Path(folder).absolute()
     return folder if folder.exists() else _existing(folder.parent)
 
-
+# %% ../../nbs/421_train.plan.ipynb #1b11b5c7
 def _rows(loop, points, together):
     "The table's rows from the measurements."
     config, n = loop.config, loop.config.batch_size
