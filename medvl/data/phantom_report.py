@@ -183,20 +183,22 @@ def impression(
 def pad(
     rng, # generator of the report
     must:list, # of Sentence, all kept
-    pool:tuple, # templates of neutral remarks
+    pool, # templates of neutral remarks; of a dict they are the keys, and the values become labels
     side:str, # left or right
     wanted:tuple[int, int, float], # numbers of sentences, characters and words
+    weights:tuple=(150, 4, 9), # how much a sentence, a character and a word too many or too few matter
 ) -> list: # of Sentence: `must` and neutral remarks
     "Add neutral remarks until the section has the wanted length."
+    labels = [pool[t] if isinstance(pool, dict) else '' for t in pool for _ in range(2)]
     remarks = np.array([wording(rng, t, side=side) for t in pool for _ in range(2)])
     sizes = np.array([[1, len(r) + 1, len(r.split())] for r in remarks])
     missing = np.array(wanted) - [len(must), sum(len(s.text) + 1 for s in must), sum(len(s.text.split()) for s in must)]
     count = max(1, min(round(missing[0]), len(pool) - 1)) + rng.integers(-1, 2, (600, 1))
     order = np.argsort(rng.random((600, len(pool))), axis=1)[:, :count.max()]
     order, taken = 2*order + rng.integers(0, 2, order.shape), np.arange(count.max()) < count
-    off = np.abs((sizes[order]*taken[..., None]).sum(1) - missing) @ [150, 4, 9]
+    off = np.abs((sizes[order]*taken[..., None]).sum(1) - missing) @ list(weights)
     best = int(np.argmin(off))
-    return [*must, *(Sentence(must[0].section, str(remarks[i])) for i in order[best][taken[best]])]
+    return [*must, *(Sentence(must[0].section, str(remarks[i]), labels[i]) for i in order[best][taken[best]])]
 
 # %% ../../nbs/151_data.phantom_report.ipynb #1a9cc340
 def breast_report(
