@@ -32,7 +32,7 @@ class TaskSet(NamedTuple):
     reader:object # function(root, derived=None, …) -> Source
     classes:tuple # names, in LoVT's order
     profile:str # of medvl.data.preprocess
-    truth:str # masks (mask store: one class) or boxes (draw each class from the boxes)
+    truth:str # mask (mask store: one class) or boxes (draw each class from the boxes)
     boxes:bool # whether there are boxes to detect
     patients:bool # whether records know their patients
     splits:tuple # splits it can have
@@ -40,10 +40,10 @@ class TaskSet(NamedTuple):
 
 _EVERY = ('lovt', 'leak_free', 'patients', 'none')
 TASK_SETS = {
-    'rsna': TaskSet(read_rsna_pneumonia, RSNA_CLASSES, 'lovt_v1', 'masks', True, True, _EVERY),
-    'covid_rural': TaskSet(read_covid_rural, COVID_CLASSES, 'lovt_equalised_v1', 'masks', False, True, _EVERY),
-    'siim': TaskSet(read_siim, SIIM_CLASSES, 'lovt_equalised_v1', 'masks', False, True, _EVERY),
-    'object_cxr': TaskSet(read_object_cxr, OBJECT_CLASSES, 'lovt_equalised_v1', 'masks', True, False, (*_EVERY, 'release')),
+    'rsna': TaskSet(read_rsna_pneumonia, RSNA_CLASSES, 'lovt_v1', 'mask', True, True, _EVERY),
+    'covid_rural': TaskSet(read_covid_rural, COVID_CLASSES, 'lovt_equalised_v1', 'mask', False, True, _EVERY),
+    'siim': TaskSet(read_siim, SIIM_CLASSES, 'lovt_equalised_v1', 'mask', False, True, _EVERY),
+    'object_cxr': TaskSet(read_object_cxr, OBJECT_CLASSES, 'lovt_equalised_v1', 'mask', True, False, (*_EVERY, 'release')),
     'nih': TaskSet(read_nih_cxr, NIH_CLASSES, 'lovt_equalised_v1', 'boxes', True, True, (*_EVERY, 'release'))}
 
 
@@ -54,7 +54,7 @@ class TaskData(NamedTuple):
     root:Path # what `prepare` gets as source_root
     classes:tuple # names, in LoVT's order
     profile:str # of medvl.data.preprocess
-    truth:str # masks or boxes
+    truth:str # mask or boxes, as DenseDataset takes it
     boxes:bool # whether there are boxes to detect
     split:str # which split
     verdict:dict # of `split_verdict`: patients on two sides
