@@ -123,6 +123,7 @@ class DenseDataset:
         flip_horizontal:float=0.0, # probability, in training
         seed:int=0, # of the share and the flips
     ):
+        truth = 'mask' if truth == 'masks' else truth # as data.task_data says
         self.prepared, self.truth, self.train, self.seed, self.flip = prepared, truth, train, seed, flip_horizontal
         self.classes = self.labels = (classes,) if isinstance(classes, str) else tuple(classes)
         check_classes(prepared, self.classes, truth, numbers)

@@ -102,7 +102,7 @@ def report_sentences(
     parts = report_sections(text, sections, rules).values()
     found = [s for part in parts for s in (splitter or split_sentences)(part)]
     tidy = (re.sub(r'\s+', ' ', normalise(s, normalisation)).strip() for s in found)
-    return [s for s in tidy if re.search(r'\w', s)]
+    return [s for s in tidy if re.search(r'[^\W\d_]', s)]
 
 
 def count_words(
