@@ -1,5 +1,4 @@
 """Segmentation and YOLO heads, their losses, and the metrics of LoVT's localized evaluation."""
-import json
 
 import numpy as np
 import pytest
