@@ -70,11 +70,13 @@ BOXES = {
 }
 SENTENCES = {
     'exam_id': Column('text', True, 'visit the report belongs to', filled=True),
-    'laterality': Column('text', True, 'breast the sentence speaks of', LATERALITIES),
+    'laterality': Column('text', True, 'side the sentence speaks of', LATERALITIES),
     'sentence': Column('text', True, 'the sentence, as in the report', filled=True),
     'label': Column('text', True, 'what it names'),
     'image_id': Column('text', True, 'image that shows it'),
     'box': Column('int', True, 'number of the box among the boxes of that image, from 0; -1 none', low=-1),
+    'region': Column('text', False, 'name of the place the sentence speaks of, healthy ones too'),
+    **{k: Column('float', False, f'{w} edge of that place, pixels of the image') for k, w in (('x0', 'left'), ('y0', 'top'), ('x1', 'right'), ('y1', 'bottom'))},
 }
 
 # %% ../../nbs/110_data.schema.ipynb #19424072
@@ -397,4 +399,5 @@ class Source(NamedTuple):
 
 def empty(kind:str) -> pd.DataFrame: # of the right columns
     "Make an empty table."
-    return pd.DataFrame({c: pd.Series(dtype='float64' if d.kind == 'float' else 'int64' if d.kind == 'int' else object) for c, d in TABLES[kind].items()})
+    return pd.DataFrame({c: pd.Series(dtype='float64' if d.kind == 'float' else 'int64' if d.kind == 'int' else object)
+                         for c, d in TABLES[kind].items() if d.required or kind != 'sentences'})

@@ -39,6 +39,7 @@ class Job:
     limits:Limits = Limits()
     colour:str = 'refuse' # true colour: refuse or luma
     guard:bool = False # enforce time and memory by force: only in a process that may die
+    mask_bits:bool = False # keep the values of the mask, where each bit is a class; else 1 for any above 0
 
 
 @dataclass
@@ -70,7 +71,7 @@ def _mask(job, shape, notes):
         if mask.shape != shape: raise DataError(f'the mask has {mask.shape[0]} × {mask.shape[1]} pixels, the image {shape[0]} × {shape[1]}.', fix='Draw it on this image, or leave mask_path empty.')
     except DataError as e: return notes.append(('mask', f'{e.message} {e.fix or ""}'.strip()))
     except OSError as e: return notes.append(('mask', f'the mask cannot be read ({e.strerror}).'))
-    return (mask > 0).astype(np.uint8)
+    return mask.astype(np.uint8) if job.mask_bits else (mask > 0).astype(np.uint8)
 
 
 def file_sum(
