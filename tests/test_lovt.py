@@ -1,0 +1,333 @@
+"""LoVT and its text baselines: pools, projections, alignment and losses against the original's numbers and against plain writings; the methods in training."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import golden
+from torch import nn
+
+from medvl.losses.contrastive import DUPLICATES, contrastive_terms
+from medvl.losses.global_nce import cosine_distance, global_mse, global_nce, top_k_accuracy
+from medvl.losses.local import grid_distances, local_contrastive, local_mse, positive_weights, sequence_distances, weighted_places
+from medvl.models.alignment import CrossAttention
+from medvl.models.pooling import AttentionPool, build_pool, masked_max, masked_mean, pool_sentences
+from medvl.models.projection import Projection, back_in_place, real_rows
+
+EXACT = dict(rtol=1e-9, atol=1e-11)
+
+
+def arrays(name):
+    z = np.load(golden(f'lovt/{name}'))
+    return {k: torch.from_numpy(np.asarray(z[k])) for k in z.files}
+
+
+def under(z, prefix):
+    "The arrays whose names begin so; a 1x1 convolution's last axis is taken off."
+    found = {k[len(prefix):]: v for k, v in z.items() if k.startswith(prefix)}
+    return {k: v.squeeze(-1) if v.dim() == 3 else v for k, v in found.items()}
+
+
+def close(a, b, **tol): torch.testing.assert_close(a, b, check_dtype=False, **(tol or EXACT))
+
+
+def filled(module, state):
+    "A module in float64 with these weights, all of them."
+    module.double().load_state_dict(state, strict=True)
+    return module
+
+
+# --- pools
+
+@pytest.mark.parametrize('folded', [True, False])
+def test_attention_pool_golden(folded):
+    z = arrays('attention_pool.npz')
+    pool = filled(AttentionPool(64, folded=folded, legacy_padded_mean=True), under(z, 'param/'))
+    for kind, x, mask in (('', z['x'], None), ('_masked', z['x_masked'], z['mask']), ('_masked_padded10', z['x_masked_padded10'], z['mask_padded10'])):
+        pooled, weights = pool(x, mask)
+        close(pooled, z[f'pooled{kind}'])
+        close(weights, z[f'weights{kind}'])
+    close(masked_max(z['x_masked'], z['mask']), z['max_pool_masked'])
+    close(masked_mean(z['x_masked'], z['mask'], legacy_padded_mean=True), z['avg_pool_masked'])
+    close(masked_mean(z['x']), z['avg_pool'])
+    assert (masked_mean(z['x_masked'], z['mask']) - z['avg_pool_masked']).abs().max() > 1, 'the default divides by the true length'
+    pool.legacy_padded_mean = False
+    a, b = pool(z['x_masked'], z['mask'])[0], pool(z['x_masked_padded10'], z['mask_padded10'])[0]
+    close(a, b, rtol=0, atol=1e-13)
+    assert (z['pooled_masked'] - z['pooled_masked_padded10']).abs().max() > .02
+
+
+@pytest.mark.parametrize('dtype,tol', [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize('legacy', [False, True])
+@pytest.mark.parametrize('padded', [False, True])
+def test_folded_pool_is_the_plain_pool(dtype, tol, legacy, padded):
+    torch.manual_seed(0)
+    pool = AttentionPool(128, legacy_padded_mean=legacy).to(dtype)
+    for p in (pool.attention.in_proj_bias, pool.attention.out_proj.bias): nn.init.normal_(p)
+    mask = torch.arange(9) < torch.tensor([[9], [4], [1]]) if padded else None
+    found = {}
+    for pool.folded in (True, False):
+        x = torch.randn(3, 9, 128, dtype=dtype, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        pool.zero_grad()
+        out, w = pool(x, mask)
+        (out.square().sum() + (w ** 2).sum()).backward()
+        found[pool.folded] = [out, w, x.grad, *(p.grad for p in pool.parameters())]
+    for a, b in zip(*found.values()): assert (a - b).norm() <= tol * b.norm().clamp(min=1)
+
+
+def test_pool_without_a_real_place_gives_no_weight_and_no_nan():
+    pool, mask = AttentionPool(16), torch.tensor([[True, False], [False, False]])
+    x = torch.randn(2, 2, 16, requires_grad=True)
+    out, w = pool(x, mask)
+    out.sum().backward()
+    assert w[1].tolist() == [0, 0] and out.isfinite().all() and x.grad.isfinite().all() and x.grad[1].abs().sum() == 0
+    assert masked_mean(x, mask)[1].abs().sum() == 0 and masked_max(x, mask)[1].abs().sum() == 0
+
+
+def test_sentences_golden_and_by_loops():
+    z = arrays('report_sentences.npz')
+    n, spans = z['sentence_mask'].shape[1], z['sentence_token_mask'].sum(-1)
+    sentence = torch.zeros_like(z['input_ids'])
+    for row, lengths in zip(sentence, spans.tolist()):
+        at = 1
+        for i, length in enumerate(lengths): row[at:at + length] = i + 1; at += length
+    vectors, mask = pool_sentences(z['token_features'], sentence)
+    assert vectors.shape[1] == n and torch.equal(mask, z['sentence_mask']) and torch.equal(mask, z['local_mask'])
+    close(vectors, z['sentence_features'])
+    pool = filled(AttentionPool(16, legacy_padded_mean=True), under(z, 'pool_param/'))
+    pooled, weights = pool(vectors, mask)
+    close(pooled, z['global_attpool'])
+    close(weights, z['weights_attpool'])
+    close(build_pool('max', 16)(z['token_features'], sentence > 0)[0], z['global_maxpool'])
+    leaf = z['token_features'].clone().requires_grad_()
+    pool_sentences(leaf, sentence)[0].sum().backward()
+    assert leaf.grad[sentence == 0].abs().sum() == 0 and leaf.grad.sum() == mask.sum() * 16
+    assert pool_sentences(leaf, sentence, 5)[1].shape == (5, 5)
+
+
+# --- projections and alignment
+
+@pytest.mark.parametrize('norm', ['batch', 'layer', 'None'])
+def test_projections_golden(norm):
+    z = arrays('projections.npz')
+    for kind, x in (('seq', z['x_seq']), ('glob', z['x_glob'])):
+        m = filled(Projection(24, 12, 32, norm.lower(), legacy_padded_norm=True), under(z, f'{norm}/{kind}_param/'))
+        close(m(x), z[f'{norm}/train/{kind}'])
+        if norm == 'batch' and kind == 'seq':
+            for k, v in under(z, 'batch/seq_buffers_after/').items(): close(m.state_dict()[k], v)
+        close(m.eval()(x), z[f'{norm}/eval/{kind}'])
+
+
+def test_padding_stays_out_of_the_projections_norm():
+    torch.manual_seed(0)
+    m, x = Projection(8, 4, 16), torch.randn(3, 5, 8)
+    mask = torch.arange(5) < torch.tensor([[5], [2], [1]])
+    rows, where = real_rows(x, mask)
+    assert torch.equal(back_in_place(rows, where, x.shape), x * mask[..., None])
+    reference = Projection(8, 4, 16)
+    reference.load_state_dict(m.state_dict())
+    close(m(x, mask)[mask], reference.rows(x[mask]))
+    close(m.norm.running_var, reference.norm.running_var)
+    assert m(x, mask)[~mask].abs().sum() == 0
+    m.legacy_padded_norm = True
+    assert (m(x, mask)[mask] - reference.rows(x[mask])).abs().max() > .01
+    for layer in (m.projection_before, m.projection_after): assert layer.bias.abs().sum() == 0
+    big = Projection(2048)
+    assert big.projection_before.weight.std().item() == pytest.approx(math.sqrt(2 / 2048), rel=.01) and big.projection_after.weight.std().item() == pytest.approx(math.sqrt(1 / 512), rel=.01)
+
+
+VARIANTS = {'lovt': dict(), 'cosine_t0_2_layernorm': dict(similarity='cosine', temperature=.2, norm='layer'), 'asymmetric_nonorm': dict(symmetric=False, norm='none')}
+
+
+@pytest.mark.parametrize('name', list(VARIANTS))
+def test_cross_attention_golden(name):
+    z = arrays('cross_attention.npz')
+    m = filled(CrossAttention(32, legacy_padded_norm=True, **VARIANTS[name]), under(z, f'{name}/param_before/'))
+    for mode in ('train', 'eval'):
+        g = under({k: v.unsqueeze(-1) if v.dim() == 3 else v for k, v in z.items()}, f'{name}/{mode}/')
+        g = {k: v.squeeze(-1) if v.dim() == 4 else v for k, v in g.items()}
+        a, b = z['hidden_a'].clone().requires_grad_(), z['hidden_b'].clone().requires_grad_()
+        out = m.train(mode == 'train')(a, b, z['mask_b'])
+        for ours, theirs in (('regions', 'attended_b2a'), ('sentences', 'attended_a2b'), ('region_attention', 'attention_probs_b2a'), ('sentence_attention', 'attention_probs_a2b')):
+            close(out[ours], z[f'{name}/{mode}/{theirs}'])
+        for s, direction in zip(m.scores(a, b), ('b2a', 'a2b')): close(s, z[f'{name}/{mode}/attention_scores_{direction}'])
+        (out['regions'].pow(3).sum() + out['sentences'].pow(3).sum()).backward()
+        close(a.grad, z[f'{name}/{mode}/grad_a_of_sum_cubes'], rtol=1e-9, atol=1e-9)
+        close(b.grad, z[f'{name}/{mode}/grad_b_of_sum_cubes'], rtol=1e-9, atol=1e-9)
+    for k, v in under(z, f'{name}/buffers_after/').items(): close(m.state_dict()[k], v)
+
+
+def test_cross_attention_ignores_padding_by_default():
+    torch.manual_seed(0)
+    m = CrossAttention(16).double()
+    a, b = torch.randn(3, 9, 16).double(), torch.randn(3, 3, 16).double()
+    mask = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+    state = {k: v.clone() for k, v in m.state_dict().items()}
+    one = m(a, b, mask)
+    after = {k: v.clone() for k, v in m.state_dict().items()}
+    m.load_state_dict(state)
+    wide = torch.cat([b.masked_fill(~mask[..., None], 50.), 7 * torch.ones(3, 4, 16).double()], 1)
+    two = m(a, wide, torch.cat([mask, torch.zeros(3, 4, dtype=torch.bool)], 1))
+    close(two['regions'], one['regions'])
+    close(two['sentences'][:, :3], one['sentences'])
+    assert two['sentences'][:, 3:].abs().sum() == 0 and two['region_attention'][..., 3:].abs().sum() == 0
+    for k in after: close(m.state_dict()[k], after[k])
+
+
+def test_cross_attention_options():
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 9, 16), torch.randn(2, 4, 16)
+    m = CrossAttention(16, temperature=.5, trainable_temperature=True)
+    m(a, b)['regions'].pow(3).sum().backward()
+    assert m.log_temperature.item() == pytest.approx(math.log(.5)) and m.log_temperature.grad.abs() > 0
+    close(m(a, b)['regions'], _same(CrossAttention(16, temperature=.5), m)(a, b)['regions'], rtol=1e-5, atol=1e-6)
+    drop = CrossAttention(16, dropout=.5, norm='none')
+    out = drop(a, b)
+    close(out['region_attention'].sum(-1), torch.ones(2, 9), rtol=1e-5, atol=1e-5)
+    assert (out['sentence_attention'] == 0).any() and not (drop.eval()(a, b)['sentence_attention'] == 0).any()
+    assert not list(CrossAttention(16, projections=False, norm='none').parameters())
+    close(CrossAttention(16, projections=False, norm='l2')(a, b)['regions'].norm(dim=-1), torch.ones(2, 9), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="Did you mean 'layer'"): CrossAttention(16, norm='layr')
+
+
+def _same(new, old):
+    new.load_state_dict({k: v for k, v in old.state_dict().items() if k in new.state_dict()})
+    return new
+
+
+# --- losses
+
+@pytest.mark.parametrize('tau', [.1, .3])
+@pytest.mark.parametrize('same', [0, 1])
+def test_global_nce_golden(tau, same):
+    z = arrays('global_nce_b8_d16.npz')
+    a, b, g = z['zg_a'].requires_grad_(), z['zg_b'].requires_grad_(), under(z, f'tau{tau}_same{same}/')
+    out = global_nce(a, b, tau, bool(same))
+    close(out['i2t'], g['loss_a2b'])
+    close(out['t2i'], g['loss_b2a'])
+    total = .75 * out['i2t'] + .25 * out['t2i']
+    close(total, g['weighted_075_025'])
+    total.backward()
+    close(a.grad, g['grad_weighted_zg_a'])
+    close(b.grad, g['grad_weighted_zg_b'])
+    cross = F.normalize(a, dim=1) @ F.normalize(b, dim=1).T
+    own = [(x @ x.T).fill_diagonal_(-9) for x in (F.normalize(a, dim=1).detach(), F.normalize(b, dim=1).detach())]
+    for logits, mine, d in ((cross, own[0], 'a2b'), (cross.T, own[1], 'b2a')):
+        for k in (1, 5): close(top_k_accuracy(torch.cat([logits, mine], 1) if same else logits, k=k), g[f'{d}_top_{k}_acc'])
+
+
+def test_global_variants_and_accuracy_golden():
+    z = arrays('global_other.npz')
+    log_tau = torch.tensor(math.log(.2), dtype=torch.float64, requires_grad=True)
+    close(log_tau.detach(), z['nce_trainable_log_tau'], rtol=1e-6, atol=0)
+    log_tau = z['nce_trainable_log_tau'].clone().requires_grad_()
+    out = global_nce(z['zg_a'], z['zg_b'], log_tau.exp(), same_modality=True) # the original class's default
+    close(out['i2t'], z['nce_trainable_tau0_2_loss_a2b'])
+    close(out['t2i'], z['nce_trainable_tau0_2_loss_b2a'])
+    (.75 * out['i2t'] + .25 * out['t2i']).backward()
+    close(log_tau.grad, z['nce_trainable_grad_log_tau'])
+    close(global_mse(z['zg_a'], z['zg_b']), z['mse_loss'])
+    for name, x, y, loss in (('predictor_1', 'zg_a', 'zg_b', 'a2b'), ('predictor_2', 'zg_b', 'zg_a', 'b2a')):
+        m = filled(Projection(12, 12, 20), under(z, f'predictor_param/{name}.'))
+        close(cosine_distance(m(z[x]), z[y]).mean(), z[f'predictor_loss_{loss}'])
+    z = arrays('topk_accuracy.npz')
+    for k in (1, 5): close(top_k_accuracy(z['logits'], z['target'], k), z[f'top_{k}_acc'])
+
+
+@pytest.mark.parametrize('duplicates', DUPLICATES)
+def test_global_nce_is_the_one_pair_case_of_contrastive_terms(duplicates):
+    torch.manual_seed(0)
+    a, b, group = torch.randn(7, 8).double(), torch.randn(7, 8).double(), torch.tensor([0, 1, 0, 2, 3, 2, 4])[:, None]
+    terms = contrastive_terms(F.normalize(a, dim=1)[:, None], F.normalize(b, dim=1)[:, None], 10., text_group=group, duplicates=duplicates)
+    for rows in (None, (2, 5)):
+        ours = global_nce(a, b, text_group=group, duplicates=duplicates, rows=rows)
+        if rows is None: close(ours['i2t'], terms['i2t']), close(ours['t2i'], terms['t2i'])
+    parts = [global_nce(a, b, same_modality=True, text_group=group, duplicates=duplicates, rows=r) for r in ((0, 3), (3, 7))]
+    whole = global_nce(a, b, same_modality=True, text_group=group, duplicates=duplicates)
+    for k in whole: close((3 * parts[0][k] + 4 * parts[1][k]) / 7, whole[k])
+    assert all(v.isfinite() for v in whole.values())
+
+
+LOCAL = dict(default={}, no_weights=dict(weights=None), no_smooth=dict(decay=None), identity_positives=dict(threshold=0, decay=None),
+             identity_positives_absolute=dict(threshold=0, decay=None, relative=False), absolute_1_5_lambda2_tau0_1=dict(threshold=1.5, decay=2., relative=False, temperature=.1),
+             same_modality_negatives=dict(same_modality=True), normalized_by_num_negatives=dict(legacy_count=49))
+
+
+def reference_positives(threshold, decay, relative):
+    "The original's unnormalised positives: coordinates divided first, then torch.cdist in float32 by its matrix product."
+    grid = torch.cartesian_prod(torch.arange(7.), torch.arange(7.)) / (math.sqrt(98) if relative else 1)
+    d = torch.cdist(grid, grid, compute_mode='use_mm_for_euclid_dist')
+    return (d <= threshold) * (torch.exp(-decay * d) if decay is not None else 1.)
+
+
+@pytest.mark.parametrize('name', list(LOCAL))
+def test_local_image_golden(name):
+    """With the original's positives all losses and gradients to 1e-9. With exact distances to 2e-6, except `identity_positives`,
+    where the original's float32 distances lose the positives of four regions: that is shown, not matched."""
+    z, config = arrays('local_image.npz'), json.loads(golden('lovt/local_image_variants.json').read_text())[name]
+    c = dict(threshold=.5, decay=1., relative=True, temperature=.3, weights=z['weights'], same_modality=False, legacy_count=0) | LOCAL[name]
+    assert (config['distance_threshold'], config['threshold_type'], config['similarity_temperature']) == (c['threshold'], 'relative' if c['relative'] else 'absolute', c['temperature'])
+    stored = z[f'{name}/pos_weights_unnormalized']
+    close(reference_positives(c['threshold'], c['decay'], c['relative']), stored, rtol=0, atol=1e-7)
+    exact = positive_weights(grid_distances(7, 7, c['relative']), c['threshold'], c['decay'])
+    options = {k: c[k] for k in ('temperature', 'weights', 'same_modality', 'legacy_count')}
+
+    def run(positives):
+        a, b = z['zl_a'].clone().requires_grad_(), z['zl_b2a'].clone().requires_grad_()
+        out = local_contrastive(a, b, positives, **options)
+        return out, {k: torch.autograd.grad(out[k], (a, b), retain_graph=True) for k in out}
+    out, grads = run(stored / stored.sum(1, keepdim=True).clamp(min=1e-12))
+    for k in ('l2att', 'att2l'):
+        close(out[k], z[f'{name}/loss_{k}'])
+        for g, side in zip(grads[k], ('a', 'b2a')): close(g, z[f'{name}/grad_{k}_zl_{side}'], rtol=1e-9, atol=1e-10)
+    ours, grads = run(exact)
+    lost = (stored.diag() == 0).nonzero().flatten().tolist()
+    if name == 'identity_positives':
+        assert lost == [10, 19, 20, 33] and torch.equal(exact, torch.eye(49, dtype=torch.float64))
+        close(ours['l2att'], z['identity_positives_absolute/loss_l2att'])
+        return
+    assert lost == []
+    for k in ('l2att', 'att2l'):
+        assert abs(ours[k] - z[f'{name}/loss_{k}']) < 2e-6
+        for g, side in zip(grads[k], ('a', 'b2a')): close(g, z[f'{name}/grad_{k}_zl_{side}'], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize('name,options', [('default', {}), ('no_weights', dict(weights=None)), ('neighbours_abs1', dict(threshold=1)), ('same_modality_negatives', dict(same_modality=True))])
+def test_local_report_golden(name, options):
+    z = arrays('local_report.npz')
+    options = dict(weights=z['weights'], threshold=0, same_modality=False) | options
+    positives = positive_weights(sequence_distances(10), options.pop('threshold'), None)
+    a, b = z['zl_b'].requires_grad_(), z['zl_a2b'].requires_grad_()
+    out = local_contrastive(a, b, positives, mask=z['mask'], **options)
+    for k in out:
+        close(out[k], z[f'{name}/loss_{k}'])
+        for g, side in zip(torch.autograd.grad(out[k], (a, b), retain_graph=True), ('b', 'a2b')): close(g, z[f'{name}/grad_{k}_zl_{side}'])
+
+
+def test_local_report_variants_golden():
+    z = arrays('local_report.npz')
+    close(local_mse(z['zl_b'], z['zl_a2b'], z['mask'], z['weights']), z['local_mse/loss'])
+    for name, x, y, loss in (('predictor_a', 'zl_b', 'zl_a2b', 'l2att'), ('predictor_b', 'zl_a2b', 'zl_b', 'att2l')):
+        m = filled(Projection(32, 32, 20, legacy_padded_norm=True), under(z, f'local_predictor/param/{name}.'))
+        close(weighted_places(cosine_distance(m(z[x], z['mask']), z[y]), z['mask'], z['weights']), z[f'local_predictor/loss_{loss}'])
+
+
+@pytest.mark.parametrize('n', [1, 2, 5])
+def test_local_loss_ignores_padding(n):
+    torch.manual_seed(0)
+    a, b, w, p = torch.randn(3, n, 8).double(), torch.randn(3, n, 8).double(), torch.rand(3, n).double(), positive_weights(sequence_distances(n + 4), 1)
+    mask = torch.arange(n) < torch.tensor([[n], [max(1, n - 1)], [1]])
+    pad = lambda x, v: torch.cat([x, torch.full((3, 4, *x.shape[2:]), v, dtype=x.dtype)], 1)
+    for same in (False, True):
+        short = local_contrastive(a, b, p[:n, :n], mask=mask, weights=w, same_modality=same)
+        long = local_contrastive(pad(a, 3.), pad(b, 9.), p, mask=pad(mask, False), weights=pad(w, 5.), same_modality=same)
+        for k in short: close(short[k], long[k])
+
+
+def test_grid_distances_are_exact():
+    d = grid_distances(3, 5, relative=False)
+    for i in range(15):
+        for j in range(15): assert d[i, j] == math.hypot(i // 5 - j // 5, i % 5 - j % 5)
+    assert (grid_distances(8, 8) <= .5 + 1e-9).sum() == (grid_distances(8, 8, False).square().round() <= 32).sum()
