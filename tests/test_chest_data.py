@@ -24,8 +24,8 @@ from medvl.data.chest_dataset import ChestImageDataset, ChestReportConfig, Chest
 from medvl.data.dense import DenseDataset, planes_of_boxes, truth_table
 from medvl.data.sampler import EpochBatches
 from medvl.data.schema import empty
-from medvl.data.sentences import (SentenceTokens, crop_sentences, join_sentences, mimic_sections, pad_sentences, repeat_sentences, report_sections,
-                                  report_sentences, section_name, swap_sentences)
+from medvl.data.sentences import (SentenceTokens, crop_sentences, join_sentences, pad_sentences, repeat_sentences, report_sections, report_sentences,
+                                  swap_sentences)
 from medvl.data.sides import swap_sides
 from medvl.data.tokens import build_wordpiece, load_tokenizer
 from medvl.data.views import PRESETS, ChestAugment, MultiView, blur, draw_view, kernel_width, tone, view_config, warp_views
@@ -53,21 +53,18 @@ def test_sections_of_the_original():
     all_of = json.loads(golden('lovt/preprocess.json').read_text())
     cases = {k: v for k, v in all_of.items() if k.startswith('sections/')}
     assert len(cases) == 5
-    for case in cases.values():
-        found = mimic_sections(case['text'], reference=True)
-        assert [n for n, _ in found] == case['section_names'] and [t for _, t in found] == case['section_texts']
-        if case['lovt_sections']: assert report_sections(case['text'], rules='mimic') == {k: v for k, v in case['lovt_sections'].items() if v}
-        else: assert report_sections(case['text'], rules='mimic') == {}
-    for heading, name in all_of['section_name_map'].items(): assert section_name(heading, reference=True) == name, heading
+    for case in cases.values(): assert report_sections(case['text'], rules='mimic') == {k: v for k, v in (case['lovt_sections'] or {}).items() if v}
 
 
 def test_sections_without_the_original():
     report = ' FINAL REPORT\n EXAMINATION:  CHEST\n \n FINDINGS: \n \n Clear lungs.\n \n IMPRESSION:  Normal.\n \n IMPRESSION:  No change.\n'
-    assert [n for n, _ in mimic_sections(report)] == ['preamble', 'examination', 'findings', 'impression', 'impression']
-    assert report_sections(report) == {'findings': '\n \n Clear lungs.\n ', 'impression': ' No change.\n'} # the last of each
-    assert mimic_sections('Clear.') == [('full report', 'Clear.')]
+    assert report_sections(report) == {'impression': ' No change.\n', 'findings': '\n \n Clear lungs.\n '} # the last of each
+    assert list(report_sections(report, ('impression', 'findings'))) == ['impression', 'findings']
+    joined = 'FINDINGS: Clear.\nCOMPARISON: none.\nIMPRESSION: Normal.'
+    assert report_sections(joined, rules='mimic') == {'findings': 'Clear.\nCOMPARISON: none.', 'impression': 'Normal.'} and report_sections(joined)['findings'] == 'Clear.'
+    assert report_sections('IMPRESSION: Normal.', rules='mimic') == {'impression': 'Normal.'} and report_sections('FINDINGS: Clear.', rules='mimic') == {'findings': 'Clear.'}
     assert report_sentences('FINDINGS: A 2.5 cm mass.\nIMPRESSION: 1. Mass. 2. Effusion.') == ['A 2.5 cm mass.', '1. Mass.', '2. Effusion.']
-    assert report_sentences(None) == report_sentences(float('nan')) == report_sentences('...') == []
+    assert report_sentences(None) == report_sentences(float('nan')) == report_sentences('...') == report_sentences('IMPRESSION: 1.') == []
     with pytest.raises(DataError, match='must be text'): report_sentences(3)
     with pytest.raises(ValueError, match="'mimic'"): report_sections('a', rules='mimik')
 
