@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['look', 'changed', 'read_entries', 'Journal', 'report_text', 'exam_key', 'make_manifest', 'make_boxes',
-           'make_sentences', 'without_names', 'make_rejects', 'make_info', 'finish', 'locked', 'run_plan',
-           'check_sources', 'prepare']
+           'place_regions', 'make_sentences', 'without_names', 'make_rejects', 'make_info', 'finish', 'locked',
+           'run_plan', 'check_sources', 'prepare']
 
 # %% ../../nbs/115_data.prepare.ipynb #95c3ce23
 import contextlib
@@ -25,8 +25,8 @@ from ..core.provenance import provenance
 from .header import Limits, hash_id
 from .plan import Plan, fingerprint, make_plan, plan_jobs, project_salt
 from .prepared import Prepared, open_prepared, write_table
-from .preprocess import Profile
-from .schema import Source, empty
+from .preprocess import fit
+from .schema import Source
 from .store import StoreWriter, disk_full
 from .worker import BACKENDS, file_sum, run_jobs
 
@@ -149,7 +149,25 @@ def make_boxes(
             rows.append([image, old.label, *edges, old.get('severity', '')])
     return pd.DataFrame(rows, columns=['image_id', 'label', 'x0', 'y0', 'x1', 'y1', 'severity']), numbers
 
-# %% ../../nbs/115_data.prepare.ipynb #2ab169ef
+# %% ../../nbs/115_data.prepare.ipynb #3926991f
+def place_regions(
+    plan:Plan, # the run
+    sentences:pd.DataFrame, # with x0, y0, x1, y1 in pixels of the files
+    manifest:pd.DataFrame, # of the run
+) -> pd.DataFrame: # with the edges in pixels of the store; NaN where they are unknown
+    "Carry the places of sentences along."
+    edges, out = ['x0', 'y0', 'x1', 'y1'], sentences.assign(**{e: sentences[e].astype(float) for e in ('x0', 'y0', 'x1', 'y1')})
+    moved, whole = {}, plan.profile.crop == 'none'
+    for m in manifest.itertuples() if whole else ():
+        crop = (round(m.crop_y1 - m.crop_y0), round(m.crop_x1 - m.crop_x0))
+        inner, (y, x) = fit(crop, plan.size, plan.profile, '')
+        sy, sx = inner[0]/crop[0], inner[1]/crop[1]
+        moved[m.image_id] = (np.array([sx, sy, sx, sy]), np.array([x - m.crop_x0*sx, y - m.crop_y0*sy]*2))
+    placed = [row*moved[i][0] + moved[i][1] if i in moved else np.full(4, np.nan) for i, row in zip(out.image_id, out[edges].to_numpy(float))]
+    out[edges] = np.array(placed).reshape(-1, 4)
+    return out
+
+# %% ../../nbs/115_data.prepare.ipynb #d51b338b
 def make_sentences(
     plan:Plan, # the run
     manifest:pd.DataFrame, # of the run
@@ -166,7 +184,7 @@ def make_sentences(
     s['exam_id'] = [hash_id(exam_key(p, e), salt) for p, e in zip(patient, s.exam_id)]
     s['box'] = [-1 if pd.isna(b) else numbers.get((i, int(b)), -1) for i, b in zip(s.image_id, s.box)]
     s['image_id'] = s.image_id.where(s.image_id.isin(manifest.image_id), '')
-    return s
+    return place_regions(plan, s, manifest) if 'x0' in s else s
 
 # %% ../../nbs/115_data.prepare.ipynb #d4308ba8
 def without_names(
@@ -293,6 +311,7 @@ def prepare(
     colour:str='refuse', # true colour: refuse or luma
     check_side:bool=True, # set aside files whose header contradicts the table's laterality
     overwrite:bool=False, # remove what is in `out`
+    mask_bits:tuple=(), # names of the classes, where bit k of a mask file's values is class k; (): a mask is all above 0
 ) -> Prepared:
     """Prepare a data set; goes on where an earlier call with the same arguments stopped.
 
@@ -302,6 +321,7 @@ def prepare(
     if isinstance(records, Source):
         boxes, sentences, records = (records.boxes if boxes is None else boxes), (records.sentences if sentences is None else sentences), records.records
     settings = dict(colour=colour, check_side=check_side, salt=fingerprint(secret), pixels=limits.pixels, file_bytes=limits.file_bytes)
+    if mask_bits: settings['mask_bits'] = list(mask_bits) # absent otherwise: older preparations stay valid
     plan = make_plan(records, Path(source_root), boxes, sentences, profile, size, dtype, settings, report)
     if overwrite and folder.exists(): shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
