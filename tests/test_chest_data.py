@@ -62,6 +62,7 @@ def test_sections_without_the_original():
     assert list(report_sections(report, ('impression', 'findings'))) == ['impression', 'findings']
     joined = 'FINDINGS: Clear.\nCOMPARISON: none.\nIMPRESSION: Normal.'
     assert report_sections(joined, rules='mimic') == {'findings': 'Clear.\nCOMPARISON: none.', 'impression': 'Normal.'} and report_sections(joined)['findings'] == 'Clear.'
+    assert report_sections('FINDINGS: Clear. IMPRESSION: Normal.', rules='mimic') == {'findings': 'Clear.', 'impression': 'Normal.'}
     assert report_sections('IMPRESSION: Normal.', rules='mimic') == {'impression': 'Normal.'} and report_sections('FINDINGS: Clear.', rules='mimic') == {'findings': 'Clear.'}
     assert report_sentences('FINDINGS: A 2.5 cm mass.\nIMPRESSION: 1. Mass. 2. Effusion.') == ['A 2.5 cm mass.', '1. Mass.', '2. Effusion.']
     assert report_sentences(None) == report_sentences(float('nan')) == report_sentences('...') == report_sentences('IMPRESSION: 1.') == []
@@ -511,7 +512,7 @@ def test_box_mask_of_the_original():
 
 
 def test_dense_from_masks():
-    data = DenseDataset(dense(), ('a', 'b'))
+    data = DenseDataset(dense(), ('a', 'b'), numbers=dict(a=1, b=2))
     assert data[0]['masks'].sum((1, 2)).tolist() == [16, 8] and data[1]['masks'].sum((1, 2)).tolist() == [48, 0] and data[2]['masks'].sum() == 0
     assert DenseDataset(dense(), 'a', truth='masks')[0]['masks'].sum() == 24 # one class: all above 0
     assert DenseDataset(dense(), ('b', 'a'), numbers=dict(a=1, b=2))[0]['masks'].sum((1, 2)).tolist() == [8, 16]
@@ -519,6 +520,14 @@ def test_dense_from_masks():
     assert {r['patient_id'] for r in DenseDataset(dense(), 'a', fraction=0.5, seed=1).table} in ({'p0'}, {'p1'})
     flips = DenseDataset(dense(), 'a', train=True, flip_horizontal=0.5)
     assert len({bool(flips[e, 0]['flip'][0, 0]) for e in range(20)}) == 2 and not DenseDataset(dense(), 'a')[0]['flip'].any()
+
+
+def test_dense_from_bits():
+    data = dense(); data.info = dict(settings=dict(mask_bits=['x', 'a', 'b']))
+    data.masks[0, 4, 4] = 0b110
+    both = DenseDataset(data, ('b', 'a'))
+    assert both[0]['masks'].sum((1, 2)).tolist() == [1, 9] and both[0]['masks'][:, 4, 4].tolist() == [1, 1] # label 2 is bit 1
+    assert DenseDataset(data, 'a')[1]['masks'].sum() == 0 and DenseDataset(data, 'x')[1]['masks'].sum() == 48
 
 
 def test_dense_bad_input(tmp_path):
@@ -530,8 +539,9 @@ def test_dense_bad_input(tmp_path):
     with pytest.raises(DataError, match="row 2, column y1.*runs backwards.*'i001'"): DenseDataset(turned, 'Mass', truth='boxes')
     other = dense(); other.masks = np.zeros((2, 16, 15), np.uint8)
     with pytest.raises(DataError, match=r'the mask of i000 has \(16, 15\) pixels, its image \(16, 16\)'): DenseDataset(other, 'a')[0]
-    binary = dense(); binary.masks = np.minimum(binary.masks, 1)
-    with pytest.raises(DataError, match='cannot tell a, b apart'): DenseDataset(binary, ('a', 'b'))
+    with pytest.raises(DataError, match='cannot tell a, b apart'): DenseDataset(dense(), ('a', 'b'))
+    bits = dense(); bits.info = dict(settings=dict(mask_bits=['a', 'b']))
+    with pytest.raises(ValueError, match='class of the masks'): DenseDataset(bits, 'c')
     none = dense(); none.masks = None
     with pytest.raises(DataError, match='no masks'): DenseDataset(none, 'a')
     bare = dense(); bare.boxes = empty('boxes')

@@ -19,7 +19,7 @@ from .tokens import TokenCache, pad_tokens
 # %% ../../nbs/144_data.sentences.ipynb #d52e43a1
 RULES = ('auto', 'medvl', 'mimic')
 _MIMIC = re.compile(r'\n [A-Z ()/,-]+:\s')
-_JOINED = re.compile(r'(?:FINDINGS: (?P<findings>.*?))?(?:(?:\A|\n)IMPRESSION: (?P<impression>.*))?', re.S)
+_JOINED = re.compile(r'(?:FINDINGS: (?P<findings>.*?))?(?:(?:\A|\s)IMPRESSION: (?P<impression>.*))?', re.S)
 
 
 def report_sections(
