@@ -98,7 +98,8 @@ def share_rows(
     fraction:float, # share in (0, 1]
     scheme:str='reference', # 'reference': the first rows; 'nested': the first patients of a seeded order
     seed:int=0, # of the order
-) -> np.ndarray: # int64, rows in ascending order; at least one
+    least:int=1, # fewest rows ('nested': patients) of a share, for small data sets
+) -> np.ndarray: # int64, rows in ascending order
     """Choose the rows of a share.
 
     Raises: ValueError for an unknown scheme or a share outside (0, 1].
@@ -106,9 +107,9 @@ def share_rows(
     if scheme not in ('reference', 'nested'): raise ValueError(unknown_name('scheme', scheme, ('reference', 'nested')))
     if not 0 < fraction <= 1: raise ValueError(f'fraction={fraction} is a share in (0, 1]')
     patients = np.asarray(patients, str)
-    if scheme == 'reference': return np.arange(max(1, round(fraction * len(patients))))
+    if scheme == 'reference': return np.arange(min(max(least, round(fraction * len(patients))), len(patients)))
     order = sorted(set(patients), key=lambda p: key_of(seed, 'share', p))
-    chosen = order[:max(1, round(fraction * len(order)))]
+    chosen = order[:max(least, round(fraction * len(order)))]
     return np.flatnonzero(np.isin(patients, chosen))
 
 # %% ../../nbs/545_evaluate.localized_tasks.ipynb #3871c3b7
@@ -117,6 +118,7 @@ def task_parts(
     prepared:Prepared, # its data set, with the column split: train, valid, test
     scheme:str='reference', # of the shares: see `share_rows`
     seed:int=0, # of the order of patients
+    least:int=1, # fewest rows of a share
 ) -> dict: # 'train', 'valid', 'test' -> Prepared
     """Take the rows of a task: its share of the training rows, validation (a tenth of RSNA's) and test.
 
@@ -128,7 +130,7 @@ def task_parts(
         if not len(rows):
             raise DataError(f'task {task.number} ({task.key}) finds no image with split {name!r}', file=str(prepared.folder),
                             fix='Read the data set with its published splits (medvl.data.lovt_splits).')
-        parts[name] = prepared.subset(rows[share_rows(prepared.manifest.patient_id.to_numpy()[rows], fraction, scheme, seed)])
+        parts[name] = prepared.subset(rows[share_rows(prepared.manifest.patient_id.to_numpy()[rows], fraction, scheme, seed, least)])
     return parts
 
 # %% ../../nbs/545_evaluate.localized_tasks.ipynb #00d695d8

@@ -35,6 +35,7 @@ class LocalizedConfig:
     runs: int = 5  # trainings with the chosen learning rate, each with its own seed
     seed: int = 0  # of everything
     scheme: str = 'reference'  # of the shares of 1 and 10 %: see `share_rows`
+    min_images: int = 1  # fewest images of a share: 1 % of a small data set may be none
     max_epochs: int = 0  # cut training short; 0 = as the task says
     max_lrs: int = 0  # candidates of the learning rate that are tried; 0 = all
     max_batch: int = 0  # largest batch; 0 = as the task says
@@ -97,7 +98,7 @@ def unit_data(
     taps=None, # Taps of all these images, or None
 ) -> dict: # 'train', 'valid', 'test' -> dataset
     "Make the datasets of a task."
-    parts = task_parts(task, prepared, config.scheme, config.seed)
+    parts = task_parts(task, prepared, config.scheme, config.seed, config.min_images)
     found = {name: DenseDataset(part, task.classes, truth=truth_of(task)) for name, part in parts.items()}
     return {k: WithTaps(d, taps) for k, d in found.items()} if taps is not None else found
 
@@ -174,9 +175,9 @@ def final_units(task, lr, config): # LocalizedTask, learning rate, LocalizedConf
 # %% ../../nbs/546a_evaluate.localized_unit.ipynb #8553c1f8
 def _trained(unit, make_head, data, folder, config):
     "Train a unit, or go on with it; give the result and its best weights."
-    torch.manual_seed(key_of(unit.seed, 'head'))
-    method = make_head(unit.task)
     settings = unit_config(unit.task, unit.lr, unit.seed, config, len(data['train']))
+    torch.manual_seed(key_of(unit.seed, 'head'))
+    method = make_head(unit.task, settings.head_warmup)
     fitted = train(method, data['train'], settings, folder/'training', valid=data['valid'], validate=validator(unit.task, data['valid'], config))
     if fitted.best is None: raise DataError(f'{unit.name} of {unit.task.key}: {settings.monitor} was never a number', file=folder, fix='Look at the validation part of the data.')
     return fitted, from_pretrained(fitted.best, method.device), settings
@@ -184,7 +185,7 @@ def _trained(unit, make_head, data, folder, config):
 
 def run_unit(
     unit:Unit, # what to train
-    make_head, # callable(task) -> Method with a fresh head; it may draw from torch's generator
+    make_head, # callable(task, head_warmup) -> Method with a fresh head; it may draw from torch's generator
     data:dict, # 'train', 'valid', 'test' -> dataset
     folder, # of this unit
     config:LocalizedConfig, # settings

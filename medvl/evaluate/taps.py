@@ -39,38 +39,33 @@ class Taps:
     def __init__(self,
         folder, # of this cache
         key:str, # digest of encoder and images
-        shapes:dict, # stage -> (c,h,w)
+        shapes:dict, # stage -> (c,h,w): the stages wanted now; others that lie there stay
         rows:int, # images of the store
         kind:str='float16', # 'float16' or 'float32'
     ):
         if kind not in KINDS: raise ValueError(unknown_name('kind of stored maps', kind, KINDS))
-        self.folder, self.shapes, self.rows, self.kind = Path(folder), {k: tuple(v) for k, v in shapes.items()}, rows, kind
-        info = dict(key=key, shapes={k: list(v) for k, v in self.shapes.items()}, rows=rows, kind=kind)
+        self.folder, self.key, self.shapes, self.kind = Path(folder), key, {k: tuple(v) for k, v in shapes.items()}, kind
+        info = dict(key=key, rows=rows, kind=kind)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder/'taps.json').exists() and read_json(self.folder/'taps.json') != info:
-            raise DataError('this folder holds the maps of another encoder, other images or other stages', file=self.folder, fix='Choose another folder.')
+            raise DataError('this folder holds the maps of another encoder or other images', file=self.folder, fix='Choose another folder.')
         for name, shape in self.shapes.items():
             if not (self.folder/f'{name}.npy').exists(): _hole(self.folder/f'{name}.npy', (rows, *shape), kind)
-        if not (self.folder/'sums.npy').exists(): self._store(np.full(rows, -1, np.int64))
+            if not (self.folder/f'{name}.sums.npy').exists(): self._store(name, np.full(rows, -1, np.int64))
         write_json(self.folder/'taps.json', info)
         self.maps = {k: np.load(self.folder/f'{k}.npy', mmap_mode='r+') for k in self.shapes}
-        self.sums = np.load(self.folder/'sums.npy')
+        self.sums = {k: np.load(self.folder/f'{k}.sums.npy') for k in self.shapes}
 
-    def _store(self, sums):
-        with atomic_path(self.folder/'sums.npy') as temporary:
+    def _store(self, name, sums):
+        with atomic_path(self.folder/f'{name}.sums.npy') as temporary:
             with open(temporary, 'wb') as f: np.save(f, sums)
-
-    def sum_of(self, row):
-        "Checksum of what stands in a row."
-        value = 0
-        for name in self.shapes: value = zlib.crc32(self.maps[name][row].tobytes(), value)
-        return value
 
     def missing(self,
         rows, # of the store
-    ) -> np.ndarray: # those of them that are not there, or torn
+    ) -> np.ndarray: # those of them that lack a stage, or are torn
         "Find rows to be computed; every stored one is read."
-        return np.array([r for r in np.unique(rows) if self.sums[r] < 0 or self.sums[r] != self.sum_of(r)], np.int64)
+        there = lambda k, r: self.sums[k][r] >= 0 and self.sums[k][r] == zlib.crc32(self.maps[k][r].tobytes())
+        return np.array([r for r in np.unique(rows) if not all(there(k, r) for k in self.shapes)], np.int64)
 
     def write(self,
         rows, # (b,) of the store
@@ -80,14 +75,14 @@ class Taps:
         for name, m in self.maps.items():
             m[rows] = maps[name].astype(self.kind)
             m.flush()
-        for r in rows: self.sums[r] = self.sum_of(r)
-        self._store(self.sums)
+            for r in rows: self.sums[name][r] = zlib.crc32(m[r].tobytes())
+            self._store(name, self.sums[name])
 
     def read(self, rows): # stage -> float32 (b,c,h,w)
         return {k: torch.from_numpy(np.asarray(m[np.asarray(rows)], np.float32)) for k, m in self.maps.items()}
 
     @property
-    def digest(self): return digest([read_json(self.folder/'taps.json')])
+    def digest(self): return digest([read_json(self.folder/'taps.json'), sorted(self.shapes)])
 
 # %% ../../nbs/546_evaluate.taps.ipynb #8343ed23
 def _hole(path, shape, kind):
@@ -117,7 +112,7 @@ def fill_taps(
     "Compute the maps of those images that are not there yet."
     images = lambda r: torch.from_numpy(np.stack([_uint8(prepared.images[int(i)]) for i in r]))[:, None]
     shapes = {k: tuple(v.shape[1:]) for k, v in maps_of(images(rows[:1])).items()}
-    name = digest([key, prepared.images.digest, sorted(shapes.items()), kind])
+    name = digest([key, prepared.images.digest, kind])
     taps = Taps(Path(folder)/name[:16], name, shapes, len(prepared.images), kind)
     need = taps.missing(rows)
     for start in progress(range(0, len(need), batch_size), desc='features', unit='batch'):
