@@ -71,6 +71,9 @@ class Chest:
     slope: float  # slope of the clavicles
     shoulder: float  # y of the shoulders
     breast: float  # strength of the breast shadows, 0..1; weak in men
+    zoom: float  # how large the patient appears, about 1
+    right: float  # how far the patient stands from the middle of the film, towards its right
+    down: float  # the same, downwards
 
 
 def draw_chest(
@@ -79,8 +82,8 @@ def draw_chest(
     age:float, # years: the aortic knob grows with age
 ) -> Chest:
     "Draw the chest of a patient."
-    low = np.array([118, -132, 58, 6, 32, 2.2, 27, .40, .575, 28, 10, 19.5, .10, -134, .0])
-    high = np.array([137, -114, 80, 18, 48, 2.9, 34, .485, .67, 42, 15, 23.5, .34, -116, .25])
+    low = np.array([118, -132, 58, 6, 32, 2.2, 27, .40, .575, 28, 10, 19.5, .10, -134, .0, .92, -12, -12])
+    high = np.array([137, -114, 80, 18, 48, 2.9, 34, .485, .67, 42, 15, 23.5, .34, -116, .25, 1.07, 12, 12])
     v = rng.uniform(low, high)
     v[0] -= 4*(sex == 'F')
     v[10] += 0.04*(age - 50)
@@ -150,15 +153,19 @@ class Canvas:
     "Draw in millimetres around the centre of the picture."
     def __init__(self,
         size:tuple, # height and width, pixels
+        zoom:float=1.0, # how large the patient appears
+        right:float=0.0, # mm by which the patient is off the middle of the film
+        down:float=0.0, # the same, downwards
     ):
-        self.frame = Frame(*map(int, size), nipple_y=0.0, field=FIELD)
-        x, up = self.frame.coordinates()
-        self.x, self.y, self.spacing = x - self.frame.width*self.frame.spacing/2, -up, self.frame.spacing
-        self.shape = tuple(map(int, size))
+        self.frame, self.shape = Frame(*map(int, size), nipple_y=0.0, field=FIELD), tuple(map(int, size))
+        self.spacing = self.frame.spacing/zoom
+        self.origin = self.shape[1]/2 + right/self.frame.spacing, self.shape[0]/2 + down/self.frame.spacing
+        x, y = (np.arange(n, dtype=np.float32) + 0.5 for n in self.shape[::-1])
+        self.x, self.y = (x[None] - self.origin[0])*self.spacing, (y[:, None] - self.origin[1])*self.spacing
 
     def to_pixels(self, x, y):
         "Give column and row of a point (pixel centres are at .5)."
-        return np.asarray(x)/self.spacing + self.shape[1]/2, np.asarray(y)/self.spacing + self.shape[0]/2
+        return np.asarray(x)/self.spacing + self.origin[0], np.asarray(y)/self.spacing + self.origin[1]
 
     def soften(self, mask, mm):
         "Blur a mask or picture by a Gaussian."
@@ -278,7 +285,7 @@ def healthy_chest(
     large:bool=False, # cardiomegaly: the heart is drawn with `ctr_large`
 ) -> dict: # canvas, body, heart bool (h,w), lungs {R, L} bool, edge, air, marks and tissue float32 (h,w)
     "Draw a healthy chest; `air` is the darkness that each pixel owes to lung, 0..1, `marks` what vessels add to it."
-    canvas = Canvas(size)
+    canvas = Canvas(size, chest.zoom, chest.right, chest.down)
     lungs, heart = lung_masks(canvas, chest, large)
     body, air = body_outline(canvas, chest), lungs['R'] | lungs['L']
     soft = canvas.soften(air, 1.6)

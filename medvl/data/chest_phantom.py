@@ -84,10 +84,11 @@ def chest_grey(
 
 def burn_side(rng, pixels, canvas):
     "Burn an R or an L into the upper corner of that side, in place."
-    mark, h = 'RL'[int(rng.integers(2))], 9/canvas.spacing
-    x, y = canvas.to_pixels(rng.uniform(140, 156)*(1 if mark == 'L' else -1) - 4, rng.uniform(-150, -140))
+    mark, h, film = 'RL'[int(rng.integers(2))], 9/canvas.frame.spacing, canvas.frame.spacing
+    x = pixels.shape[1]/2 + (rng.uniform(140, 156)*(1 if mark == 'L' else -1) - 4)/film
+    y = pixels.shape[0]/2 + rng.uniform(-156, -148)/film
     stencil = np.zeros(pixels.shape, np.uint8)
-    cv2.putText(stencil, mark, (int(x), int(y)), cv2.FONT_HERSHEY_SIMPLEX, h/21, 255, max(1, round(1.6/canvas.spacing)), cv2.LINE_AA)
+    cv2.putText(stencil, mark, (int(x), int(y)), cv2.FONT_HERSHEY_SIMPLEX, h/21, 255, max(1, round(1.6/film)), cv2.LINE_AA)
     np.maximum(pixels, (stencil/255*0.97*(255 if pixels.dtype == np.uint8 else 4095)).astype(pixels.dtype), out=pixels)
 
 # %% ../../nbs/158_data.chest_phantom.ipynb #8b48de39

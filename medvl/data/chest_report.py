@@ -11,7 +11,7 @@ __all__ = ['CHEST_TEMPLATES', 'DEVICE_WORDS', 'SCALE_WORDS', 'NEGATIVE', 'PLACES
 # %% ../../nbs/157_data.chest_report.ipynb #56cd86b9
 from dataclasses import dataclass
 
-from .chest_anatomy import FINDINGS, SIDE_WORDS, Chest
+from .chest_anatomy import FINDINGS, SIDE_WORDS
 from .chest_lesions import ChestFinding
 from .phantom_report import Sentence, one_of, pad, report_text, size_words, wording
 
