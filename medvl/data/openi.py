@@ -44,9 +44,9 @@ def read_report(
                 mesh=[''.join(m.itertext()).strip() for m in tree.iter('major')], images=[i.get('id', '') for i in tree.iter('parentImage')])
 
 # %% ../../nbs/187b_data.openi.ipynb #80422f48
-OPENI_FINDINGS = {'normal': ('normal',), 'cardiomegaly': ('cardiomegaly',), 'pleural_effusion': ('pleural effusion', 'costophrenic angle'), 'pneumothorax': ('pneumothorax', 'hydropneumothorax'),
+OPENI_FINDINGS = {'normal': ('normal',), 'cardiomegaly': ('cardiomegaly',), 'pleural_effusion': ('pleural effusion',), 'pneumothorax': ('pneumothorax', 'hydropneumothorax'),
                   'atelectasis': ('pulmonary atelectasis', 'atelectasis'), 'edema': ('pulmonary edema',), 'consolidation': ('consolidation',), 'pneumonia': ('pneumonia',), 'opacity': ('opacity', 'airspace disease', 'infiltrate'),
-                  'nodule': ('nodule', 'granuloma', 'calcified granuloma'), 'mass': ('mass',), 'emphysema': ('pulmonary emphysema', 'emphysema'), 'fracture': ('fractures, bone',)}
+                  'nodule': ('nodule',), 'granuloma': ('granuloma', 'calcified granuloma', 'granulomatous disease'), 'mass': ('mass',), 'emphysema': ('pulmonary emphysema', 'emphysema'), 'fracture': ('fractures, bone',)}
 
 
 def mesh_labels(
@@ -122,6 +122,7 @@ def read_openi(
         if reason: report.add('study dropped' if text == 'required' else 'study without text', t.uid, None, reason, 'left out' if text == 'required' else 'images kept')
         if reason and text == 'required': continue
         rows += [_record(t, k, n, sides, guess, here, report) for k, n in enumerate(t.images)]
+    if guess == 'order' and (n := sum(r['view'] != '' and r['image_id'] not in sides for r in rows)): report.add('views guessed', '', None, f'{n} images that no table calls frontal or lateral', 'by their order')
     records = pd.DataFrame(rows, columns=rows[0].keys() if rows else ['image_id', 'view', 'image_path', 'patient_id'])
     there = records.image_id.isin(list(here))
     if files == 'present':
@@ -148,7 +149,6 @@ def _record(study, k, name, sides, guess, here, report):
     side = sides.get(name, '')
     if not side and guess == 'order' and len(study.images) <= 2:
         side = ('Frontal', 'Lateral')[k]
-        report.add('view guessed', name, None, f'image {k + 1} of {len(study.images)}', side)
     view = {'Frontal': 'FRONTAL', 'Lateral': 'LATERAL'}.get(side, '')
     if not view: report.add('view not known', name, None, f'image {k + 1} of {len(study.images)}', 'not used')
     return dict(image_path=here.get(name, f'NLMCXR_png/{name}.png'), image_id=name, patient_id=f'CXR{study.uid}', exam_id=f'CXR{study.uid}', laterality='', view=view, source='openi', split='',

@@ -44,7 +44,7 @@ def read_boxes(
         report.add('row contradicts itself', df.patientId[i], int(i), f'{path.name}: Target {df.Target[i]!r} with the box {" ".join(df.loc[i, edges]) or "empty"}', 'image left out')
         bad.add(df.patientId[i])
     both = value.groupby(df.patientId).nunique()
-    for image in both.index[both > 1]:
+    for image in sorted(set(both.index[both > 1]) - bad):
         report.add('rows contradict each other', image, None, f'{path.name}: Target 0 and 1', 'image left out')
         bad.add(image)
     n = df[edges].apply(pd.to_numeric, errors='coerce')
