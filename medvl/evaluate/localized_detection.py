@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.errors import DataError
 from .bootstrap import BLOCK, patient_counts
-from .detection import BOX, Scene, arrange, average_precision_of, candidate_pairs, match
+from .detection import BOX, arrange, average_precision_of, candidate_pairs, match
 from .detector import OUTCOME
 from .froc import RATES, _mean, _ranking, _weighted, _wrap
 from .segmentation import predictions
