@@ -335,6 +335,9 @@ def test_versions_in_batches():
     part = slice_batch(batch, 1, 3)
     assert [tuple(x.shape) for x in part['augmented']] == [(2, 1, 1, 96, 96)]*2 and torch.equal(part['transforms'][1], batch['transforms'][1][1:3])
     assert all(x.device.type == 'meta' for x in to_device(batch, 'meta')['augmented'])
+    from medvl.train.gradcache import join
+    whole = join([slice_batch(batch, 0, 1), slice_batch(batch, 1, 4)])
+    assert all(torch.equal(a, b) for name in ('augmented', 'transforms') for a, b in zip(whole[name], batch[name], strict=True))
 
 
 # datasets

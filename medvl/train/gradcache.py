@@ -14,14 +14,16 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.seed import key_of
-from ..data.batch import batch_size, slice_batch
+from ..data.batch import VERSIONS, batch_size, slice_batch
 
 # %% ../../nbs/405_train.gradcache.ipynb #8cf28b66
 def join(parts):
     "Put rows back together: the inverse of `slice_batch`, for a list of batches or of entries."
     first = parts[0]
     if len(parts) == 1: return first
-    if isinstance(first, dict): return {k: join([p[k] for p in parts]) for k in first}
+    if isinstance(first, dict):
+        each = lambda k: [p[k] for p in parts]
+        return {k: [join(list(v)) for v in zip(*each(k))] if k in VERSIONS and isinstance(first[k], list) else join(each(k)) for k in first}
     if isinstance(first, (list, tuple)): return [v for p in parts for v in p]
     if not isinstance(first, Tensor) or not first.ndim: return first
     size = [max(p.shape[d] for p in parts) for d in range(1, first.ndim)]
