@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['grid_distances', 'sequence_distances', 'positive_weights', 'place_weights', 'local_contrastive', 'weighted_places',
-           'local_mse']
+           'local_mse', 'local_retrieval']
 
 # %% ../../nbs/253_losses.local.ipynb #ae523404
 import math
@@ -108,3 +108,15 @@ def local_mse(local, # (b,n,d)
               ): # 0-d
     "Average the squared differences of the vectors as they are."
     return weighted_places((local - attended).square().mean(-1), mask, weights)
+
+# %% ../../nbs/253_losses.local.ipynb #ca128b51
+@torch.no_grad()
+def local_retrieval(local, # (b,n,d)
+                    attended, # (b,n,d)
+                    mask=None, weights=None, # as in local_contrastive
+                    ): # dict of scalars: top1, top5, index (0 is best)
+    "Rank each place's own attended vector among those of its study."
+    s = unit(local) @ unit(attended).mT
+    if mask is not None: s = s.masked_fill(~mask.unsqueeze(1), torch.finfo(s.dtype).min)
+    index = (s > s.diagonal(dim1=1, dim2=2).unsqueeze(-1)).sum(-1)
+    return {k: weighted_places(v.to(s.dtype), mask, weights) for k, v in (('top1', index < 1), ('top5', index < 5), ('index', index))}
