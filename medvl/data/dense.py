@@ -33,7 +33,7 @@ def boxes_by_image(
         raise DataError(f'a box runs backwards or holds nothing: {box} of image {boxes.image_id.iloc[bad[0]]!r}.', row=int(bad[0]),
                         column='x1' if box[2] <= box[0] else 'y1', fix='Exchange its ends, or leave it out, and prepare again.')
     for image, group in boxes[boxes.label.isin(list(classes))].groupby('image_id'):
-        found[image] = group[['x0', 'y0', 'x1', 'y1']].to_numpy(np.float32), group.label.tolist()
+        found[image] = group[['x0', 'y0', 'x1', 'y1']].to_numpy(np.float32, copy=True), group.label.tolist() # torch refuses read-only arrays
     return found
 
 
