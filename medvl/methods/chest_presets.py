@@ -40,7 +40,7 @@ CHEST_METHODS = tuple(m for m in MODULES if m != 'initialised')
 CONFIGS = ('paper', 'reference', 'small', 'smoke')
 
 # %% ../../nbs/325_methods.chest_presets.ipynb #318a527c
-_ADAM = dict(optimizer='adam', epochs=100, no_decay=(), warmup=1/100, precision='fp16', seed=12345)
+_ADAM = dict(optimizer='adam', epochs=100, no_decay=(), warmup=1/100, schedule='cosine', precision='fp16', seed=12345)
 _PAPER = {
     'lovt': dict(text=dict(slot='sentences'), train=dict(optimizer='adamw', epochs=100, batch_size=32, accumulate=16, lr=1e-4, weight_decay=1e-6, no_decay=(),
                                                          warmup=0, precision='fp16', early_stop=10, min_delta=1e-5, seed=12345)),
@@ -119,4 +119,7 @@ def chest_transform(
 ): # callable(batch, seed, epoch) -> batch, for train(transform=…)
     "Build the augmentation of a named configuration."
     options = {**preset.view_options, **changes}
-    return MultiView(preset.views, preset.versions, **options) if preset.versions > 1 else ChestAugment(preset.views, **options)
+    if preset.versions == 1: return ChestAugment(preset.views, **options)
+    out = MultiView(preset.views, preset.versions, **options)
+    out.config = out.makers[0].config # all alike; a run's identity tells recipes apart by it
+    return out

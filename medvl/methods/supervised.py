@@ -11,14 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..losses.classification import UNLABELLED, classification_loss, stated
 from ..core.errors import unknown_name
+from ..data.chexpert_labels import LOVT_FINDINGS
+from ..losses.classification import UNLABELLED, classification_loss, stated
 from .base import register
 from .image import ImageMethod, mean_auroc
 from .mammoclip import check_samples
 
 # %% ../../nbs/323_methods.supervised.ipynb #970f8f2c
-CHEXPERT_FIVE = ('cardiomegaly', 'edema', 'consolidation', 'atelectasis', 'pleural_effusion')
+CHEXPERT_FIVE = LOVT_FINDINGS
 
 
 @dataclass
