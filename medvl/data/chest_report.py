@@ -167,10 +167,13 @@ CHEST_REMARKS = {
     'the [soft tissues|chest wall] [are|appear] [unremarkable|normal].': 'chest', 'the aorta is [normal|unremarkable|tortuous].': 'mediastinum', 
     'the patient is [slightly|minimally] rotated.': 'chest', '[inspiration|inspiratory effort] is [good|adequate].': 'lungs', 'no free air [below the diaphragm|] [is seen|].': 'right diaphragm',
     'the hila are [normal|unremarkable|not enlarged].': 'mediastinum', 'no prior [study|examination] is available for comparison.': '', 'the clavicles are intact.': 'chest', 'bones [intact|normal].': 'chest', 'spine normal.': 'mediastinum',
-    'the [visible|visualized] upper abdomen is [unremarkable|normal], [and|with] no [dilated bowel|free air].': 'left diaphragm', 'image quality is [adequate|good|diagnostic].': ''}
+    'the [visible|visualized] upper abdomen is [unremarkable|normal], [and|with] no [dilated bowel|free air].': 'left diaphragm', 'image quality is [adequate|good|diagnostic].': '',
+    'unremarkable mediastinal configuration.': 'mediastinum', 'osseous structures demonstrate [age-appropriate|unremarkable] degenerative changes.': 'chest', 'satisfactory radiographic positioning.': '',
+    'unremarkable subdiaphragmatic structures.': 'left diaphragm', 'no gas is seen in the soft tissue of the neck [or of the arm|].': 'chest', 'no rib is cut off at the top or at the side of the film.': 'chest'}
 CHEST_CLOSING = {'[clinical|] correlation is [advised|recommended].': '', 'findings [were|] discussed with the [referring|ward] team.': '', 'follow-up as [clinically|] indicated.': '',
     'no [significant|relevant] change [can be assessed|is known] without prior studies.': '', 'see [above|comments].': '', 'a [lateral|second] view [may|could] be [helpful|useful] [if clinically indicated|].': '', 'as above.': '',
-    'the [result|report] was [sent|communicated].': '', 'please correlate [clinically|with history].': '', 'signed electronically.': '', 'images were reviewed [by two readers|with a colleague|].': ''}
+    'the [result|report] was [sent|communicated].': '', 'please correlate [clinically|with history].': '', 'signed electronically.': '', 'images were reviewed [by two readers|with a colleague|].': '',
+    'radiographic surveillance recommended.': '', 'electronically authenticated [document|].': '', 'call us [at any time|] if there is a need to talk of it.': ''}
 
 # %% ../../nbs/157_data.chest_report.ipynb #c6ed3128
 SUMMARY = {'consolidation': '[{place} pneumonia|{place} consolidation, likely pneumonia|pneumonia in the {place}].', 'infiltrate': '[possible pneumonia in the {place}|{place} opacity, may represent pneumonia|{place} infiltrate].',
@@ -205,7 +208,7 @@ def impression_sentences(
 # %% ../../nbs/157_data.chest_report.ipynb #8f4a3899
 def fill(rng, must, pool, view, wanted):
     "Pad a section with remarks, which carry the name of their place."
-    return [s if isinstance(s, ChestSentence) else about(s.section, s.text, '', (), s.label) for s in pad(rng, must, pool, view, wanted, (60, 3, 30))]
+    return [s if isinstance(s, ChestSentence) else about(s.section, s.text, '', (), s.label) for s in pad(rng, must, pool, view, wanted, (60, 4, 60))]
 
 
 def chest_report(
@@ -220,7 +223,7 @@ def chest_report(
     for s in negative_sentences(rng, findings, p_stated):
         if sum(len(t.text) + 1 for t in body) + len(s.text) < characters - 105: body.append(s)
     first = about('FINDINGS', wording(rng, '[frontal|] {view} [view|radiograph|projection] of the chest.', view=view), '', (), 'chest')
-    body = fill(rng, [first, *body], CHEST_REMARKS, view, (round(characters/rng.uniform(33, 45)), characters, characters/rng.uniform(5.7, 6.7)))[1:]
+    body = fill(rng, [first, *body], CHEST_REMARKS, view, (round(characters/rng.uniform(33, 45)), characters, characters/rng.uniform(5.6, 6.7)))[1:]
     summary = fill(rng, impression_sentences(rng, findings, closing - 30), CHEST_CLOSING, view, (4, closing, closing/6.6))
     return [first, *(body[i] for i in rng.permutation(len(body))), *summary]
 
