@@ -47,18 +47,15 @@ def test_every_line_of_the_papers_tables_has_an_experiment():
 
 @pytest.fixture(scope='module')
 def phantom(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('data')/'phantom'
-    prepared_phantom(folder, 24, (96, 64))
-    return folder
+    return prepared_phantom(tmp_path_factory.mktemp('phantom'), 24, (96, 64)).folder
 
 
 @pytest.fixture(scope='module')
 def relabelled(tmp_path_factory):
     "A phantom that calls itself VinDr: the way to run the cells that need VinDr-Mammo."
-    folder = tmp_path_factory.mktemp('data')/'vindr'
-    prepared = prepared_phantom(folder, 24, (96, 64), seed=1)
-    write_table(prepared.manifest.assign(source='vindr'), 'manifest', folder)
-    return folder
+    prepared = prepared_phantom(tmp_path_factory.mktemp('vindr'), 24, (96, 64), seed=1)
+    write_table(prepared.manifest.assign(source='vindr'), 'manifest', prepared.folder)
+    return prepared.folder
 
 
 def test_a_phantom_stands_beside_nothing(phantom, tmp_path):
