@@ -57,7 +57,7 @@ def _view(side, direction):
     if side.strip().lower() == 'lateral': return 'LATERAL'
     return direction.strip().upper() if direction.strip().upper() in ('PA', 'AP') else 'FRONTAL'
 
-
+# %% ../../nbs/188_data.chexpert.ipynb #62375eb1
 def _present(records, root, views, report):
     "Records of the wanted views whose files are there."
     found = {m[1]: p for p in find_files(root, ('*.jpg', '*.jpeg', '*.png')) if (m := re.search(r'(?:^|/)((?:train|valid|test)/patient\d+/study\d+/[^/]+)$', p))}

@@ -71,6 +71,20 @@ def fit_mask(
     return derived.write(name, ['resized', path.stat().st_size, path.stat().st_mtime_ns, list(size)], lambda: 255*small), bool(small.any())
 
 # %% ../../nbs/182_data.covid_rural.ipynb #b4e14df0
+def _record(name, path, mask, head, resize, derived, report):
+    "One row of the records, or None."
+    patient = re.match(r'(COVID-19-AR-\d+)_', name)
+    if not patient or not mask: return report.add('name without a patient' if not patient else 'image without a mask', name, None, path, 'left out', file=path)
+    try: kept, marked = fit_mask(name, derived.root/mask, (head['height'], head['width']), resize, derived)
+    except DataError as e: return report.add('mask cannot be used', name, None, e.message, 'image left out', file=path)
+    return dict(image_path=_grey_copy(name, derived.root/path, derived) or path, image_id=name, patient_id=patient[1], exam_id=name, laterality='', view='FRONTAL', source='covid_rural', mask_path=kept,
+                split='', label_opacity=float(marked))
+
+
+def _grey_copy(name, path, derived):
+    return derived.write(name, ['grey mean', path.stat().st_size, path.stat().st_mtime_ns], lambda: grey_mean(path), kind='grey')
+
+# %% ../../nbs/182_data.covid_rural.ipynb #0a7ddd2f
 def read_covid_rural(
     root, # covid_rural_annot, or a folder that holds it
     derived=None, # folder for grey images; None leaves the colour files, which `prepare` reads with colour='luma'
@@ -84,24 +98,10 @@ def read_covid_rural(
     files = {Path(p).stem: p for p in find_files(root, ('jpgs/*.jpg', 'jpgs/*.jpeg', 'jpgs/*.png'))}
     masks = {Path(p).stem: p for p in find_files(root, ('pngs_masks/*.png',))}
     here = on_disk(sorted(files), files, report, root, 'jpgs/COVID-19-AR-<patient>_<date>-XR.jpg')
-    heads, rows = read_headers(root, [files[n] for n in here], report), []
-    for name in here:
-        patient = re.match(r'(COVID-19-AR-\d+)_', name)
-        if files[name] not in heads: continue
-        if not patient or name not in masks:
-            report.add('name without a patient' if not patient else 'image without a mask', name, None, files[name], 'left out', file=files[name])
-            continue
-        size = heads[files[name]]['height'], heads[files[name]]['width']
-        try: mask, marked = fit_mask(name, root/masks[name], size, resize_masks, derived)
-        except DataError as e: report.add('mask cannot be used', name, None, e.message, 'image left out', file=files[name])
-        else: rows.append(dict(image_path=_grey_copy(name, root/files[name], derived) or files[name], image_id=name, patient_id=patient[1], exam_id=name, laterality='', view='FRONTAL',
-                               source='covid_rural', mask_path=mask, split='', label_opacity=float(marked)))
+    heads = read_headers(root, [files[n] for n in here], report)
+    rows = [row for n in here if files[n] in heads and (row := _record(n, files[n], masks.get(n), heads[files[n]], resize_masks, derived, report))]
     for name in sorted(set(masks) - set(files)): report.add('mask without an image', name, None, masks[name], 'left out')
     if not rows: raise DataError(f'none of {len(here)} images can be used; the first: {report.issues.kind.iloc[0]}, {report.issues.detail.iloc[0]}', file=str(root), fix='The masks should be pngs_masks/<name of the image>.png.')
     records = pd.DataFrame(rows)
     report.counts = dict(images=len(records), patients=records.patient_id.nunique(), with_opacity=int(records.label_opacity.sum()), left_out=len(files) - len(records))
     return Source(records, empty('boxes'), empty('sentences'), report)
-
-
-def _grey_copy(name, path, derived):
-    return derived.write(name, ['grey mean', path.stat().st_size, path.stat().st_mtime_ns], lambda: grey_mean(path), kind='grey')

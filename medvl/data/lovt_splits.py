@@ -96,7 +96,7 @@ def read_lovt_split(
     if name == 'object_cxr' and not legacy and len(boxes): boxes[['x0', 'y0', 'x1', 'y1']] = swap_sides(boxes[['x0', 'y0', 'x1', 'y1']])
     return LovtSplit(name, images, boxes, folder, tuple(int((images.split == s).sum()) for s in SPLITS))
 
-
+# %% ../../nbs/186_data.lovt_splits.ipynb #2cb3f7df
 def _cell_boxes(image, boxes, classes, what, file, row):
     "Yield the boxes of a line."
     edges, numbers = [b for b in boxes.split('|') if b], [c for c in classes.split('|') if c]

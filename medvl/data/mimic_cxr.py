@@ -127,7 +127,7 @@ def read_mimic_cxr(
                          dropped=len(dropped_studies(report)))
     return Source(records, empty('boxes'), empty('sentences'), report)
 
-
+# %% ../../nbs/187a_data.mimic_cxr.ipynb #e5896613
 def dropped_studies(
     report:Report, # of the reader
 ) -> pd.DataFrame: # study, reason
@@ -135,7 +135,7 @@ def dropped_studies(
     t = report.issues[report.issues.kind == 'study dropped']
     return pd.DataFrame({'study': t['item'], 'reason': t.detail}).reset_index(drop=True)
 
-# %% ../../nbs/187a_data.mimic_cxr.ipynb #e5896613
+# %% ../../nbs/187a_data.mimic_cxr.ipynb #44da7524
 _PARTS = {'train': 'train', 'validate': 'valid', 'validation': 'valid', 'test': 'test'}
 
 
@@ -158,7 +158,7 @@ def _images(root, views, report):
     for study in sorted(set(kept.study_id) - set(kept.study_id[here])): report.add('study dropped', 's' + study, None, 'no image on disk', 'left out')
     return kept[here].assign(path=lambda t: t.dicom_id.map(files)).sort_values(['subject_id', 'study_id', 'dicom_id'], kind='stable')
 
-
+# %% ../../nbs/187a_data.mimic_cxr.ipynb #61f1f5ac
 def _texts(images, reports, text, special, min_tokens, report):
     "Sections of every study that has usable ones."
     if not len(reports) and text == 'required': raise DataError('no report is there.', file=str(reports.root), fix="Reports are files/p10/p10000032/s50414267.txt or mimic-cxr-reports.zip; text='none' reads images alone.")

@@ -129,7 +129,7 @@ def _others(root, entries, boxed, files, images, normals, report):
     order = np.argsort(patient_number(names, purpose='nih normals'), kind='stable')[:normals]
     return sorted(names[i] for i in order)
 
-
+# %% ../../nbs/185_data.nih_cxr.ipynb #e3bfddc6
 def _records(sizes, files, entries, masks, derived, report, boxes):
     "One row an image."
     known, rows, listed = entries.to_dict('index'), [], _test_list(derived.root)

@@ -57,7 +57,7 @@ def shape_boxes(
     out = np.array([[*p.min(0), *p.max(0)] if k == 'polygon' else p.ravel() for k, p in shapes], float).reshape(-1, 4)
     return swap_sides(out) if legacy else out
 
-
+# %% ../../nbs/184_data.object_cxr.ipynb #1b758c8f
 def swap_sides(
     boxes, # (n,4) x0, y0, x1, y1
 ) -> np.ndarray: # (n,4): the upper left corner stays, width and height are exchanged
@@ -102,7 +102,7 @@ def read_object_cxr(
         except DataError as e: report.add('outline not understood', Path(name).stem, e.row, f'{file}: {e.message}', 'image left out', file=place[name])
     return _assemble(df, place, heads, shapes, legacy, derived, report)
 
-
+# %% ../../nbs/184_data.object_cxr.ipynb #8a06e08d
 def _read_rows(root, report):
     "Both tables, train first."
     parts = []

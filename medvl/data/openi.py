@@ -92,7 +92,7 @@ def _by_study(root):
     for name in _projections(root): out.setdefault(re.match(r'CXR(\d+)_', name)[1], []).append(name)
     return out
 
-
+# %% ../../nbs/187b_data.openi.ipynb #911fda22
 def image_name(
     file:str, # CXR1_1_IM-0001-3001.png, or 1_IM-0001-3001.dcm.png as on Kaggle
 ) -> str: # CXR1_IM-0001-3001
@@ -101,6 +101,9 @@ def image_name(
     return name if name.startswith('CXR') else f'CXR{name}'
 
 # %% ../../nbs/187b_data.openi.ipynb #541a49f0
+_VALUES = dict(text=('required', 'optional'), guess=('order', 'none'), files=('present', 'listed'))
+
+# %% ../../nbs/187b_data.openi.ipynb #1c801f89
 def read_openi(
     root, # holds ecgen-radiology/ (or a table) and the images at any depth
     views:tuple=('FRONTAL',), # FRONTAL, LATERAL
@@ -112,8 +115,8 @@ def read_openi(
     """Read Open-I.
 
     Raises: DataError when no report or no image is there; ValueError for unknown options."""
-    for word, value, known in (('text', text, ('required', 'optional')), ('guess', guess, ('order', 'none')), ('files', files, ('present', 'listed'))):
-        if value not in known: raise ValueError(unknown_name(f'value of {word}', value, known))
+    for word, value in (('text', text), ('guess', guess), ('files', files)):
+        if value not in _VALUES[word]: raise ValueError(unknown_name(f'value of {word}', value, _VALUES[word]))
     root, report = Path(root), Report('Open-I')
     texts, sides = read_reports(root, report), _projections(root)
     here, rows = {image_name(p): p for p in find_files(root, ('*.png', '*.jpg'))}, []
@@ -124,17 +127,16 @@ def read_openi(
         rows += [_record(t, k, n, sides, guess, here, report) for k, n in enumerate(t.images)]
     if guess == 'order' and (n := sum(r['view'] != '' and r['image_id'] not in sides for r in rows)): report.add('views guessed', '', None, f'{n} images that no table calls frontal or lateral', 'by their order')
     records = pd.DataFrame(rows, columns=rows[0].keys() if rows else ['image_id', 'view', 'image_path', 'patient_id'])
-    there = records.image_id.isin(list(here))
     if files == 'present':
-        for name in records.image_id[~there]: report.add('image is absent', name, None, '', 'left out')
-        records = records[there]
+        for name in records.image_id[~records.image_id.isin(list(here))]: report.add('image is absent', name, None, '', 'left out')
+        records = records[records.image_id.isin(list(here))]
     for view, n in records['view'][~records['view'].isin(views)].value_counts().items(): report.add('other view', view, None, f'{n} images', 'not used')
     records = records[records['view'].isin(views)].drop_duplicates('image_id').reset_index(drop=True)
     if not len(records): raise DataError(f'no image of the views {", ".join(views)} is left of {len(texts)} reports.', file=str(root), fix="Unpack NLMCXR_png.tgz into it, or pass files='listed' to read the texts alone.")
     report.counts = dict(images=len(records), studies=records.patient_id.nunique(), dropped=int((report.issues.kind == 'study dropped').sum()), images_on_disk=int(records.image_id.isin(list(here)).sum()))
     return Source(records, empty('boxes'), empty('sentences'), report)
 
-
+# %% ../../nbs/187b_data.openi.ipynb #e245ef01
 def report_problem(findings, impression, min_tokens=3) -> str: # '' or the reason
     "Say why a report gives nothing."
     if not (findings.strip() or impression.strip()): return 'neither findings nor impression'

@@ -77,7 +77,7 @@ def read_rsna_pneumonia(
     report.counts = dict(images=len(records), patients=len(records), boxes=len(boxes), with_opacity=len(sick & set(sizes)), left_out=len(names) - len(records))
     return Source(records, boxes, empty('sentences'), report)
 
-
+# %% ../../nbs/181_data.rsna_pneumonia.ipynb #9d1adf56
 def _read_classes(root, report):
     "Whether an image is normal: 1, 0, or not in the dict."
     try: path = find_table(root, 'stage_2_detailed_class_info', 'stage_1_detailed_class_info')

@@ -110,6 +110,15 @@ def release_boxes(
     return boxes[~twice & ~boxes.image_id.isin(bad)].reset_index(drop=True), bad
 
 # %% ../../nbs/180_data.shapes.ipynb #68c91c4b
+def _link(link, target):
+    "Let a link point to a folder, whatever it pointed to before."
+    if link.is_symlink() and Path(os.readlink(link)) == target: return
+    new = link.with_name(f'.{link.name}.{os.getpid()}')
+    new.unlink(missing_ok=True)
+    new.symlink_to(target, target_is_directory=True)
+    os.replace(new, link)
+
+# %% ../../nbs/180_data.shapes.ipynb #dae21602
 class Derived:
     "Where drawn masks are kept. Without a folder nothing is drawn."
     def __init__(self,
@@ -123,12 +132,7 @@ class Derived:
         if whole == self.folder.resolve() or whole in self.folder.resolve().parents:
             raise DataError('the folder for masks lies inside the release.', file=str(folder), fix='Choose one outside: a release stays as it was downloaded.')
         self.folder.mkdir(parents=True, exist_ok=True)
-        link = self.folder/'release'
-        if link.is_symlink() and Path(os.readlink(link)) == whole: return
-        new = self.folder/f'.release.{os.getpid()}'
-        new.unlink(missing_ok=True)
-        new.symlink_to(whole, target_is_directory=True)
-        os.replace(new, link)
+        _link(self.folder/'release', whole)
 
     @property
     def base(self): return self.root if self.folder is None else self.folder # what `prepare` gets as `source_root`
@@ -182,7 +186,7 @@ def on_disk(
         if n not in files: report.add('image is absent', n, None, '', 'left out')
     return here
 
-
+# %% ../../nbs/180_data.shapes.ipynb #7d24ac54
 def box_masks(
     boxes:pd.DataFrame, # of `release_boxes`
     sizes:dict, # image_id -> (height, width)

@@ -42,6 +42,22 @@ def draw_runs(
     return mask
 
 # %% ../../nbs/183_data.siim.ipynb #95eddc18
+def _mask(name, rows, shape, file, derived):
+    "Path of an image's mask, and whether anything is marked."
+    if not len(rows): return derived.empty(shape), False
+    mask = draw_runs(rows, shape, file) # drawn even if it is kept already: a wrong row must be found
+    return derived.write(name, ['rle', rows.EncodedPixels.tolist(), list(shape)], lambda: 255*mask), bool(mask.any())
+
+def _record(name, path, head, rows, table, derived, report):
+    "One row of the records, or None."
+    none = rows.EncodedPixels.isin(['-1', ''])
+    if none.any() and not none.all(): report.add('rows contradict each other', name, int(rows.row.iloc[0]), '-1 beside run lengths', 'run lengths used')
+    try: mask, marked = _mask(name, rows[~none], (head['height'], head['width']), table, derived)
+    except DataError as e: return report.add('mask cannot be drawn', name, e.row, e.message, 'image left out', file=path)
+    return dict(image_path=derived.image(path), image_id=name, patient_id=head['patient'] or name, exam_id=name, laterality='', view=chest_view(head['view']), source='siim_pneumothorax',
+                mask_path=mask, split='', label_pneumothorax=float(marked))
+
+# %% ../../nbs/183_data.siim.ipynb #4a81b1ee
 def read_siim(
     root, # holds train-rle.csv (or stage_2_train.csv) and the tree of DICOM files
     derived=None, # folder for the masks; None draws none. `prepare` gets this folder as source_root, or `root` without it
@@ -57,26 +73,11 @@ def read_siim(
     files = {Path(p).stem: p for p in find_files(root, ('*.dcm',))}
     here = on_disk(df.ImageId, files, report, root, '<study>/<series>/<ImageId>.dcm')
     heads = read_headers(root, [files[n] for n in here], report) if headers else {files[n]: dict(height=1024, width=1024, view='', patient='') for n in here}
-    groups, rows = dict(list(df.groupby('ImageId'))), []
-    for name in here:
-        if files[name] not in heads: continue
-        head, g = heads[files[name]], groups[name]
-        none = g.EncodedPixels.isin(['-1', ''])
-        if none.any() and not none.all(): report.add('rows contradict each other', name, int(g.row.iloc[0]), '-1 beside run lengths', 'run lengths used')
-        try: mask, marked = _mask(name, g[~none], (head['height'], head['width']), path.name, derived)
-        except DataError as e: report.add('mask cannot be drawn', name, e.row, e.message, 'image left out', file=files[name])
-        else: rows.append(dict(image_path=derived.image(files[name]), image_id=name, patient_id=head['patient'] or name, exam_id=name, laterality='', view=chest_view(head['view']), source='siim_pneumothorax',
-                               mask_path=mask, split='', label_pneumothorax=float(marked)))
+    groups = dict(list(df.groupby('ImageId')))
+    rows = [row for n in here if files[n] in heads and (row := _record(n, files[n], heads[files[n]], groups[n], path.name, derived, report))]
     unnamed = [n for n in files if n not in groups]
     if unnamed: report.add('image without a row', unnamed[0], None, f'{len(unnamed)} files (test images, or images without annotation)', 'left out')
     if not rows: raise DataError(f'none of {len(here)} images can be used; the first: {report.issues.detail.iloc[0]}', file=str(path))
     records = pd.DataFrame(rows)
     report.counts = dict(images=len(records), patients=records.patient_id.nunique(), with_pneumothorax=int(records.label_pneumothorax.sum()), outlines=int((~df.EncodedPixels.isin(['-1', ''])).sum()))
     return Source(records, empty('boxes'), empty('sentences'), report)
-
-
-def _mask(name, rows, shape, file, derived):
-    "Path of an image's mask, and whether anything is marked."
-    if not len(rows): return derived.empty(shape), False
-    mask = draw_runs(rows, shape, file) # drawn even if it is kept already: a wrong row must be found
-    return derived.write(name, ['rle', rows.EncodedPixels.tolist(), list(shape)], lambda: 255*mask), bool(mask.any())

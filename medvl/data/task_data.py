@@ -16,7 +16,7 @@ import pandas as pd
 from ..core.errors import DataError, unknown_name
 from ..core.paths import read_json
 from .covid_rural import COVID_CLASSES, read_covid_rural
-from .lovt_splits import apply_split, compare_boxes, leak_free, read_lovt_split, split_folder, split_set, split_verdict
+from .lovt_splits import apply_split, compare_boxes, leak_free, read_lovt_split, split_folder, split_verdict
 from .nih_cxr import NIH_CLASSES, read_nih_cxr
 from .object_cxr import OBJECT_CLASSES, read_object_cxr
 from .prepare import prepare
@@ -76,10 +76,7 @@ def read_task_dataset(
     """Read one of the five data sets.
 
     Raises: DataError for an absent folder, table or image; ValueError for an unknown name, split or option."""
-    what = task_set(name, split)
-    known = set(inspect.signature(what.reader).parameters) - {'root', 'derived', 'legacy'}
-    for option in options:
-        if option not in known: raise ValueError(unknown_name(f'option of {name}', option, sorted(known)))
+    what = task_set(name, split, options)
     published = split in ('lovt', 'leak_free')
     if published and tables is None: raise DataError(f"split={split!r} needs the folder of LoVT's tables.", fix="Pass tables=…, or split='patients'.")
     if published and name == 'nih': options = dict(normals=None) | options
@@ -93,19 +90,23 @@ def read_task_dataset(
     verdict = split_verdict(source.records, name, what.patients, source.boxes)
     return TaskData(name, source, Path(root) if derived is None else Path(derived), what.classes, what.profile, what.truth, what.boxes, split, verdict, moves, statistics)
 
-
+# %% ../../nbs/186a_data.task_data.ipynb #447f9a63
 def task_set(
     name:str, # key of TASK_SETS
     split:str='lovt', # to be checked, too
+    options=(), # names of options of its reader, to be checked, too
 ) -> TaskSet:
     """Find a data set by name.
 
-    Raises: ValueError for an unknown name, or a split it cannot have."""
+    Raises: ValueError for an unknown name, or a split or an option it cannot have."""
     if name not in TASK_SETS: raise ValueError(unknown_name('data set', name, TASK_SETS))
     if split not in TASK_SETS[name].splits: raise ValueError(unknown_name(f'split of {name}', split, TASK_SETS[name].splits))
+    known = sorted(set(inspect.signature(TASK_SETS[name].reader).parameters) - {'root', 'derived', 'legacy'})
+    for option in options:
+        if option not in known: raise ValueError(unknown_name(f'option of {name}', option, known))
     return TASK_SETS[name]
 
-# %% ../../nbs/186a_data.task_data.ipynb #447f9a63
+# %% ../../nbs/186a_data.task_data.ipynb #5cffec1b
 def _published(source, table, split, missing, what):
     "The published split, mended if asked for."
     images = table.images
@@ -133,7 +134,7 @@ def _own(source, split, seed, what):
     order = np.argsort(parts.map({'train': 0, 'valid': 1, 'test': 2}).to_numpy(), kind='stable')
     return r.assign(split=parts).drop(columns='marked').iloc[order].reset_index(drop=True)
 
-
+# %% ../../nbs/186a_data.task_data.ipynb #aad21ef1
 def read_statistics(
     name:str, # key of LOVT_SETS
     tables, # folder of LoVT's tables
