@@ -331,3 +331,298 @@ def test_grid_distances_are_exact():
     for i in range(15):
         for j in range(15): assert d[i, j] == math.hypot(i // 5 - j // 5, i % 5 - j % 5)
     assert (grid_distances(8, 8) <= .5 + 1e-9).sum() == (grid_distances(8, 8, False).square().round() <= 32).sum()
+
+
+# --- the method
+
+from dataclasses import replace  # noqa: E402
+
+from training import gradients, settings  # noqa: E402
+
+from medvl.core.errors import DataError  # noqa: E402
+from medvl.data.batch import slice_batch  # noqa: E402
+from medvl.data.sentences import SentenceTokens  # noqa: E402
+from medvl.data.tokens import build_wordpiece  # noqa: E402
+from medvl.methods.base import StepState, build, capabilities, from_pretrained, save_pretrained  # noqa: E402
+from medvl.methods.clip import CLIP, CLIPConfig  # noqa: E402
+from medvl.methods.convirt import ConVIRT, ConVIRTConfig  # noqa: E402
+from medvl.methods.lovt import ABLATIONS, LoVT, LoVTConfig, ablation  # noqa: E402
+from medvl.train.gradcache import backward_batch  # noqa: E402
+
+NAMES = {'pool_a': 'image_pool', 'pool_b': 'text_pool', 'project_global_a': 'image_projection', 'project_global_b': 'text_projection', 'project_local_a': 'region_projection',
+         'project_local_b': 'sentence_projection', 'cross_attention': 'alignment'}
+SENTENCES = ['Small left effusion.', 'The heart is large.', 'No pneumothorax.', 'Right basal opacity.', 'Lines and tubes are unchanged.', 'No acute process.']
+TOKENIZER = build_wordpiece(SENTENCES, size=150)
+TINY = dict(image_encoder='resnet-tiny', text_encoder='tiny', dim=16, hidden=24)
+METHODS = {'lovt': (LoVT, LoVTConfig), 'clip': (CLIP, CLIPConfig), 'convirt': (ConVIRT, ConVIRTConfig)}
+
+
+def make(kind='lovt', seed=0, **changes):
+    torch.manual_seed(seed)
+    cls, config = METHODS[kind]
+    return cls(config(**{**TINY, **changes}), TOKENIZER)
+
+
+def reports_of(n, one=False):
+    return [[SENTENCES[(i + k) % 6] for k in range(1 if one else 1 + i % 4)] for i in range(n)]
+
+
+def batch_of(n=6, one=False, reports=None, dtype=torch.uint8, size=64):
+    g = torch.Generator().manual_seed(3)
+    reports = reports or reports_of(n, one)
+    tokens = SentenceTokens(TOKENIZER).batch(reports)
+    return {'images': torch.randint(0, 256, (len(reports), 1, 1, size, size), dtype=torch.uint8, generator=g).to(dtype), 'sample_id': [f's{i}' for i in range(len(reports))],
+            'tokens': {k: torch.from_numpy(v).unsqueeze(1) for k, v in tokens.items()}, 'sentences': reports, 'text_group': torch.arange(len(reports)).view(-1, 1)}
+
+
+class GivenImages(nn.Module):
+    "Stands for a ResNet whose last map is what the test says."
+    num_features = 64
+    def __init__(self, maps): super().__init__(); self.maps, self.unused = maps, nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    def feature_maps(self, x, level=-1): return self.maps
+    def forward(self, x): return self.maps.mean((2, 3))
+
+
+class GivenTokens(nn.Module):
+    "Stands for a BERT in which each sentence is one token."
+    num_features, max_length = 48, 512
+    def __init__(self, hidden):
+        super().__init__()
+        self.hidden, self.text_encoder = hidden, nn.Module()
+        self.text_encoder.config = type('C', (), {'vocab_size': 10 ** 6})
+    def tokens(self, ids, mask): return self.hidden
+
+
+def test_lovt_stack_golden():
+    "The method itself, from encoder outputs to losses and all gradients, in float64."
+    z = arrays('lovt_stack.npz')
+    regions, sentences, mask = z['yl_a'].requires_grad_(), z['yl_b'].requires_grad_(), z['mask_b']
+    config = LoVTConfig(dim=32, hidden=40, frozen_layers=0, legacy_padded_mean=True, legacy_padded_norm=True)
+    hidden = torch.cat([torch.zeros(4, 1, 48, dtype=torch.float64), sentences, torch.zeros(4, 1, 48, dtype=torch.float64)], 1)
+    method = LoVT(config, None, GivenImages(regions.mT.unflatten(2, (7, 7))), GivenTokens(hidden)).double().train()
+    for theirs, ours in NAMES.items(): filled(getattr(method, ours), under(z, f'param/{theirs}/'))
+    numbers = F.pad((torch.arange(1, 7) * mask), (1, 1))
+    batch = {'images': torch.zeros(4, 1, 1, 8, 8), 'sample_id': list('abcd'), 'tokens': {'input_ids': numbers[:, None], 'attention_mask': torch.ones_like(numbers)[:, None], 'sentence': numbers[:, None]}}
+    state = {k: v.clone() for k, v in method.state_dict().items()}
+    image, text = method.read_images(batch['images']), method.read_texts(batch['tokens'])
+    assert torch.equal(text['mask'], mask)
+    for ours, theirs in ((image['pooled'], 'yg_a'), (text['pooled'], 'yg_b'), (image['weights'], 'weights_a'), (text['weights'], 'weights_b'), (image['regions'], 'yl_a')): close(ours, z[theirs])
+    local = method.align(image, text)
+    for ours, theirs in (('regions', 'zl_a'), ('sentences', 'zl_b'), ('regions_attended', 'zl_b2a'), ('sentences_attended', 'zl_a2b'), ('region_attention', 'attention_probs_b2a'),
+                         ('sentence_attention', 'attention_probs_a2b')): close(local[ours], z[theirs])
+    method.load_state_dict(state)
+    for side, read in (('a', image), ('b', text)): close(getattr(method, NAMES[f'project_global_{side}'])(read['pooled']), z[f'zg_{side}'])
+    method.load_state_dict(state)
+    method._positives[7, 7, regions.device, regions.dtype] = (p := reference_positives(.5, 1., True).double()) / p.sum(1, keepdim=True)
+    out = method(batch)
+    pairs = {'i2t': 'global_a2b', 't2i': 'global_b2a', 'regions_l2att': 'local_a_l2att', 'regions_att2l': 'local_a_att2l', 'sentences_l2att': 'local_b_l2att', 'sentences_att2l': 'local_b_att2l'}
+    for ours, theirs in pairs.items(): close(out[ours], z[f'metric/{theirs}_loss'])
+    close(out['loss'], z['total_loss'])
+    out['loss'].backward()
+    close(regions.grad, z['grad_yl_a'])
+    close(sentences.grad[mask], z['grad_yl_b'][mask])
+    for theirs, ours in NAMES.items():
+        for k, g in under(z, f'grad/{theirs}/').items(): close(dict(getattr(method, ours).named_parameters())[k].grad, g, rtol=1e-9, atol=1e-10)
+    method._positives.clear()
+    method.load_state_dict(state)
+    assert abs(method(batch)['loss'] - z['total_loss']) < 2e-6, 'with exact grid distances'
+    logits = (F.normalize(z['zg_a'], dim=1) @ F.normalize(z['zg_b'], dim=1).T)
+    for k in (1, 5): close(top_k_accuracy(logits, k=k), z[f'metric/global_a2b_top_{k}_acc']), close(top_k_accuracy(logits.T, k=k), z[f'metric/global_b2a_top_{k}_acc'])
+
+
+@pytest.mark.parametrize('kind', list(METHODS))
+def test_the_gradient_reaches_every_trained_part(kind):
+    method = make(kind, probe=('effusion', 'opacity')).train()
+    batch = batch_of(one=kind != 'lovt') | {'labels': torch.tensor([[1., 0]] * 3 + [[0., 1]] * 3)}
+    method(batch)['loss'].backward()
+    dead = [n for n, p in method.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not [n for n in dead if 'pooler' not in n and not n.endswith('position_embeddings.weight')], dead
+    head = method.image_pool.attention.in_proj_bias.grad.chunk(3)[1] if kind != 'convirt' else torch.zeros(1)
+    assert head.abs().sum() == 0, 'the key bias cancels in the softmax'
+
+
+@pytest.mark.parametrize('kind', list(METHODS))
+@pytest.mark.parametrize('size', [1, 2, 4])
+def test_gradcache_equals_the_full_batch_with_frozen_norms(kind, size):
+    method = make(kind, duplicates='mask').double().eval()
+    batch = batch_of(one=kind != 'lovt', dtype=torch.float64)
+    batch['text_group'] = batch['text_group'] // 2
+    method.zero_grad()
+    loss = method(batch)['loss']
+    loss.backward()
+    whole = gradients(method)
+    method.zero_grad()
+    out = backward_batch(method, batch, StepState(), size)
+    found = gradients(method)
+    assert out.losses['loss'].item() == pytest.approx(loss.item(), abs=1e-12) and found.keys() == whole.keys()
+    for k in whole: assert (found[k] - whole[k]).abs().max() <= 1e-10 * max(1., whole[k].abs().max()), k
+
+
+def test_chunks_in_training_mode_are_the_same_chunks_in_one_graph():
+    "BatchNorm sees a chunk, as in the paper it sees a micro-batch: running statistics move once a chunk."
+    from medvl.train.gradcache import join, seed_chunk
+    a, b, batch = make().double().train(), make().double().train(), batch_of(dtype=torch.float64)
+    backward_batch(a, batch, StepState(), 3)
+    parts = []
+    for i in range(2):
+        seed_chunk(StepState(), 0, i)
+        parts.append(b.encode(slice_batch(batch, 3 * i, 3 * i + 3)))
+    b.losses(join(parts), batch, StepState())['loss'].backward()
+    found, whole = gradients(a), gradients(b)
+    for k in whole: assert (found[k] - whole[k]).abs().max() <= 1e-10 * max(1., whole[k].abs().max()), k
+    for x, y in zip(a.buffers(), b.buffers()): assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize('training', [False, True])
+def test_a_report_does_not_feel_its_neighbours_padding(training):
+    "The same six studies; the last report is longer or shorter, and the tokens are padded further. Dropout off, BatchNorm as in training or frozen."
+    method = make().double().eval()
+    for m in method.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): m.train(training)
+    state = {k: v.clone() for k, v in method.state_dict().items()}
+    batch = batch_of(dtype=torch.float64)
+    one = method(batch)
+    wide = {**batch, 'tokens': {k: F.pad(v, (0, 40)) for k, v in batch['tokens'].items()}}
+    method.load_state_dict(state)
+    two = method(wide)
+    for k in one: assert two[k].item() == pytest.approx(one[k].item(), abs=1e-10), k
+    longer = batch_of(reports=reports_of(5) + [SENTENCES * 2], dtype=torch.float64)
+    if training: return
+    a, b = method.encode(batch), method.encode(longer)
+    for k in ('text', 'sentences', 'regions_attended', 'sentences_attended', 'sentence_weights'):
+        n = a[k].shape[1]
+        close(b[k][:5, :n], a[k][:5], rtol=1e-9, atol=1e-10)
+    old = make(legacy_padded_mean=True).double().eval()
+    assert (old.encode(longer)['text'][:5] - old.encode(batch)['text'][:5]).abs().max() > 1e-5, 'the original feels it'
+
+
+def test_losses_are_the_weighted_sum_and_every_ablation_is_what_it_says():
+    batch = batch_of()
+    for name in ABLATIONS:
+        config, train, text = ablation(name, **TINY, vocab_size=150)
+        method = LoVT(config, TOKENIZER).train()
+        out = method(batch)
+        weights = {'i2t': config.i2t_weight, 't2i': config.t2i_weight} | {f'{k}_{d}': w for k, w in (('regions', config.region_weight), ('sentences', config.sentence_weight)) for d in ('l2att', 'att2l')}
+        assert out['loss'].item() == pytest.approx(sum(w * out[k].item() for k, w in weights.items() if k in out), rel=1e-5), name
+        assert method.local == ('regions_l2att' in out) == any('alignment' in n for n, _ in method.named_parameters())
+        settings(**{**train, 'precision': 'fp32', 'trackers': (), 'cpu': True})
+        assert set(text) <= {'slot'}
+    p = LoVT(ablation('identity', **TINY, vocab_size=150)[0], TOKENIZER).region_positives((3, 2), torch.zeros(1))
+    assert torch.equal(p, torch.eye(6))
+    with pytest.raises(ValueError, match="Did you mean 'no_weight'"): ablation('no_weigt')
+    with pytest.raises(ValueError, match='identity'): make(positives='identiti')
+
+
+@pytest.mark.parametrize('kind', list(METHODS))
+def test_saving_and_loading(tmp_path, kind):
+    method, batch = make(kind).eval(), batch_of(one=kind != 'lovt')
+    again = from_pretrained(save_pretrained(method, tmp_path / kind))
+    assert again.name == kind and again.config == replace(method.config, text_pretrained=False)
+    with torch.no_grad():
+        assert torch.equal(again(batch)['loss'], method(batch)['loss'])
+        assert torch.equal(again.encode_text(['No effusion. The heart is large.']), method.encode_text(['No effusion. The heart is large.']))
+        if kind == 'lovt': assert torch.equal(again.attention_maps(batch['images'], batch['sentences'])[0], method.attention_maps(batch['images'], batch['sentences'])[0])
+    assert {'encode_image', 'encode_text', 'project_text', 'image_features', 'feature_maps'} <= set(capabilities(again))
+    assert build(kind, {**TINY, 'vocab_size': 150}, tokenizer=TOKENIZER).config.dim == 16
+
+
+def test_freezing_follows_the_encoder(tmp_path):
+    method = make()
+    assert method.config.frozen_layers == 0 and all(p.requires_grad for p in method.text_encoder.parameters())
+    method.text_encoder.text_encoder.save_pretrained(tmp_path / 'bert')
+    half = make(text_encoder=str(tmp_path / 'bert'))
+    frozen = {n for n, p in half.text_encoder.named_parameters() if not p.requires_grad}
+    assert half.config.frozen_layers == 1 and frozen and all('embeddings' in n or 'layer.0.' in n for n in frozen)
+    assert make(text_encoder=str(tmp_path / 'bert'), text_pretrained=False).config.frozen_layers == 0
+    with pytest.raises(ValueError, match='has 2'): make(frozen_layers=3)
+
+
+def test_bad_input_is_named():
+    method, batch = make().eval(), batch_of()
+    none = {**batch, 'tokens': {**batch['tokens'], 'sentence': batch['tokens']['sentence'] * (torch.arange(6) != 2).view(6, 1, 1)}}
+    with pytest.raises(DataError, match='without sentences: s2'): method.encode(none)
+    with pytest.raises(DataError, match='without sentences: s0'): method.encode({**batch, 'tokens': {**batch['tokens'], 'sentence': torch.zeros_like(batch['tokens']['sentence'])}})
+    with pytest.raises(ValueError, match='sentence'): method.encode({**batch, 'tokens': {k: v for k, v in batch['tokens'].items() if k != 'sentence'}})
+    with pytest.raises(ValueError, match='one image'): method.encode({**batch, 'images': batch['images'].expand(-1, 2, -1, -1, -1)})
+    nan = {**batch, 'images': batch['images'].float()}
+    nan['images'][4] = float('nan')
+    with pytest.raises(DataError, match='not finite: s4'): method.encode(nan)
+    with pytest.raises(ValueError, match='positive'): make(temperature=0.)
+    with pytest.raises(DataError): method.encode_text([[]])
+    with pytest.raises(ValueError, match='set vocab_size'): LoVT(LoVTConfig(**TINY, vocab_size=40), TOKENIZER)
+
+
+def test_lovt_answers_about_places():
+    method, batch = make().eval(), batch_of()
+    with torch.no_grad():
+        maps, real = method.attention_maps(batch['images'], batch['sentences'])
+        assert maps.shape == (6, 4, 2, 2) and real.sum(1).tolist() == [len(r) for r in batch['sentences']]
+        close(maps.sum((2, 3)), real.float(), rtol=1e-5, atol=1e-5)
+        vectors, again = method.sentences(batch['sentences'])
+        assert torch.equal(real, again) and vectors[~real].abs().sum() == 0
+        close(vectors[real].norm(dim=-1), torch.ones(int(real.sum())), rtol=1e-5, atol=1e-5)
+        close(method.regions(batch['images']).norm(dim=-1), torch.ones(6, 4), rtol=1e-5, atol=1e-5)
+        close(method.encode_text(batch['sentences']), method.encode(batch)['text'], rtol=1e-4, atol=1e-5)
+        close(method.encode_image(batch['images']), method.encode(batch)['image'], rtol=1e-4, atol=1e-5)
+        close(method.encode_image(batch['images'][:, 0]), method.encode(batch)['image'], rtol=1e-4, atol=1e-5)
+    assert method.encode_text([]).shape == (0, 16)
+
+
+class Studies:
+    "Samples of the batch contract: a corner of the image is bright, one sentence names it."
+    def __init__(self, n=16, one=False): self.n, self.one, self.tokens = n, one, SentenceTokens(TOKENIZER)
+    def __len__(self): return self.n
+    def __getitem__(self, key):
+        epoch, i = key
+        image = np.random.default_rng([i, 5]).integers(0, 60, (64, 64)).astype(np.uint8)
+        image[(i % 2) * 32:(i % 2) * 32 + 24, (i // 2 % 2) * 32:(i // 2 % 2) * 32 + 24] += 150
+        sentences = [SENTENCES[i % 4], *SENTENCES[4:4 + (0 if self.one else i % 3)]]
+        tokens = self.tokens(sentences)
+        tokens.pop('kept')
+        return dict(images=[image], view=['PA'], sample_id=f's{i}', patient_id=str(i), index=i, epoch=epoch, tokens=[tokens], sentences=sentences, text=[' '.join(sentences)],
+                    text_group=np.array([i % 4 + 10 * len(sentences)]))
+
+    def collate(self, samples):
+        from medvl.data.batch import collate
+        return collate(samples)
+
+
+@pytest.mark.parametrize('kind', list(METHODS))
+def test_training_lowers_the_loss_and_resumes_bit_by_bit(tmp_path, kind):
+    from training import contents
+
+    from medvl.train.loop import train
+
+    class Died(Exception): pass
+    config = settings(epochs=3, batch_size=8, chunk_size=4 if kind != 'convirt' else None, accumulate=1, lr=2e-3, ema=0.0, save_every=2, valid_every=6)
+    data, valid = Studies(16, kind != 'lovt'), Studies(8, kind != 'lovt')
+    make_one = lambda: make(kind, duplicates='mask')
+    result = train(make_one(), data, config, tmp_path / 'whole', valid)
+    losses = result.history.loss.tolist()
+    assert losses[-1] < losses[0] and result.step == 6
+
+    def dies(method, state):
+        if state.step >= 6: raise Died
+        return {}
+    with pytest.raises(Died): train(make_one(), data, config, tmp_path / 'cut', valid, None, dies)
+    train(make(kind, seed=5, duplicates='mask'), data, config, tmp_path / 'cut', valid)
+    assert contents(tmp_path / 'cut') == contents(tmp_path / 'whole')
+
+
+def _gradient(batch):
+    from medvl.train.distributed import average_gradients, exchange_of
+    method, exchange = make(duplicates='mask').double().eval(), exchange_of()
+    n = 6 // exchange.world
+    backward_batch(method, slice_batch(batch, exchange.rank * n, (exchange.rank + 1) * n), StepState(), None, exchange=exchange)
+    average_gradients(method.parameters())
+    return gradients(method)
+
+
+def test_two_processes_give_the_gradient_of_one():
+    "The global vectors are gathered; the local losses of each process are averaged."
+    from medvl.train.distributed import launch
+    batch = batch_of(dtype=torch.float64)
+    batch['text_group'] = batch['text_group'] // 2
+    one = _gradient(batch)
+    for two in launch(_gradient, batch):
+        for k in one: assert (two[k] - one[k]).abs().max() <= 1e-10 * max(1., one[k].abs().max()), k

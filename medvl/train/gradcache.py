@@ -118,8 +118,9 @@ def _rows_of(gradients, counts, i):
 
 
 def _push(features, gradients):
-    "Send feature gradients through the graph of a chunk."
-    pairs = [(features[k], g.to(features[k].dtype)) for k, g in gradients.items() if features[k].requires_grad]
+    "Send feature gradients through the graph of a chunk; where `join` padded, what belongs to the padding is cut off."
+    cut = lambda g, f: g[tuple(slice(n) for n in f.shape)] if g.shape != f.shape else g
+    pairs = [(features[k], cut(g, features[k]).to(features[k].dtype)) for k, g in gradients.items() if features[k].requires_grad]
     if pairs: torch.autograd.backward([f for f, _ in pairs], [g for _, g in pairs])
 
 # %% ../../nbs/405_train.gradcache.ipynb #e0eb862a
