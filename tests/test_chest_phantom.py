@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from medvl.core.config import config_dict, config_from_dict
 from medvl.core.errors import DataError
-from medvl.core.seed import numpy_rng
 from medvl.data.chest_anatomy import FINDINGS, SIDE_WORDS, ChestConfig, in_lung, outer_wall, zone_of
 from medvl.data.chest_exports import EXPORTS, export_chest_phantom
 from medvl.data.chest_phantom import chest_exam, chest_truth, write_chest_phantom
@@ -34,7 +33,7 @@ def exams(): return [chest_exam(3, i, size=(128, 128)) for i in range(14)]
 
 
 @pytest.fixture(scope='module')
-def dataset(tmp_path_factory): return write_chest_phantom(tmp_path_factory.mktemp('chest')/'set', 300, size=(64, 64), seed=5)
+def dataset(tmp_path_factory): return write_chest_phantom(tmp_path_factory.mktemp('chest')/'set', 240, size=(64, 64), seed=5)
 
 
 def test_exam_is_a_pure_function():
@@ -87,7 +86,7 @@ def test_orientation_and_anatomy(exams):
         assert (e.ratio > 0.53) == bool(e.truth.labels['cardiomegaly'])
         free = (e.lungs['R'] | e.lungs['L']) & ~e.masks.any(0) if len(e.masks) else e.lungs['R'] | e.lungs['L']
         assert e.pixels[free].mean() + 20 < e.pixels[e.heart].mean() # dark lungs, bright heart
-        assert e.pixels[50:70, :2].mean() < 60 and e.spacing == pytest.approx(350/128/a.zoom)
+        assert e.pixels[:4, :4].mean() < 60 and e.spacing == pytest.approx(350/128/a.zoom)
 
 
 def test_findings_look_as_they_should():
@@ -176,13 +175,13 @@ def test_sentences_point_at_their_region():
                 if len(s.findings) == 1: assert s.region == region_of(f)
                 x0, y0, x1, y1 = np.concatenate([np.maximum(region[:2], e.boxes[k][:2]), np.minimum(region[2:], e.boxes[k][2:])])
                 if f.label in close: assert x1 > x0 and y1 > y0, (s, f)
-        for side, word in SIDE_WORDS.items():
+        for word in SIDE_WORDS.values():
             upper, lower = e.regions[f'{word} upper zone'], e.regions[f'{word} lower zone']
             assert upper[3] <= lower[1] + 1 and (e.regions['right lung'][0] < e.regions['left lung'][0])
 
 
 def test_labels_are_independent_and_as_frequent_as_asked():
-    t = [chest_truth(2, i) for i in range(500)]
+    t = [chest_truth(2, i) for i in range(400)]
     rows = pd.DataFrame([{**x.labels, 'age': x.age, 'F': x.sex == 'F', 'AP': x.view == 'AP'} for x in t]).astype(float)
     for f in FINDINGS: assert abs(rows[f].mean() - getattr(ChestConfig(), f'p_{f}')) < 0.07, f
     assert np.abs(rows.corr().to_numpy() - np.eye(rows.shape[1])).max() < 0.16
@@ -222,7 +221,7 @@ def test_speed():
 
 def test_layout(dataset):
     index, boxes, sentences = (pd.read_csv(dataset/f'{n}.csv', keep_default_na=False) for n in ('index', 'boxes', 'sentences'))
-    assert len(index) == 300 and index.image_id.is_unique and index.patient_id.is_unique and set(index['view']) == {'PA', 'AP'}
+    assert len(index) == 240 and index.image_id.is_unique and index.patient_id.is_unique and set(index['view']) == {'PA', 'AP'}
     assert (boxes.x1 > boxes.x0).all() and (boxes.x1 <= 64).all() and (boxes.y1 <= 64).all()
     for f in FINDINGS: assert set(index.image_id[index[f'label_{f}'] == 1]) == set(boxes.image_id[boxes.label == f])
     per_image = boxes.groupby('image_id').label.apply(list)
@@ -232,12 +231,12 @@ def test_layout(dataset):
     report = index.set_index('image_id').report_text
     assert all(r.sentence in report[r.image_id] for r in sentences.itertuples())
     source = read_folder(dataset)
-    assert len(source.records) == 300 and len(source.boxes) == len(boxes) and len(source.sentences) == len(sentences)
+    assert len(source.records) == 240 and len(source.boxes) == len(boxes) and len(source.sentences) == len(sentences)
     assert set(source.report.issues.kind) <= {'columns not used'}
 
 
 def test_no_shortcuts(dataset):
-    report = chest_shortcuts(dataset)
+    report = chest_shortcuts(dataset, n_boot=120)
     assert report.ok.all(), report[~report.ok]
     assert {'brightness of the body', 'characters', 'words', 'image id', 'order', 'age', 'view', 'lateral position'} <= set(report.feature)
     with pytest.raises(DataError, match='at least 40'): chest_shortcuts(dataset.parent/'few' if (dataset.parent/'few').exists() else write_chest_phantom(dataset.parent/'few', 2, size=(64, 64)))
@@ -354,7 +353,7 @@ def test_exports_read_back(name, tmp_path):
 
 def test_mimic_reads_back(tmp_path):
     made = export_chest_phantom('mimic', tmp_path/'m', 20, (64, 64), seed=4)
-    source, numbers = read_mimic_cxr(made.root, rule='none' if False else 'u_ones'), pd.read_csv(made.truth).set_index('id')
+    source, numbers = read_mimic_cxr(made.root), pd.read_csv(made.truth).set_index('id')
     assert len(source.records) == 20 and set(source.records.split) == {'train', 'valid', 'test'} and not len(source.report.issues)
     for r in source.records.itertuples():
         t = chest_truth(4, int(numbers['index'][r.image_id]))
@@ -366,7 +365,7 @@ def test_exports_are_pure_and_whole(tmp_path):
     one, two = (export_chest_phantom('siim', tmp_path/str(j), 10, (64, 64), jobs=j) for j in (1, 2))
     files = sorted(p.relative_to(tmp_path/'1') for p in (tmp_path/'1').rglob('*') if p.is_file())
     for path in files: assert (tmp_path/'1'/path).read_bytes() == (tmp_path/'2'/path).read_bytes(), path
-    assert numpy_rng(0).random() == numpy_rng(0).random() and one.root != two.root
+    assert len(files) > 12 and one.root != two.root
     with pytest.raises(DataError, match='another export'): export_chest_phantom('siim', tmp_path/'1', 11, (64, 64))
     with pytest.raises(ValueError, match='Did you mean'): export_chest_phantom('siimm', tmp_path/'x', 10)
     with pytest.raises(ValueError, match='at least 10'): export_chest_phantom('siim', tmp_path/'x', 3)

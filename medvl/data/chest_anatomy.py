@@ -6,7 +6,7 @@
 __all__ = ['FINDINGS', 'CHEST_KNOBS', 'SIDES', 'FIELD', 'ZONES', 'SIDE_WORDS', 'ChestConfig', 'Chest', 'draw_chest', 'outer_wall',
            'inner_wall', 'diaphragm', 'heart_shape', 'in_heart', 'in_lung', 'Canvas', 'rib_curves', 'bones',
            'lung_vessels', 'body_outline', 'floor_of', 'lung_masks', 'airways', 'breast_shadows', 'healthy_chest',
-           'zone_of', 'bounds', 'region_boxes']
+           'zone_of', 'bounds']
 
 # %% ../../nbs/156_data.chest_anatomy.ipynb #3316b72d
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class Chest:
     right: float  # how far the patient stands from the middle of the film, towards its right
     down: float  # the same, downwards
 
-
+# %% ../../nbs/156_data.chest_anatomy.ipynb #f9c77490
 def draw_chest(
     rng, # generator of the patient
     sex:str, # F or M: women have slightly smaller chests and breast shadows
@@ -194,7 +194,7 @@ def rib_curves(chest, jitter):
             front.append(np.stack([side*(wall - (0.62*wall - 16)*t**1.2), end + 10*np.sin(np.pi/2*t) + (22 + 2*i)*t**1.3], 1))
     return back, front
 
-
+# %% ../../nbs/156_data.chest_anatomy.ipynb #717f7d9c
 def bones(
     rng, # generator of the patient's bones
     canvas:Canvas, # where to draw
@@ -318,26 +318,3 @@ def bounds(mask):
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not rows.size: return np.full(4, np.nan, np.float32)
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)
-
-
-def region_boxes(
-    drawn:dict, # from healthy_chest
-    chest:Chest, # the chest
-) -> dict: # name -> float32 (4,) x0, y0, x1, y1 in pixels
-    "Give the box of every place that a report can name."
-    canvas, both, out = drawn['canvas'], drawn['lungs']['R'] | drawn['lungs']['L'], {}
-    for side, word in SIDE_WORDS.items():
-        lung, bottom = drawn['lungs'][side], chest.dome + chest.drop*(side == 'L')
-        third = np.clip(3*(canvas.y - chest.apex)/(bottom - chest.apex), 0, 2).astype(int)
-        out[f'{word} lung'] = bounds(lung)
-        for k, zone in enumerate(ZONES): out[f'{word} {zone} zone'] = bounds(lung & (third == k))
-        out[f'{word} costophrenic angle'] = bounds(lung & (canvas.y > bottom) & (np.abs(canvas.x) > 0.6*chest.width))
-        x0, _, x1, _ = out[f'{word} lung']
-        floor = canvas.to_pixels(0, [bottom - 6, bottom + chest.angle])[1]
-        out[f'{word} diaphragm'] = np.array([x0, max(0, floor[0]), x1, min(canvas.shape[0], floor[1])], np.float32)
-    out['lungs'], out['heart'] = bounds(both), bounds(drawn['heart'])
-    for name, (half, low, high) in {'mediastinum': (chest.inner + 12, chest.apex, chest.dome), 'trachea': (14, -175, chest.apex + 70)}.items():
-        x, y = canvas.to_pixels([-half, half], [low, high])
-        out[name] = np.array([x[0], max(0, y[0]), x[1], min(canvas.shape[0], y[1])], np.float32)
-    out['chest'] = bounds(drawn['body'])
-    return out

@@ -49,7 +49,7 @@ def siim_tables(root, rows):
     "Write train-rle.csv."
     lines(root/'train-rle.csv', 'ImageId, EncodedPixels', [f'{r["id"]}, {run}' for r in rows for run in r['runs']])
 
-
+# %% ../../nbs/159a_data.chest_exports.ipynb #4a3a524c
 def object_tables(root, rows):
     "Write train.csv and dev.csv."
     for part in ('train', 'dev'):

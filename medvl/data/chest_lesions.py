@@ -83,7 +83,7 @@ def draw_local(rng, label, chest, large, scale, taken):
         out.append(dict(label=label, kind=own, side=side, zone=zone_of(chest, side, y), size=size, severity=severity, x=x, y=y, shape=''))
     return out
 
-
+# %% ../../nbs/156a_data.chest_lesions.ipynb #4e123d30
 def draw_wide(rng, label, chest, scale):
     "Draw effusions, a pneumothorax, oedema or a large heart."
     if label == 'cardiomegaly':
@@ -100,7 +100,7 @@ def draw_wide(rng, label, chest, scale):
         out.append(dict(label=label, kind='', side=side, zone='', size=round(float(size), 1), severity=severity, x=0.0, y=0.0, shape=''))
     return out
 
-# %% ../../nbs/156a_data.chest_lesions.ipynb #4e123d30
+# %% ../../nbs/156a_data.chest_lesions.ipynb #e77a58a0
 def draw_devices(rng, chest, large, taken):
     "Draw one to three devices or foreign objects; tubes and lines at most once."
     out, names = [], list(DEVICES)
@@ -116,7 +116,7 @@ def draw_devices(rng, chest, large, taken):
         out.append(dict(label='device', kind=str(name), side=side, zone=zone, size=round(float(size), 1), severity='', x=float(x), y=float(y), shape=shape))
     return out
 
-
+# %% ../../nbs/156a_data.chest_lesions.ipynb #bb965775
 def draw_chest_findings(
     key:tuple, # key of the image's random streams
     chest:Chest, # the chest
@@ -157,7 +157,7 @@ def render_band(finding, canvas):
     across = across - bend*along**2
     return np.exp(-np.abs(across/(0.62*thick))**3)*np.clip((finding.size/2 - np.abs(along))/6 + 0.5, 0, 1)
 
-
+# %% ../../nbs/156a_data.chest_lesions.ipynb #fa1248d8
 def render_nodule(finding, canvas, least):
     "Draw a nodule or mass: grey float32 (h,w), 0..1, and mask."
     rng = numpy_rng(finding.key)
@@ -233,7 +233,7 @@ def device_outline(
     bend = np.array([sign*14, chest.apex + 14])
     return ribbon((1 - s)**2*start + 2*s*(1 - s)*bend + s**2*end, max(1.2, least))
 
-
+# %% ../../nbs/156a_data.chest_lesions.ipynb #d7c05c92
 def render_device(finding, canvas, chest):
     "Draw a device: grey float32 (h,w), 0..1, and mask."
     outline = device_outline(finding, chest, canvas.spacing)

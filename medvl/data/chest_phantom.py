@@ -18,9 +18,9 @@ import numpy as np
 
 from ..core.config import config_dict
 from ..core.seed import numpy_rng
-from .chest_anatomy import CHEST_KNOBS, FINDINGS, Chest, ChestConfig, bounds, draw_chest, healthy_chest, region_boxes
+from .chest_anatomy import CHEST_KNOBS, FINDINGS, Chest, ChestConfig, bounds, draw_chest, healthy_chest
 from .chest_lesions import chest_layer, draw_chest_findings
-from .chest_report import chest_report, stated_labels
+from .chest_report import chest_report, region_boxes, stated_labels
 from .phantom import name_of, scale_tissue
 from .phantom_anatomy import difficulty_knobs
 from .phantom_dataset import empty_dicom, fill_pixels, person, png, write_blocks
@@ -45,7 +45,7 @@ class ChestTruth:
     sentences: tuple  # of ChestSentence
     report: str  # FINDINGS: ... IMPRESSION: ...
 
-
+# %% ../../nbs/158_data.chest_phantom.ipynb #71d0e797
 def chest_truth(
     seed:int, # seed of the population
     i:int, # number of the examination, 0, 1, 2, ...
@@ -198,7 +198,7 @@ def chest_dicom(
     fill_pixels(ds, exam.pixels, monochrome1)
     return ds
 
-
+# %% ../../nbs/158_data.chest_phantom.ipynb #8e5c407d
 def chest_files(
     i:int, # number of the examination
     seed:int, # seed of the population

@@ -72,7 +72,7 @@ def chest_features(
                     'patient id': int(row['patient_id'][1:], 16)/16**12, 'order': k, 'age': row['age'], 'sex': float(row['sex'] == 'F'), 'view': float(row['view'] == 'AP')})
     return pd.DataFrame(out)
 
-
+# %% ../../nbs/158a_data.chest_prepared.ipynb #8d47784f
 def chest_positions(folder):
     "Give the place of each opacity and nodule once, with its kind."
     index = pd.read_csv(Path(folder)/'index.csv')[['image_id', 'exam_id']]
@@ -82,7 +82,7 @@ def chest_positions(folder):
     cloud = local[local.label == 'opacity']
     yield 'consolidation or infiltrate', (cloud.kind == 'consolidation').to_numpy(), cloud, ['lateral position', 'vertical position', 'size_mm']
 
-
+# %% ../../nbs/158a_data.chest_prepared.ipynb #1b30bdcc
 def chest_shortcuts(
     folder, # written by write_chest_phantom
     n_boot:int=200, # resamples of examinations

@@ -123,7 +123,7 @@ def nih_item(root, exam, seed, i):
         labels.append(word)
         if word != 'Edema' and np.isfinite(x0): boxes.append([word, x0*scale, y0*scale, (x1 - x0)*scale, (y1 - y0)*scale])
     labels = [{'Infiltrate': 'Infiltration'}.get(w, w) for w in dict.fromkeys(labels)] or ['No Finding']
-    return dict(id=name, patient=f'{i + 1:08d}', boxes=[[NIH_CLASSES.index(w.lower()), *b] for w, *b in boxes], named=boxes, labels=labels, age=t.age, sex=t.sex, view=t.view)
+    return dict(id=name, patient=f'{i + 1:08d}', boxes=[[NIH_CLASSES.index(w.lower()), *(v/scale for v in b)] for w, *b in boxes], named=boxes, labels=labels, age=t.age, sex=t.sex, view=t.view)
 
 # %% ../../nbs/159_data.chest_releases.ipynb #fdca1818
 def mimic_report(exam):
@@ -141,7 +141,7 @@ def wrap(text, width=84):
         lines[-1] += (' ' if lines[-1] else '') + word
     return '\n '.join(lines)
 
-
+# %% ../../nbs/159_data.chest_releases.ipynb #8c5d18d7
 def chexpert_labels(
     exam:ChestExam, # the examination
 ) -> dict: # finding of CheXpert -> 1, 0, -1; absent: not stated

@@ -4,16 +4,41 @@
 
 # %% auto #0
 __all__ = ['CHEST_TEMPLATES', 'DEVICE_WORDS', 'SCALE_WORDS', 'NEGATIVE', 'PLACES', 'CHEST_REMARKS', 'CHEST_CLOSING', 'SUMMARY',
-           'ChestSentence', 'about', 'region_of', 'common_region', 'place_of', 'describe', 'pair_words',
+           'region_boxes', 'ChestSentence', 'about', 'region_of', 'common_region', 'place_of', 'describe', 'pair_words',
            'positive_sentences', 'one_sided', 'negative_sentences', 'impression_sentences', 'fill', 'chest_report',
            'stated_labels']
 
 # %% ../../nbs/157_data.chest_report.ipynb #56cd86b9
 from dataclasses import dataclass
 
-from .chest_anatomy import FINDINGS, SIDE_WORDS
+import numpy as np
+
+from .chest_anatomy import FINDINGS, SIDE_WORDS, ZONES, Chest, bounds
 from .chest_lesions import ChestFinding
 from .phantom_report import Sentence, one_of, pad, report_text, size_words, wording
+
+# %% ../../nbs/157_data.chest_report.ipynb #34d78796
+def region_boxes(
+    drawn:dict, # from healthy_chest
+    chest:Chest, # the chest
+) -> dict: # name -> float32 (4,) x0, y0, x1, y1 in pixels
+    "Give the box of every place that a report can name."
+    canvas, both, out = drawn['canvas'], drawn['lungs']['R'] | drawn['lungs']['L'], {}
+    for side, word in SIDE_WORDS.items():
+        lung, bottom = drawn['lungs'][side], chest.dome + chest.drop*(side == 'L')
+        third = np.clip(3*(canvas.y - chest.apex)/(bottom - chest.apex), 0, 2).astype(int)
+        out[f'{word} lung'] = bounds(lung)
+        for k, zone in enumerate(ZONES): out[f'{word} {zone} zone'] = bounds(lung & (third == k))
+        out[f'{word} costophrenic angle'] = bounds(lung & (canvas.y > bottom) & (np.abs(canvas.x) > 0.6*chest.width))
+        x0, _, x1, _ = out[f'{word} lung']
+        floor = canvas.to_pixels(0, [bottom - 6, bottom + chest.angle])[1]
+        out[f'{word} diaphragm'] = np.array([x0, max(0, floor[0]), x1, min(canvas.shape[0], floor[1])], np.float32)
+    out['lungs'], out['heart'] = bounds(both), bounds(drawn['heart'])
+    for name, (half, low, high) in {'mediastinum': (chest.inner + 12, chest.apex, chest.dome), 'trachea': (14, -175, chest.apex + 70)}.items():
+        x, y = canvas.to_pixels([-half, half], [low, high])
+        out[name] = np.array([x[0], max(0, y[0]), x[1], min(canvas.shape[0], y[1])], np.float32)
+    out['chest'] = bounds(drawn['body'])
+    return out
 
 # %% ../../nbs/157_data.chest_report.ipynb #13490768
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def empty_dicom(
     ds.StudyInstanceUID, ds.SeriesInstanceUID = (generate_uid(entropy_srcs=[exam_id, s]) for s in ('study', image_id))
     return ds
 
-
+# %% ../../nbs/152_data.phantom_dataset.ipynb #e43ed900
 def phantom_dicom(
     exam:Exam, # the exam, drawn with bits=12
     view:View, # the view to write
@@ -182,7 +182,7 @@ def exam_files(
         if row['mask_path']: files[row['mask_path']] = png((view.masks > 0).astype(np.uint8)*255)
     return {'index': rows, 'boxes': box_rows(exam), 'sentences': sentence_rows(exam)}, files
 
-
+# %% ../../nbs/152_data.phantom_dataset.ipynb #c898a547
 def write_block(
     folder:Path, # the data set
     block:int, # number of the block
@@ -386,7 +386,7 @@ def judge_features(
     out.insert(5, 'ok', (out.auroc - 0.5).abs() <= limit*out.error)
     return out.drop(columns='error').sort_values('auroc', key=lambda a: -(a - 0.5).abs(), ignore_index=True)
 
-
+# %% ../../nbs/152_data.phantom_dataset.ipynb #d99c7bdb
 def shortcut_report(
     folder, # a phantom data set
     n_boot:int=200, # resamples of exams
