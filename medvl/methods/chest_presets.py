@@ -34,7 +34,7 @@ class ChestPreset:
     own_words: bool = False  # build the tokenizer from the training reports
 
 
-MODULES = {'lovt': 'lovt', 'clip': 'lovt', 'convirt': 'lovt', 'simclr': 'simclr', 'byol': 'byol', 'pixelpro': 'pixelpro', 'supervised': 'supervised',
+MODULES = {'lovt': 'lovt', 'clip': 'clip', 'convirt': 'convirt', 'simclr': 'simclr', 'byol': 'byol', 'pixelpro': 'pixelpro', 'supervised': 'supervised',
            'initialised': 'initialised'}
 CHEST_METHODS = tuple(m for m in MODULES if m != 'initialised')
 CONFIGS = ('paper', 'reference', 'small', 'smoke')
