@@ -11,8 +11,9 @@ from golden import golden
 from medvl.core.errors import DataError
 from medvl.evaluate.detection import BOX
 from medvl.evaluate.localized_detection import (
-    OVERLAPS, _froc_draws, arrange_localized, average_precisions, detection_scores, froc_value, hits_of, localized_map, localized_table, localized_validation, marks_of,
+    OVERLAPS, _ap_draws, _froc_draws, arrange_localized, average_precisions, detection_scores, froc_value, hits_of, localized_map, localized_table, localized_validation, marks_of,
 )
+from medvl.evaluate.froc import _ranking, _weighted
 from medvl.evaluate.segmentation import PixelCounts, _values, count_masks, dice_validation, patient_sums, segmentation_scores, segmentation_table
 from medvl.losses.segmentation import check_masks, dice_loss, segmentation_loss
 from medvl.losses.yolo import WEIGHTS, grid_loss, shape_overlap, yolo_loss, yolo_targets
@@ -330,6 +331,8 @@ def test_sources_of_encoders(tmp_path):
         with pytest.raises(TypeError, match='does not offer'): make('efficientnet-tiny', 'opacity')
     a, b, c = (segmenter_from('resnet-tiny', 'opacity', seed=s) for s in (0, 0, 1))
     assert torch.equal(a.head.classifier.weight, b.head.classifier.weight) and not torch.equal(a.head.classifier.weight, c.head.classifier.weight)
+    save_pretrained(segmenter_from('resnet-tiny', 'opacity', seed=5), tmp_path / 'saved')
+    assert torch.equal(yolo_from(tmp_path / 'saved', 'x').image_encoder.conv1.weight, segmenter_from('resnet-tiny', 'opacity', seed=5).image_encoder.conv1.weight)
     trained = Classifier(ClassifierConfig(image_encoder='resnet-tiny', image_mean=.3, image_std=.2))
     made = yolo_from(trained, 'opacity', image_std=.1)
     assert (made.config.image_mean, made.config.image_std) == (.3, .1) and torch.equal(made.image_encoder.conv1.weight, trained.image_encoder.conv1.weight)
@@ -471,6 +474,9 @@ def test_bootstrap_of_boxes_is_that_of_repeated_patients():
         n = (t.label == 'c0').sum()
         assert np.isnan(draw) if not n else abs(draw - froc_value(g, w, n, again.n_images)) < .15  # copies of one score stand in another order
     assert localized_table(truth, found, images, n_boot=20).low.notna().all()
+    hit, everyone = hits_of(scene, OVERLAPS), np.ones(12, bool)
+    ranked, patient, boxes_of, _ = _ranking(scene, 0, hit)
+    assert np.array_equal(_ap_draws(scene, hit, everyone, 100, 0)[0], np.stack([_weighted(h, patient, boxes_of, 100, 0) for h in ranked]), equal_nan=True)
 
 
 def test_dice_golden():

@@ -14,9 +14,9 @@ import pandas as pd
 
 from ..core.errors import DataError
 from .bootstrap import BLOCK, patient_counts
-from .detection import BOX, arrange, average_precision_of, candidate_pairs, match
+from .detection import BOX, _average, arrange, average_precision_of, candidate_pairs, match
 from .detector import OUTCOME
-from .froc import RATES, _mean, _ranking, _weighted, _wrap
+from .froc import RATES, _mean, _ranking, _wrap
 from .segmentation import predictions
 from ..show.exam import draw_view
 from ..show.style import figure
@@ -92,7 +92,7 @@ def marks_of(scene, # Scene (plain boxes: plus_one=False)
     false = ~np.isin(here, each)
     return gain, false, scene.patient_of(scene.found_group[here])
 
-
+# %% ../../nbs/541_evaluate.localized_detection.ipynb #ba2da723
 def froc_value(gain, # int (d,), in order of confidence
                false, # bool (d,)
                n_boxes, # true boxes
@@ -121,28 +121,34 @@ def _froc_draws(gain, false, patient, boxes_of, images_of, n_boot, seed):
     return np.array(out)
 
 
-def _ap_draws(scene, hit, among, n_boot, seed):
-    "Bootstrap of average precision, (k,t,n_boot)."
-    out = []
+def _ap_draws(scene, hit, among, n_boot, seed): # hit (t,d), among (images,)
+    "Bootstrap of average precision, (k,t,n_boot): running sums are made once for all overlaps."
+    out = np.full((len(scene.labels), len(hit), n_boot), np.nan)
     for k in range(len(scene.labels)):
         ranked, patient, boxes_of, here = _ranking(scene, k, hit)
         keep = among[scene.found_group[here] % scene.n_images]
-        out.append(np.stack([_weighted(h[keep], patient[keep], boxes_of, n_boot, seed) for h in ranked]))
-    return np.stack(out)
+        at, patient = [np.flatnonzero(h) for h in ranked[:, keep]], patient[keep]
+        for block in range(-(-n_boot // BLOCK)):
+            w = patient_counts(scene.patients, block, seed, min(BLOCK, n_boot - block * BLOCK)).T
+            drawn, n = w[:, patient], w.astype(float) @ boxes_of
+            before = np.cumsum(drawn, 1)  # float32 holds these counts exactly
+            for t, rows in enumerate(at):
+                tp = np.cumsum(drawn[:, rows], 1, dtype=float)
+                out[k, t, block * BLOCK:block * BLOCK + len(w)] = _average(tp, before[:, rows] - tp, n)
+    return out
 
-
-def _map_rows(scene, plus_one, n_boot, seed, every): # scene of plain boxes
+# %% ../../nbs/541_evaluate.localized_detection.ipynb #bdf6e0a9
+def _map_rows(scene, n_boot, seed): # scene of plain boxes
     "Rows of mAP and its variants."
-    grown = replace(scene, boxes=scene.boxes + [0, 0, 1, 1], found=scene.found + [0, 0, 1, 1]) if plus_one else scene
-    hit, rows, n = hits_of(grown, OVERLAPS), [], np.bincount(scene.label_of(scene.group), minlength=len(scene.labels))
-    sets = {'': np.ones(scene.n_images, bool), **({'pos_': positive_images(scene)} if every else {})}
-    for prefix, among in sets.items():
-        ap, draws = average_precisions(grown, hit, among), _ap_draws(grown, hit, among, n_boot, seed)
-        parts = {'mAP': slice(None), **({f'mAP@{t:g}': slice(i, i + 1) for i, t in enumerate(OVERLAPS) if t in (.5, .75)} if every and not prefix else {})}
-        for metric, at in parts.items():
-            name = prefix + metric + ('' if plus_one else '_plain')
-            rows += [dict(task=c, metric=name, **_wrap(ap[k, at].mean(), draws[k, at].mean(0), scene, n[k]).row()) for k, c in enumerate(scene.labels)]
-            rows.append(dict(task='mean', metric=name, **_wrap(_mean(ap[:, at]), _mean(draws[:, at]), scene, n.sum()).row()))
+    grown, every = replace(scene, boxes=scene.boxes + [0, 0, 1, 1], found=scene.found + [0, 0, 1, 1]), np.ones(scene.n_images, bool)
+    hit, t = np.concatenate([hits_of(grown, OVERLAPS), hits_of(scene, OVERLAPS)]), len(OVERLAPS)
+    all_of, pos_of = ((average_precisions(scene, h, among), _ap_draws(scene, h, among, n_boot, seed)) for h, among in ((hit, every), (hit[:t], positive_images(scene))))
+    single = {f'mAP@{o:g}': (*all_of, slice(i, i + 1)) for i, o in enumerate(OVERLAPS) if o in (.5, .75)}
+    parts = {'mAP': (*all_of, slice(t)), **single, 'pos_mAP': (*pos_of, slice(t)), 'mAP_plain': (*all_of, slice(t, None))}
+    n, rows = np.bincount(scene.label_of(scene.group), minlength=len(scene.labels)), []
+    for name, (ap, draws, at) in parts.items():
+        rows += [dict(task=c, metric=name, **_wrap(ap[k, at].mean(), draws[k, at].mean(0), scene, n[k]).row()) for k, c in enumerate(scene.labels)]
+        rows.append(dict(task='mean', metric=name, **_wrap(_mean(ap[:, at]), _mean(draws[:, at]), scene, n.sum()).row()))
     return rows
 
 # %% ../../nbs/541_evaluate.localized_detection.ipynb #c9f6392c
@@ -155,8 +161,8 @@ def localized_table(truth, found, images, labels=None, # as in `arrange_localize
 
     Raises: DataError for a box without area, or no true box at all."""
     scene = arrange_localized(truth, found, images, labels, plus_one=False)
-    rows = _map_rows(scene, True, n_boot, seed, True) + _map_rows(scene, False, n_boot, seed, False)
-    images_of, values, draws, total = np.bincount(scene.patient, minlength=scene.patients), [], [], 0
+    rows, values, draws, total = _map_rows(scene, n_boot, seed), [], [], 0
+    images_of = np.bincount(scene.patient, minlength=scene.patients)
     for k, name in enumerate(scene.labels):
         gain, false, patient = marks_of(scene, k)
         boxes_of = np.bincount(scene.patient_of(scene.group[scene.label_of(scene.group) == k]), minlength=scene.patients)
@@ -187,7 +193,7 @@ def find_boxes(method, # Method with `predict` and `names`
     columns = ['image_id', 'label', *BOX]
     return (pd.DataFrame(truth, columns=columns), pd.DataFrame(found, columns=[*columns[:2], 'score', *BOX]), pd.DataFrame(images, columns=['image_id', 'patient_id']))
 
-
+# %% ../../nbs/541_evaluate.localized_detection.ipynb #57565f09
 @dataclass(repr=False)
 class LocalizedResult:
     "What a detector found, and LoVT's metrics of it."

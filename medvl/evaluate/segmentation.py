@@ -46,7 +46,7 @@ class PixelCounts:
 
     def __repr__(self): return f'PixelCounts({len(self.images)} images, {self.images.patient_id.nunique()} patients; {", ".join(self.labels)})'
 
-
+# %% ../../nbs/540_evaluate.segmentation.ipynb #d5fc9cb3
 def predictions(method, # Method with `predict`
                 dataset, # samples with images, sample_id, patient_id
                 batch_size=16, # images at once

@@ -59,9 +59,6 @@ def focal_mask_loss(logits, # float (b,k,h,w)
     return (each if alpha is None else each * (alpha * y + (1 - alpha) * (1 - y))).mean()
 
 # %% ../../nbs/256_losses.segmentation.ipynb #2926390d
-LOSSES = ('dice', 'bce', 'bce+dice', 'focal')
-
-
 def check_masks(logits, # float (b,k,h,w)
                 masks, # (b,k,h,w)
                 names=(), # sample ids, for the message
@@ -73,6 +70,9 @@ def check_masks(logits, # float (b,k,h,w)
         raise DataError(f'{masks.shape[1]} masks an image, but the head has {logits.shape[1]} classes{who}', fix='Name the same classes in the dataset and in the method.')
     if masks.shape[-2:] != logits.shape[-2:]:
         raise DataError(f'masks of {masks.shape[-2]}×{masks.shape[-1]} pixels for images of {logits.shape[-2]}×{logits.shape[-1]}{who}', fix='Prepare images and masks together.')
+
+# %% ../../nbs/256_losses.segmentation.ipynb #8584b003
+LOSSES = ('dice', 'bce', 'bce+dice', 'focal')
 
 
 def segmentation_loss(logits, # float (b,k,h,w)

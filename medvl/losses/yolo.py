@@ -38,7 +38,7 @@ def _winners(places, count):
     last.scatter_reduce_(0, places, torch.arange(len(places), device=places.device), 'amax')
     return last[last >= 0]
 
-
+# %% ../../nbs/257_losses.yolo.ipynb #88406c7f
 def yolo_targets(boxes, labels, # as in `flat_boxes`
                  anchors, # float (a,2), pixels
                  grid, # (rows, columns)
@@ -101,6 +101,12 @@ def _check(boxes, labels, classes, options):
         if len(c) and not 0 <= int(c.min()) <= int(c.max()) < classes: raise DataError(f'image {i} of the batch has a label outside 0..{classes - 1}: {c.tolist()}')
 
 
+def _own(boxes, labels, anchors, grid):
+    "Keep the boxes whose best anchor of all nine stands on this grid."
+    keep = [shape_overlap(b[:, 2:] - b[:, :2], anchors.flatten(0, 1)).argmax(1) // anchors.shape[1] == grid for b in boxes]
+    return [b[k] for b, k in zip(boxes, keep)], [c[k] for c, k in zip(labels, keep)]
+
+# %% ../../nbs/257_losses.yolo.ipynb #e541eb0f
 def yolo_loss(raws, # floats (b, 3·(5+k), g, g'), of `YoloHead`
               boxes, # b tensors (n,4) x0,y0,x1,y1, pixels
               labels, # b tensors int64 (n,)
@@ -122,9 +128,3 @@ def yolo_loss(raws, # floats (b, 3·(5+k), g, g'), of `YoloHead`
             found[name] = found.get(name, 0) + WEIGHTS[name] * value
     parts = {'position': found['x'] + found['y'], 'size': found['w'] + found['h'], 'objectness': found['objectness'] + found['silence'], 'class': found['class']}
     return {'loss': sum(parts.values()), **parts}
-
-
-def _own(boxes, labels, anchors, grid):
-    "Keep the boxes whose best anchor of all nine stands on this grid."
-    keep = [shape_overlap(b[:, 2:] - b[:, :2], anchors.flatten(0, 1)).argmax(1) // anchors.shape[1] == grid for b in boxes]
-    return [b[k] for b, k in zip(boxes, keep)], [c[k] for c, k in zip(labels, keep)]

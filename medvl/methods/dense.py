@@ -13,14 +13,14 @@ import torch
 
 from ..core.errors import DataError
 from ..core.seed import key_of
-from .base import Method, evaluating
+from .base import CONFIG, Method, evaluating, from_pretrained
 from ..models.resnet import load_resnet, scale_images
 from ..models.unet import STRIDE, read_stages, stage_channels
 from ..models.vision import build_image_encoder
 
 # %% ../../nbs/335a_methods.dense.ipynb #19a47f90
-class DenseMethod(Method):
-    "An encoder with stages and a head; a derived class sets `head` and calls `_begin`."
+class _Encoder(Method):
+    "Hold an encoder, and keep frozen what is frozen."
     chunkable, gathered_batch = True, ()
 
     def _begin(self, image_encoder, reads):
@@ -43,6 +43,9 @@ class DenseMethod(Method):
             if isinstance(m, torch.nn.modules.batchnorm._BatchNorm): m.eval()
         return self
 
+# %% ../../nbs/335a_methods.dense.ipynb #fe93f37b
+class DenseMethod(_Encoder):
+    "An encoder with stages and a head; a derived class sets `head` and calls `_begin`."
     @property
     def resting(self):
         "Say whether the encoder rests: frozen, or in the warm-up of the head."
@@ -62,7 +65,7 @@ class DenseMethod(Method):
         return super().forward(batch, state)
 
 # %% ../../nbs/335a_methods.dense.ipynb #069f2f36
-class DenseStages(DenseMethod):
+class _Stages(DenseMethod):
     "Read the stages of images or of batches."
     def _images(self, images):
         "(b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255 -> scaled (b,1,h,w)."
@@ -90,6 +93,9 @@ class DenseStages(DenseMethod):
         found = {n: batch['taps'][n].to(self.device).float() for n in self.reads if n != 'input'}
         return {**found, **({'input': self._images(batch['images'])} if 'input' in self.reads else {})}
 
+# %% ../../nbs/335a_methods.dense.ipynb #aa3209a7
+class DenseStages(_Stages):
+    "Answer what evaluation asks of an encoder, too."
     def image_features(self, images): # as above -> (b,f)
         "Give the encoder's pooled features."
         return self.image_encoder.pool(self._stages(images, ('conv5',))['conv5'])
@@ -108,13 +114,14 @@ def size_of(stages): # dict of `stages_of` -> (h,w), pixels
     return tuple(STRIDE * n for n in stages['conv5'].shape[-2:])
 
 # %% ../../nbs/335a_methods.dense.ipynb #8f2e291b
-def encoder_of(source, # trained Method with `image_encoder`; name of an encoder; or file of weights
+def encoder_of(source, # trained Method with `image_encoder`, or its folder; name of an encoder; or file of weights
                taken, # fields that the caller states: image_encoder, image_mean …
                prefix='', # of the weights in a file
                ): # (encoder or None, fields of the configuration)
     """Find the encoder, and what its configuration says about it.
 
     Raises: TypeError for a method without such an encoder; DataError for weights of another architecture."""
+    if isinstance(source, (str, Path)) and (Path(source) / CONFIG).is_file(): source = from_pretrained(source)
     if isinstance(source, (str, Path)):
         if not Path(source).is_file(): return None, {'image_encoder': str(source), **taken}
         name = taken.get('image_encoder', 'resnet-50')
@@ -129,7 +136,7 @@ def encoder_of(source, # trained Method with `image_encoder`; name of an encoder
     facts = {f: getattr(source.config, f) for f in ('image_mean', 'image_std') if hasattr(source.config, f)}
     return copy.deepcopy(encoder), {**facts, **taken, 'image_encoder': encoder.name}
 
-
+# %% ../../nbs/335a_methods.dense.ipynb #cce1d121
 def dense_from(cls, # class of the method: config_class, and constructor (config, image_encoder)
                source, # as for `encoder_of`
                seed=0, # of the head, and of a new encoder

@@ -40,9 +40,8 @@ class SegmenterConfig:
     image_std: float = 0.25  # of pixels, 0..1 scale
 
 # %% ../../nbs/336_methods.segmenter.ipynb #68c59735
-@register
-class Segmenter(DenseStages):
-    "A segmentation head on a ResNet. Source: LoVT, section 4."
+class _Network(DenseStages):
+    "Encoder and head."
     name, config_class, gathered = 'segmenter', SegmenterConfig, ('logits', 'masks')
 
     def __init__(self,
@@ -63,6 +62,10 @@ class Segmenter(DenseStages):
         stages = self.stages_of(batch)
         return self.head(stages, size_of(stages)).float()
 
+# %% ../../nbs/336_methods.segmenter.ipynb #c16880f0
+@register
+class Segmenter(_Network):
+    "A segmentation head on a ResNet. Source: LoVT, section 4."
     def encode(self, batch): # images (or taps) and masks uint8 (b,k,h,w)
         "Give `logits` (b,k,h,w), and `masks`."
         if 'masks' not in batch: raise DataError('the batch has no masks', fix='Use a DenseDataset.')
@@ -83,7 +86,7 @@ class Segmenter(DenseStages):
         "Give probabilities, float32 (b,k,h,w), of the classes in `names`."
         return self.predict_batch({'images': images})
 
-
+# %% ../../nbs/336_methods.segmenter.ipynb #a9db3168
 def segmenter_from(source, # trained Method with a ResNet, name of an encoder, or file of weights
                    classes, # names, in the order of the masks
                    head='linear', # 'linear' or 'unet'

@@ -45,8 +45,8 @@ def reference_yolo(**changes, # fields to change
     return {**dict(anchors='reference', reference=True, reduction='cells', scales='all', score_threshold=.2, overlap=.4, top=0), **changes}
 
 # %% ../../nbs/337_methods.yolo.ipynb #f73ebe95
-class _Answers(DenseStages):
-    "Turn images into the answers of three grids, and these into boxes."
+class _Network(DenseStages):
+    "Turn images into the answers of three grids."
     name, config_class = 'yolo', YoloConfig
 
     def __init__(self,
@@ -70,6 +70,9 @@ class _Answers(DenseStages):
         size = size_of({'conv5': raws[0]})
         return raws, yolo_anchors(self.config.anchors, size, raws[0].device), size
 
+# %% ../../nbs/337_methods.yolo.ipynb #9ebcd6b1
+class _Answers(_Network):
+    "Turn the answers into boxes."
     def predict_batch(self, batch): # images (b,1,1,h,w), or taps of a frozen encoder
         "Find boxes: as `predict`."
         c = self.config
@@ -83,7 +86,7 @@ class _Answers(DenseStages):
         "Find boxes: one dict an image with `boxes` (n,4) in its pixels, `scores` (n,), `labels` (n,) numbers in `names`, best first."
         return self.predict_batch({'images': images})
 
-# %% ../../nbs/337_methods.yolo.ipynb #9ebcd6b1
+# %% ../../nbs/337_methods.yolo.ipynb #c5fe74f6
 @register
 class Yolo(_Answers):
     "YOLOv3 on a ResNet. Source: Redmon & Farhadi 2018; LoVT, section 4."
@@ -107,7 +110,7 @@ class Yolo(_Answers):
         c, (raws, anchors, size) = self.config, self.geometry(features)
         return yolo_loss(raws, *self.truth(batch), anchors, size, 'reference' if c.reference else 'clean', c.reduction, c.scales)
 
-
+# %% ../../nbs/337_methods.yolo.ipynb #9800930d
 def yolo_from(source, # trained Method with a ResNet, name of an encoder, or file of weights
               classes, # findings
               frozen=True, # False: fine-tune the encoder

@@ -31,7 +31,7 @@ def read_stages(encoder, # module with `stages(x)` -> dict, such as medvl.models
     if absent: raise ValueError(f'the encoder has no stage {", ".join(absent)}; it has {", ".join(found)}')
     return {n: found[n] for n in names}
 
-
+# %% ../../nbs/216_models.unet.ipynb #56dfa925
 def stage_channels(encoder, # as for `read_stages`
                    names, # of STAGES
                    ): # dict name -> channels
