@@ -626,3 +626,74 @@ def test_two_processes_give_the_gradient_of_one():
     one = _gradient(batch)
     for two in launch(_gradient, batch):
         for k in one: assert (two[k] - one[k]).abs().max() <= 1e-10 * max(1., one[k].abs().max()), k
+
+
+# --- files of the original
+
+from plain_resnet import make as plain_weights  # noqa: E402
+
+from medvl.methods.lovt_released import PARTS, fill_encoder, find_part, from_lovt, open_lovt  # noqa: E402
+from medvl.models.checkpoints import Checkpoint  # noqa: E402
+from medvl.models.resnet import ResNet  # noqa: E402
+
+PATHS = {'image_encoder': 'model.encoder_a.resnet', 'text_encoder.text_encoder': 'model.encoder_b.bert', **{ours: f'model.{theirs}' for theirs, ours in NAMES.items()}}
+
+
+def as_original(method):
+    "A Lightning file with the module names of the golden arrays; local projections as 1x1 convolutions."
+    state = {'online_eval.scan.linear.weight': torch.zeros(5, 128)}
+    for k, v in method.state_dict().items():
+        part = next(p for p in PATHS if k.startswith(p + '.'))
+        state[PATHS[part] + k[len(part):]] = v[..., None] if part in ('region_projection', 'sentence_projection') and v.dim() == 2 else v
+    return state
+
+
+def test_a_lightning_file_opens_strictly_and_safely(tmp_path):
+    method = make(legacy_padded_mean=True, legacy_padded_norm=True).eval()
+    state, config = as_original(method), method.config
+    torch.save({'state_dict': state, 'epoch': 3, 'hyper_parameters': {'lr': 1e-4}}, tmp_path / 'lovt.ckpt')
+    again, report = from_lovt(tmp_path / 'lovt.ckpt', config, TOKENIZER)
+    batch = batch_of()
+    with torch.no_grad(): assert torch.equal(again(batch)['loss'], method(batch)['loss'])
+    assert report.complete and len(report.loaded) == len(method.state_dict()) and report.ignored == ['online_eval.scan.linear.weight']
+    for bad, match in (({k: v for k, v in state.items() if 'cross_attention' not in k}, 'alignment is not found'), ({**state, 'model.extra': torch.zeros(1)}, 'model.extra'),
+                       ({k: v for k, v in state.items() if k != 'model.project_global_a.norm.bias'}, 'missing: image_projection.norm.bias'),
+                       ({**state, 'other.cross_attention.key_projection.weight': torch.zeros(1)}, 'may stand under')):
+        with pytest.raises(DataError, match=match): from_lovt(Checkpoint(bad), config, TOKENIZER)
+    moved = {k.replace('model.pool_a.', 'x.'): v for k, v in state.items()}
+    with pytest.raises(DataError, match='image_pool is not found'): open_lovt(Checkpoint(moved))
+    assert open_lovt(Checkpoint(moved), paths={'image_pool': 'x.'}).paths['image_pool'] == 'x.'
+    torch.save({'state_dict': {'model.encoder_a.resnet.layer4.0.conv1.weight': print}}, tmp_path / 'evil.ckpt')
+    with pytest.raises(DataError): from_lovt(tmp_path / 'evil.ckpt', config, TOKENIZER)
+    (tmp_path / 'torn.ckpt').write_bytes((tmp_path / 'lovt.ckpt').read_bytes()[:9000])
+    with pytest.raises(DataError): from_lovt(tmp_path / 'torn.ckpt', config, TOKENIZER)
+
+
+def test_the_recorded_module_names_are_found():
+    names = [k[len('param/'):].replace('/', '.') for k in np.load(golden('lovt/lovt_stack.npz')).files if k.startswith('param/')]
+    for theirs, ours in NAMES.items(): assert find_part(names, ours) == theirs + '.'
+    assert set(NAMES.values()) < set(PARTS)
+
+
+def test_encoders_are_filled_from_any_file(tmp_path):
+    sd, method = plain_weights('resnet-tiny'), make()
+    torch.save(sd, tmp_path / 'resnet.pth')
+    assert fill_encoder(method, tmp_path / 'resnet.pth').ignored == ['fc.weight', 'fc.bias']
+    assert torch.equal(method.image_encoder.layer2[0].conv1.weight, sd['layer2.0.conv1.weight'])
+    other = ResNet('resnet-tiny')
+    report = fill_encoder(other, Checkpoint(as_original(method)))
+    assert report.complete and torch.equal(other.layer2[0].conv1.weight, sd['layer2.0.conv1.weight']) and len(report.ignored) > 50
+    with pytest.raises(DataError, match='do not fit'): fill_encoder(ResNet('resnet-18'), tmp_path / 'resnet.pth')
+    assert torch.equal(make(image_weights=str(tmp_path / 'resnet.pth')).image_encoder.bn1.weight, sd['bn1.weight'])
+
+
+def test_full_size_counts():
+    "ResNet-50 and BERT on the meta device: the numbers of the spec's section 1.4 and 1.5."
+    with torch.device('meta'): method = LoVT(LoVTConfig(text_encoder='bert-base-clinical-config'))
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    assert count(method.image_pool) == 16_785_408 and count(method.text_pool) == 2_362_368 and count(method.alignment) == 788_992 and count(method.image_encoder) == 23_508_032
+    assert method.config.frozen_layers == 0
+    with torch.device('meta'): half = LoVT(LoVTConfig(text_encoder='bert-base-clinical-config', frozen_layers=6))
+    frozen = {n.split('.')[1] if 'embeddings' in n else int(n.split('.')[3]) for n, p in half.text_encoder.named_parameters() if not p.requires_grad}
+    trained = {int(n.split('.')[3]) for n, p in half.text_encoder.named_parameters() if p.requires_grad and 'layer.' in n}
+    assert frozen == {'embeddings', *range(6)} and trained == set(range(6, 12))
