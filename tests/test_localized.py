@@ -261,6 +261,15 @@ def test_another_evaluation_is_refused(first, data):
     assert finished(folder) == before
 
 
+def test_a_folder_grows(data, tmp_path):
+    "Another call with another task and another data set: the table has both, and nothing of the first is lost."
+    kwargs = dict(max_lrs=1, max_epochs=1)
+    one = evaluate(tmp_path, ['rsna_seg_linear_100', 'nih_seg_linear'], {'rsna': data['rsna']}, runs=1, **kwargs)
+    both = evaluate(tmp_path, ['nih_seg_linear'], {'nih': data['nih']}, runs=2, **kwargs)
+    assert one.results.status.tolist() == ['done', ABSENT] and both.results.status.tolist() == ['1 of 2 runs', 'done']
+    pd.testing.assert_frame_equal(one.runs.dropna(axis=1), both.runs[:1].dropna(axis=1), check_dtype=False)
+
+
 def test_a_task_that_fails_does_not_stop_the_others(data, tmp_path):
     whole = data['rsna']
     without = whole.subset(np.flatnonzero((whole.manifest.split != 'test') | ~whole.manifest.image_id.isin(whole.boxes.image_id)))

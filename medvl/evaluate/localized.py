@@ -79,11 +79,13 @@ def _blank(size):
     return torch.zeros(1, 1, *size, dtype=torch.uint8)
 
 # %% ../../nbs/546b_evaluate.localized.ipynb #32e2543b
+_GROWS = ('eval_batch', 'workers', 'keep', 'cpu', 'runs')  # settings that may differ when an evaluation goes on
+
+
 def _identity(task, source, prepared, config, split):
     "Everything that the results of a task depend on."
-    free = ('eval_batch', 'workers', 'keep', 'cpu', 'runs')
     return dict(task=asdict(task), encoder=encoder_digest(source.image_encoder, source.config.image_mean, source.config.image_std), data=prepared.digest, split=split,
-                config={k: v for k, v in asdict(config).items() if k not in free})
+                config={k: v for k, v in asdict(config).items() if k not in _GROWS})
 
 
 def _same(folder, identity):
@@ -134,6 +136,19 @@ def run_task(
     return tried + [go(u) for u in final_units(task, choose_lr(task, tried), config)]
 
 # %% ../../nbs/546b_evaluate.localized.ipynb #c9d3dec6
+def _about(folder, new):
+    """Write down what the folder holds, with what it held before.
+
+    Raises: DataError when that was another evaluation."""
+    if (folder/'about.json').is_file():
+        old = read_json(folder/'about.json')
+        fixed = lambda a: {k: digest([a[k]]) for k in ('model', 'phantom', 'encoder_digest')} | {'config': digest([{k: v for k, v in a['config'].items() if k not in _GROWS}])}
+        wrong = [k for k, v in fixed(new).items() if fixed(old)[k] != v]
+        if wrong: raise DataError(f'this folder holds an evaluation with another {", ".join(wrong)}', file=folder, fix='Choose another folder.')
+        new |= dict(tasks=[t.key for t in TASKS if t.key in {*old['tasks'], *new['tasks']}], split=old['split'] | new['split'], size=old['size'] | new['size'])
+    write_json(folder/'about.json', new)
+
+
 def run_localized(
     source, # trained Method with a ResNet, name of an encoder, file of weights, or a `carrier`
     tasks='all', # names, numbers, data sets: see `select_tasks`
@@ -153,7 +168,7 @@ def run_localized(
     split_of = lambda name: split.get(name, 'lovt') if isinstance(split, dict) else split
     name = model or (source if isinstance(source, str) else getattr(source, 'name', 'model'))
     opened = {k: v if hasattr(v, 'manifest') else open_prepared(v) for k, v in (data or {}).items() if (table.dataset == k).any()}
-    write_json(folder/'about.json', dict(model=str(name), phantom=phantom, encoder=held.image_encoder.name, tasks=[t.key for t in tasks], changed=changed(config), config=asdict(config),
+    _about(folder, dict(model=str(name), phantom=phantom, encoder=held.image_encoder.name, encoder_digest=encoder_digest(held.image_encoder), tasks=[t.key for t in tasks], changed=changed(config), config=asdict(config),
                                          split={k: split_of(k) for k in opened}, size={k: list(v.images.shape[1:]) for k, v in opened.items()}, provenance=provenance(seeds={'seed': config.seed})))
     for task in progress([t for t in tasks if t.dataset in opened], desc='tasks', unit='task'):
         (folder/task.key/'failed.json').unlink(missing_ok=True)
