@@ -175,9 +175,10 @@ class Canvas:
         "Draw curves, a list of (n,2) points in mm, as uint8 (h,w)."
         out = np.zeros(self.shape, np.uint8)
         thickness, level = np.broadcast_to(thickness, len(curves)), np.broadcast_to(level, len(curves))
-        for curve, wide, grey in zip(curves, thickness, level):
-            points = np.stack(self.to_pixels(curve[:, 0], curve[:, 1]), 1) - 0.5
-            cv2.polylines(out, [np.round(points*16).astype(np.int32)], False, int(grey), max(1, round(wide/self.spacing)), cv2.LINE_AA, 4)
+        points = (np.concatenate(curves)/self.spacing + self.origin - 0.5)*16
+        pieces = np.split(np.round(points).astype(np.int32), np.cumsum([len(c) for c in curves])[:-1])
+        for piece, wide, grey in zip(pieces, thickness, level):
+            cv2.polylines(out, [piece], False, int(grey), max(1, round(wide/self.spacing)), cv2.LINE_AA, 4)
         return out
 
 # %% ../../nbs/156_data.chest_anatomy.ipynb #2715fb66
