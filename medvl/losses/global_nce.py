@@ -24,7 +24,7 @@ def _search(cross, own, first, same_modality, **options):
     if same is not None: options = {**options, 'same': torch.cat([same, same & ~itself], 1)}
     return row_loss(torch.cat([cross, own.masked_fill(itself, torch.finfo(own.dtype).min)], 1), first, **options)
 
-
+# %% ../../nbs/252_losses.global_nce.ipynb #44714aac
 @torch.autocast('cuda', enabled=False)
 @torch.autocast('cpu', enabled=False)
 def global_nce(image, # (n,d), any length; the rows of all processes

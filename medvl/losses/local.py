@@ -66,7 +66,7 @@ def _direction(s, positives, mask, weights, own, legacy_count):
         loss = loss + (term if mask is None else term * mask).sum(1)
     return loss.mean()
 
-
+# %% ../../nbs/253_losses.local.ipynb #b14f76be
 @torch.autocast('cuda', enabled=False)
 @torch.autocast('cpu', enabled=False)
 def local_contrastive(local, # (b,n,d), any length: regions or sentences

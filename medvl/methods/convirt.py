@@ -44,7 +44,7 @@ class ConVIRTConfig:
     legacy_padded_norm: bool = False  # padded places enter BatchNorm, as the original
     probe: tuple = ()  # labels that a linear probe learns to read from the image vector, without touching it
 
-
+# %% ../../nbs/317_methods.convirt.ipynb #edc09568
 CONVIRT_TRAIN = dict(optimizer='adam', lr=1e-4, weight_decay=1e-6, no_decay=(), batch_size=32, epochs=500, schedule='plateau', plateau_patience=12, plateau_factor=0.5,
                      warmup=0, early_stop=15, min_delta=1e-5, precision='fp16', seed=12345)
 

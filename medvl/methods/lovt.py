@@ -92,6 +92,9 @@ class _Local(ImageTextMethod):
                                         c.attention_maps, c.attention_dropout, c.legacy_padded_norm)
         self._positives = {}
 
+# %% ../../nbs/315_methods.lovt.ipynb #e65a7195
+class _Aligned(_Local):
+    "Align places, and say which regions count as the same place."
     def align(self, image, text): # from read_images and read_texts
         "Project places of both sides and let each describe the other: dict of tensors."
         if not self.local: raise ValueError(f'this {type(self).__name__} was built without local losses, so it has no local vectors: set region_weight or sentence_weight')
@@ -109,7 +112,7 @@ class _Local(ImageTextMethod):
         return self._positives[key]
 
 # %% ../../nbs/315_methods.lovt.ipynb #29364ef7
-class _Places(_Local):
+class _Places(_Aligned):
     "Answer questions about places."
     def regions(self, images): # (b,1|3,h,w) or (b,1,1|3,h,w)
         "Give a unit vector a region, (b,n,d), row by row; `read_images` says the grid."
@@ -126,8 +129,20 @@ class _Places(_Local):
         return self.align(image, text)['sentence_attention'].unflatten(2, image['grid']), text['mask']
 
 # %% ../../nbs/315_methods.lovt.ipynb #4c91c6b7
+class _Terms(_Places):
+    "Compute one side's local terms."
+    def _add_local(self, out, kind, weight, positives, mask, f):
+        "Add one side's two directions."
+        c, weights = self.config, f.get(f'{kind[:-1]}_weights')
+        local, attended = f[kind], f[f'{kind}_attended']
+        terms = local_contrastive(local, attended, positives, c.local_temperature, mask, weights, c.local_same_modality)
+        out = {**out, 'loss': out['loss'] + weight * (terms['l2att'] + terms['att2l']), **{f'{kind}_{k}': v for k, v in terms.items()}}
+        if self.training: return out
+        return {**out, **{f'{kind}_{k}': v for k, v in local_retrieval(local.detach(), attended.detach(), mask).items()}}
+
+# %% ../../nbs/315_methods.lovt.ipynb #26d70d2d
 @register
-class LoVT(_Places):
+class LoVT(_Terms):
     "LoVT. Source: Müller et al., ECCV 2022."
     name, chunkable = 'lovt', True
 
@@ -152,15 +167,6 @@ class LoVT(_Places):
                 out = self._add_local(out, kind, weight, positives[kind], mask, f)
         return with_probe(self, out, features, batch)
 
-    def _add_local(self, out, kind, weight, positives, mask, f):
-        "Add one side's two directions."
-        c, weights = self.config, f.get(f'{kind[:-1]}_weights')
-        local, attended = f[kind], f[f'{kind}_attended']
-        terms = local_contrastive(local, attended, positives, c.local_temperature, mask, weights, c.local_same_modality)
-        out = {**out, 'loss': out['loss'] + weight * (terms['l2att'] + terms['att2l']), **{f'{kind}_{k}': v for k, v in terms.items()}}
-        if self.training: return out
-        return {**out, **{f'{kind}_{k}': v for k, v in local_retrieval(local.detach(), attended.detach(), mask).items()}}
-
 # %% ../../nbs/315_methods.lovt.ipynb #d1719e0f
 @dataclass(frozen=True)
 class Ablation:
@@ -170,7 +176,7 @@ class Ablation:
     train: dict = field(default_factory=dict)  # fields of TrainConfig
     text: dict = field(default_factory=dict)  # fields of ChestReportConfig
 
-
+# %% ../../nbs/315_methods.lovt.ipynb #ee228409
 PAPER_TRAIN = dict(optimizer='adamw', lr=1e-4, weight_decay=1e-6, no_decay=(), batch_size=32, accumulate=16, epochs=100, early_stop=10, min_delta=1e-5,
                    schedule='cosine', warmup=0, precision='fp16', seed=12345)
 _NO_LOCAL = dict(region_weight=0.0, sentence_weight=0.0)
@@ -192,7 +198,7 @@ ABLATIONS = {
     'g_single_sent_att': Ablation('one sentence, attention over regions: CLIP', dict(**_NO_LOCAL, text_pool='max', text_over='tokens'), {}, _ONE),
     'convirt_lr': Ablation("ConVIRT with LoVT's schedule", dict(**_NO_LOCAL, **_MEAN_MAX, projection_norm='none'), dict(lr=3e-5), _ONE)}
 
-
+# %% ../../nbs/315_methods.lovt.ipynb #64cb4e26
 def ablation(name, # a key of ABLATIONS
              **changes, # further fields of LoVTConfig
              ): # (LoVTConfig, TrainConfig fields, ChestReportConfig fields)

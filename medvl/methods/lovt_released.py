@@ -23,7 +23,7 @@ PARTS = {  # ours: (name that identifies it, side, words that a path must hold, 
     'region_projection': ('projection_before.weight', 'a', ('local',)), 'sentence_projection': ('projection_before.weight', 'b', ('local',)),
     'alignment': ('key_projection.weight', None, ())}
 
-
+# %% ../../nbs/318_methods.lovt_released.ipynb #54966855
 def find_part(names, # all names of a checkpoint
               part, # a key of PARTS
               path=None, # its path, if you know it
@@ -54,7 +54,7 @@ class Opened:
     ignored: list = field(default_factory=list)  # names left out
     source: str = ''  # file
 
-
+# %% ../../nbs/318_methods.lovt_released.ipynb #f41fa75a
 def open_lovt(source, # path of a Lightning checkpoint, or a Checkpoint
               parts=None, # which modules are needed; None: all of PARTS
               paths=None, # {ours: path} where the search fails
@@ -76,7 +76,7 @@ def open_lovt(source, # path of a Lightning checkpoint, or a Checkpoint
     if odd and parts is None: raise DataError(f'tensors that belong to no part of LoVT: {", ".join(odd[:4])}', file=checkpoint.file or None, fix='Give `paths`, or the `parts` you need.')
     return out
 
-
+# %% ../../nbs/318_methods.lovt_released.ipynb #4e3577b6
 def from_lovt(source, # path of a Lightning checkpoint, or a Checkpoint
               config=None, # LoVTConfig; None: the paper's, with the original's padding
               tokenizer=None, # None loads BioClinicalBERT's when needed

@@ -34,8 +34,8 @@ def attend(scores, # (b,q,k)
     return p / p.sum(-1, keepdim=True).clamp(min=1e-12)
 
 # %% ../../nbs/208_models.alignment.ipynb #28bd94b0
-class CrossAttention(nn.Module):
-    "Describe regions by sentences and sentences by regions."
+class _Maps(nn.Module):
+    "Hold the maps, the temperature and the norm."
     def __init__(self,
                  dim=512, # of regions and sentences
                  similarity='dot', # 'dot' (scaled by 1/sqrt(dim)) or 'cosine'
@@ -71,6 +71,9 @@ class CrossAttention(nn.Module):
         if self.symmetric: return getattr(self, f'{"key" if kind == "query" else kind}_projection')
         return getattr(self, f'{kind}_projection_{side}')
 
+# %% ../../nbs/208_models.alignment.ipynb #bdcfab65
+class _Mixing(_Maps):
+    "Compare and mix."
     def _keys(self, kind, side, x):
         k = self._of(kind, side)(x)
         return unit(k) if self.similarity == 'cosine' else k
@@ -99,6 +102,9 @@ class CrossAttention(nn.Module):
         rows, where = real_rows(x, None if self.legacy_padded_norm else mask)
         return back_in_place(self.norm(rows), where, x.shape)
 
+# %% ../../nbs/208_models.alignment.ipynb #4f3c4d10
+class CrossAttention(_Mixing):
+    "Describe regions by sentences and sentences by regions."
     def forward(self, regions, sentences, mask=None): # (b,n,d), (b,m,d), bool (b,m): real sentences
         "Give a dict: regions (b,n,d) from sentences, sentences (b,m,d) from regions, region_attention (b,n,m), sentence_attention (b,m,n)."
         tau = self.temperature if self.log_temperature is None else self.log_temperature.exp()

@@ -48,7 +48,7 @@ class _Block(nn.Module):
         around = x if self.downsample is None else self.downsample(x)
         return F.relu(self.branch(x) + around, inplace=True)
 
-
+# %% ../../nbs/202_models.resnet.ipynb #11fedf51
 class Basic(_Block):
     "Two 3×3 convolutions and a skip."
     def build(self, channels_in, width, stride, norm):
@@ -92,9 +92,9 @@ RESNETS = {'resnet-18': ResNetConfig(Basic, (2, 2, 2, 2)), 'resnet-34': ResNetCo
            'resnet-101': ResNetConfig(Bottleneck, (3, 4, 23, 3)), 'resnet-tiny': ResNetConfig(Basic, (1, 1, 1, 1), 16)}
 STAGES = ('input', 'conv1', 'conv2', 'conv3', 'conv4', 'conv5')
 
-
-class ResNet(nn.Module):
-    "ResNet encoder without a classifier: pooled feature, and maps of every stage."
+# %% ../../nbs/202_models.resnet.ipynb #fb1d001a
+class _Layers(nn.Module):
+    "Hold the layers."
     def __init__(self,
                  name='resnet-50', # a key of RESNETS
                  checkpointing=False, # True: recompute the activations of all blocks; a collection of stage names: of these stages
@@ -124,6 +124,9 @@ class ResNet(nn.Module):
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
             if zero_init and isinstance(m, _Block): nn.init.zeros_(getattr(m, m.last).weight)
 
+# %% ../../nbs/202_models.resnet.ipynb #109d04db
+class ResNet(_Layers):
+    "ResNet encoder without a classifier: pooled feature, and maps of every stage."
     def _stage(self, k, x):
         on = self.checkpointing is True or (self.checkpointing and f'conv{k + 1}' in self.checkpointing)
         for block in getattr(self, f'layer{k}'):
