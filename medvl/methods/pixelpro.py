@@ -106,7 +106,7 @@ def unit_places(
     scale = torch.tensor([[1 / w, 0, .5 / w - .5], [0, 1 / h, .5 / h - .5], [0, 0, 1]], dtype=torch.float64, device=transforms[0].device)
     return torch.stack([scale @ t[:, 0].double() for t in transforms], 1)
 
-
+# %% ../../nbs/322_methods.pixelpro.ipynb #b5136983
 @register
 class PixelPro(_Parts):
     "Propagate yourself: pixel-level consistency. Source: Xie et al., CVPR 2021."
