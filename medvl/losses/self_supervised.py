@@ -88,7 +88,7 @@ def pixel_consistency(
     count = matches.sum((1, 2))
     return -_over_images((cosines * matches).sum((1, 2)) / count.clamp(min=1), count > 0)
 
-
+# %% ../../nbs/254_losses.self_supervised.ipynb #da5c5885
 def _search(logits, # (n,p,q): each cell looks for its matches
             matches):
     some = matches.any(-1)

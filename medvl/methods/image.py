@@ -100,7 +100,7 @@ def views_of(
                          'give train(transform=MultiView(…)), and WithViews(dataset, MultiView(…)) for validation')
     return list(found)
 
-
+# %% ../../nbs/319b_methods.image.ipynb #d3a6fb0a
 class WithViews:
     "A validation set whose batches carry versions of their images, the same in every epoch."
     def __init__(self,
@@ -133,7 +133,7 @@ def mean_auroc(
         found.append(((p[:, None] > q).double() + (p[:, None] == q).double() / 2).mean() if len(p) and len(q) else z.new_tensor(.5).double())
     return torch.stack(found).mean().float()
 
-
+# %% ../../nbs/319b_methods.image.ipynb #656153a4
 def probe_features(
     method, # ImageMethod
     pooled, # (b,f), the encoder's features
