@@ -57,6 +57,14 @@ def test_is_clean(path):
     assert not re.search(r'/(home|root|Users|work)/\w', outputs), 'an output shows a personal path'
 
 
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+def test_prose_is_prose(path):
+    "Only the first cell has a title of the first level: a `# ` before every line turns paragraphs into headings."
+    cells = json.loads(path.read_text())['cells']
+    loud = [c['id'] for c in cells[1:] if c['cell_type'] == 'markdown' and any(l.startswith('# ') for l in ''.join(c['source']).split('\n'))]
+    assert not loud, f'markdown cells that shout: {loud}'
+
+
 EXPERIMENTS = [p for p in NOTEBOOKS if p.parent.name in ('experiments', 'benchmarks')]
 
 
