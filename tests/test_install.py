@@ -63,3 +63,18 @@ def test_import_is_lazy(site):
     "`import medvl` loads neither torch nor pandas; its names appear when they are asked for."
     done = run(site, "import sys, medvl; assert 'torch' not in sys.modules and 'pandas' not in sys.modules; print(medvl.load, medvl.__version__)")
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_settings_and_project_ask_for_the_same():
+    "settings.ini (nbdev, the design card) and pyproject.toml (pip) name the same loose ranges, and the constraints pin each of them."
+    import configparser
+    import tomllib
+    settings = configparser.ConfigParser()
+    settings.read(REPO/'settings.ini')
+    project = tomllib.loads((REPO/'pyproject.toml').read_text())['project']
+    assert settings['DEFAULT']['requirements'].split() == project['dependencies']
+    assert settings['DEFAULT']['dev_requirements'].split() == project['optional-dependencies']['dev']
+    plain = lambda name: name.lower().replace('_', '-')
+    pinned = {plain(line.split('==')[0]) for line in (REPO/'constraints.txt').read_text().splitlines() if '==' in line}
+    asked = [plain(d.split('[')[0].split('>')[0].split('<')[0].split('=')[0]) for d in [*project['dependencies'], *sum(project['optional-dependencies'].values(), [])]]
+    assert not sorted(set(asked) - pinned), 'a dependency without a tested version in constraints.txt'
