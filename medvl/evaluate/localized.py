@@ -94,13 +94,11 @@ def _same(folder, identity):
     """Keep or check the identity of a folder.
 
     Raises: DataError naming what differs."""
-    path, plain = folder/'identity.json', digest(identity)
-    if path.exists():
-        old = read_json(path)
-        wrong = [k for k in identity if digest([old.get(k)]) != digest([identity[k]])]
-        if wrong: raise DataError(f'this folder holds results of {folder.name} with another {", ".join(wrong)}', file=folder, fix='Choose another folder.')
-    else: write_json(path, identity)
-    return plain
+    folder.mkdir(parents=True, exist_ok=True)
+    old = read_json(folder/'identity.json') if (folder/'identity.json').exists() else identity
+    wrong = [k for k in identity if digest([old.get(k)]) != digest([identity[k]])]
+    if wrong: raise DataError(f'this folder holds results of {folder.name} with another {", ".join(wrong)}', file=folder, fix='Choose another folder.')
+    write_json(folder/'identity.json', identity)
 
 
 def choose_lr(
@@ -109,6 +107,12 @@ def choose_lr(
 ) -> float: # learning rate
     "Take the candidate with the best validation metric, the first of equals; the only one needs no choice."
     return max(tried, key=lambda r: r['valid'])['lr'] if tried else task.lrs[0]
+
+# %% ../../nbs/546b_evaluate.localized.ipynb #5126a6c6
+def _done(home, units): # results of all units, or None
+    "Read the results of units, if all are there."
+    paths = [home/u.name/'result.json' for u in units]
+    return [read_json(p) for p in paths] if all(p.is_file() for p in paths) else None
 
 
 def run_task(
@@ -123,14 +127,11 @@ def run_task(
     "Tune, run and test one task, or go on with it. Raises: DataError when the folder holds another task."
     folder = Path(folder)
     home = folder/task.key
-    home.mkdir(parents=True, exist_ok=True)
     _same(home, _identity(task, source, prepared, config, split))
     make = head_maker(source, prepared, config)
-    units = tuning_units(task, config)
-    if all((home/u.name/'result.json').exists() for u in units):
-        lr = choose_lr(task, [read_json(home/u.name/'result.json') for u in units])
-        finals = final_units(task, lr, config)
-        if all((home/u.name/'result.json').exists() for u in finals): return [read_json(home/u.name/'result.json') for u in (*units, *finals)]
+    tried = _done(home, units := tuning_units(task, config))
+    finished = None if tried is None else _done(home, final_units(task, choose_lr(task, tried), config))
+    if finished is not None: return tried + finished
     taps = task_features(task, make(task), prepared, features or folder/'features', config)
     data = unit_data(task, prepared, config, taps)
     go = lambda u: run_unit(u, lambda t, w: make(t, w, u.seed), data, home/u.name, config)
@@ -151,6 +152,16 @@ def _about(folder, new):
     write_json(folder/'about.json', new)
 
 
+def _attempt(task, *args): # of `run_task`
+    "Run a task; keep the reason of one that its data do not allow."
+    failed = args[2]/task.key/'failed.json'
+    failed.unlink(missing_ok=True)
+    try: run_task(task, *args)
+    except DataError as e:
+        if 'Choose another folder' in str(e): raise
+        write_json(failed, {'reason': str(e)})
+
+# %% ../../nbs/546b_evaluate.localized.ipynb #350d9651
 def run_localized(
     source, # trained Method with a ResNet, name of an encoder, file of weights, or a `carrier`
     tasks='all', # names, numbers, data sets: see `select_tasks`
@@ -173,11 +184,7 @@ def run_localized(
     _about(folder, dict(model=str(name), phantom=phantom, encoder=held.image_encoder.name, encoder_digest=encoder_digest(held.image_encoder), tasks=[t.key for t in tasks], changed=changed(config), config=asdict(config),
                                          split={k: split_of(k) for k in opened}, size={k: list(v.images.shape[1:]) for k, v in opened.items()}, provenance=provenance(seeds={'seed': config.seed})))
     for task in progress([t for t in tasks if t.dataset in opened], desc='tasks', unit='task'):
-        (folder/task.key/'failed.json').unlink(missing_ok=True)
-        try: run_task(task, held, opened[task.dataset], folder, config, split_of(task.dataset), features)
-        except DataError as e:
-            if 'Choose another folder' in str(e): raise
-            write_json(folder/task.key/'failed.json', {'reason': str(e)})
+        _attempt(task, held, opened[task.dataset], folder, config, split_of(task.dataset), features)
         read_localized(folder).save()
     return read_localized(folder).save()
 
@@ -236,7 +243,7 @@ class LocalizedEvaluation:
         name = f'{self.about["model"]}' + (' on the chest phantom' if self.about['phantom'] else '') + (f'; changed: {self.about["changed"]}' if self.about['changed'] else '')
         return f'<p>{name}</p>' + self.results.reindex(columns=columns).round(3).to_html(index=False)
 
-
+# %% ../../nbs/546b_evaluate.localized.ipynb #2491169f
 def read_localized(
     folder, # of `run_localized`
 ) -> LocalizedEvaluation:

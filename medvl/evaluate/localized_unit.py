@@ -184,7 +184,7 @@ def _trained(unit, make_head, data, folder, config):
     if fitted.best is None: raise DataError(f'{unit.name} of {unit.task.key}: {settings.monitor} was never a number', file=folder, fix='Look at the validation part of the data.')
     return fitted, from_pretrained(fitted.best, method.device), settings
 
-
+# %% ../../nbs/546a_evaluate.localized_unit.ipynb #5a9214a8
 def run_unit(
     unit:Unit, # what to train
     make_head, # callable(task, head_warmup) -> Method with a fresh head; it may draw from torch's generator

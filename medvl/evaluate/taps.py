@@ -36,8 +36,8 @@ def encoder_digest(
 KINDS = ('float16', 'float32')
 
 
-class Taps:
-    "Maps of an encoder on disk, a row an image of the store."
+class _Shelf:
+    "Open, or begin, the files of a cache."
     def __init__(self,
         folder, # of this cache
         key:str, # digest of encoder and images
@@ -62,6 +62,9 @@ class Taps:
         with atomic_path(self.folder/f'{name}.sums.npy') as temporary:
             with open(temporary, 'wb') as f: np.save(f, sums)
 
+# %% ../../nbs/546_evaluate.taps.ipynb #4c6881e2
+class Taps(_Shelf):
+    "Maps of an encoder on disk, a row an image of the store."
     def missing(self,
         rows, # of the store
     ) -> np.ndarray: # those of them that lack a stage, or are torn

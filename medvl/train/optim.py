@@ -97,7 +97,6 @@ class Plateau:
     scale: float = 1.0  # factor reached so far
     best: float | None = None  # best value so far
     bad: int = 0  # validations since, counted anew after a reduction
-
     def _better(self, value):
         if self.best is None: return value == value
         return value < self.best * (1 - self.threshold) if self.mode == 'min' else value > self.best * (1 + self.threshold)
@@ -111,8 +110,7 @@ class Plateau:
         if self.bad > self.patience: self.scale, self.bad = self.scale * self.factor, 0
         return self.scale
 
-    def state(self) -> dict: # scale, best, bad
-        "Give the memory, for a checkpoint."
+    def state(self): # the memory, for a checkpoint
         return {k: v for k, v in asdict(self).items() if k in ('scale', 'best', 'bad')}
 
     def restore(self, state):
