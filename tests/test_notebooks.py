@@ -63,6 +63,8 @@ def test_prose_is_prose(path):
     cells = json.loads(path.read_text())['cells']
     loud = [c['id'] for c in cells[1:] if c['cell_type'] == 'markdown' and any(l.startswith('# ') for l in ''.join(c['source']).split('\n'))]
     assert not loud, f'markdown cells that shout: {loud}'
+    first = ''.join(cells[0]['source'])
+    assert first.startswith('# ') and not first.startswith('# #') and '\n> ' in first, 'the first cell is a title and, below it, a line that begins with >'
 
 
 EXPERIMENTS = [p for p in NOTEBOOKS if p.parent.name in ('experiments', 'benchmarks')]
