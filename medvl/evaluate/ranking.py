@@ -7,6 +7,7 @@ __all__ = ['t_interval', 'values_of', 'ranks', 'paired_differences', 'verdict_of
 
 # %% ../../nbs/547_evaluate.ranking.ipynb #84085f49
 import math
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -118,8 +119,9 @@ def plot_tasks(
         ax.barh(y, mine.value, color=[PALETTE[i % len(PALETTE)] for i in y], height=.7)
         error = np.abs(np.stack([mine.value - mine.low, mine.high - mine.value]))
         ax.errorbar(mine.value, y, xerr=np.nan_to_num(error), fmt='none', ecolor='black', elinewidth=.8, capsize=1.5)
-        ax.set_title(task.replace('_', ' ').replace(' 100', ''), fontsize=6)
-        ax.set_yticks(y, models, fontsize=6); ax.tick_params(axis='x', labelsize=6)
+        ax.set_title('\n'.join(textwrap.wrap(task.replace('_', ' ').removesuffix(' 100'), 18)), fontsize=6)
+        ax.set_yticks(y, models, fontsize=6)
+        ax.tick_params(axis='x', labelsize=6); ax.locator_params(axis='x', nbins=4)
     axes[0, 0].invert_yaxis()
     if unit: fig.supxlabel(unit, fontsize=8)
     return fig
