@@ -47,13 +47,21 @@ def local_alignment(
     return out if weights is None else {**out, 'rmse_weighted': (weights.detach().double() * mask * squared).sum(1).sqrt()}
 
 # %% ../../nbs/551_evaluate.alignment_metrics.ipynb #a7464323
-def _assignment(x, own, other, mask, reference):
-    "Average the soft assignment of places to their own kind."
+def _assignment(x, own, other, mask, error, reference):
+    "Average the soft assignment of places to their own kind; `error` is that of the other centroid, squared (b,)."
     eps, n = 1e-6 if reference else 0, mask.sum(1)
-    grown = 1 if reference else (n / (n - 1).clamp(min=1)).unsqueeze(1)
-    near, far = ((x - own.unsqueeze(1) + eps).norm(dim=-1) * grown).square(), (x - other.unsqueeze(1) + eps).square().sum(-1)
+    grown = 1 if reference else (n.double() / (n - 1).clamp(min=1)).unsqueeze(1)
+    near, far = (x - own.unsqueeze(1) + eps).square().sum(-1) * grown, (x - other.unsqueeze(1) + eps).square().sum(-1)
+    if not reference: far = (far - error.unsqueeze(1)).clamp(min=0)
     found = masked_mean(torch.where(mask, far / (near + far).clamp(min=1e-300), 0.), mask)
-    return found if reference else torch.where(n > 1, found, torch.nan)
+    return found if reference else torch.where((n > 1) & ~error.isnan(), found, torch.nan)
+
+
+def _centroid(x, mask): # centroid (b,d), its squared error (b,): NaN for one place
+    n = mask.sum(1)
+    centre = (x * mask.unsqueeze(-1)).sum(1) / n.unsqueeze(1)
+    squares = ((x - centre.unsqueeze(1)).square().sum(-1) * mask).sum(1)
+    return centre, torch.where(n > 1, squares / ((n - 1).clamp(min=1) * n), torch.nan)
 
 
 def _nearest(distance, rows, columns, reference): # (b,n,m) -> (b,)
@@ -74,10 +82,10 @@ def modality_distance(
     (a, mask_a), (b, mask_b) = prepare_places(a, mask_a), prepare_places(b, mask_b)
     distance = torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')
     def average(w_a, w_b): return ((w_a * mask_a).unsqueeze(2) * (w_b * mask_b).unsqueeze(1) * distance).sum((1, 2))
-    centre_a, centre_b = ((x * m.unsqueeze(-1)).sum(1) / m.sum(1, keepdim=True) for x, m in ((a, mask_a), (b, mask_b)))
+    (centre_a, error_a), (centre_b, error_b) = _centroid(a, mask_a), _centroid(b, mask_b)
     out = {'distance': average(1 / mask_a.sum(1, keepdim=True).double(), 1 / mask_b.sum(1, keepdim=True).double()),
            'nearest_from_a': _nearest(distance, mask_a, mask_b, reference), 'nearest_from_b': _nearest(distance.mT, mask_b, mask_a, reference),
-           'assignment_a': _assignment(a, centre_a, centre_b, mask_a, reference), 'assignment_b': _assignment(b, centre_b, centre_a, mask_b, reference)}
+           'assignment_a': _assignment(a, centre_a, centre_b, mask_a, error_b, reference), 'assignment_b': _assignment(b, centre_b, centre_a, mask_b, error_a, reference)}
     if weights_a is None or weights_b is None: return out
     return {**out, 'distance_weighted': average(weights_a.detach().double(), weights_b.detach().double())}
 
@@ -96,7 +104,7 @@ def attention_statistics(
     entropy, choices = torch.special.entr(p).sum(-1), columns.sum(1)
     out = {'entropy': masked_mean(entropy, rows), 'entropy_sd': (_reference_sd if reference else masked_sd)(entropy, rows),
            'distance_to_mean': masked_mean((p - mean.unsqueeze(1) + (1e-6 if reference else 0)).norm(dim=-1), rows), 'entropy_of_mean': torch.special.entr(mean).sum(-1)}
-    return {**out, 'entropy_share': torch.where(choices > 1, out['entropy'] / choices.clamp(min=2).log(), torch.nan)}
+    return {**out, 'entropy_share': torch.where(choices > 1, out['entropy'] / choices.clamp(min=2).double().log(), torch.nan)}
 
 # %% ../../nbs/551_evaluate.alignment_metrics.ipynb #c54b119b
 def retrieval_of(
