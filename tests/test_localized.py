@@ -339,7 +339,7 @@ def test_phantoms_stand_alone(first):
     real = found.results.assign(phantom=False)
     table = beside_published(real)
     assert (table.verdict[[1, 18]] == ABSENT).all()
-    assert all(word in table.verdict[9] for word in ('not the same protocol', 'size 64', 'resnet-tiny', 'runs 3', 'max_epochs 4'))
+    assert all(word in table.verdict[9] for word in ('not the same protocol', 'size 64', 'resnet-tiny', 'runs 3', 'max_epochs 4', '18 training and 12 test images instead of 16010 and 5337'))
 
 
 def test_ranks_share_ties_and_ask_for_complete_tasks():

@@ -12,7 +12,8 @@ import pandas as pd
 from scipy import stats
 
 from ..core.errors import DataError, unknown_name
-from .localized_tasks import ABSENT, TASKS
+from ..data.lovt_splits import LOVT_SETS
+from .localized_tasks import ABSENT, TASKS, select_tasks
 
 # %% ../../nbs/548_evaluate.published_localized.ipynb #d5b1ca8e
 _PERCENT = {
@@ -86,14 +87,18 @@ PROTOCOL = dict(scheme='reference', split='lovt', size=224, encoder='resnet-50',
 
 
 def differences_of(
-    row, # of a results table: scheme, split, size, encoder, runs, changed
+    row, # of a results table: task; scheme, split, size, encoder, runs, changed, n_train, n_test where known
 ) -> list: # sentences
     "Name what was not as in the paper."
     found = []
     for name, want in PROTOCOL.items():
         have = row.get(name, want)
         if have != want: found.append(f'{name} {have}' if name != 'changed' else f'settings changed: {have}')
-    return found
+    task = select_tasks(row['task'])[0]
+    train, _, test = LOVT_SETS[task.dataset].counts
+    want = round(task.fraction * train), test
+    have = row.get('n_train', want[0]), row.get('n_test', want[1])
+    return found + ([] if have == want else [f'{have[0]:.0f} training and {have[1]:.0f} test images instead of {want[0]} and {want[1]}'])
 
 
 def _verdict(row, paper):
