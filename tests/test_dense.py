@@ -1,13 +1,15 @@
 """Segmentation and YOLO heads, their losses, and the metrics of LoVT's localized evaluation."""
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-import torch.nn.functional as F
 from golden import golden
 
+from medvl.api import Model
 from medvl.core.errors import DataError
 from medvl.evaluate.detection import BOX
 from medvl.evaluate.localized_detection import (
@@ -166,7 +168,8 @@ def plain_targets(boxes, labels, anchors, grid, size, classes, convention):
             out['found'][i, a, gy, gx] = True
             aw, ah = (anchors[a] / torch.tensor([sx, sy])).tolist()
             out['box'][i, a, gy, gx] = torch.tensor([x - gx, y - gy, np.log(w / aw), np.log(h / ah)])
-            out['classes'][i, a, gy, gx] = F.one_hot(torch.tensor(c), classes).float()
+            if convention == 'clean': out['classes'][i, a, gy, gx] = 0  # the original leaves the class of an earlier box there
+            out['classes'][i, a, gy, gx, c] = 1
     if convention == 'clean': out['silent'] &= ~out['found']
     return out
 
@@ -183,6 +186,7 @@ def test_targets_against_a_plain_loop(convention):
         grid = (size[0] // stride, size[1] // stride)
         mine, plain = (f(boxes, labels, anchors, grid, size, 3, convention) for f in (yolo_targets, plain_targets))
         for name in mine: assert torch.allclose(mine[name].float(), plain[name].float(), atol=2e-4), name
+        assert (plain['classes'].sum(-1).max() > 1) == (convention == 'reference')
 
 
 def test_loss_of_images_without_boxes_and_options():
@@ -336,6 +340,15 @@ def test_sources_of_encoders(tmp_path):
     trained = Classifier(ClassifierConfig(image_encoder='resnet-tiny', image_mean=.3, image_std=.2))
     made = yolo_from(trained, 'opacity', image_std=.1)
     assert (made.config.image_mean, made.config.image_std) == (.3, .1) and torch.equal(made.image_encoder.conv1.weight, trained.image_encoder.conv1.weight)
+
+
+def test_saved_heads_open_in_a_fresh_process(tmp_path):
+    "A saved folder opens by the name of its method, whatever was imported before; so `medvl.load` reads segmenters and detectors too."
+    for name, made in (('unet', segmenter_from('resnet-tiny', 'opacity', head='unet', width=.05)), ('yolo', yolo_from('resnet-tiny', 'opacity', width=.05))):
+        Model(made, 'lovt_v1', (64, 64)).save_pretrained(tmp_path / name)
+    code = (f"from medvl.methods.base import from_pretrained; print(from_pretrained({str(tmp_path / 'yolo')!r}).name)\n"
+            f"import medvl; print(medvl.load({str(tmp_path / 'unet')!r}).method.name)")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split() == ['yolo', 'segmenter']
 
 
 def test_hostile_batches_and_configurations():

@@ -326,6 +326,39 @@ def test_local_loss_ignores_padding(n):
         for k in short: close(short[k], long[k])
 
 
+@pytest.mark.parametrize('same', [False, True])
+def test_the_originals_constant_counts_padding_too(same):
+    "The original subtracts log(choices / 2N) from every place, padded ones included, and counts 2n choices with the own kind; a sample without a place stays finite."
+    torch.manual_seed(0)
+    a, b, mask = torch.randn(3, 5, 8).double(), torch.randn(3, 5, 8).double(), torch.arange(5) < torch.tensor([[5], [3], [1]])
+    p = positive_weights(sequence_distances(5), 0, None)
+    plain, with_it = (local_contrastive(a, b, p, mask=mask, same_modality=same, legacy_count=n) for n in (0, 512))
+    wanted = -sum(5 * math.log(n * (1 + same) / 1024) for n in (5, 3, 1)) / 3
+    for k in plain: close(with_it[k] - plain[k], torch.tensor(wanted, dtype=torch.float64))
+    assert all(v.isfinite() for v in local_contrastive(a, b, p, mask=mask & (torch.arange(3) > 0)[:, None], same_modality=same, legacy_count=512).values())
+
+
+@pytest.mark.parametrize('grid,threshold,decay,relative', [((3, 5), .4, 2., True), ((1, 6), 1., None, False), ((1, 1), .5, 1., True), ((4, 2), 0, None, True)])
+def test_local_loss_on_any_grid_is_its_loop(grid, threshold, decay, relative):
+    "Grids that are no squares, masks with holes, thresholds in both units."
+    torch.manual_seed(0)
+    n = grid[0] * grid[1]
+    at = [(y, x) for y in range(grid[0]) for x in range(grid[1])]
+    a, b, w, mask = torch.randn(2, n, 6).double(), torch.randn(2, n, 6).double(), torch.rand(2, n).double(), torch.rand(2, n) > .3
+    mask[:, 0] = True
+    out = local_contrastive(a, b, positive_weights(grid_distances(*grid, relative), threshold, decay), .2, mask, w)
+    total = {'l2att': 0., 'att2l': 0.}
+    for i in range(2):
+        here = mask[i].nonzero().flatten().tolist()
+        for k in here:
+            d = [math.dist(at[k], at[j]) / (math.hypot(*grid) if relative else 1) for j in here]
+            p = torch.tensor([(math.exp(-decay * x) if decay is not None else 1.) * (x <= threshold + 1e-9) for x in d], dtype=torch.float64)
+            for name, x, y in (('l2att', a, b), ('att2l', b, a)):
+                s = torch.stack([torch.cosine_similarity(x[i, k], y[i, j], 0) / .2 for j in here])
+                total[name] += w[i, k] / w[i, here].sum() * (s.logsumexp(0) - (p / p.sum() * s).sum()) / 2
+    for k in total: close(out[k], total[k])
+
+
 def test_grid_distances_are_exact():
     d = grid_distances(3, 5, relative=False)
     for i in range(15):
@@ -548,6 +581,8 @@ def test_bad_input_is_named():
     nan['images'][4] = float('nan')
     with pytest.raises(DataError, match='not finite: s4'): method.encode(nan)
     with pytest.raises(ValueError, match='positive'): make(temperature=0.)
+    with pytest.raises(ValueError, match='local_temperature=0.0 must be positive'): make(local_temperature=0.)
+    with pytest.raises(ValueError, match='radius=-1 must be 0 or more'): make(radius=-1)
     with pytest.raises(DataError): method.encode_text([[]])
     with pytest.raises(ValueError, match='set vocab_size'): LoVT(LoVTConfig(**TINY, vocab_size=40), TOKENIZER)
 

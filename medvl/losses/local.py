@@ -51,7 +51,7 @@ def place_weights(weights, # (b,n) >= 0, or None for all alike; no gradient flow
     return w / w.sum(1, keepdim=True).clamp(min=1e-12)
 
 
-def _direction(s, positives, mask, weights, own, legacy_count):
+def _direction(s, positives, mask, weights, own):
     "One direction: rows search among columns."
     low = torch.finfo(s.dtype).min
     wrong = s if mask is None else s.masked_fill(~mask.unsqueeze(1), low)
@@ -59,12 +59,14 @@ def _direction(s, positives, mask, weights, own, legacy_count):
         others = ~(positives > 0) if mask is None else ~(positives > 0) & mask.unsqueeze(1)
         wrong = torch.cat([wrong, own.masked_fill(~others, low)], -1)
     each = wrong.logsumexp(-1) - (positives * s).sum(-1)
-    loss = (each * place_weights(weights, mask, each)).sum(1)
-    if legacy_count:
-        choices = (wrong > low).sum(-1)
-        term = -torch.log(choices.to(s.dtype) / (2 * legacy_count))
-        loss = loss + (term if mask is None else term * mask).sum(1)
-    return loss.mean()
+    return (each * place_weights(weights, mask, each)).sum(1).mean()
+
+
+def _legacy_constant(s, mask, same_modality, legacy_count):
+    "What the original adds for the number of choices; padded places add it as well."
+    if not legacy_count: return 0.
+    real = torch.full(s.shape[:1], s.shape[1], device=s.device) if mask is None else mask.sum(1).clamp(min=1)
+    return -s.shape[1] * torch.log(real.to(s.dtype) * (2 if same_modality else 1) / (2 * legacy_count)).mean()
 
 # %% ../../nbs/253_losses.local.ipynb #b14f76be
 @torch.autocast('cuda', enabled=False)
@@ -91,7 +93,8 @@ def local_contrastive(local, # (b,n,d), any length: regions or sentences
         p = p * (mask.unsqueeze(1) & mask.unsqueeze(2))
         p = p / p.sum(-1, keepdim=True).clamp(min=1e-12)
     own = [x @ x.mT / temperature if same_modality else None for x in (local, attended)]
-    return {'l2att': _direction(s, p, mask, weights, own[0], legacy_count), 'att2l': _direction(s.mT, p, mask, weights, own[1], legacy_count)}
+    more = _legacy_constant(s, mask, same_modality, legacy_count)
+    return {'l2att': _direction(s, p, mask, weights, own[0]) + more, 'att2l': _direction(s.mT, p, mask, weights, own[1]) + more}
 
 # %% ../../nbs/253_losses.local.ipynb #e8e17942
 def weighted_places(values, # (b,n): one value a place

@@ -64,6 +64,7 @@ def yolo_targets(boxes, labels, # as in `flat_boxes`
     if convention == 'clean': silent &= ~found
     box, kind = torch.zeros(*shape, 4, device=flat.device), torch.zeros(*shape, classes, device=flat.device)
     box[at] = torch.cat([centre - cell, (sides / shapes[best] + 1e-16).log()], 1)[win]
+    if convention == 'reference': at, win = (image, best, cell[:, 1], cell[:, 0]), slice(None)
     kind[(*at, label[win])] = 1
     return {'found': found, 'silent': silent, 'box': box, 'classes': kind}
 

@@ -9,8 +9,11 @@ __all__ = ['CAPABILITIES', 'WEIGHTS', 'CONFIG', 'CARD', 'StepState', 'Method', '
 
 # %% ../../nbs/300_methods.base.ipynb #ac37753e
 import json
+import re
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -159,10 +162,11 @@ def methods():
 # %% ../../nbs/300_methods.base.ipynb #98a052c7
 def method_class(name, # registry name
                  ): # the class
-    """Find a method's class; its room must have been imported.
+    """Find a method's class; the module of that name in this room is imported where that has not been done.
 
     Raises: ValueError with the closest registered name.
     """
+    if name not in _methods and re.fullmatch('[a-z_]+', str(name)) and find_spec(f'medvl.methods.{name}'): import_module(f'medvl.methods.{name}')
     if name not in _methods: raise ValueError(unknown_name('method', name, methods()))
     return _methods[name]
 

@@ -84,6 +84,8 @@ class _Local(ImageTextMethod):
         super().__init__(config, tokenizer, image_encoder, text_encoder)
         c = self.config
         if c.positives not in POSITIVES: raise ValueError(unknown_name('positives', c.positives, POSITIVES))
+        for name, low in (('local_temperature', 1e-9), ('attention_temperature', 1e-9), ('radius', 0), ('decay', 0), ('sentence_radius', 0)):
+            if not getattr(c, name) >= low: raise ValueError(f'{name}={getattr(c, name)} must be {"positive" if low else "0 or more"}')
         self.local = bool(c.region_weight or c.sentence_weight)
         if not self.local: return
         self.region_projection = self._projection(self.image_encoder.num_features)
