@@ -1,5 +1,7 @@
 """Tests run on one torch thread, silently, and say how many golden comparisons could not be made."""
+import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +19,24 @@ import pytest  # noqa: E402
 def one_thread():
     import torch
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session')
+def run_notebook():
+    "Run a notebook in a process of its own: path, folder for its outputs and log, further environment -> (exit state, what it printed)."
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
+    server = subprocess.Popen([sys.executable, str(Path(__file__).parent/'notebook_server.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              text=True, env=env, cwd=Path(__file__).resolve().parents[1])
+    def ask(path, folder, seconds=600, **more):
+        log = Path(folder)/'notebook.log'
+        server.stdin.write(json.dumps(dict(path=str(path), env={'MEDVL_OUTPUTS': str(Path(folder)/'outputs'), **more}, seconds=seconds, log=str(log))) + '\n')
+        server.stdin.flush()
+        answer = server.stdout.readline()
+        assert answer, f'the notebook server died while it ran {path}'
+        return json.loads(answer)['rc'], log.read_text(errors='replace')
+    yield ask
+    server.stdin.close()
+    server.wait(timeout=30)
 
 
 def pytest_terminal_summary(terminalreporter):

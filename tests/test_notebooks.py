@@ -19,12 +19,22 @@ def name(path): return path.relative_to(REPO/'nbs').as_posix()
 
 
 @pytest.mark.parametrize('path', RUN_HERE, ids=name)
-def test_runs(path, tmp_path):
-    code = ('import sys; from pathlib import Path; from nbdev.test import test_nb; from nbdev.config import get_config; c = get_config(); '
-            'ok, _ = test_nb(Path(sys.argv[1]), skip_flags=c.tst_flags.split(), basepath=c.config_path); sys.exit(not ok)')
-    env = ENV | {'MEDVL_OUTPUTS': str(tmp_path/'outputs')}
-    done = subprocess.run([sys.executable, '-c', code, str(path)], cwd=REPO, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f'{name(path)} failed:\n{done.stderr[-6000:]}'
+def test_runs(path, tmp_path, run_notebook):
+    state, said = run_notebook(path, tmp_path)
+    assert state == 0, f'{name(path)} failed ({state}):\n{said[-6000:]}'
+
+
+def test_a_failing_notebook_fails(tmp_path, run_notebook):
+    "The runner is not blind: an error, an exit, a kill and a notebook that never ends are failures."
+    for number, (source, seconds) in enumerate((('1/0', 60), ('import os; os._exit(0 if False else 3)', 60), ('import os, signal; os.kill(os.getpid(), signal.SIGKILL)', 60),
+                                                ('import time; time.sleep(60)', 2), ('assert "torch" == "a fine library"', 60))):
+        cell = dict(cell_type='code', id=f'a1b2c3d{number}', metadata={}, source=source, outputs=[], execution_count=None)
+        path = tmp_path/f'bad{number}.ipynb'
+        path.write_text(json.dumps(dict(cells=[cell], metadata={'kernelspec': dict(name='python3', display_name='python3', language='python')}, nbformat=4, nbformat_minor=5)))
+        assert run_notebook(path, tmp_path, seconds)[0] != 0, source
+    good = tmp_path/'good.ipynb'
+    good.write_text(path.read_text().replace('a fine library', 'torch'))
+    assert run_notebook(good, tmp_path)[0] == 0
 
 
 def test_export_is_current(tmp_path):

@@ -1,9 +1,6 @@
 """Every tutorial runs at smoke size, as a student leaves it and with the folded solutions filled in; every exercise accepts its solution."""
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,15 +39,11 @@ def solved(path):
 
 
 @pytest.mark.parametrize('path', TUTORIALS, ids=lambda p: p.stem)
-def test_tutorial_runs_with_its_solutions(path, tmp_path):
+def test_tutorial_runs_with_its_solutions(path, tmp_path, run_notebook):
     copy = tmp_path/path.name
     copy.write_text(json.dumps(solved(path)))
-    code = ('import sys; from pathlib import Path; from nbdev.test import test_nb; from nbdev.config import get_config; c = get_config(); '
-            'ok, _ = test_nb(Path(sys.argv[1]), skip_flags=c.tst_flags.split(), basepath=c.config_path); sys.exit(not ok)')
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'MEDVL_SMOKE': '1', 'MEDVL_OUTPUTS': str(tmp_path/'outputs'),
-                                                                     'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'Agg'}
-    done = subprocess.run([sys.executable, '-c', code, str(copy)], cwd=REPO, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f'{path.name} failed:\n{done.stderr[-6000:]}'
+    state, said = run_notebook(copy, tmp_path, MEDVL_SMOKE='1')
+    assert state == 0, f'{path.name} failed ({state}):\n{said[-6000:]}'
 
 
 @pytest.mark.parametrize('path', TUTORIALS, ids=lambda p: p.stem)

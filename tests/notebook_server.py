@@ -1,0 +1,57 @@
+"""Run notebooks as nbdev_test does, each in a process of its own, without paying for the imports each time.
+
+This process imports what most notebooks import from elsewhere, and forks for every notebook: the child has the libraries and nothing of
+another notebook. It reads one JSON line a request (path, env, seconds, log) and answers with one (rc). It has one thread, so that forking is safe."""
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+
+def run(path, env, log):
+    "In the child: run one notebook and end the process with its state."
+    os.environ.update(env)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2): os.dup2(out, stream)
+    from nbdev.config import get_config
+    from nbdev.test import test_nb
+    config, code = get_config(), 1
+    try: code = int(not test_nb(Path(path), skip_flags=config.tst_flags.split(), basepath=config.config_path)[0])
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+
+
+def wait(pid, seconds):
+    "Give the exit state of a child, or kill it with all it started."
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        done, state = os.waitpid(pid, os.WNOHANG)
+        if done: return os.waitstatus_to_exitcode(state)
+        time.sleep(0.02)
+    os.killpg(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return 'ran out of time'
+
+
+def main():
+    import IPython, nbdev.test, matplotlib.pyplot, pandas, pandera.pandas, scipy.stats, seaborn, sklearn.linear_model, sklearn.metrics, torch  # noqa: E401, F401
+    import accelerate, cv2, pyarrow.parquet, pydicom, safetensors.torch, torch.utils.tensorboard, transformers  # noqa: E401, F401
+    from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer  # noqa: F401
+    torch.set_num_threads(1)
+    answer = os.fdopen(os.dup(1), 'w')
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        ask = json.loads(line)
+        pid = os.fork()
+        if not pid:
+            os.setsid()
+            sys.stdin.close()
+            run(ask['path'], ask['env'], ask['log'])
+        answer.write(json.dumps({'rc': wait(pid, ask['seconds'])}) + '\n')
+        answer.flush()
+
+
+if __name__ == '__main__': main()
