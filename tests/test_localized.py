@@ -19,7 +19,7 @@ from medvl.core.paths import read_jsonl
 from medvl.evaluate.localized import carrier, choose_lr, head_maker, read_localized
 from medvl.evaluate.localized_tasks import ABSENT, TASKS, select_tasks, share_rows, task_parts
 from medvl.evaluate.localized_unit import LocalizedConfig, changed, final_units, run_unit, unit_config, unit_data
-from medvl.evaluate.published_localized import ABLATIONS, LOCALIZED_REMARKS, PUBLISHED_MODELS, beside_published, published_localized
+from medvl.evaluate.published_localized import ABLATIONS, LOCALIZED_REMARKS, PUBLISHED_MODELS, beside_published, published_localized, ranks_among_published
 from medvl.evaluate.ranking import paired_differences, ranks, t_interval, verdict_of
 from medvl.evaluate.taps import Taps
 
@@ -335,11 +335,21 @@ def test_published_runs_support_the_remarks():
 
 def test_phantoms_stand_alone(first):
     _, found = first
-    with pytest.raises(DataError, match='chest phantom'): beside_published(found.results)
+    for lay in (beside_published, ranks_among_published):
+        with pytest.raises(DataError, match='chest phantom'): lay(found.results)
     real = found.results.assign(phantom=False)
     table = beside_published(real)
     assert (table.verdict[[1, 18]] == ABSENT).all()
     assert all(word in table.verdict[9] for word in ('not the same protocol', 'size 64', 'resnet-tiny', 'runs 3', 'max_epochs 4', '18 training and 12 test images instead of 16010 and 5337'))
+
+
+def test_ours_are_ranked_among_the_published_on_the_tasks_they_ran():
+    ours = pd.DataFrame(dict(task=['covid_linear', 'nih_seg_linear', 'rsna_frozen_10'], model='LoVT 30', value=[.9, .0, np.nan], phantom=False))
+    found = ranks_among_published(ours)
+    assert len(found) == 17 and found.ours.sum() == 1 and 'rsna_frozen_10' not in found
+    assert found.loc['LoVT 30 (ours)', ['covid_linear', 'nih_seg_linear', 'first']].tolist() == [1, 17, 1]
+    assert found.loc['LoVT 30', 'covid_linear'] == 2 and len(ranks_among_published(ours, ['Random'])) == 2
+    with pytest.raises(DataError, match='none of the tasks'): ranks_among_published(ours.iloc[2:])
 
 
 def test_ranks_share_ties_and_ask_for_complete_tasks():

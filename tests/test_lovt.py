@@ -577,6 +577,8 @@ def test_bad_input_is_named():
     with pytest.raises(DataError, match='without sentences: s0'): method.encode({**batch, 'tokens': {**batch['tokens'], 'sentence': torch.zeros_like(batch['tokens']['sentence'])}})
     with pytest.raises(ValueError, match='sentence'): method.encode({**batch, 'tokens': {k: v for k, v in batch['tokens'].items() if k != 'sentence'}})
     with pytest.raises(ValueError, match='one image'): method.encode({**batch, 'images': batch['images'].expand(-1, 2, -1, -1, -1)})
+    for name in ('lovt', 'clip', 'convirt'):
+        with pytest.raises(DataError, match='images without a report: s0, s1'): make(name).encode({k: v for k, v in batch.items() if k != 'tokens'})
     nan = {**batch, 'images': batch['images'].float()}
     nan['images'][4] = float('nan')
     with pytest.raises(DataError, match='not finite: s4'): method.encode(nan)

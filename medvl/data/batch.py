@@ -43,10 +43,12 @@ def collate(
 ) -> dict: # the batch
     """Make a batch of samples.
 
-    Raises: ValueError when there is no sample, or shapes differ."""
+    Raises: ValueError when there is no sample, shapes differ, or a sample lacks what others have."""
     if not samples: raise ValueError('A batch needs at least one sample.')
     batch = {}
-    for name in samples[0]:
+    for name in dict.fromkeys([*samples[0], *(['tokens'] if any('tokens' in s for s in samples) else [])]):
+        bare = [s['sample_id'] for s in samples if name not in s]
+        if bare: raise ValueError(f'sample {bare[0]} has no {name}, others of its batch have: a batch holds one kind of sample.')
         values = [s[name] for s in samples]
         if name == 'images': batch[name] = _stack_images(values, samples)
         elif name in STACKED or name == 'masks' and isinstance(values[0], np.ndarray): batch[name] = _stack(name, values, samples)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_MODELS', 'ABLATIONS', 'LOCALIZED_REMARKS', 'PROTOCOL', 'published_localized', 'differences_of',
-           'beside_published']
+           'beside_published', 'ranks_among_published']
 
 # %% ../../nbs/548_evaluate.published_localized.ipynb #6b695186
 import numpy as np
@@ -14,6 +14,7 @@ from scipy import stats
 from ..core.errors import DataError, unknown_name
 from ..data.lovt_splits import LOVT_SETS
 from .localized_tasks import ABSENT, TASKS, select_tasks
+from .ranking import ranks
 
 # %% ../../nbs/548_evaluate.published_localized.ipynb #d5b1ca8e
 _PERCENT = {
@@ -129,3 +130,21 @@ def beside_published(
         numbers = {f'ours{k}': own[v] if own else np.nan for k, v in (('', 'value'), ('_low', 'low'), ('_high', 'high'))}
         rows.append(dict(number=p.number, task=p.task, metric=p.metric, published=p.value, low=p.low, high=p.high, **numbers, verdict=_verdict(own, p)))
     return pd.DataFrame(rows).set_index('number')
+
+# %% ../../nbs/548_evaluate.published_localized.ipynb #b2130223
+def ranks_among_published(
+    results:pd.DataFrame, # ours: task, model, value, phantom; one row a task and model
+    models=None, # names of PUBLISHED_MODELS; None: all 16
+) -> pd.DataFrame: # of `ranks`, with the column `ours`
+    """Rank our models among the published ones on the tasks that ours ran.
+
+    Raises: DataError for results of a phantom, or no task with a number of each of ours; ValueError for an unknown model.
+    """
+    if 'phantom' in results and results.phantom.any():
+        raise DataError(f'{int(results.phantom.sum())} of the results are of the chest phantom', fix='Rank them among each other (medvl.evaluate.ranking.ranks).')
+    own = results[results.value.notna()][['task', 'model', 'value']]
+    if not len(own): raise DataError('none of the tasks has a result of ours', fix='Run some first: medvl.evaluate.localized.run_localized.')
+    if twins := sorted({*own.model} & {*PUBLISHED_MODELS}): own = own.assign(model=own.model.map(lambda m: f'{m} (ours)' if m in twins else m))
+    paper = published_localized([t for t in TASKS if t.key in set(own.task)], models)
+    found = ranks(pd.concat([paper[paper.task.isin(own.task)], own])[['task', 'model', 'value']])
+    return found.assign(ours=found.index.isin(own.model))

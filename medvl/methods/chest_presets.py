@@ -49,7 +49,8 @@ _PAPER = {
     'simclr': dict(views='simclr', versions=2, keep='last', train=dict(_ADAM, batch_size=128, lr=3e-4, weight_decay=1e-4, valid_samples=128)),
     'byol': dict(views='byol', versions=2, keep='last', train=dict(_ADAM, batch_size=64, lr=1e-4, weight_decay=1e-4)),
     'pixelpro': dict(views='pixelpro', versions=2, keep='last', train=dict(_ADAM, batch_size=64, lr=1e-3, weight_decay=1e-5)),
-    'supervised': dict(train=dict(_ADAM, batch_size=64, lr=3e-4, weight_decay=1e-6, warmup=0, schedule='plateau', early_stop=10, monitor='valid_auroc', mode='max')),
+    'supervised': dict(train=dict(_ADAM, batch_size=64, lr=3e-4, weight_decay=1e-6, warmup=0, schedule='plateau', plateau_monitor='valid_auroc_missed', early_stop=10,
+                            monitor='valid_auroc', mode='max')),
 }
 _PAPER['clip'] = dict(_PAPER['lovt'], text=dict(slot='sentence'))
 

@@ -150,7 +150,7 @@ class ImageTextMethod(_Stored):
     "Pre-train an image encoder by its reports, with the global loss."
     def encode(self, batch): # images (b,1,1,h,w); tokens with sentence numbers
         "Give `image` and `text`, unit vectors (b,d)."
-        image, text = self.read_images(batch['images']), self.read_texts(batch['tokens'])
+        image, text = self.read_images(batch['images']), self.read_texts(self.tokens_of(batch))
         return self.global_features(batch, image, text)
 
     def global_features(self, batch, image, text):
@@ -159,6 +159,12 @@ class ImageTextMethod(_Stored):
         out = {'image': unit(self.image_projection(image['pooled'])), 'text': unit(self.text_projection(text['pooled']))}
         check_samples(batch, out['image'], out['text'], module=self)
         return {**out, **probe_features(self, image['pooled'])}
+
+    def tokens_of(self, batch):
+        "Give the tokens, and refuse images without reports."
+        if 'tokens' in batch: return batch['tokens']
+        raise DataError(f'images without a report: {", ".join(map(str, list(batch.get("sample_id", ()))[:4])) or "the whole batch"}',
+                        fix='Use a ChestReportDataset, or a method that reads images alone: byol, simclr, pixelpro, supervised.')
 
     def _check_sentences(self, batch, mask):
         empty = ~mask.any(1) if mask.shape[1] else torch.ones(len(mask), dtype=torch.bool)

@@ -150,7 +150,7 @@ class LoVT(_Terms):
 
     def encode(self, batch): # images (b,1,1,h,w); tokens with sentence numbers
         "Give image and text (b,d), and the local vectors, their counterparts, weights and mask."
-        image, text = self.read_images(batch['images']), self.read_texts(batch['tokens'])
+        image, text = self.read_images(batch['images']), self.read_texts(self.tokens_of(batch))
         out = self.global_features(batch, image, text)
         if not self.local: return out
         local = {k: v for k, v in self.align(image, text).items() if not k.endswith('_attention')}

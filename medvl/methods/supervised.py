@@ -73,4 +73,6 @@ class Supervised(ImageMethod):
         y = batch['labels'].to(z.device, z.dtype)
         weight = z.new_tensor(c.pos_weight) if c.pos_weight else None
         out = {'loss': classification_loss(z, y, c.unlabelled, weight), 'stated': stated(y).float().mean()}
-        return out if self.training else {**out, 'auroc': mean_auroc(z, torch.where(stated(y), y, torch.nan))}
+        if self.training: return out
+        auroc = mean_auroc(z, torch.where(stated(y), y, torch.nan))
+        return {**out, 'auroc': auroc, 'auroc_missed': 1 - auroc}
