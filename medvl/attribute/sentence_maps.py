@@ -7,6 +7,8 @@ __all__ = ['BASELINES', 'SENTENCE_SCORES', 'sentence_places', 'map_kinds', 'sent
            'evaluate_sentence_maps', 'sentence_table', 'draw_sentence_maps']
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #cbeb1f47
+import textwrap
+
 import numpy as np
 import pandas as pd
 import torch
@@ -77,7 +79,7 @@ def centre_map(
     y, x = (np.exp(-.5 * ((np.arange(n) + .5 - n / 2) / (n * spread)) ** 2) for n in size)
     return np.outer(y, x).astype(np.float32)
 
-
+# %% ../../nbs/623_attribute.sentence_maps.ipynb #5b43e000
 def _another(regions, i, chosen):
     "The next scored sentence that speaks of another place, or None."
     order = [*chosen[chosen > i], *chosen[chosen < i]]
@@ -124,7 +126,7 @@ def evaluate_sentence_maps(
     if not rows: raise DataError('no sentence of these images has a place that can be scored', column='region')
     return pd.DataFrame(rows)
 
-
+# %% ../../nbs/623_attribute.sentence_maps.ipynb #5cd552ab
 SENTENCE_SCORES = ('pointing', 'energy', 'energy_gain', 'chance')
 
 
@@ -160,6 +162,5 @@ def draw_sentence_maps(
         m, p = full[i], places.loc[i]
         box = [(p.x0, p.y0, p.x1, p.y1, p.region)] if p.share > 0 else None
         draw_view(ax, image, boxes=box, heat=m.numpy(), limits=(float(m.min()), float(m.max()) + 1e-9))
-        words = p.sentence if len(p.sentence) < 70 else p.sentence[:67] + '…'
-        ax.set_title('\n'.join(words[k:k + 36] for k in range(0, len(words), 36)), fontsize=7, fontweight='normal')
+        ax.set_title('\n'.join(textwrap.wrap(p.sentence, 38, max_lines=2, placeholder=' …')), fontsize=7, fontweight='normal')
     return fig

@@ -6,7 +6,6 @@
 __all__ = ['read_batch', 'smoothness', 'patient_intervals', 'Analysis', 'analyse', 'paired_analysis']
 
 # %% ../../nbs/552_evaluate.analysis.ipynb #772deba4
-import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 
@@ -103,12 +102,27 @@ def _quantiles(draws, people, tails): # (n_boot,k): (2,k); NaN for columns of fe
 _GLOBAL, _LOCAL = ('image_features', 'text_features', 'images', 'texts'), ('region_features', 'sentence_features', 'regions', 'sentences')
 
 
-class _Collector:
-    "Take batches of vectors; nothing of a batch but sums, numbers and one vector a sample stays."
+class _Kept:
+    "What stays of batches: sums, numbers a sample, and one vector a sample."
     def __init__(self):
         self.spreads, self.numbers, self.dims = {}, defaultdict(SampleNumbers), {}
         self.curves, self.maps, self.count = defaultdict(list), {}, 0
 
+    def _spread(self, name, kind, x, *rest):
+        if name not in self.spreads: self.spreads[name], self.dims[name] = kind(), x.shape[-1]
+        self.spreads[name].update(x, *rest)
+
+    def _maps(self, f, images, weights):
+        shown = {'image': images.flatten(0, -3).float().mean(0)[None], 'pooling weight': None if weights is None else weights.mean(0).unflatten(0, f['grid'])[None]}
+        for name, x in shown.items():
+            if x is not None: self.maps[name] = self.maps.get(name, 0) + x[0].double().cpu().numpy() * len(images)
+        self.count += len(images)
+        for name in ('region_features', 'regions'):
+            if name in f: self.distances, cosine = smoothness(f[name], f['grid']); self.curves[name].append(cosine)
+
+# %% ../../nbs/552_evaluate.analysis.ipynb #855c219d
+class _Collector(_Kept):
+    "Take batches of vectors."
     def update(self, f, images):
         "Take a batch of `read_batch`."
         mask, weights = f.get('mask'), {'r': f.get('region_weights'), 's': f.get('sentence_weights')}
@@ -120,10 +134,6 @@ class _Collector:
         if 'regions_attended' in f: self._places(f, mask, weights)
         if f['grid']: self._maps(f, images, weights['r'])
 
-    def _spread(self, name, kind, x, *rest):
-        if name not in self.spreads: self.spreads[name], self.dims[name] = kind(), x.shape[-1]
-        self.spreads[name].update(x, *rest)
-
     def _places(self, f, mask, w):
         everything = torch.ones(f['regions'].shape[:2], dtype=torch.bool, device=f['regions'].device)
         self._spread('regions+sentences', LocalSpread, torch.cat([f['regions'], f['sentences']], 1), torch.cat([everything, mask], 1))
@@ -133,14 +143,6 @@ class _Collector:
             self.numbers[f'{name};attended'].update({**local_alignment(*partners), **{f'retrieval_{k}': v for k, v in retrieval_of(*partners).items()}})
         self.numbers['region attention'].update(attention_statistics(f['region_attention'], None, mask))
         self.numbers['sentence attention'].update(attention_statistics(f['sentence_attention'], mask))
-
-    def _maps(self, f, images, weights):
-        shown = {'image': images.flatten(0, -3).float().mean(0)[None], 'pooling weight': None if weights is None else weights.mean(0).unflatten(0, f['grid'])[None]}
-        for name, x in shown.items():
-            if x is not None: self.maps[name] = self.maps.get(name, 0) + x[0].double().cpu().numpy() * len(images)
-        self.count += len(images)
-        for name in ('region_features', 'regions'):
-            if name in f: self.distances, cosine = smoothness(f[name], f['grid']); self.curves[name].append(cosine)
 
 # %% ../../nbs/552_evaluate.analysis.ipynb #04bf63b0
 def _columns(c):
@@ -188,14 +190,14 @@ class Analysis:
 
     def _repr_html_(self): return f'<p>{self!r}</p>' + self.table.drop(columns='note').round(4).to_html(index=False, max_rows=24)
 
-# %% ../../nbs/552_evaluate.analysis.ipynb #85f48390
+# %% ../../nbs/552_evaluate.analysis.ipynb #ed538329
 def _finite(f, batch):
     for name, x in f.items():
         if not isinstance(x, torch.Tensor) or not x.is_floating_point(): continue
         bad = ~x.flatten(1).isfinite().all(1)
         if bad.any(): raise DataError(f'{name} of sample {batch["sample_id"][int(bad.nonzero()[0])]} is not finite', fix='Look at the image, and at the weights.')
 
-
+# %% ../../nbs/552_evaluate.analysis.ipynb #c215353d
 def analyse(
     method, # with feature_maps and image_features; more where it has more
     dataset, # ChestReportDataset(train=False), ChestImageDataset, or any of the batch contract

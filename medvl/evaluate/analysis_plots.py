@@ -27,8 +27,9 @@ def _bars(ax, analyses, rows, scale=lambda r: 1., sign=1):
         found = [t.loc[(s, m)] if (s, m) in t.index else None for _, s, m in rows]
         value, low, high = (np.array([np.nan if r is None else sign * r[c] * scale(r) for r in found]) for c in ('value', 'low', 'high'))
         ax.barh(y + (k - (len(analyses) - 1) / 2) * width, value, width, color=colour, label=a.name)
-        error = np.nan_to_num(np.abs(np.stack([value - low, high - value])))
-        ax.errorbar(value, y + (k - (len(analyses) - 1) / 2) * width, xerr=error, fmt='none', ecolor='black', elinewidth=.8, capsize=1.5)
+        known = ~np.isnan(low)
+        error = np.abs(np.stack([value - low, high - value]))[:, known]
+        ax.errorbar(value[known], (y + (k - (len(analyses) - 1) / 2) * width)[known], xerr=error, fmt='none', ecolor='black', elinewidth=.8, capsize=1.5)
     ax.set_yticks(y, [r[0] for r in rows], fontsize=7)
     ax.invert_yaxis()
 
@@ -56,15 +57,15 @@ def plot_alignment(analyses): # list of Analysis: figure
     "Draw box plots of distances over samples. Raises: DataError when no model compares images with texts."
     shown = [k for k in ALIGNMENT if any(k in a.samples for a in analyses)]
     if not shown: raise DataError('none of these methods compares images with texts', fix='Analyse an image-text method on a ChestReportDataset.')
-    fig, axes = figure(1, len(shown), height=1.2 + .3 * len(analyses), squeeze=False, sharey=True)
+    fig, axes = figure(1, len(shown), squeeze=False, sharey=True)
     for ax, key in zip(axes[0], shown):
         values = [a.samples[key].dropna().to_numpy() if key in a.samples else np.array([]) for a in analyses]
-        drawn = ax.boxplot(values, vert=False, patch_artist=True, widths=.6, medianprops=dict(color='black'), flierprops=dict(markersize=2))
+        drawn = ax.boxplot(values, patch_artist=True, widths=.6, medianprops=dict(color='black'), flierprops=dict(markersize=2))
         for box, colour in zip(drawn['boxes'], PALETTE * 9): box.set_facecolor(colour)
-        ax.axvline(2 ** .5, color='0.6', linewidth=.8, linestyle=':')
-        ax.set(xlabel='distance'); ax.set_title(ALIGNMENT[key], fontsize=8)
-        ax.set_yticks(range(1, len(analyses) + 1), [a.name for a in analyses], fontsize=7)
-    axes[0, 0].invert_yaxis()
+        ax.axhline(2 ** .5, color='0.6', linewidth=.8, linestyle=':')
+        ax.set_title(ALIGNMENT[key], fontsize=8)
+        ax.set_xticks(range(1, len(analyses) + 1), [a.name for a in analyses], fontsize=7, rotation=20)
+    axes[0, 0].set(ylabel='distance of partners')
     return fig
 
 
@@ -74,7 +75,7 @@ def plot_assignment(analyses): # list of Analysis: figure
     _bars(ax, analyses, [('regions', 'regions||sentences', 'assignment_a'), ('sentences', 'regions||sentences', 'assignment_b')])
     ax.axvline(.5, color='0.6', linewidth=.8, linestyle=':')
     ax.set(title='Own kind or the other?', xlabel='assignment (0.5: cannot be told apart)', xlim=(0, 1))
-    ax.legend(fontsize=7, loc='lower right')
+    ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
     return fig
 
 # %% ../../nbs/553_evaluate.analysis_plots.ipynb #b20bc42f
@@ -95,7 +96,7 @@ def plot_smoothness(
     ax.legend()
     return fig
 
-
+# %% ../../nbs/553_evaluate.analysis_plots.ipynb #7c365f48
 def plot_weights(analyses): # list of Analysis: figure
     "Draw the mean pooling weight of each region over the mean image; 1 is an equal share."
     shown = [a for a in analyses if 'pooling weight' in a.maps]
@@ -124,7 +125,7 @@ def find_evaluations(run): # folder: list of folders of localized evaluations in
     "Find localized evaluations in a run, or the folder itself."
     return sorted(p.parent for p in Path(run).rglob('about.json') if (p.parent/'localized.json').exists())
 
-
+# %% ../../nbs/553_evaluate.analysis_plots.ipynb #a888e6bf
 def collect_runs(
     runs, # folders of runs
     names=None, # names for legends; None: from the runs
@@ -139,14 +140,14 @@ def collect_runs(
         if not found and not logs: raise DataError('neither a training nor a localized evaluation', file=run, fix='Give folders of pretrain_chest or localized runs.')
         if logs: curves.append(read_curves(logs[0]).assign(run=name))
         for e in found:
-            label = name if len(found) == 1 else f'{name}: {e.about["model"]}'
+            label = f'{e.about["model"]} ({run.name})' if names is None else name if len(found) == 1 else f'{name}: {e.about["model"]}'
             if label in evaluations: raise DataError(f'two evaluations have the name {label!r}', file=run, fix='Give names, one a run.')
             evaluations[label] = e
     results = [e.done.assign(model=k) for k, e in evaluations.items()]
     join = lambda parts: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     return {'curves': join(curves), 'results': join(results), 'evaluations': evaluations}
 
-# %% ../../nbs/553_evaluate.analysis_plots.ipynb #9e3da2ba
+# %% ../../nbs/553_evaluate.analysis_plots.ipynb #4c5969fe
 def plot_learning(
     curves, # run, step, name, value
     names=('loss', 'valid_loss'), # metrics, a panel each
@@ -167,7 +168,7 @@ def plot_learning(
     axes[0, 0].legend(fontsize=7)
     return fig
 
-
+# %% ../../nbs/553_evaluate.analysis_plots.ipynb #5635ca18
 def plot_shared(
     results, # model, task, value, low, high: one row each
     title='', # what it shows
@@ -181,6 +182,6 @@ def plot_shared(
         ax.errorbar(mine.value, y, xerr=np.nan_to_num(np.abs(np.stack([mine.value - mine.low, mine.high - mine.value]))), fmt='o', color=colour, markersize=4, elinewidth=1, capsize=2, label=model)
     for k in range(1, len(tasks)): ax.axhline(k - .5, color='0.9', linewidth=.8)
     ax.set_yticks(range(len(tasks)), [t.replace('_', ' ') for t in tasks], fontsize=7)
-    ax.set(title=title or 'Tasks', xlabel='test metric of the task'); ax.invert_yaxis()
+    ax.set(title=title or 'Tasks', xlabel='test metric of the task', ylim=(len(tasks) - .5, -.5))
     ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
     return fig

@@ -116,7 +116,7 @@ def batch_sd(parts): # list of (b,): the original's pooling of batches
     means, variances = torch.stack([p.mean() for p in parts]), torch.stack([p.var() for p in parts])
     return float((variances.mean() + means.var()).sqrt() if len(parts) > 1 else variances.mean().sqrt())
 
-
+# %% ../../nbs/550_evaluate.embedding_spread.ipynb #156db1bb
 class GlobalSpread:
     "Spread of a space with one vector a sample. It keeps these vectors, (n,d)."
     def __init__(self, reference=False): # count as the original does
@@ -144,8 +144,8 @@ class GlobalSpread:
         return float(closeness.mean().log()), float(distance.mean())
 
 # %% ../../nbs/550_evaluate.embedding_spread.ipynb #531eba0f
-class LocalSpread:
-    "Spread of a space with several vectors a sample. It keeps centroids (n,d), numbers a sample, and one (d,d) sum."
+class _Places:
+    "Take batches of a space with several vectors a sample."
     def __init__(self, reference=False): # count as the original does
         self.reference, self.centres, self.within, self.several = reference, GlobalSpread(reference), 0., 0
         self.numbers, self.covariance, self.estimates = defaultdict(list), 0., []
@@ -164,6 +164,9 @@ class LocalSpread:
         if self.reference: self.estimates.append(off_diagonal(covariance / len(x) + torch.cov(centre.cpu().T)))
         return centre
 
+# %% ../../nbs/550_evaluate.embedding_spread.ipynb #ea71f5ae
+class LocalSpread(_Places):
+    "Spread of a space with several vectors a sample. It keeps centroids (n,d), numbers a sample, and one (d,d) sum."
     @property
     def samples(self): # dict name -> float64 (n,)
         return {k: torch.cat(v) for k, v in self.numbers.items()}
