@@ -92,6 +92,8 @@ def test_dice_groupings_against_a_plain_loop():
     assert torch.isclose(dice_loss(x, y, 'class'), torch.stack([plain(x[:, k], y[:, k]) for k in range(2)]).mean())
     assert torch.isclose(dice_loss(x, y, 'image'), torch.stack([plain(x[i, k], y[i, k]) for i in range(3) for k in range(2) if y[i, k].any()]).mean())
     assert dice_loss(x.half(), y.half()).isfinite()
+    many = torch.full((8, 1, 96, 96), 5.)  # more pixels than float16 can count
+    assert torch.isclose(dice_loss(many.half(), torch.ones(8, 1, 96, 96)), dice_loss(many, torch.ones(8, 1, 96, 96)), atol=1e-3)
 
 
 def test_masks_that_do_not_fit():

@@ -645,7 +645,8 @@ def test_sections_like_the_golden():
 def test_sections_without_golden():
     assert lovt_sections(' X\n FINDINGS:  One.\n \n IMPRESSION:  Two.\n \n IMPRESSION:  Three.\n') == {'findings': ' One.\n ', 'impression': ' Three.\n'} # the last one
     assert [s[0] for s in find_sections(' X\n FINDINGS: \n \n IMPRESSION: \n \n')] == ['preamble']
-    assert lovt_sections('') == {} and lovt_sections(None) == {} and find_sections('a')[0] == ('full report', 'a', 0)
+    assert lovt_sections('') == {} and lovt_sections(None) == {} and find_sections('a') == [('full report', 'a', 0)]
+    assert find_sections('Portable.\n \n Tubes.\n \n Clear.') == [('full report', 'Portable.', 0), ('last_paragraph', ' Tubes.\n \n Clear.', 9)] # also without a heading
     text = report_text('Clear.', 'Normal.', ' HISTORY:  Cough.\n \n')
     for _, body, start in find_sections(text): assert text[start:start + len(body)] == body
 

@@ -44,8 +44,7 @@ def find_sections(
     Source: Johnson et al., MIMIC-CXR code, zenodo 3539363; LoVT spec, section 1.2."""
     text = as_text(text)
     head = _HEADING.search(text)
-    if not head: return [('full report', text, 0)]
-    out = [('preamble', text[:head.start(1)], 0)]
+    out = [('preamble', text[:head.start(1)], 0)] if head else [('full report', text, 0)]
     while head:
         start = head.end()
         line = max(0, text[start:].find('\n'))

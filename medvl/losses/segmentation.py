@@ -24,7 +24,8 @@ def dice_loss(logits, # float (b,k,h,w)
 
     Raises: ValueError for an unknown grouping. Source: LoVT, section 4; Milletari et al., 3DV 2016."""
     if over not in OVER: raise ValueError(unknown_name('grouping of the Dice loss', over, OVER))
-    p, y = logits.sigmoid(), masks.to(logits.dtype)
+    p = (logits if logits.dtype == torch.float64 else logits.float()).sigmoid() # float16 cannot count the pixels of a batch
+    y = masks.to(p.dtype)
     both, total = (p * y).sum(OVER[over]), (p + y).sum(OVER[over])
     each = 1 - (2 * both + smooth) / (total + smooth).clamp(min=1e-7)
     if smooth: return each.mean()
