@@ -15,7 +15,7 @@ import numpy as np
 
 from .chest_anatomy import FINDINGS, SIDE_WORDS, ZONES, Chest, bounds
 from .chest_lesions import ChestFinding
-from .phantom_report import Sentence, one_of, pad, report_text, size_words, wording
+from .phantom_report import Sentence, one_of, pad, size_words, wording
 
 # %% ../../nbs/157_data.chest_report.ipynb #34d78796
 def region_boxes(

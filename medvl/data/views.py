@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..core.errors import unknown_name
 from ..core.seed import numpy_rng
-from .augment import affine_matrix, flip_matrix, map_boxes, map_points
+from .augment import affine_matrix, flip_matrix, map_boxes
 
 # %% ../../nbs/143_data.views.ipynb #d2a75e74
 @dataclass

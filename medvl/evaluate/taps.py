@@ -18,7 +18,6 @@ from ..core.errors import DataError, unknown_name
 from ..core.paths import atomic_path, digest, read_json, write_json
 from ..core.progress import progress
 from ..data.batch import collate
-from ..methods.base import evaluating
 
 # %% ../../nbs/546_evaluate.taps.ipynb #d02274f5
 def encoder_digest(

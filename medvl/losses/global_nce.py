@@ -6,8 +6,6 @@
 __all__ = ['global_nce', 'top_k_accuracy', 'global_mse', 'cosine_distance']
 
 # %% ../../nbs/252_losses.global_nce.ipynb #7f14327a
-import math
-
 import torch
 
 from ..core.errors import unknown_name

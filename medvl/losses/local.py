@@ -7,8 +7,6 @@ __all__ = ['grid_distances', 'sequence_distances', 'positive_weights', 'place_we
            'local_mse', 'local_retrieval']
 
 # %% ../../nbs/253_losses.local.ipynb #ae523404
-import math
-
 import torch
 
 from ..models.heads import unit

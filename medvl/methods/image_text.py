@@ -6,7 +6,7 @@
 __all__ = ['TEXT_OVER', 'ImageTextMethod']
 
 # %% ../../nbs/314a_methods.image_text.ipynb #8bc645dd
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch

@@ -8,7 +8,6 @@ __all__ = ['HEADS', 'SegmenterConfig', 'Segmenter', 'segmenter_from']
 # %% ../../nbs/336_methods.segmenter.ipynb #cb01e1c5
 from dataclasses import dataclass
 
-import torch
 
 from ..core.errors import DataError, unknown_name
 from ..losses.segmentation import LOSSES, OVER, check_masks, segmentation_loss

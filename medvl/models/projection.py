@@ -6,7 +6,6 @@
 __all__ = ['NORMS', 'real_rows', 'back_in_place', 'Unit', 'build_norm', 'Projection']
 
 # %% ../../nbs/207a_models.projection.ipynb #cacd246f
-import torch
 import torch.nn.functional as F
 from torch import nn
 
