@@ -13,7 +13,6 @@ from collections import defaultdict
 import torch
 
 from .embedding_spread import batch_sd, masked_mean, prepare_places
-from ..models.heads import unit
 
 # %% ../../nbs/551_evaluate.alignment_metrics.ipynb #bcd3bf5a
 def masked_sd(values, mask): # (b,n), bool (b,n) -> (b,); NaN for one place
