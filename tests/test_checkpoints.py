@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from medvl.core.errors import DataError
-from medvl.models.checkpoints import RestrictedUnpickler, compare_weights, load_weights, read_checkpoint
+from medvl.models.torch_file import RestrictedUnpickler
+from medvl.models.checkpoints import compare_weights, load_weights, read_checkpoint
 
 
 class Runs:

@@ -169,8 +169,9 @@ def load_resnet(encoder, # ResNet to fill
     Raises: DataError if a name or shape does not fit, a number is not finite, or the file is unsafe or torn."""
     if isinstance(source, dict): source = Checkpoint(source)
     if not isinstance(source, Checkpoint): source = read_checkpoint(source)
+    prefix = prefix.removeprefix(source.wrapper)
     found = any(k.startswith(prefix + 'conv1.') for k in source.weights)
     if not found: raise DataError(f'no ResNet under {prefix!r}: the names begin {", ".join(list(source.weights)[:4])}', file=source.file or None, fix='Give the `prefix` of the encoder.')
     counted = any(k.endswith('num_batches_tracked') for k in source.weights)
     counters = {} if counted else {prefix + k: torch.zeros_like(v, device='cpu') for k, v in encoder.state_dict().items() if k.endswith('num_batches_tracked')}
-    return load_weights(encoder, Checkpoint({**source.weights, **counters}, source.extra, source.file), prefix=prefix, ignore=('fc.',))
+    return load_weights(encoder, Checkpoint({**source.weights, **counters}, source.extra, source.file, source.wrapper), prefix=prefix, ignore=('fc.',))
