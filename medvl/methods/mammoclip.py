@@ -264,8 +264,10 @@ def released_config(checkpoint, # Checkpoint of a released file
     except (KeyError, TypeError) as e:
         raise DataError(f'no Mammo-CLIP configuration in the file (looking for {e})', file=checkpoint.file, fix='Give the configuration yourself.') from e
     if name not in RELEASED_ENCODERS: raise DataError(unknown_name('released image encoder', name, RELEASED_ENCODERS), file=checkpoint.file)
-    base = checkpoint.extra['config'].get('base', {})
-    return MammoCLIPConfig(image_encoder=RELEASED_ENCODERS[name], text_encoder='bert-base-clinical-config', tokenizer=CLINICAL_BERT, text_pretrained=False,
+    base = checkpoint.extra['config'].get('base') or {}
+    loss = (checkpoint.extra['config'].get('loss') or {}).get('breast_clip') or {}
+    weights = {k: float(loss[k]) for k in ('label_smoothing', 'i2i_weight', 't2t_weight') if k in loss}
+    return MammoCLIPConfig(**weights, image_encoder=RELEASED_ENCODERS[name], text_encoder='bert-base-clinical-config', tokenizer=CLINICAL_BERT, text_pretrained=False,
                            pooling=text['pooling'], projection=head['name'], dim=head['proj_dim'], projection_dropout=head.get('dropout', .1),
                            temperature=model['temperature'], max_length=base.get('text_max_length', 256), limit_scale=False,
                            image_mean=base.get('mean', .3089279), image_std=base.get('std', .25053555408335154))

@@ -115,7 +115,7 @@ ALLOWED = {('builtins', t.__name__): t for t in (int, float, bool)} | {
 # %% ../../nbs/209a_models.torch_file.ipynb #4cbb6f24
 MAX_PICKLE = 64 << 20  # bytes of a pickle
 MAX_STEPS = 6_000_000  # instructions
-MAX_COPIED = 20_000_000  # elements that named containers copy
+MAX_COPIED = 5_000_000  # elements that named containers copy
 MAX_DEPTH = 100  # of nesting
 
 
