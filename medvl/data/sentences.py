@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.errors import DataError, unknown_name
 from .mimic_sections import lovt_sections
-from .reports import as_text, normalise, split_sections, split_sentences
+from .reports import as_text, no_report, normalise, split_sections, split_sentences
 from .tokens import TokenCache, pad_tokens
 
 # %% ../../nbs/144_data.sentences.ipynb #d52e43a1
@@ -35,7 +35,7 @@ def report_sections(
     if rules == 'mimic' and text.startswith(('FINDINGS: ', 'IMPRESSION: ')): found = _JOINED.fullmatch(text).groupdict(default='')
     elif rules == 'mimic' or rules == 'auto' and _MIMIC.search(text): found = lovt_sections(text)
     else: found = split_sections(text)
-    return {name: found[name] for name in sections if found.get(name, '').strip()}
+    return {name: found[name] for name in sections if found.get(name, '').strip() and (rules == 'official' or not no_report(found[name]))}
 
 # %% ../../nbs/144_data.sentences.ipynb #4635939b
 def report_sentences(
