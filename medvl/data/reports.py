@@ -11,7 +11,7 @@ import re
 import unicodedata
 
 from ..core.errors import DataError, unknown_name
-from .headings import BIRADS, find_headings
+from .headings import BIRADS, find_headings, title_of
 
 # %% ../../nbs/120_data.reports.ipynb #59452ad9
 def as_text(
@@ -41,7 +41,6 @@ def no_report(
 
 # %% ../../nbs/120_data.reports.ipynb #0421fa32
 _RADS_LINE = re.compile(BIRADS, re.I)
-_CONTEXT = ('indication', 'history', 'technique', 'comparison', 'composition')
 _STATED = ('findings', 'impression', 'assessment', 'recommendation', 'composition', 'preamble') # sections where 'none' says nothing
 _PARAGRAPH = re.compile(r'\s*\S[^\n]*(?:\n(?![ \t]*\n)[^\n]*)*')
 _OTHER = re.compile(r"(?:^[ \t>*#_•\-]*|(?<=[.!?])[ \t]+)(?P<h>[^\W\d_][^\n:.;!?\d]{2,40}?)[ \t*_]*:", re.M)
@@ -49,30 +48,37 @@ _OF_PATIENT = r"hist\w*|hx|palp\w*|lumps?|pains?|painful|complain\w*|symptom\w*|
 _OF_STUDY = r"perform\w*|obtain\w*|acqui\w*|administ\w*|available|dated?|review\w*|views?|projections?|no(?:\s+\w+)?\s+(?:prior|previous|comparison|old|earlier|recent)\w*"
 _OF_PAST = r"priors?|previous\w*|past|compar\w*|s/p|status\s+post"
 _KEEPS = {name: re.compile(rf'\b(?:{words})\b', re.I) for name, words in { # a sentence with these belongs to its heading
-    'comparison': _OF_STUDY, 'technique': f'{_OF_STUDY}|{_OF_PAST}', 'composition': f'{_OF_PATIENT}|{_OF_PAST}|\\w*dens\\w*|fibro\\w*|fatty|parenchym\\w*|tissue|glandular',
+    'comparison': _OF_STUDY, 'technique': _OF_STUDY, 'composition': f'{_OF_PATIENT}|{_OF_PAST}|\\w*dens\\w*|fibro\\w*|fatty|parenchym\\w*|tissue|glandular',
     **dict.fromkeys(('history', 'indication'), f'{_OF_PATIENT}|{_OF_STUDY}|{_OF_PAST}')}.items()}
 _ABOUT = re.compile(rf"\b(?:age|sex|gender|name|date|mrn|accession|dob|birth|time|id|ref\w*|physician|doctor|number|hospital|department|clinic\w*|medication\w*|menopaus\w*|hormon\w*|parity|risk|"
                     rf"contrast|dose|device|machine|scanner|quality|status|order\w*|comment\w*|admit\w*|exams?|{_OF_PATIENT}|{_OF_STUDY}|{_OF_PAST})\b", re.I) # unknown headings that bring no findings
+_OF = {name: re.compile(rf'\b(?:{words})\b', re.I) for name, words in { # a list of studies, or how one was made
+    'comparison': r'none|x{4}|\d+|stud\w*|films?|exam\w*|radiograph\w*|x-?rays?|ct|mri?|ultrasound|mammogra\w*|sonogra\w*|pet|prior|outside|available|dated?',
+    'technique': r'\w*views?|project\w*|images?|imaging|digital\w*|tomo\w*|cad|comput\w*|detect\w*|contrast|dose|obtain\w*|perform\w*|acqui\w*|administ\w*|position\w*|techni\w*|compress\w*|pa|ap|lateral\w*|portable|'
+                 r'upright|supine|frontal|slices?|axial|coronal|sagittal|mlo|cc|films?|screen\w*|protocol\w*|m[lg]|iv|gadolin\w*|mammogra\w*|ultrasound|sonogra\w*|radiograph\w*|x-?rays?|ct|mri?|scan\w*|used?|using'}.items()}
+_SENTENCE = re.compile(r'(?:^\s*|(?<=[.!?])\s+|\n[ \t]*(?=[A-Z]))(?P<s>\S.*?)(?=[.!?](?:\s|$)|\n[ \t]*[A-Z]|$)', re.S)
 _STATES = re.compile(rf"\bthere (?:is|are)\b|^no (?:evidence|suspicious|mass|focal|acute|pleural|new|significant|abnormal|dominant|other|definite)|{BIRADS}|"
                      r"\b(?:is|are) (?:seen|noted|identified|visuali[sz]ed|unremarkable|clear|normal|demonstrated|evident|present)\b|\b(?:lungs?|heart|mediastin\w+) (?:is|are)\b", re.I)
 _STAYS = re.compile(r'\b(?:remains?|appears?|shows?|demonstrates?|unchanged|stable|increased|decreased|improved)\b|^no\b', re.I) # said of what is seen, unless of a patient
 
 # %% ../../nbs/120_data.reports.ipynb #3e28b88b
+def _states(name, sentence, first):
+    "Whether a sentence behind HISTORY, TECHNIQUE … says what is seen."
+    if _KEEPS[name].search(sentence): return False
+    if _STATES.search(sentence) or name in _OF and _STAYS.search(sentence): return name in _OF or not first
+    return not first and name in _OF and len(sentence.split()) > 1 and not _OF[name].search(sentence)
+
+
 def _own(name, body):
     "How far what stands under a heading such as HISTORY belongs to it in a report without findings: the rest are findings."
     paragraph = _PARAGRAPH.match(body)
     if not paragraph: return len(body)
-    ends = [paragraph.end()]
-    first = len(body) - len(body.lstrip())
-    for m in _OTHER.finditer(body, first + 1, ends[0]):
-        words = re.findall(r"[^\W\d_][\w'-]*", m['h'])
-        if all(w[0].isupper() for w in words) and not _ABOUT.search(m['h']): ends.append(m.start('h'))
-    seen = name in ('technique', 'comparison') # of these even the first sentence may state a finding
-    for m in re.finditer(r'(?:^\s*|(?<=[.!?])\s+|\n[ \t]*(?=[A-Z]))(?P<s>\S.*?)(?=[.!?](?:\s|$)|$)', body[:ends[0]].rstrip(), re.S):
-        states = _STATES.search(m['s']) or seen and _STAYS.search(m['s'])
-        if states and (seen or m.start('s') > first) and not _KEEPS[name].search(m['s']):
-            return min(*ends, m.start('s'))
-    return min(ends)
+    end, first = paragraph.end(), len(body) - len(body.lstrip())
+    for m in _OTHER.finditer(body, first + 1, end):
+        if all(w[0].isupper() for w in re.findall(r"[^\W\d_][\w'-]*", m['h'])) and not _ABOUT.search(m['h']):
+            end = m.start('h')
+            break
+    return next((m.start('s') for m in _SENTENCE.finditer(body[:end].rstrip()) if _states(name, m['s'], m.start('s') <= first)), end)
 
 # %% ../../nbs/120_data.reports.ipynb #ad3319b4
 def _pieces(text):
@@ -81,7 +87,10 @@ def _pieces(text):
     stops = [*(h.start for h in heads[1:]), len(text)]
     headed = any(h.section == 'findings' for h in heads)
     stated = any(h.section == 'findings' and len(re.findall(r'\w+', text[h.end:stop])) > 2 for h, stop in zip(heads, stops))
-    yield 'preamble' if headed else 'findings', '', text[:heads[0].start] if heads else text
+    preface = text[:heads[0].start] if heads else text
+    title = title_of(preface)
+    yield 'headings', '', title
+    yield 'preamble' if headed else 'findings', '', preface[len(title):]
     back = 'findings'
     for h, stop in zip(heads, stops):
         body = text[h.end:stop]
@@ -92,7 +101,7 @@ def _pieces(text):
             yield h.section, '', text[h.start + typed:h.end] + line
             yield back, '', body[len(line):]
             continue
-        own = _own(h.section, body) if h.section in _CONTEXT and not stated else len(body)
+        own = _own(h.section, body) if h.section in _KEEPS and not stated else len(body)
         yield 'headings', '', h.rest
         yield h.section, h.label, body[:own]
         yield 'findings', '', body[own:]
