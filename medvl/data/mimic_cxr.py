@@ -15,7 +15,7 @@ import pandas as pd
 
 from ..core.errors import DataError, unknown_name
 from .chexpert_labels import read_labels
-from .mimic_sections import SPECIAL_STUDIES, lovt_sections
+from .mimic_sections import SPECIAL_STUDIES, find_sections, lovt_sections
 from .releases import Part, Release, find_files, read_table
 from .reports import split_sentences
 from .schema import CHEST_VIEWS, Report, Source, empty
@@ -87,9 +87,10 @@ class MimicReports:
 def judge_report(
     text:str, # the report
     min_tokens:int=3, # words and punctuation marks of all sentences together
+    official:bool=False, # sections to the character as the public tool, see `data.mimic_sections`
 ) -> tuple: # (sections, '' or the reason to drop the study)
     "Say what a report gives, or why it gives nothing."
-    sections = lovt_sections(text)
+    sections = lovt_sections(text, official)
     if not sections: return {}, 'neither findings nor impression'
     sentences = [s for name in ('findings', 'impression') for s in split_sentences(sections[name])]
     if not any(re.search(r'\w', s) for s in sentences): return {}, 'no sentence'
@@ -107,6 +108,7 @@ def read_mimic_cxr(
     text:str='required', # required, optional or none
     special:str='drop', # studies with hand-corrected reports: drop (LoVT) or keep
     min_tokens:int=3, # of a report
+    official:bool=False, # sections to the character as the public tool, its reading of NDICATION as an impression included
 ) -> Source: # records with findings, impression, labels, split; boxes (none); sentences (none); report with the dropped studies
     """Read MIMIC-CXR.
 
@@ -117,7 +119,7 @@ def read_mimic_cxr(
     if bad := [v for v in views if v not in CHEST_VIEWS]: raise ValueError(unknown_name('view', bad[0], CHEST_VIEWS))
     root, report = Path(root), Report('MIMIC-CXR')
     images = _images(root, views, report)
-    texts = _texts(images, MimicReports(reports or root), text, special, min_tokens, report) if text != 'none' else {}
+    texts = _texts(images, MimicReports(reports or root), text, special, min_tokens, official, report) if text != 'none' else {}
     if text == 'required': images = images[images.study_id.isin(list(texts))]
     if not len(images): raise DataError(f'no study can be used; {len(report.issues)} problems, the first: {report.issues.kind.iloc[0]}, {report.issues.detail.iloc[0]}', file=str(root))
     records = pd.DataFrame(dict(image_path=images.path, image_id=images.dicom_id, patient_id='p' + images.subject_id, exam_id='s' + images.study_id, laterality='', view=images.ViewPosition, source='mimic_cxr',
@@ -159,18 +161,23 @@ def _images(root, views, report):
     return kept[here].assign(path=lambda t: t.dicom_id.map(files)).sort_values(['subject_id', 'study_id', 'dicom_id'], kind='stable')
 
 # %% ../../nbs/187a_data.mimic_cxr.ipynb #61f1f5ac
-def _texts(images, reports, text, special, min_tokens, report):
+def _texts(images, reports, text, special, min_tokens, official, report):
     "Sections of every study that has usable ones."
     if not len(reports) and text == 'required': raise DataError('no report is there.', file=str(reports.root), fix="Reports are files/p10/p10000032/s50414267.txt or mimic-cxr-reports.zip; text='none' reads images alone.")
-    out = {}
+    out, several = {}, 0
     for study in images.study_id.unique():
         number = int(study) if study.isdigit() else -1
         try:
             sections, reason = {}, 'its report is corrected by hand in the section tool' if special == 'drop' and number in SPECIAL_STUDIES else '' if number in reports else 'no report'
-            if not reason: sections, reason = judge_report(reports[number], min_tokens)
+            if not reason:
+                typed = reports[number]
+                sections, reason = judge_report(typed, min_tokens, official)
+                names = [s[0] for s in find_sections(typed, official) if s[0] in ('findings', 'impression')]
+                several += len(names) > len(set(names))
         except DataError as e: sections, reason = {}, e.message
         if sections: out[study] = sections
         else: report.add('study dropped' if text == 'required' else 'study without text', f's{study}', None, reason, 'left out' if text == 'required' else 'images kept')
+    if several: report.add('sections written twice', '', None, f'{several} reports have several findings or impressions', 'the last of each is read, as LoVT does')
     return out
 
 

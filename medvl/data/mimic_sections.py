@@ -8,15 +8,15 @@ __all__ = ['SPECIAL_NAMES', 'SPECIAL_PLACES', 'SPECIAL_STUDIES', 'section_name',
 # %% ../../nbs/187_data.mimic_sections.ipynb #3bda4099
 import re
 
-from .reports import as_text
+from .reports import as_text, no_report
 
 # %% ../../nbs/187_data.mimic_sections.ipynb #c3c9ff16
 _HEADINGS = {
     'preamble': 'preamble', 'examination': 'examination; exam; type of examination', 'technique': 'technique', 'notification': 'notification', 'date': 'date', 'comment': 'comment', 'addendum': 'addendum',
-    'indication': 'indication; idication; clinical indication; reason for exam; reason for examination', 'history': 'history; clinical history; clinical information; patient history; pfi',
+    'indication': 'indication; idication; ndication; clinical indication; reason for exam; reason for examination', 'history': 'history; clinical history; clinical information; patient history; pfi',
     'comparison': 'comparison; comparisons; comparison exam; comparison film; reference exam; comparision; comparisions; comparrison; comparsion',
     'findings': 'findings; finding; findins; findindgs; findgings; findngs; findnings; finidngs; reference findings; chest, two views',
-    'impression': 'impression; conclusion; findings and impression; findings/impression; findings/ impression; impresson; imprression; imoression; impressoin; imprssion; impresion; imperssion; mpression; impession; ndication',
+    'impression': 'impression; conclusion; findings and impression; findings/impression; findings/ impression; impresson; imprression; imoression; impressoin; imprssion; impresion; imperssion; mpression; impession',
     'recommendations': 'recommendations; recommendation; recommendation(s)', 'wet read': 'wet read; wetread'}
 _KNOWN = {heading: name for name, headings in _HEADINGS.items() for heading in headings.split('; ')}
 _MAIN = ('impression', 'findings', 'history', 'comparison', 'addendum')
@@ -26,9 +26,11 @@ _VIEWS = ('chest', 'portable', 'pa and lat', 'lateral and pa', 'ap and lateral',
 
 def section_name(
     heading:str, # as typed
+    official:bool=False, # with the tool's mistake
 ) -> str: # name of the section; the heading itself, in small letters, where none fits
     "Name the section that a heading opens."
     h = heading.lower().strip()
+    if official and h == 'ndication': return 'impression'
     if h in _KNOWN: return _KNOWN[h]
     return next((m for m in _MAIN if m in h), 'findings' if any(v in h for v in _VIEWS) else h)
 
@@ -38,6 +40,7 @@ _HEADING = re.compile(r'\n ([A-Z ()/,-]+):\s')
 
 def find_sections(
     text, # the report
+    official:bool=False, # to the character as the tool
 ) -> list: # of (name, text as it stands, position of its first character)
     """Cut a report as the MIMIC section tool does.
 
@@ -49,9 +52,9 @@ def find_sections(
         start = head.end()
         line = max(0, text[start:].find('\n'))
         following = _HEADING.search(text, start + line)
-        out.append((section_name(head[1]), text[start:following.start() if following else len(text)], start))
+        out.append((section_name(head[1], official), text[start:following.start() if following else len(text)], start))
         head = following
-    out = [s for s in out if s[0] not in ('findings', 'impression') or s[1].strip()]
+    out = [s for s in out if s[0] not in ('findings', 'impression') or (s[1].strip() and (official or not (re.search(r'[^\W_]', s[1]) and no_report(s[1]))))]
     name, body, start = out[-1]
     if not {'findings', 'impression'} & {s[0] for s in out} and '\n \n' in body:
         first, _, rest = body.partition('\n \n')
@@ -61,9 +64,10 @@ def find_sections(
 
 def lovt_sections(
     text, # the report
+    official:bool=False, # to the character as the tool
 ) -> dict: # findings and impression, '' the one that is absent; {} when both are
     "Keep what LoVT reads: the last findings and the last impression."
-    found = {name: body for name, body, _ in find_sections(text) if name in ('findings', 'impression')}
+    found = {name: body for name, body, _ in find_sections(text, official) if name in ('findings', 'impression')}
     return {name: found.get(name, '') for name in ('findings', 'impression')} if found else {}
 
 # %% ../../nbs/187_data.mimic_sections.ipynb #126320a1

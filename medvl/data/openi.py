@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.errors import DataError, unknown_name
 from .releases import Part, Release, find_files, read_table
-from .reports import split_sentences
+from .reports import no_report, split_sentences
 from .schema import Report, Source, empty
 from .sentences import count_words
 from .vindr import require
@@ -139,7 +139,7 @@ def read_openi(
 # %% ../../nbs/187b_data.openi.ipynb #e245ef01
 def report_problem(findings, impression, min_tokens=3) -> str: # '' or the reason
     "Say why a report gives nothing."
-    if not (findings.strip() or impression.strip()): return 'neither findings nor impression'
+    if no_report(findings) and no_report(impression): return 'neither findings nor impression'
     sentences = split_sentences(findings) + split_sentences(impression)
     n = count_words(sentences)
     return 'no sentence' if not any(re.search(r'\w', s) for s in sentences) else f'{n} tokens, fewer than {min_tokens}' if n < min_tokens else ''

@@ -13,29 +13,31 @@ import numpy as np
 
 from ..core.errors import DataError, unknown_name
 from .mimic_sections import lovt_sections
-from .reports import as_text, normalise, split_sections, split_sentences
+from .reports import as_text, no_report, normalise, split_sections, split_sentences
 from .tokens import TokenCache, pad_tokens
 
 # %% ../../nbs/144_data.sentences.ipynb #d52e43a1
-RULES = ('auto', 'medvl', 'mimic')
+RULES = ('auto', 'medvl', 'mimic', 'official')
 _MIMIC = re.compile(r'\n [A-Z ()/,-]+:\s')
+_SIDED = re.compile(r'\n [A-Z ()/,-]*\b(?:LEFT|RIGHT|BILATERAL)\b[A-Z ()/,-]*:\s')
 _JOINED = re.compile(r'(?:FINDINGS: (?P<findings>.*?))?(?:(?:\A|\s)IMPRESSION: (?P<impression>.*))?', re.S)
 
 
 def report_sections(
     text, # a report
     sections=('findings', 'impression'), # wanted, in this order
-    rules:str='auto', # 'mimic' (LoVT's), 'medvl' (data.reports), or 'auto': what the report looks like
+    rules:str='auto', # 'mimic' (LoVT's), 'official' (the same with its mistake), 'medvl' (data.reports), or 'auto': what the report looks like
 ) -> dict: # {section: text}; a section that is absent is left out
     """Take the wanted sections from a report.
 
     Raises: ValueError for unknown rules, DataError when the report is not text."""
     if rules not in RULES: raise ValueError(unknown_name('rules', rules, RULES))
     text = as_text(text).replace('\r\n', '\n')
-    if rules == 'mimic' and text.startswith(('FINDINGS: ', 'IMPRESSION: ')): found = _JOINED.fullmatch(text).groupdict(default='')
-    elif rules == 'mimic' or rules == 'auto' and _MIMIC.search(text): found = lovt_sections(text)
+    named = rules in ('mimic', 'official')
+    if named and text.startswith(('FINDINGS: ', 'IMPRESSION: ')): found = _JOINED.fullmatch(text).groupdict(default='')
+    elif named or rules == 'auto' and _MIMIC.search(text) and not _SIDED.search(text): found = lovt_sections(text, official=rules == 'official')
     else: found = split_sections(text)
-    return {name: found[name] for name in sections if found.get(name, '').strip()}
+    return {name: found[name] for name in sections if found.get(name, '').strip() and (rules == 'official' or not no_report(found[name]))}
 
 # %% ../../nbs/144_data.sentences.ipynb #4635939b
 def report_sentences(

@@ -14,7 +14,7 @@ import torch
 from ..core.errors import DataError, unknown_name
 from ..data.reports import split_sentences
 from ..data.sentences import SentenceTokens
-from ..data.tokens import load_tokenizer
+from ..data.tokens import fit_tokenizer, load_tokenizer
 from ..losses.global_nce import global_nce, top_k_accuracy
 from .image import ImageMethod, probe_features, with_probe
 from .mammoclip import check_samples
@@ -28,9 +28,7 @@ from ..models.vision import TransformersVision
 class _Words(ImageMethod):
     "Turn texts into rows of tokens in which each token knows its sentence."
     def _fitting(self, tokenizer):
-        rows = self.text_encoder.text_encoder.config.vocab_size
-        if len(tokenizer) > rows: raise ValueError(f'the tokenizer has {len(tokenizer)} tokens, the text encoder {rows}: set vocab_size or take its own tokenizer')
-        return tokenizer
+        return fit_tokenizer(tokenizer, self.text_encoder.text_encoder.config.vocab_size)
 
     @property
     def tokenizer(self):

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..core.errors import DataError, unknown_name
-from ..data.tokens import load_tokenizer, pad_tokens, tokenise
+from ..data.tokens import fit_tokenizer, load_tokenizer, pad_tokens, tokenise
 from ..losses.contrastive import SCALE_LIMIT, breast_clip_contrastive_loss, breast_clip_loss, scale_of
 from .base import Method, register
 from ..models.checkpoints import Checkpoint, load_weights, read_checkpoint
@@ -126,9 +126,7 @@ class _Parts(Method):
                                    **(options if c.image_encoder in EFFICIENTNETS else {}))
 
     def _fitting(self, tokenizer):
-        rows = self.text_encoder.text_encoder.config.vocab_size
-        if len(tokenizer) > rows: raise ValueError(f'the tokenizer has {len(tokenizer)} tokens, the text encoder {rows}: set vocab_size or take its own tokenizer')
-        return tokenizer
+        return fit_tokenizer(tokenizer, self.text_encoder.text_encoder.config.vocab_size)
 
     @property
     def tokenizer(self):

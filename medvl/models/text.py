@@ -122,7 +122,7 @@ def load_transformer(source, # local folder or hub name
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if not pretrained: return _from_configuration(config, pooler)
         kwargs = {'add_pooling_layer': pooler} if config.model_type in ('bert', 'roberta') else {}
-        return AutoModel.from_pretrained(source, config=config, dtype=torch.float32, **kwargs)
+        return AutoModel.from_pretrained(source, config=config, dtype=torch.float32, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, SafetensorError) as e:
         raise DataError(f'the model {Path(source).name!r} cannot be loaded: {str(e).splitlines()[0]}', fix=(
             "Give a local folder with config.json and model.safetensors, or a name that needs no network ('tiny', "
@@ -143,8 +143,10 @@ class TextEncoder(nn.Module):
 
     @property
     def max_length(self):
-        "Give the longest text it can read, in tokens."
-        return self.text_encoder.config.max_position_embeddings
+        "Give the longest text it can read, in tokens; RoBERTa's first positions are not for words."
+        positions = getattr(getattr(self.text_encoder, 'embeddings', None), 'position_embeddings', None)
+        first = getattr(positions, 'padding_idx', None)
+        return getattr(self.text_encoder.config, 'max_position_embeddings', 512) - (0 if first is None else first + 1)
 
     def tokens(self, input_ids, attention_mask): # int64 (n,L) each
         "Give the vector of every token, (n,L,d)."
