@@ -6,10 +6,10 @@
 __all__ = ['CERTAIN', 'SHARE', 'FEW', 'seams', 'wraps', 'as_signed', 'looks_signed', 'stream_bits', 'bit_alignment',
            'settle_bits']
 
-# %% ../../nbs/100_data.bits.ipynb #34c8c571
+# %% ../../nbs/100_data.bits.ipynb #9b9b6ff1
 import numpy as np
 
-# %% ../../nbs/100_data.bits.ipynb #54bd82a5
+# %% ../../nbs/100_data.bits.ipynb #050e5a9b
 CERTAIN = 8      # seams that are needed
 SHARE = 0.2      # of all seams that must be of the declared reading: true edges may look like seams of the other
 FEW = 8          # different values that make a range of values more than a label
@@ -38,10 +38,12 @@ def wraps(
     span:int, # number of values the declared reading has
 ) -> bool: # whether the declared reading is certainly wrong and the other right
     """Tell whether a reading tears the picture and another does not."""
+    apart = other[declared != other]
+    if len(np.unique(apart[::max(1, apart.size//100_000)])) < FEW: return False   # a label, or rubbish
     bad, worse = seams(declared, other, span)
     return bad >= CERTAIN and bad > SHARE*(bad + worse)
 
-# %% ../../nbs/100_data.bits.ipynb #3ff39a48
+# %% ../../nbs/100_data.bits.ipynb #2633a137
 def as_signed(
     values:np.ndarray, # unsigned
     bits:int, # bits of a value
@@ -64,7 +66,7 @@ def looks_signed(
     counts = np.bincount(upper.astype(np.int64) - 3*span//4)
     return (counts > 0).sum() >= FEW and counts.max() < upper.size/2 and wraps(values, as_signed(values, bits), span)
 
-# %% ../../nbs/100_data.bits.ipynb #0db8b127
+# %% ../../nbs/100_data.bits.ipynb #1610103f
 def stream_bits(
     stored:int, # BitsStored
     allocated:int, # BitsAllocated
@@ -89,7 +91,7 @@ def bit_alignment(
         return size - 1, f'HighBit is {high}, the values are left-aligned'
     return high, ''
 
-# %% ../../nbs/100_data.bits.ipynb #4f48a4f0
+# %% ../../nbs/100_data.bits.ipynb #a77808d5
 def settle_bits(
     raw:np.ndarray, # (h,w) what the codec gave, or the file's words
     stored:int, # BitsStored
@@ -113,7 +115,8 @@ def settle_bits(
     top = int(values.max(initial=0))
     if signed:
         full = values.view(values.dtype.str.replace('u', 'i')) if top >= span else values
-        if (top >= span//2) and wraps(as_signed(values, stored), full, span):
+        beyond = top < span or full.max() >= span or full.min() < -span   # else some are extended to the word's sign and some not, which is harmless
+        if top >= span//2 and beyond and wraps(as_signed(values, stored), full, span):
             if top < span: signed = False; notes.append('header says signed, the values are unsigned')
             else: stored = max(int(full.max()), -int(full.min()) - 1).bit_length() + 1; high = stored - 1; notes.append(f'header says fewer bits than the {stored} of the values')
     elif top >= span:
