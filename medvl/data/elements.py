@@ -8,7 +8,7 @@ __all__ = ['LONG_TYPES', 'SHORT_TYPES', 'PIXEL_TAGS', 'OPEN', 'is_sequence', 'el
 # %% ../../nbs/100_data.elements.ipynb #9b90a2d3
 import struct
 
-from pydicom.datadict import dictionary_VR
+from pydicom.datadict import dictionary_has_tag, dictionary_VR
 
 from ..core.errors import DataError
 
@@ -38,8 +38,8 @@ def element_head(
     order = '<' if little else '>'
     group, element = struct.unpack(order + 'HH', head[:4])
     tag, kind = group << 16 | element, head[4:6]
-    if implicit or group == 0xFFFE or kind not in LONG_TYPES | SHORT_TYPES: return tag, b'', struct.unpack(order + 'L', head[4:])[0]
-    if kind in SHORT_TYPES: return tag, kind, struct.unpack(order + 'H', head[6:])[0]
+    if implicit or group == 0xFFFE or not b'AA' <= kind <= b'ZZ': return tag, b'', struct.unpack(order + 'L', head[4:])[0]   # as pydicom does
+    if kind not in LONG_TYPES: return tag, kind, struct.unpack(order + 'H', head[6:])[0]
     more = stream.read(4)
     return (tag, kind, struct.unpack(order + 'L', more)[0]) if len(more) == 4 else None
 
@@ -99,7 +99,9 @@ def check_elements(
             if len(stack) > 1: stack.pop()
             continue
         left = size - stream.tell()
-        if length != OPEN and length > left: raise cut_off(length, left, file)
+        if length != OPEN and length > left:
+            if kind or tag == 0xFFFEE000 or stack[-1][1] and (len(stack) > 1 or dictionary_has_tag(tag)): raise cut_off(length, left, file)
+            return False   # no element at all: encrypted, or no data set
         if not enter(stack, tag, kind, length, stream.tell(), limits.nesting, file): stream.seek(length, 1)
         if stream.tell() - start > limits.header_bytes:
             raise DataError(f'the elements before the pixels have more than {limits.header_bytes:,} bytes.', file=file, fix='Raise Limits.header_bytes if the file is genuine.')
