@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEXT_MARKER', 'TAIL', 'LAST', 'CHANGES', 'SPARE_ZEROS', 'Scan', 'scans_of', 'probe', 'changed_blocks',
-           'missing_scans', 'jpeg_damage', 'changes', 'start_of_frame', 'packets_of_a_tile', 'main_header',
-           'jpeg2000_damage']
+           'missing_scans', 'jpeg_damage', 'changes', 'start_of_frame', 'restarts_needed', 'packets_of_a_tile',
+           'main_header', 'jpeg2000_damage']
 
 # %% ../../nbs/100_data.damage.ipynb #c105e690
 import re
@@ -110,8 +110,9 @@ def jpeg_damage(
     decode, # function of a stream: the decoder
 ) -> str: # what is wrong, '' nothing
     """Tell whether a JPEG's codes end where its pixels end."""
-    kind, scans = start_of_frame(frame), scans_of(frame)
+    (kind, _), scans = start_of_frame(frame), scans_of(frame)
     components = 1 if picture.ndim == 2 else picture.shape[2]
+    if len(scans) == 1 and len(scans[0].restarts) < restarts_needed(frame): return 'restart markers are missing'
     if bad := missing_scans(scans, components, kind in (0xC2, 0xC6)): return bad
     side = 1 if kind == 0xC3 else 16 if components > 1 else 8
     blocks = 0
@@ -139,13 +140,30 @@ def changes(
 
 def start_of_frame(
     frame:bytes, # a JPEG
-) -> int: # marker that tells the kind: 0xC0 baseline, 0xC2 progressive, 0xC3 lossless; 0 none
+) -> tuple: # marker that tells the kind: 0xC0 baseline, 0xC2 progressive, 0xC3 lossless; 0 none; and its segment
     """Find the start of frame."""
     at = 2
     while at + 4 <= len(frame) and frame[at] == 0xFF:
-        if 0xC0 <= frame[at + 1] <= 0xCF and frame[at + 1] not in (0xC4, 0xC8, 0xCC): return frame[at + 1]
-        at += 1 if frame[at + 1] == 0xFF else 2 + struct.unpack('>H', frame[at + 2:at + 4])[0]
-    return 0
+        end = at + 2 + struct.unpack('>H', frame[at + 2:at + 4])[0]
+        if 0xC0 <= frame[at + 1] <= 0xCF and frame[at + 1] not in (0xC4, 0xC8, 0xCC): return frame[at + 1], frame[at + 4:end]
+        at = at + 1 if frame[at + 1] == 0xFF else end
+    return 0, b''
+
+
+def restarts_needed(
+    frame:bytes, # a JPEG of one scan
+) -> int: # restart markers that must stand in it
+    """Work out the number of restart markers from size, sampling and interval.
+
+    Source: ITU-T T.81, B.2.4.4 and A.2."""
+    (kind, body), found = start_of_frame(frame), re.search(rb'\xff\xdd\x00\x04(..)', frame[:frame.find(b'\xff\xda')], re.S)
+    interval = struct.unpack('>H', found[1])[0] if found else 0
+    if not interval or len(body) < 9: return 0
+    rows, columns, n = struct.unpack('>HHB', body[1:6])
+    sampling = list(body[7:6 + 3*n:3]) if n > 1 else [0x11]
+    side = 1 if kind == 0xC3 else 8
+    tall, wide = side*max(1, *(s & 15 for s in sampling), 1), side*max(1, *(s >> 4 for s in sampling), 1)
+    return -(-(-(-rows//tall)*-(-columns//wide))//interval) - 1
 
 # %% ../../nbs/100_data.damage.ipynb #9e4f4c46
 SPARE_ZEROS = 64   # zero bytes in a row that say nothing, beyond one a packet
