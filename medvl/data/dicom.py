@@ -293,7 +293,7 @@ def attenuation(
         raise DataError('a raw image that does not say how its values and the beam are related.', fix='Export the FOR PRESENTATION image.')
     low, high = image_range(image)
     x = np.clip(np.arange(np.iinfo(image.pixels.dtype).min, np.iinfo(image.pixels.dtype).max + 1), low, high).astype(np.float64)
-    beam = x - min(low, 0) if image.relationship_sign == 1 else high - x
+    beam = x - min(low, 0) if image.relationship_sign == 1 else max(high, (1 << image.bits_stored) - 1) - x
     weak = -np.log1p(beam) if image.relationship == 'LIN' else -beam
     table = ((weak - weak.min())/max(float(np.ptp(weak)), 1e-12)*65535 + 0.5).astype(np.uint16)
     pixels = table[image.pixels.astype(np.int64) - np.iinfo(image.pixels.dtype).min]

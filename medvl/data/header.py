@@ -107,6 +107,7 @@ def inflate(
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try: out = stream.decompress(data, limit)
     except zlib.error as e: raise DataError('the deflated data set is damaged.', file=file, fix='Copy it again from its source.') from e
+    if not part and not stream.eof and not stream.unconsumed_tail: raise DataError('the deflated data set is truncated or damaged: it has no end.', file=file, fix='Copy it again from its source.')
     if stream.unconsumed_tail and not part: raise DataError(f'the deflated data set is longer than {limit:,} bytes.', file=file,
                                                             fix='Raise Limits.header_bytes.')
     return out
@@ -125,7 +126,7 @@ def inflate_frame(
         return head.getvalue() if len(head.getvalue()) < limits.header_bytes else inflate(data, limits.header_bytes, file)
     length = element_head(head, False, True)[2]
     if length != OPEN and length > 8*limits.pixels: raise DataError(f'the pixels declare {length:,} bytes.', file=file, fix='Raise Limits.pixels if the file is genuine.')
-    return inflate(data, head.tell() + (0 if length == OPEN else length), file, part=length != OPEN)
+    return inflate(data, head.tell() + (0 if length == OPEN else length) + limits.header_bytes, file)
 
 # %% ../../nbs/100a_data.header.ipynb #3c257fa7
 @dataclass
