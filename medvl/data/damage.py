@@ -41,7 +41,7 @@ def scans_of(
         body = frame[at + 2:at + struct.unpack('>H', frame[at:at + 2])[0]]
         at += 2 + len(body)
         if marker != 0xDA or len(body) < 6 or len(body) < 4 + 2*body[0]: continue
-        n, start, scan = body[0], at, Scan([], tuple(body[1:1 + 2*body[0]:2]), body[1 + 2*body[0]], body[2 + 2*body[0]], body[3 + 2*body[0]] & 15, [])
+        start, scan = at, Scan([], tuple(body[1:1 + 2*body[0]:2]), body[1 + 2*body[0]], body[2 + 2*body[0]], body[3 + 2*body[0]] & 15, [])
         while found := NEXT_MARKER.search(frame, at):
             scan.parts.append((start, found.start()))
             if not 0xD0 <= frame[found.end() - 1] <= 0xD7: at = found.start(); break
