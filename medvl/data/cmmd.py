@@ -42,7 +42,9 @@ def read_images(
             continue
         if head['patient'] not in ('', patient): report.add('folder and header name different patients', path, None, '', 'folder used')
         if not head['laterality'] or not head['view']: report.add('no side or view in the header', path, None, '', 'set aside in preparation')
-        rows.append((path, f'{patient}_{head["laterality"]}_{head["view"]}', patient, head['laterality'], head['view']))
+        if head['view_modifier']: report.add('special view', path, None, head['view_modifier'], 'set aside in preparation')
+        name = '_'.join([patient, head['laterality'], head['view'], *head['view_modifier'].replace(', ', '_').replace(' ', '-').split()]) # a plain view keeps its name
+        rows.append((path, name, patient, head['laterality'], head['view']))
     df = pd.DataFrame(rows, columns=['image_path', 'image_id', 'patient_id', 'laterality', 'view'])
     number = df.groupby('image_id').cumcount()
     return df.assign(image_id=df.image_id + number.map(lambda n: f'_{n + 1}' if n else ''))

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KNOWN_PHOTOMETRIC', 'RLE', 'PixelLayout', 'whole_number', 'pixel_layout', 'pixel_element', 'fragments', 'StreamInfo',
-           'stream_info', 'decode_stream', 'decode_checked', 'decode_rle', 'read_native', 'stored_values', 'grey_of',
-           'by_pydicom', 'read_pixels']
+           'stream_info', 'decode_stream', 'decode_checked', 'decode_rle', 'read_native', 'stored_values', 'settled',
+           'grey_of', 'by_pydicom', 'read_pixels']
 
 # %% ../../nbs/100b_data.codecs.ipynb #772a473b
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import imagecodecs
 import numpy as np
@@ -17,7 +17,9 @@ import pydicom
 from pydicom.pixels import convert_color_space
 
 from ..core.errors import DataError
-from .header import Limits, OpenDicom, check_size, value_of
+from .bits import as_signed, settle_bits
+from .damage import jpeg2000_damage, jpeg_damage, scans_of
+from .header import Limits, OpenDicom, check_size, known_code, value_of
 
 # %% ../../nbs/100b_data.codecs.ipynb #9f1eddf5
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def whole_number(
     Raises: DataError."""
     value = value_of(opened.ds, name, default)
     try: return int(value)
-    except (TypeError, ValueError): raise DataError(f'{name} is {"missing" if value is None else repr(value)}: no image can be made.',
+    except (TypeError, ValueError): raise DataError(f'{name} {"is missing" if value is None else "holds no number"}: no image can be made.',
                                                     file=file, fix='The file is damaged, encrypted, or holds no image: replace it or leave it out.') from None
 
 # %% ../../nbs/100b_data.codecs.ipynb #49527673
@@ -70,7 +72,7 @@ def pixel_layout(
     if allocated not in (8, 16): raise DataError(f'BitsAllocated is {allocated}: only 8 and 16 are read.', file=file)
     if not 1 <= stored <= allocated: raise DataError(f'BitsStored is {stored}, must be 1 to {allocated}.', file=file)
     if samples not in (1, 3) or (samples == 1) != photometric.startswith('MONOCHROME') or photometric not in KNOWN_PHOTOMETRIC:
-        raise DataError(f'{samples} samples of {photometric or "unknown"} photometric interpretation are not read.', file=file)
+        raise DataError(f'{samples} samples with {known_code("PhotometricInterpretation", photometric)} as photometric interpretation are not read.', file=file)
     high = number('HighBit', stored - 1)
     if not stored - 1 <= high < allocated: raise DataError(f'HighBit is {high} with {stored} bits stored of {allocated}.', file=file)
     return PixelLayout(rows, columns, samples, allocated, stored, high, bool(number('PixelRepresentation', 0)), photometric,
@@ -119,6 +121,7 @@ def fragments(
                             fix='Copy it again.')
         parts.append(stream.read(length))
     if len(parts) < 2: raise DataError('the encapsulated pixel data holds no frame.', file=file)
+    if len(parts[0]) > 4: raise DataError(f'the offset table lists {len(parts[0])//4} frames, the header one.', file=file, fix='Export the frames one by one.')
     return parts[1] if len(parts) == 2 else b''.join(parts[1:])
 
 # %% ../../nbs/100b_data.codecs.ipynb #eeacba58
@@ -131,6 +134,7 @@ class StreamInfo:
     samples: int
     bits: int
     lossy: bool   # decoded values may leave the range of the stored bits
+    signed: bool = False   # two's complement (JPEG 2000 only)
 
 # %% ../../nbs/100b_data.codecs.ipynb #5a027f24
 def stream_info(
@@ -141,7 +145,8 @@ def stream_info(
         at = frame.find(b'\xff\x4f\xff\x51')
         if at < 0 or len(frame) < at + 45: return None
         x1, y1, x0, y0 = struct.unpack('>4L', frame[at + 8:at + 24])
-        return StreamInfo('jpeg2000', y1 - y0, x1 - x0, struct.unpack('>H', frame[at + 40:at + 42])[0], (frame[at + 42] & 127) + 1, True)
+        return StreamInfo('jpeg2000', y1 - y0, x1 - x0, struct.unpack('>H', frame[at + 40:at + 42])[0], (frame[at + 42] & 127) + 1, True,
+                          frame[at + 42] > 127)
     at = 2
     while frame[:2] == b'\xff\xd8' and at + 10 <= len(frame):
         if frame[at] != 0xFF: return None
@@ -187,10 +192,14 @@ def decode_checked(
     if b'\xff\xd9' not in frame[-64:]: raise DataError('the compressed stream is truncated: its end marker is missing.', file=file,
                                                        fix='Copy the file again.')
     if info.codec == 'other': raise NotImplementedError(info)
-    try: out = decode_stream(frame, info, photometric)
+    if info.codec == 'jpeg' and len(scans_of(frame)) > Limits.scans: raise DataError(f'the compressed stream has more than {Limits.scans} scans.', file=file, fix='It is hostile: leave it out.')
+    decode = lambda stream: decode_stream(stream, info, photometric)
+    try: out = decode(frame)
     except MemoryError: raise   # says nothing about the file
     except Exception as e:   # every codec has an error class of its own
-        raise DataError(f'the {info.codec} stream is damaged ({str(e)[:200]}).', file=file, fix='Replace the file.') from e
+        raise DataError(f'the {info.codec} stream is damaged ({type(e).__name__}).', file=file, fix='Replace the file.') from e
+    bad = jpeg2000_damage(frame) if info.codec == 'jpeg2000' else jpeg_damage(frame, out, decode) if info.codec == 'jpeg' else ''
+    if bad: raise DataError(f'the {info.codec} stream is damaged: {bad}.', file=file, fix='Copy the file again.')
     if out.shape[:2] != (rows, columns): raise DataError(f'decoding gave {out.shape}, not {(rows, columns)}.', file=file)
     return out, info
 
@@ -213,7 +222,7 @@ def decode_rle(
                                    fix='Replace the file.')
     try: data = imagecodecs.dicomrle_decode(frame, f'<u{layout.allocated//8}')
     except MemoryError: raise
-    except Exception as e: raise DataError(f'damaged run lengths ({str(e)[:200]}).', file=file, fix='Replace the file.') from e
+    except Exception as e: raise DataError(f'damaged run lengths ({type(e).__name__}).', file=file, fix='Replace the file.') from e
     if len(data) != layout.nbytes: raise DataError(f'run lengths unpack to {len(data):,} bytes of {layout.nbytes:,}.', file=file,
                                                    fix='The file is truncated.')
     planes = np.frombuffer(data, f'<u{layout.allocated//8}').reshape(layout.samples, layout.rows, layout.columns)
@@ -254,12 +263,22 @@ def stored_values(
     spare = layout.high_bit + 1 - layout.stored
     if spare: raw = raw >> spare
     top = (1 << layout.stored) - 1
-    if layout.signed and raw.dtype.kind == 'u':
-        shift = raw.dtype.itemsize*8 - layout.stored
-        return (raw << shift).view(raw.dtype.str.replace('u', 'i')) >> shift if shift else raw.view(raw.dtype.str.replace('u', 'i'))
+    if layout.signed and raw.dtype.kind == 'u': return as_signed(raw, layout.stored)
     if raw.dtype.kind == 'i' and not layout.signed: return raw.clip(0, top).astype(f'u{layout.allocated//8}')
     if layout.signed or layout.stored == layout.allocated or raw.max() <= top: return raw
     return np.minimum(raw, raw.dtype.type(top)) if lossy else raw & raw.dtype.type(top)
+
+
+def settled(
+    raw:np.ndarray, # what the codec gave, or the file's words
+    layout:PixelLayout, # as the header says
+    info:StreamInfo|None, # what a compressed stream declared
+) -> tuple: # layout as the pixels show it, notes (tuple of str)
+    """Correct a layout where the pixels certainly contradict it."""
+    words = raw.astype(np.dtype(f'u{max(raw.dtype.itemsize, layout.allocated//8)}'), copy=False) if raw.dtype.kind == 'u' else raw
+    bits, exact = (0, True) if info is None else (info.bits, not info.lossy or info.codec == 'jpegls')
+    stored, allocated, high, signed, notes = settle_bits(words, layout.stored, layout.allocated, layout.high_bit, layout.signed, bits, exact)
+    return replace(layout, stored=stored, allocated=allocated, high_bit=high, signed=signed), tuple(notes)
 
 # %% ../../nbs/100b_data.codecs.ipynb #2689cd6e
 def grey_of(
@@ -289,7 +308,7 @@ def by_pydicom(
     try: return pydicom.dcmread(path).pixel_array
     except MemoryError: raise
     except Exception as e:   # plugins raise whatever they like
-        raise DataError(f'no installed decoder reads this coding ({str(e)[:300]}).', file=path,
+        raise DataError(f'no installed decoder reads this coding ({type(e).__name__}).', file=path,
                         fix='Convert it to JPEG 2000 or an uncompressed syntax.') from e
 
 # %% ../../nbs/100b_data.codecs.ipynb #d48bb3a4
@@ -298,23 +317,23 @@ def read_pixels(
     layout:PixelLayout, # checked layout
     colour:str='refuse', # what to do with true colour
     file=None, # path, for messages and the fallback
-) -> np.ndarray: # stored values (h,w), uint8, uint16, int8 or int16
+) -> tuple: # stored values (h,w), uint8, uint16, int8 or int16; the layout as the pixels show it; notes (tuple of str)
     """Read and decode the pixels of an opened file.
 
     Raises: DataError."""
-    length, lossy = pixel_element(opened, file), False
+    length, info = pixel_element(opened, file), None
     if length >= 0: raw = read_native(opened, length, layout, file)
     else:
         frame = fragments(opened.stream, opened.size, file)
         try:
             if opened.syntax == RLE: raw = decode_rle(frame, layout, file)
-            else: raw, info = decode_checked(frame, layout.rows, layout.columns, layout.samples, layout.photometric,
-                                             file); lossy = info.lossy
-        except NotImplementedError: return by_pydicom(file, layout)
+            else: raw, info = decode_checked(frame, layout.rows, layout.columns, layout.samples, layout.photometric, file)
+        except NotImplementedError: return by_pydicom(file, layout), layout, ()
     if layout.samples == 3:
         full = layout.photometric == 'YBR_FULL' and (length >= 0 or opened.syntax == RLE or info.codec != 'jpeg')
-        return grey_of(convert_color_space(raw, 'YBR_FULL', 'RGB') if full else raw, colour, file)
-    return stored_values(raw, layout, lossy)
+        return grey_of(convert_color_space(raw, 'YBR_FULL', 'RGB') if full else raw, colour, file), layout, ()
+    layout, notes = settled(raw, layout, info)
+    return stored_values(raw, layout, info is not None and info.lossy), layout, notes
 
 
 RLE = '1.2.840.10008.1.2.5'

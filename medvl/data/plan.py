@@ -169,5 +169,5 @@ def plan_jobs(
     spacing = list(zip(r.spacing_y, r.spacing_x)) if {'spacing_y', 'spacing_x'} <= set(r) else [(np.nan, np.nan)]*len(r)
     root = Path(os.path.abspath(plan.root)) # workers live on, wherever the caller goes
     return [Job(n, str(root/path), plan.profile, plan.size, boxes.get(image), str(root/mask) if mask else '', side if check_side else '',
-                None if np.isnan(space).any() else tuple(map(float, space)), limits, colour, mask_bits=bool(plan.settings.get('mask_bits')))
+                None if np.isnan(space).any() else tuple(map(float, space)), limits, colour, mask_bits=bool(plan.settings.get('mask_bits')), accept=tuple(plan.settings.get('accept', ())))
             for n, (path, image, mask, side, space) in enumerate(zip(r.image_path, r.image_id, text('mask_path'), r.laterality, spacing))]

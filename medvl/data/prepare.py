@@ -25,7 +25,7 @@ from ..core.provenance import provenance
 from .header import Limits, hash_id
 from .plan import Plan, fingerprint, make_plan, plan_jobs, project_salt
 from .prepared import Prepared, open_prepared, write_table
-from .preprocess import fit
+from .preprocess import check_accept, fit
 from .schema import Source
 from .store import StoreWriter, disk_full
 from .worker import BACKENDS, file_sum, run_jobs
@@ -131,6 +131,7 @@ def make_manifest(
     age = found.age.astype(float)
     out['age'] = r.age.where(r.age.notna(), age) if 'age' in r else age
     for name in ('density', 'birads', 'pathology', 'split'): out[name] = text(name)
+    for name in ('view_modifier', 'notes'): out[name] = found[name].fillna('') if name in found else ''
     out['fold'] = r.fold.fillna(-1).astype(int) if 'fold' in r else -1
     return out.assign(**{c: r[c] for c in r if c.startswith('label_')})
 
@@ -312,6 +313,7 @@ def prepare(
     check_side:bool=True, # set aside files whose header contradicts the table's laterality
     overwrite:bool=False, # remove what is in `out`
     mask_bits:tuple=(), # names of the classes, where bit k of a mask file's values is class k; (): a mask is all above 0
+    accept:tuple=(), # what is kept that is set aside else: raw (converted), special_views (spot, magnification …), odd_pictures (nearly black …)
 ) -> Prepared:
     """Prepare a data set; goes on where an earlier call with the same arguments stopped.
 
@@ -322,6 +324,7 @@ def prepare(
         boxes, sentences, records = (records.boxes if boxes is None else boxes), (records.sentences if sentences is None else sentences), records.records
     settings = dict(colour=colour, check_side=check_side, salt=fingerprint(secret), pixels=limits.pixels, file_bytes=limits.file_bytes)
     if mask_bits: settings['mask_bits'] = list(mask_bits) # absent otherwise: older preparations stay valid
+    if accept: settings['accept'] = list(check_accept(accept))
     plan = make_plan(records, Path(source_root), boxes, sentences, profile, size, dtype, settings, report)
     if overwrite and folder.exists(): shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import DataError
-from .header import Limits, is_dicom, open_dicom, value_of, view_of
+from .header import Limits, is_dicom, open_dicom, value_of, view_modifier_of, view_of
 from .image import sniff
 from .schema import Report
 
@@ -69,12 +69,12 @@ def image_header(
         opened = open_dicom(path, Limits())
         with opened.stream:
             side, view = view_of(opened.ds)
-            return dict(height=int(value_of(opened.ds, 'Rows', 0) or 0), width=int(value_of(opened.ds, 'Columns', 0) or 0), laterality=side, view=view,
+            return dict(height=int(value_of(opened.ds, 'Rows', 0) or 0), width=int(value_of(opened.ds, 'Columns', 0) or 0), laterality=side, view=view, view_modifier=view_modifier_of(opened.ds),
                         series=str(value_of(opened.ds, 'SeriesDescription', '')), patient=str(value_of(opened.ds, 'PatientID', '')))
     kind = sniff(head[:132])
     size = {'png': _png_size, 'pgm': _pgm_size, 'jpeg': _jpeg_size}.get(kind, lambda h: None)(head)
     if size is None: raise DataError('no image header is found in it.', file=str(path), fix='Download it again.')
-    return dict(height=size[0], width=size[1], laterality='', view='', series='', patient='')
+    return dict(height=size[0], width=size[1], laterality='', view='', view_modifier='', series='', patient='')
 
 # %% ../../nbs/165_data.releases.ipynb #27b3eb12
 def _png_size(head): return (int.from_bytes(head[20:24]), int.from_bytes(head[16:20])) if len(head) >= 24 else None

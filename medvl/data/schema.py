@@ -97,6 +97,8 @@ MANIFEST = {
     'report': _text("report, '' none"), 'age': _real('years', low=0, high=120), 'density': _text("A to D, '' unknown", one_of=DENSITIES),
     'birads': _text('as written'), 'pathology': _text('as written'), 'split': _text("train, valid, test or ''", one_of=SPLITS),
     'fold': Column('int', True, 'fold number, -1 none', low=-1),
+    'view_modifier': Column('text', False, "what makes the view special, from the file's header: magnification, spot compression …; '' for a plain one"),
+    'notes': Column('text', False, "what contradicts itself in the file's header, and how it was read; '' nothing"),
 }
 TABLES = {'records': RECORDS, 'boxes': BOXES, 'sentences': SENTENCES, 'manifest': MANIFEST}
 

@@ -22,7 +22,7 @@ from .burned_in import burned_in_text
 from .decode import isolated
 from .header import Limits
 from .image import read_image
-from .preprocess import Profile, preprocess
+from .preprocess import Profile, preprocess, set_aside
 
 # %% ../../nbs/113_data.worker.ipynb #970a905d
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Job:
     colour:str = 'refuse' # true colour: refuse or luma
     guard:bool = False # enforce time and memory by force: only in a process that may die
     mask_bits:bool = False # keep the values of the mask, where each bit is a class; else 1 for any above 0
+    accept:tuple = () # names of `preprocess.ACCEPTABLE`: what is kept that is no plain image
 
 
 @dataclass
@@ -92,7 +93,9 @@ def _process(job, answer):
     if image.spacing is None and job.spacing: image = replace(image, spacing=job.spacing)
     mask = _mask(job, image.shape, answer.notes)
     answer.stage = 'preprocess'
-    done = preprocess(image, job.profile, job.size, job.boxes, mask)
+    done = preprocess(image, job.profile, job.size, job.boxes, mask, accept=job.accept)
+    set_aside(image, done, job.accept)
+    answer.fields |= dict(view_modifier=image.view_modifier, notes='; '.join((*done.notes, *([done.trouble] if done.trouble else []))))
     y0, x0, y1, x1 = (float(v) for v in done.window)
     spacing = done.spacing or (None, None)
     answer.fields |= dict(crop_y0=y0, crop_x0=x0, crop_y1=y1, crop_x1=x1, spacing_y=spacing[0], spacing_x=spacing[1])
