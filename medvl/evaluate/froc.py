@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import unknown_name
-from .bootstrap import BLOCK, Estimate, interval, patient_counts
+from .bootstrap import BLOCK, Estimate, settled, patient_counts
 from .detection import BOX, THRESHOLDS, _average, arrange, average_precision_of, candidate_pairs, match, score_ends
 from ..show.style import PALETTE, figure
 
@@ -43,13 +43,21 @@ def _ranking(scene, k, hit): # hit bool (...,d)
     return hit[..., here], scene.patient_of(scene.found_group[here]), boxes_of, here
 
 
-def _wrap(value, draws, scene, n_boxes, level=.95):
-    "An Estimate over images, with the number of true boxes as positives."
+def _behind(scene, labels):
+    "Patients with a true box: of the class with fewest of those named, or of all classes together (None)."
+    known = scene.label_of(scene.group)
+    each = [np.ones(len(known), bool)] if labels is None else [known == k for k in labels if (known == k).any()]
+    return min(len(np.unique(scene.patient_of(scene.group[mine]))) for mine in each)
+
+
+def _wrap(value, draws, scene, n_boxes, labels=None, level=.95, share=True):
+    "An Estimate over images, with the number of true boxes as positives; `share`: of true boxes (an average precision is less than one, so only its 0 is bounded)."
     facts = dict(level=level, unit='image', n=scene.n_images, n_positive=int(n_boxes), n_clusters=scene.patients, n_boot=len(draws))
     if np.isnan(value): return Estimate(np.nan, np.nan, np.nan, **facts, note='no true box of this class')
-    failed, (low, high) = int(np.isnan(draws).sum()), interval(value, draws, level) if scene.patients > 1 else (np.nan, np.nan)
-    notes = [f'{failed} of {len(draws)} resamples had no true box'] * (failed > 0) + ['one patient: no interval'] * (scene.patients < 2)
-    return Estimate(float(value), low, high, **facts, n_failed=failed, note='; '.join(notes))
+    failed, limits = int(np.isnan(draws).sum()), (0., 1.) if share or value == 0 else None
+    low, high, how, note = settled(float(value), draws, level, scene.patients, _behind(scene, labels), limits)
+    notes = [f'{failed} of {len(draws)} resamples had no true box'] * (failed > 0) + [note] * (note != '')
+    return Estimate(float(value), low, high, **facts, method=how or 'percentile', n_failed=failed, note='; '.join(notes))
 
 # %% ../../nbs/535a_evaluate.froc.ipynb #1288dc69
 def detection_table(truth, found, images, # tables as in `arrange`; images with patient_id
@@ -75,9 +83,9 @@ def detection_table(truth, found, images, # tables as in `arrange`; images with 
         draws.append(np.stack([_weighted(h, patient, boxes_of, n_boot, seed, ends=ends) for h in ranked]))
         n.append(boxes_of.sum())
     values, draws = np.stack(values), np.stack(draws)  # (classes, overlaps), (classes, overlaps, resamples)
-    rows = [dict(task=name, metric=m, **_wrap(values[k, at].mean(), draws[k, at].mean(0), scene, n[k]).row())
+    rows = [dict(task=name, metric=m, **_wrap(values[k, at].mean(), draws[k, at].mean(0), scene, n[k], [k], share=False).row())
             for k, name in enumerate(scene.labels) for m, at in metrics.items()]
-    return pd.DataFrame(rows + [dict(task='mean', metric=m, **_wrap(_mean(values[:, at]), _mean(draws[:, at]), scene, sum(n)).row()) for m, at in metrics.items()])
+    return pd.DataFrame(rows + [dict(task='mean', metric=m, **_wrap(_mean(values[:, at]), _mean(draws[:, at]), scene, sum(n), range(len(n)), share=False).row()) for m, at in metrics.items()])
 
 # %% ../../nbs/535a_evaluate.froc.ipynb #9f483bc5
 def _mean(x): # (classes, overlaps, ...)
@@ -139,9 +147,9 @@ def froc_table(truth, found, images, # tables as in `arrange`; images with patie
         value = _sensitivities(*parts, rates, np.ones((scene.patients, 1)))[:, 0]
         blocks = [patient_counts(scene.patients, b, seed, min(BLOCK, n_boot - b * BLOCK)).astype(float) for b in range(-(-n_boot // BLOCK))]
         draws = np.concatenate([_sensitivities(*parts, rates, w) for w in blocks], 1) if blocks else np.zeros((len(rates), 0))
-        n = parts[3].sum()
-        rows += [dict(task=name, metric=f'sensitivity@{r:g}', **_wrap(v, d, scene, n).row()) for r, v, d in zip(rates, value, draws)]
-        rows.append(dict(task=name, metric='mean_sensitivity', **_wrap(value.mean(), draws.mean(0), scene, n).row()))
+        n, mine = parts[3].sum(), None if k is None else [k]
+        rows += [dict(task=name, metric=f'sensitivity@{r:g}', **_wrap(v, d, scene, n, mine).row()) for r, v, d in zip(rates, value, draws)]
+        rows.append(dict(task=name, metric='mean_sensitivity', **_wrap(value.mean(), draws.mean(0), scene, n, mine).row()))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/535a_evaluate.froc.ipynb #ef6d8236

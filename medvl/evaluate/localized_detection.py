@@ -156,8 +156,8 @@ def _map_rows(scene, n_boot, seed): # scene of plain boxes
     parts = {'mAP': (*all_of, slice(t)), **single, 'pos_mAP': (*pos_of, slice(t)), 'mAP_plain': (*all_of, slice(t, None))}
     n, rows = np.bincount(scene.label_of(scene.group), minlength=len(scene.labels)), []
     for name, (ap, draws, at) in parts.items():
-        rows += [dict(task=c, metric=name, **_wrap(ap[k, at].mean(), draws[k, at].mean(0), scene, n[k]).row()) for k, c in enumerate(scene.labels)]
-        rows.append(dict(task='mean', metric=name, **_wrap(_mean(ap[:, at]), _mean(draws[:, at]), scene, n.sum()).row()))
+        rows += [dict(task=c, metric=name, **_wrap(ap[k, at].mean(), draws[k, at].mean(0), scene, n[k], [k], share=False).row()) for k, c in enumerate(scene.labels)]
+        rows.append(dict(task='mean', metric=name, **_wrap(_mean(ap[:, at]), _mean(draws[:, at]), scene, n.sum(), range(len(n)), share=False).row()))
     return rows
 
 # %% ../../nbs/541_evaluate.localized_detection.ipynb #c9f6392c
@@ -179,9 +179,9 @@ def localized_table(truth, found, images, labels=None, # as in `arrange_localize
         n, total = boxes_of.sum(), total + boxes_of.sum()
         values.append(froc_value(gain, false, n, scene.n_images, rates) if n else np.nan)
         draws.append(_froc_draws(gain, false, patient, boxes_of, images_of, n_boot, seed))
-        rows.append(dict(task=name, metric='froc', **_wrap(values[-1], draws[-1], scene, n).row()))
+        rows.append(dict(task=name, metric='froc', **_wrap(values[-1], draws[-1], scene, n, [k]).row()))
     both = [_mean(np.array(x)[:, None]) for x in (values, draws)]
-    return pd.DataFrame(rows + [dict(task='mean', metric='froc', **_wrap(*both, scene, total).row())])
+    return pd.DataFrame(rows + [dict(task='mean', metric='froc', **_wrap(*both, scene, total, range(len(scene.labels))).row())])
 
 # %% ../../nbs/541_evaluate.localized_detection.ipynb #c148097f
 def find_boxes(method, # Method with `predict` and `names`
