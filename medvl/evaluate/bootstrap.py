@@ -313,7 +313,8 @@ def compare(
     a, b = (float(_exact(ev)[0]) for ev in evs)
     if np.isnan(a) or np.isnan(b): raise NotComputable(why_not(evs[0]))
     draws = np.subtract(*resample(evs, n_boot, seed))[0]
-    same = np.array_equal(np.asarray(scores_a, float), np.asarray(scores_b, float), equal_nan=True)
+    one, other = ((rankdata(s, axis=0, nan_policy='omit') if m.kind == 'rank' else np.asarray(s, float)) for s in (scores_a, scores_b))
+    same = np.array_equal(one, other, equal_nan=True)
     low, high, how, note = (0., 0., '', 'the same scores') if same else settled(a - b, draws, level, evs[0].n_stated_groups, min(e.patients_behind(0) for e in evs), (-1, 1))
     p = _p_two_sided(draws)
     if test == 'delong': low, high, p, how, note = *_p_delong(labels, np.stack([scores_a, scores_b], 1), codes, level), 'delong', ''
