@@ -6,6 +6,7 @@
 __all__ = ['PREPROCESS', 'SIDES', 'Model', 'load', 'read_preprocess', 'pixels_of', 'embed', 'zero_shot', 'Explanation', 'explain']
 
 # %% ../nbs/800_api.ipynb #ffe5bca9
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from .attribute.evidence import CARD, best_cells, best_channels, card_text, match_of, match_text, phrase_vectors, read_card, unrelated
 from .attribute.mammo_factor import Explainer, MammoFactor
 from .attribute.maps import boxes_from_map, scale_01, upsample
 from .attribute.similarity import similarity_map
@@ -37,6 +39,7 @@ class Model:
     profile: str = 'mammo_clip_v1' # name of the preprocessing profile
     size: tuple = (1520, 912) # height and width that the network sees
     factor: MammoFactor|None = field(default=None, repr=False) # the mapper that explains it, where there is one
+    card: dict = field(default_factory=dict, repr=False) # what it was trained on, how well it points (`medvl.attribute.evidence`)
 
     def __post_init__(self):
         self.size = tuple(int(s) for s in self.size)
@@ -53,6 +56,7 @@ class Model:
         "Write weights, configuration and preparation into a folder that `load` reads."
         folder = save_pretrained(self.factor or self.method, folder)
         write_json(folder/PREPROCESS, {'profile': self.profile, 'size': list(self.size)})
+        if self.card: write_json(folder/CARD, self.card)
         return folder
 
 # %% ../nbs/800_api.ipynb #2800fa80
@@ -80,7 +84,7 @@ def load(
     if not (folder/PREPROCESS).is_file():
         raise DataError('the model does not say how its images were prepared.', file=folder/PREPROCESS,
                         fix='Write {"profile": "mammo_clip_v1", "size": [1520, 912]} (or what it was trained with) into that file.')
-    return Model(method, *read_preprocess(folder/PREPROCESS))
+    return Model(method, *read_preprocess(folder/PREPROCESS), card=read_card(folder))
 
 # %% ../nbs/800_api.ipynb #c5683aba
 SIDES = (32, 16384)  # smallest and largest height or width of a prepared image, pixels
@@ -172,16 +176,27 @@ class Explanation:
     scores: np.ndarray # float32 (n,)
     sentence: str
     by: str # what drew the map
+    match: dict = field(default_factory=lambda: {'matches': None}) # of `match_of`
+    card: dict = field(default_factory=dict, repr=False) # of the model
+
+    @property
+    def notes(self) -> list: # of lines
+        "What must be said beside the picture: whether anything matches, what the model saw, how well it points."
+        return [match_text(self.sentence, self.match), *card_text(self.card)]
+
+    def __repr__(self): return f'Explanation by {self.by}\n' + '\n'.join(self.notes)
 
     def figure(self):
-        "Draw image and map side by side."
+        "Draw image and map side by side; no map where nothing matches."
         from medvl.show.exam import draw_view
         from medvl.show.style import figure
         fig, axes = figure(1, 2, width=5.2, height=2.5 * self.image.shape[0] / self.image.shape[1] + 0.6)
         draw_view(axes[0], self.image)
-        draw_view(axes[1], self.image, boxes=[(*map(float, b), '') for b in self.boxes[:1]], heat=self.heat)
+        if self.match['matches'] is False: axes[1].text(.5, .5, 'nothing\nmatches', ha='center', va='center', fontsize=9, color='0.4', transform=axes[1].transAxes); axes[1].axis('off')
+        else: draw_view(axes[1], self.image, boxes=[(*map(float, b), '') for b in self.boxes[:1]], heat=self.heat)
         fig.suptitle(f'“{self.sentence}”', fontsize=10)
-        fig.supxlabel(f'{self.by}; box: hottest region', fontsize=8, color='0.4')
+        lines = [self.by + ('' if self.match['matches'] is False else '; box: hottest region'), *self.notes]
+        fig.supxlabel('\n'.join(part for line in lines for part in textwrap.wrap(line, 64)), fontsize=7, color='0.4')
         return fig
 
     def _repr_png_(self):
@@ -199,17 +214,22 @@ def explain(
     image, # path or array
     sentence:str, # what to look for
     quantile:float=0.95, # boxes: regions above this quantile of the heat
-) -> Explanation:
-    "Draw where an image answers to a sentence."
+) -> Explanation: # with `match`: whether anything matches at all
+    """Draw where an image answers to a sentence, and say whether it does.
+
+    Raises: ValueError for an empty sentence, or more than one image."""
     if isinstance(image, (list, tuple)): raise ValueError('explain takes one image at a time.')
     if not sentence.strip(): raise ValueError('The sentence is empty.')
     pixels = pixels_of(model, image)
     if model.factor:
-        heat, head = Explainer(model.factor).sentence({'images': pixels[:, None]}, sentence)
+        explainer = Explainer(model.factor)
+        heat, head = explainer.sentence({'images': pixels[:, None]}, sentence)
         by = f'Mammo-FActOR, head of {head}'
-    else: heat, by = similarity_map(model.method, pixels, sentence), 'similarity map (no Mammo-FActOR trained)'
+    else: heat, by, explainer = similarity_map(model.method, pixels, sentence), 'similarity map (no Mammo-FActOR trained)', None
+    vectors = phrase_vectors(model.method, [sentence, *unrelated(sentence)])
+    values = best_channels(explainer, pixels, vectors) if explainer else best_cells(model.method, pixels, vectors)
     heat = scale_01(upsample(heat, model.size))[0].cpu().numpy()
-    return Explanation(pixels[0, 0].cpu().numpy(), heat, *boxes_from_map(heat, quantile), sentence, by)
+    return Explanation(pixels[0, 0].cpu().numpy(), heat, *boxes_from_map(heat, quantile), sentence, by, match_of(values[0], values[1:]), model.card)
 
 # %% ../nbs/800_api.ipynb #8f0539a6
 def _push(
@@ -220,7 +240,7 @@ def _push(
     api=None, # a huggingface_hub.HfApi
 ):
     "Upload the model with its preparation."
-    return push_to_hub(self.factor or self.method, repo, private, token, api, files={PREPROCESS: {'profile': self.profile, 'size': list(self.size)}})
+    return push_to_hub(self.factor or self.method, repo, private, token, api, files={PREPROCESS: {'profile': self.profile, 'size': list(self.size)}, **({CARD: self.card} if self.card else {})})
 
 
 Model.embed, Model.zero_shot, Model.explain, Model.push_to_hub = embed, zero_shot, explain, _push

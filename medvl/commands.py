@@ -50,6 +50,7 @@ def explain_command(model: Source, image: Image, sentence: Annotated[str, typer.
     from medvl.show.style import save
     answer = load(model).explain(image, sentence)
     typer.echo(f'{answer.by}: {save(answer.figure(), out, limit=2_000_000)}')
+    for line in answer.notes: typer.echo(line)
 
 # %% ../nbs/820_commands.ipynb #5a0bd4af
 @app.command('convert')

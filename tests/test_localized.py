@@ -297,7 +297,8 @@ def test_every_kind_of_task_runs(key, data, tmp_path):
     row = found.results.iloc[0]
     assert row.status == 'done' and 0 <= row.value <= 1 and row.metric == task.metric
     draws = found.draws[key]
-    assert len(draws) == 64 and np.nanquantile(draws, [.025, .975]) == pytest.approx([row.low_patients, row.high_patients])
+    ends = np.nanquantile(draws, [.025, .975]) if np.ptp(draws) else [np.nan, np.nan] # resamples that all agree make no interval
+    assert len(draws) == 64 and [row.low_patients, row.high_patients] == pytest.approx(ends, nan_ok=True)
 
 
 # ---- published numbers, ranks
@@ -368,11 +369,12 @@ def test_paired_differences_of_two_evaluations(first, data, tmp_path):
     mean, low, high, _ = t_interval(a - b)
     assert table[['difference', 'low_seeds', 'high_seeds']].iloc[0].tolist() == pytest.approx([mean, low, high])
     same = paired_differences(found.runs, found.runs, found.draws, found.draws)
-    assert (same[['difference', 'low_seeds', 'high_patients']] == 0).all().all() and verdict_of(same)['p_sign'] == 1
+    assert (same.difference == 0).all() and same[['low_seeds', 'high_patients']].isna().all().all() and verdict_of(same)['p_sign'] == 1 # no interval of no width
+    assert verdict_of(same)['clear_better'] == verdict_of(same)['clear_worse'] == 0
     with pytest.raises(DataError, match='draws of patients'): paired_differences(found.runs, other.runs, found.draws, {k: v[:5] for k, v in other.draws.items()})
     with pytest.raises(DataError, match='share no task'): paired_differences(found.runs, other.runs.assign(task='x'))
 
 
 def test_t_interval():
     assert t_interval([1, 2, 3, 4, 5])[:3] == pytest.approx((3, 3 - 2.776445 * 2.5 ** .5 / 5 ** .5, 3 + 2.776445 * 2.5 ** .5 / 5 ** .5))
-    assert np.isnan(t_interval([1.])[1]) and np.isnan(t_interval([])[0])
+    assert np.isnan(t_interval([1.])[1]) and np.isnan(t_interval([])[0]) and t_interval([.5, .5])[0] == .5 and np.isnan(t_interval([.5, .5])[1])

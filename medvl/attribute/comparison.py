@@ -68,7 +68,7 @@ def paired_differences(
         for attribute, group in [*wide.groupby(level='attribute', sort=False), ('all', wide)]:
             for other in [m for m in wide if m != reference]:
                 d = group[reference] - group[other]
-                e = mean_estimate(d, group.index.get_level_values('patient_id'), n_boot, seed).row()
+                e = mean_estimate(d, group.index.get_level_values('patient_id'), n_boot, seed, limits=(-1., 1.)).row()
                 rows.append({'attribute': attribute, 'metric': metric, 'reference': reference, 'method': other,
                              'reference_value': group[reference].mean(), 'other_value': group[other].mean(),
                              'difference': e['value'], **{k: e[k] for k in ('low', 'high', 'unit', 'n', 'patients', 'note')},

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .maps import boxes_from_map
-from ..evaluate.bootstrap import BLOCK, Estimate, interval, patient_counts
+from ..evaluate.bootstrap import BLOCK, Estimate, settled, patient_counts
 
 # %% ../../nbs/601_attribute.localisation.ipynb #8371bc16
 def box_iou(
@@ -87,16 +87,17 @@ def mean_estimate(
     n_boot:int=2000, # bootstrap replicates
     seed:int=0, # seed of the draws
     unit:str='map', # what a row is
+    limits:tuple|None=(0., 1.), # least and largest score there can be, for the bound where all patients agree; None: unknown
 ) -> Estimate: # the mean with its 95 % interval
-    "Average scores, with an interval from a bootstrap over patients."
+    "Average scores, with an interval from a bootstrap over patients; where all agree, with an exact bound."
     values = np.asarray(values, np.float64)
     names, codes = np.unique(np.asarray(patients), return_inverse=True)
     n = len(names)
     sums, sizes = np.bincount(codes, weights=values, minlength=n), np.bincount(codes, minlength=n)
     counts = (patient_counts(n, block, seed, min(BLOCK, n_boot - block * BLOCK)) for block in range(-(-n_boot // BLOCK)))
-    draws = np.concatenate([(sums @ c) / (sizes @ c) for c in counts])
-    low, high = interval(values.mean(), draws) if n > 1 else (np.nan, np.nan)
-    return Estimate(float(values.mean()), low, high, unit=unit, n=len(values), n_clusters=n, n_boot=n_boot, note='' if n > 1 else 'one patient: no interval')
+    draws = np.concatenate([(sums @ c) / (sizes @ c) for c in counts] or [np.zeros(0)])
+    low, high, how, note = settled(float(values.mean()), draws, .95, n, limits=limits)
+    return Estimate(float(values.mean()), low, high, unit=unit, n=len(values), n_clusters=n, n_boot=n_boot, method=how or 'percentile', note=note)
 
 # %% ../../nbs/601_attribute.localisation.ipynb #791dd7eb
 SCORES = ('pointing', 'energy', 'region_iou', 'best_iou', 'hit@0.25', 'hit@0.5', 'chance')
@@ -114,6 +115,7 @@ def localisation_table(
     Raises: ValueError when a column is absent."""
     absent = {'patient_id', *by} - set(scores.columns)
     if absent: raise ValueError(f'the scores lack the columns {sorted(absent)}; they have {list(scores.columns)}')
-    rows = [{**dict(zip(by, key)), 'metric': m, **mean_estimate(group[m], group['patient_id'], n_boot, seed).row()}
+    limits = lambda m: (0., 1.) if m in SCORES or m.startswith('hit@') else None
+    rows = [{**dict(zip(by, key)), 'metric': m, **mean_estimate(group[m], group['patient_id'], n_boot, seed, limits=limits(m)).row()}
             for key, group in scores.groupby(list(by), sort=False) for m in metrics if m in group]
     return pd.DataFrame(rows).drop(columns=['n_positive', 'n_dropped'], errors='ignore')

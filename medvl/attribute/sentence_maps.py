@@ -140,7 +140,7 @@ def sentence_table(
     for name in (b for b in BASELINES if (scores.map_of == b).any()):
         both = mine.merge(scores[scores.map_of == name], on=keys, suffixes=('', '_other'))
         for m in SENTENCE_SCORES[:3]:
-            e = mean_estimate(both[m] - both[f'{m}_other'], both.patient_id, n_boot, seed)
+            e = mean_estimate(both[m] - both[f'{m}_other'], both.patient_id, n_boot, seed, limits=None if m == 'energy_gain' else (-1., 1.))
             rows.append(dict(map_of=name, metric=m, gain=e.value, gain_low=e.low, gain_high=e.high))
     return out.merge(pd.DataFrame(rows), on=['map_of', 'metric'], how='left')
 

@@ -173,11 +173,19 @@ def _input_entry(path):
 
 class Sources(Records):
     "Figures, inputs and notes of a run."
-    def figure(self, name, figure, dpi=110):
-        "Write a figure as `figures/<name>.png`."
+    def figure(self, name, figure, *args, dpi=110, **kwargs): # figure: one, or the function that draws it from `args` and `kwargs`
+        """Write `figures/<name>.png` and give the figure back; where it cannot be drawn, give None and note why: numbers never wait for a picture.
+
+        Raises: what the drawing raises, in the tests of notebooks only."""
         path = self.path('figures', f'{_safe(name)}.png')
-        with atomic_path(path) as temporary: figure.savefig(temporary, format='png', dpi=dpi, bbox_inches='tight')
-        return path
+        try:
+            drawn = figure(*args, **kwargs) if callable(figure) else figure
+            with atomic_path(path) as temporary: drawn.savefig(temporary, format='png', dpi=dpi, bbox_inches='tight')
+        except Exception as e:
+            if 'IN_TEST' in os.environ: raise
+            print(self.note(f'The figure {name} was not drawn: {type(e).__name__}: {e}'))
+            return None
+        return drawn
 
     def input(self, path):
         "Record the digest of an input file or folder in `provenance.json`."
@@ -189,6 +197,7 @@ class Sources(Records):
     def note(self, text):
         "Write a remark into the journal; the report shows it."
         self.write('note', text=str(text))
+        return str(text)
 
 # %% ../../nbs/008_core.run.ipynb #501a8966
 class RunBusy(RuntimeError):

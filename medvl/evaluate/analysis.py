@@ -17,7 +17,7 @@ from ..core.errors import DataError
 from ..core.progress import progress
 from ..data.batch import to_device
 from .alignment_metrics import SampleNumbers, attention_statistics, global_alignment, local_alignment, modality_distance, retrieval_of
-from .bootstrap import BLOCK, patient_counts
+from .bootstrap import BLOCK, patient_counts, settled
 from .embedding_spread import GlobalSpread, LocalSpread
 from ..losses.local import grid_distances
 from ..methods.base import capabilities, evaluating, require
@@ -75,8 +75,9 @@ def patient_intervals(
     n_boot=1000, # resamples; 0: no intervals
     seed=0, # of the draws
     level=.95, # confidence
+    shares=None, # bool (k,): columns that lie within 0..1; None: unknown
 ): # DataFrame, k rows: value, low, high, sd, n, patients
-    "Average columns, with intervals from a bootstrap over patients."
+    "Average columns, with intervals from a bootstrap over patients; where all agree, an exact bound for shares and none for others."
     x = np.asarray(values, np.float64).reshape(len(patients), -1)
     known, codes = ~np.isnan(x), np.unique(np.asarray(patients), return_inverse=True)[1]
     p = codes.max(initial=-1) + 1
@@ -89,6 +90,7 @@ def patient_intervals(
         draws = [(c.T @ sums) / (c.T @ sizes) for c in (patient_counts(p, b, seed, min(BLOCK, n_boot - b * BLOCK)) for b in range(-(-n_boot // BLOCK)))]
     tails = [(1 - level) / 2, (1 + level) / 2]
     low, high = _quantiles(np.concatenate(draws), people, tails) if draws else np.full((2, x.shape[1]), np.nan)
+    if draws: _bounded(low, high, mean, np.concatenate(draws), people, level, shares)
     return pd.DataFrame(dict(value=mean, low=low, high=high, sd=sd, n=n, patients=people))
 
 
@@ -97,6 +99,12 @@ def _quantiles(draws, people, tails): # (n_boot,k): (2,k); NaN for columns of fe
     several = people > 1
     if several.any(): out[:, several] = np.nanquantile(draws[:, several], tails, axis=0)
     return out
+
+
+def _bounded(low, high, mean, draws, people, level, shares):
+    "Replace the ends of columns whose resamples all agree, in place."
+    for k in np.flatnonzero((people > 1) & (high - low <= 1e-9)):
+        low[k], high[k], *_ = settled(mean[k], draws[:, k], level, people[k], limits=(0., 1.) if shares is not None and shares[k] else None)
 
 # %% ../../nbs/552_evaluate.analysis.ipynb #80feb588
 _GLOBAL, _LOCAL = ('image_features', 'text_features', 'images', 'texts'), ('region_features', 'sentence_features', 'regions', 'sentences')
@@ -160,7 +168,8 @@ def _table(c, columns, patients, n_boot, seed):
     "One row a space and metric."
     keys = list(columns)
     rows = pd.DataFrame(keys, columns=['space', 'metric'])
-    if keys: rows = pd.concat([rows, patient_intervals(np.stack([columns[k] for k in keys], 1), patients, n_boot, seed)], axis=1)
+    shares = rows.metric.str.contains('top1|top5|assignment|entropy_share').to_numpy()
+    if keys: rows = pd.concat([rows, patient_intervals(np.stack([columns[k] for k in keys], 1), patients, n_boot, seed, shares=shares)], axis=1)
     whole = [dict(space=s, metric=m, value=v, n=len(patients), patients=len(set(patients)), note='of the data set: no interval')
              for s, spread in c.spreads.items() for m, v in spread.compute().items() if (s, m) not in columns and not m.endswith('__sd')]
     out = pd.concat([pd.DataFrame(whole), rows.assign(note='')], ignore_index=True)

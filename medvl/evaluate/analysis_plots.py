@@ -179,7 +179,7 @@ def plot_shared(
     for k, (model, colour) in enumerate(zip(models, PALETTE * 9)):
         mine = results[results.model == model].set_index('task').reindex(tasks)
         y = np.arange(len(tasks)) + (k - (len(models) - 1) / 2) * .7 / len(models)
-        ax.errorbar(mine.value, y, xerr=np.nan_to_num(np.abs(np.stack([mine.value - mine.low, mine.high - mine.value]))), fmt='o', color=colour, markersize=4, elinewidth=1, capsize=2, label=model)
+        ax.errorbar(mine.value, y, xerr=np.abs(np.stack([mine.value - mine.low, mine.high - mine.value])), fmt='o', color=colour, markersize=4, elinewidth=1, capsize=2, label=model)
     for k in range(1, len(tasks)): ax.axhline(k - .5, color='0.9', linewidth=.8)
     ax.set_yticks(range(len(tasks)), [t.replace('_', ' ') for t in tasks], fontsize=7)
     ax.set(title=title or 'Tasks', xlabel='test metric of the task', ylim=(len(tasks) - .5, -.5))

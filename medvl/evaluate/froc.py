@@ -10,18 +10,25 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import unknown_name
-from .bootstrap import BLOCK, Estimate, interval, patient_counts
-from .detection import THRESHOLDS, _average, arrange, average_precision_of, candidate_pairs, match
+from .bootstrap import BLOCK, Estimate, settled, patient_counts
+from .detection import BOX, THRESHOLDS, _average, arrange, average_precision_of, candidate_pairs, match, score_ends
 from ..show.style import PALETTE, figure
 
 # %% ../../nbs/535a_evaluate.froc.ipynb #e8288478
-def _weighted(hit, patient, boxes_of, n_boot, seed, points='coco'):
-    "Bootstrap of one ranking's average precision, (n_boot,): hit (d,) by score, patient (d,), boxes_of (p,) true boxes of each patient."
-    at, out = np.flatnonzero(hit), []
+def _points(hits, ends):
+    "Places where the recall has risen: the first of `ends` at or behind each of the places `hits`."
+    return np.unique(ends[np.searchsorted(ends, hits)]).astype(int)
+
+
+def _weighted(hit, patient, boxes_of, n_boot, seed, points='coco', ends=None):
+    "Bootstrap of one ranking's average precision, (n_boot,): hit (d,) by score, patient (d,), boxes_of (p,) true boxes of each patient, ends of equal scores."
+    hits, out = np.flatnonzero(hit), []
+    at = _points(hits, np.arange(len(hit)) if ends is None else ends)
+    nth = np.searchsorted(hits, at, side='right') - 1 # of the last hit up to each point
     for block in range(-(-n_boot // BLOCK)):
         w = patient_counts(len(boxes_of), block, seed, min(BLOCK, n_boot - block * BLOCK)).T.astype(float)
         drawn = w[:, patient]
-        tp, all_before = np.cumsum(drawn[:, at], 1), np.cumsum(drawn, 1)[:, at]
+        tp, all_before = np.cumsum(drawn[:, hits], 1)[:, nth], np.cumsum(drawn, 1)[:, at]
         out.append(_average(tp, all_before - tp, w @ boxes_of, points))
     return np.concatenate(out) if out else np.zeros(0)
 
@@ -36,13 +43,21 @@ def _ranking(scene, k, hit): # hit bool (...,d)
     return hit[..., here], scene.patient_of(scene.found_group[here]), boxes_of, here
 
 
-def _wrap(value, draws, scene, n_boxes, level=.95):
-    "An Estimate over images, with the number of true boxes as positives."
+def _behind(scene, labels):
+    "Patients with a true box: of the class with fewest of those named, or of all classes together (None)."
+    known = scene.label_of(scene.group)
+    each = [np.ones(len(known), bool)] if labels is None else [known == k for k in labels if (known == k).any()]
+    return min(len(np.unique(scene.patient_of(scene.group[mine]))) for mine in each)
+
+
+def _wrap(value, draws, scene, n_boxes, labels=None, level=.95, share=True):
+    "An Estimate over images, with the number of true boxes as positives; `share`: of true boxes (an average precision is less than one, so only its 0 is bounded)."
     facts = dict(level=level, unit='image', n=scene.n_images, n_positive=int(n_boxes), n_clusters=scene.patients, n_boot=len(draws))
     if np.isnan(value): return Estimate(np.nan, np.nan, np.nan, **facts, note='no true box of this class')
-    failed, (low, high) = int(np.isnan(draws).sum()), interval(value, draws, level) if scene.patients > 1 else (np.nan, np.nan)
-    notes = [f'{failed} of {len(draws)} resamples had no true box'] * (failed > 0) + ['one patient: no interval'] * (scene.patients < 2)
-    return Estimate(float(value), low, high, **facts, n_failed=failed, note='; '.join(notes))
+    failed, limits = int(np.isnan(draws).sum()), (0., 1.) if share or value == 0 else None
+    low, high, how, note = settled(float(value), draws, level, scene.patients, _behind(scene, labels), limits)
+    notes = [f'{failed} of {len(draws)} resamples had no true box'] * (failed > 0) + [note] * (note != '')
+    return Estimate(float(value), low, high, **facts, method=how or 'percentile', n_failed=failed, note='; '.join(notes))
 
 # %% ../../nbs/535a_evaluate.froc.ipynb #1288dc69
 def detection_table(truth, found, images, # tables as in `arrange`; images with patient_id
@@ -52,23 +67,25 @@ def detection_table(truth, found, images, # tables as in `arrange`; images with 
                     max_detections=100, # of a class in an image
                     n_boot=1000, # resamples of patients
                     seed=0, # of the draws
+                    ties:str='together', # equal scores, as in `arrange`
                     ): # DataFrame task, metric, value, low, high, unit, n, n_positive (true boxes), patients …; task 'mean' last
     "Estimate average precision of every class and their mean, with intervals."
     wanted = np.unique([*thresholds, *(THRESHOLDS if coco else ())])
-    scene = arrange(truth, found, images, labels, max_detections)
+    scene = arrange(truth, found, images, labels, max_detections, ties)
     hit = match(scene, candidate_pairs(scene, wanted.min()), wanted)[:, 0] >= 0
     metrics = {f'AP{100 * t:g}': np.flatnonzero(np.isclose(wanted, t)) for t in thresholds}
     if coco: metrics['AP'] = np.flatnonzero(np.isclose(wanted[:, None], THRESHOLDS).any(1))
     values, draws, n = [], [], []
     for k in range(len(scene.labels)):
-        ranked, patient, boxes_of, _ = _ranking(scene, k, hit)
-        values.append(average_precision_of(ranked, np.ones_like(ranked), boxes_of.sum()))
-        draws.append(np.stack([_weighted(h, patient, boxes_of, n_boot, seed) for h in ranked]))
+        ranked, patient, boxes_of, here = _ranking(scene, k, hit)
+        ends = score_ends(scene.score[here], ties)
+        values.append(average_precision_of(ranked, np.ones_like(ranked), boxes_of.sum(), ends=ends))
+        draws.append(np.stack([_weighted(h, patient, boxes_of, n_boot, seed, ends=ends) for h in ranked]))
         n.append(boxes_of.sum())
     values, draws = np.stack(values), np.stack(draws)  # (classes, overlaps), (classes, overlaps, resamples)
-    rows = [dict(task=name, metric=m, **_wrap(values[k, at].mean(), draws[k, at].mean(0), scene, n[k]).row())
+    rows = [dict(task=name, metric=m, **_wrap(values[k, at].mean(), draws[k, at].mean(0), scene, n[k], [k], share=False).row())
             for k, name in enumerate(scene.labels) for m, at in metrics.items()]
-    return pd.DataFrame(rows + [dict(task='mean', metric=m, **_wrap(_mean(values[:, at]), _mean(draws[:, at]), scene, sum(n)).row()) for m, at in metrics.items()])
+    return pd.DataFrame(rows + [dict(task='mean', metric=m, **_wrap(_mean(values[:, at]), _mean(draws[:, at]), scene, sum(n), range(len(n)), share=False).row()) for m, at in metrics.items()])
 
 # %% ../../nbs/535a_evaluate.froc.ipynb #9f483bc5
 def _mean(x): # (classes, overlaps, ...)
@@ -109,8 +126,7 @@ def _prepare(scene, k, hit, counts):
     ranked, patient, boxes_of, here = _ranking(scene, k, np.stack([hit, counts]))
     keep = ranked[1]
     score = scene.score[here][keep]
-    ends = np.flatnonzero(np.append(score[1:] != score[:-1], True)) if len(score) else np.zeros(0, int)
-    return ends, ranked[0][keep], patient[keep], boxes_of, np.bincount(scene.patient, minlength=scene.patients), score
+    return score_ends(score), ranked[0][keep], patient[keep], boxes_of, np.bincount(scene.patient, minlength=scene.patients), score
 
 # %% ../../nbs/535a_evaluate.froc.ipynb #37925c5a
 def froc_table(truth, found, images, # tables as in `arrange`; images with patient_id
@@ -131,9 +147,9 @@ def froc_table(truth, found, images, # tables as in `arrange`; images with patie
         value = _sensitivities(*parts, rates, np.ones((scene.patients, 1)))[:, 0]
         blocks = [patient_counts(scene.patients, b, seed, min(BLOCK, n_boot - b * BLOCK)).astype(float) for b in range(-(-n_boot // BLOCK))]
         draws = np.concatenate([_sensitivities(*parts, rates, w) for w in blocks], 1) if blocks else np.zeros((len(rates), 0))
-        n = parts[3].sum()
-        rows += [dict(task=name, metric=f'sensitivity@{r:g}', **_wrap(v, d, scene, n).row()) for r, v, d in zip(rates, value, draws)]
-        rows.append(dict(task=name, metric='mean_sensitivity', **_wrap(value.mean(), draws.mean(0), scene, n).row()))
+        n, mine = parts[3].sum(), None if k is None else [k]
+        rows += [dict(task=name, metric=f'sensitivity@{r:g}', **_wrap(v, d, scene, n, mine).row()) for r, v, d in zip(rates, value, draws)]
+        rows.append(dict(task=name, metric='mean_sensitivity', **_wrap(value.mean(), draws.mean(0), scene, n, mine).row()))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/535a_evaluate.froc.ipynb #ef6d8236
@@ -172,11 +188,13 @@ def reference_map(truth, found, images, # tables as in `arrange`
                   score=.05, # detections score more
                   overlap=.5, # from which a detection is right
                   top=100, # detections of an image
-                  ): # Series: average precision of each class, and 'mean'
-    "Compute average precision as Mammo-CLIP's detector code does."
-    found = found[found.score > score]
-    rank = found.sort_values('score', ascending=False, kind='stable').groupby('image_id').cumcount()
-    scene = arrange(truth, found[rank.reindex(found.index) < top], images, labels, top)
+                  ties:str='together', # equal scores, as in `arrange`; 'listed': as the original's code, whose numbers depend on the order
+                  ): # Series: average precision of each class (0 for a class without a true box, as there), and 'mean'
+    "Compute average precision as Mammo-CLIP's detector code does, but for ties."
+    found = found[found.score > score].reset_index(drop=True)
+    keys = ['score'] if ties == 'listed' else ['score', 'label', *BOX]
+    rank = found.sort_values(keys, ascending=[False] + [True] * (len(keys) - 1), kind='stable').groupby('image_id').cumcount()
+    scene = arrange(truth, found[rank.reindex(found.index) < top], images, labels, top, ties)
     each, other, size = candidate_pairs(scene, 0)
     order = np.lexsort((other, -size, each))
     who, first = np.unique(each[order], return_index=True)
@@ -186,6 +204,7 @@ def reference_map(truth, found, images, # tables as in `arrange`
     hit[who[np.intersect1d(once, np.flatnonzero(size >= overlap))]] = True
     out = {}
     for k, name in enumerate(scene.labels):
-        ranked, _, boxes_of, _ = _ranking(scene, k, hit)
-        out[name] = average_precision_of(ranked, np.ones_like(ranked), boxes_of.sum(), 'all')[0]
-    return pd.Series({**out, 'mean': np.nanmean(list(out.values()))}, name='AP')
+        ranked, _, boxes_of, here = _ranking(scene, k, hit)
+        ap = average_precision_of(ranked, np.ones_like(ranked), boxes_of.sum(), 'all', score_ends(scene.score[here], ties))[0]
+        out[name] = ap if boxes_of.sum() else 0.0
+    return pd.Series({**out, 'mean': np.mean(list(out.values()))}, name='AP')

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.splits import fraction_patients
-from .bootstrap import _estimate, _exact, interval, resample
+from .bootstrap import _estimate, _exact, settled, resample
 from .linear_probe import CS, _one_fit, _plan, _scored, targets_of
 from .metrics import METRICS, Evaluator
 from .scored import unit_keys
@@ -96,11 +96,12 @@ def _curve(table, found, level):
     for (task, fraction), g in table.groupby(['task', 'fraction'], sort=False):
         metrics = next((m for k, (e, _, _) in found.items() if k[0] == task for m in [[x.name for x in e.metrics]]), [''])
         for j, name in enumerate(metrics):
-            fits = [(v[j], d[j]) for k, (_, v, d) in found.items() if k[:2] == (task, fraction) and not np.isnan(v[j])]
+            fits = [(v[j], d[j], e) for k, (e, v, d) in found.items() if k[:2] == (task, fraction) and not np.isnan(v[j])]
             base = {'task': task, 'metric': name, 'fraction': fraction, 'draws': g.seed.nunique(), 'fits': len(fits), 'train_patients': g.train_patients.mean()}
             if not fits: out.append({**base, 'mean': np.nan}); continue
-            values, mean = np.array([v for v, _ in fits]), float(np.mean([v for v, _ in fits]))
-            low, high = interval(mean, np.mean([d for _, d in fits], axis=0), level)
+            values, ev = np.array([v for v, _, _ in fits]), fits[0][2]
+            mean = float(values.mean())
+            low, high, *_ = settled(mean, np.mean([d for _, d, _ in fits], axis=0), level, ev.n_stated_groups, ev.patients_behind(j))
             out.append({**base, 'mean': mean, 'least': values.min(), 'most': values.max(), 'sd': values.std(ddof=1) if len(values) > 1 else np.nan, 'low': low, 'high': high})
     columns = ['task', 'metric', 'fraction', 'train_patients', 'mean', 'least', 'most', 'sd', 'low', 'high', 'fits', 'draws']
     return pd.DataFrame(out).reindex(columns=columns).sort_values(['task', 'metric', 'fraction'], kind='stable', ignore_index=True)
@@ -158,7 +159,7 @@ def _panel(ax, c, task):
     for (model, g), colour in zip(c.groupby('model', sort=False), PALETTE):
         g = g[g.fits > 0].sort_values('train_patients')
         ax.fill_between(g.train_patients, g.least, g.most, color=colour, alpha=.2, linewidth=0)
-        ax.errorbar(g.train_patients, g['mean'], [(g['mean'] - g.low).clip(lower=0).fillna(0), (g.high - g['mean']).clip(lower=0).fillna(0)],
+        ax.errorbar(g.train_patients, g['mean'], [(g['mean'] - g.low).clip(lower=0), (g.high - g['mean']).clip(lower=0)], # NaN: no bar
                     color=colour, marker='o', markersize=3, linewidth=1.4, elinewidth=.8, capsize=2, label=model or None)
     metric = c.metric.iloc[0]
     if metric == 'auroc': ax.axhline(.5, color='0.4', linestyle=':', linewidth=1)

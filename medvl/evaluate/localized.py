@@ -19,7 +19,7 @@ from ..core.progress import progress
 from ..core.provenance import provenance
 from ..data.chest_dataset import pixel_statistics
 from ..data.prepared import open_prepared
-from .bootstrap import interval
+from .bootstrap import settled
 from .localized_tasks import ABSENT, TASKS, availability, select_tasks, task_parts
 from .localized_unit import LocalizedConfig, changed, final_units, run_unit, tuning_units, unit_data
 from .ranking import t_interval
@@ -202,7 +202,7 @@ def _row(task, folder, about):
     values = [r['value'] for r in found]
     mean, low, high, sd = t_interval([np.nan if v is None else v for v in values])
     draws = _draws(home, found)
-    ends = interval(mean, draws) if len(draws) else (np.nan, np.nan)
+    ends = settled(mean, draws, .95, found[0]['patients'], limits=None)
     return {**base, 'value': mean, 'low': low, 'high': high, 'sd': sd, 'runs': len(found), 'distinct': len(set(values)), 'low_patients': ends[0], 'high_patients': ends[1],
             'lr': found[0]['lr'], **{k: found[0][k] for k in ('n_train', 'n_valid', 'n_test', 'patients')}, 'status': 'done' if len(found) == wanted else f'{len(found)} of {wanted} runs'}
 

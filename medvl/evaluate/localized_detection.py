@@ -16,9 +16,9 @@ import pandas as pd
 
 from ..core.errors import DataError
 from .bootstrap import BLOCK, patient_counts
-from .detection import BOX, _average, arrange, average_precision_of, candidate_pairs, match
+from .detection import BOX, _average, arrange, average_precision_of, candidate_pairs, match, score_ends
 from .detector import OUTCOME
-from .froc import RATES, _mean, _ranking, _wrap
+from .froc import RATES, _mean, _points, _ranking, _wrap
 from .segmentation import predictions
 from ..show.exam import draw_view
 from ..show.style import figure
@@ -32,9 +32,10 @@ def arrange_localized(truth, # DataFrame image_id, label, x0, y0, x1, y1 (pixels
                       images, # DataFrame image_id, patient_id: all images, or a list of ids
                       labels=None, # classes; None: all that occur
                       plus_one=True, # one pixel more on every side, as the original
+                      ties:str='together', # equal scores, as in `arrange`; 'listed': as the original
                       ): # Scene; all detections are kept
     "Sort truth and detections into arrays. Raises: as `arrange`."
-    scene = arrange(truth, found, images, labels, max_detections=10**9)
+    scene = arrange(truth, found, images, labels, 10**9, ties)
     longer = np.array([0., 0., 1., 1.]) if plus_one else 0.
     return replace(scene, boxes=scene.boxes + longer, found=scene.found + longer)
 
@@ -57,7 +58,8 @@ def average_precisions(scene, # Scene
     for k in range(len(scene.labels)):
         ranked, _, boxes_of, here = _ranking(scene, k, hit)
         if keep is not None: ranked = ranked[:, keep[here]]
-        out.append(average_precision_of(ranked, np.ones_like(ranked), boxes_of.sum()))
+        score = scene.score[here] if keep is None else scene.score[here[keep[here]]]
+        out.append(average_precision_of(ranked, np.ones_like(ranked), boxes_of.sum(), ends=score_ends(score, scene.ties)))
     return np.stack(out)
 
 
@@ -68,10 +70,10 @@ def positive_images(scene): # Scene -> bool (images,)
     return out
 
 
-def localized_map(truth, found, images, labels=None, plus_one=True, # as in `arrange_localized`
+def localized_map(truth, found, images, labels=None, plus_one=True, ties='together', # as in `arrange_localized`
                   ): # Series: mAP, mAP@0.5, mAP@0.75, pos_mAP, and <class>_mAP
     "Compute LoVT's mean average precision, without intervals: for validation."
-    scene = arrange_localized(truth, found, images, labels, plus_one)
+    scene = arrange_localized(truth, found, images, labels, plus_one, ties)
     hit = hits_of(scene, OVERLAPS)
     ap, pos = (average_precisions(scene, hit, among) for among in (None, positive_images(scene)))
     at = {f'mAP@{t:g}': _mean(ap[:, [OVERLAPS.index(t)]]).item() for t in (.5, .75)}
@@ -92,6 +94,9 @@ def marks_of(scene, # Scene (plain boxes: plus_one=False)
     np.minimum.at(first, other, place[each])
     gain = np.bincount(first[first < len(here)], minlength=len(here))
     false = ~np.isin(here, each)
+    if scene.ties == 'together':
+        order = np.lexsort((gain, ~false, -scene.score[here]))
+        gain, false, here = gain[order], false[order], here[order]
     return gain, false, scene.patient_of(scene.found_group[here])
 
 # %% ../../nbs/541_evaluate.localized_detection.ipynb #ba2da723
@@ -129,14 +134,16 @@ def _ap_draws(scene, hit, among, n_boot, seed): # hit (t,d), among (images,)
     for k in range(len(scene.labels)):
         ranked, patient, boxes_of, here = _ranking(scene, k, hit)
         keep = among[scene.found_group[here] % scene.n_images]
-        at, patient = [np.flatnonzero(h) for h in ranked[:, keep]], patient[keep]
+        hits, patient, ends = [np.flatnonzero(h) for h in ranked[:, keep]], patient[keep], score_ends(scene.score[here[keep]], scene.ties)
+        at = [_points(rows, ends) for rows in hits]
+        nth = [np.searchsorted(rows, points, side='right') - 1 for rows, points in zip(hits, at)]
         for block in range(-(-n_boot // BLOCK)):
             w = patient_counts(scene.patients, block, seed, min(BLOCK, n_boot - block * BLOCK)).T
             drawn, n = w[:, patient], w.astype(float) @ boxes_of
             before = np.cumsum(drawn, 1)  # float32 holds these counts exactly
-            for t, rows in enumerate(at):
-                tp = np.cumsum(drawn[:, rows], 1, dtype=float)
-                out[k, t, block * BLOCK:block * BLOCK + len(w)] = _average(tp, before[:, rows] - tp, n)
+            for t, rows in enumerate(hits):
+                tp = np.cumsum(drawn[:, rows], 1, dtype=float)[:, nth[t]]
+                out[k, t, block * BLOCK:block * BLOCK + len(w)] = _average(tp, before[:, at[t]] - tp, n)
     return out
 
 # %% ../../nbs/541_evaluate.localized_detection.ipynb #bdf6e0a9
@@ -149,8 +156,8 @@ def _map_rows(scene, n_boot, seed): # scene of plain boxes
     parts = {'mAP': (*all_of, slice(t)), **single, 'pos_mAP': (*pos_of, slice(t)), 'mAP_plain': (*all_of, slice(t, None))}
     n, rows = np.bincount(scene.label_of(scene.group), minlength=len(scene.labels)), []
     for name, (ap, draws, at) in parts.items():
-        rows += [dict(task=c, metric=name, **_wrap(ap[k, at].mean(), draws[k, at].mean(0), scene, n[k]).row()) for k, c in enumerate(scene.labels)]
-        rows.append(dict(task='mean', metric=name, **_wrap(_mean(ap[:, at]), _mean(draws[:, at]), scene, n.sum()).row()))
+        rows += [dict(task=c, metric=name, **_wrap(ap[k, at].mean(), draws[k, at].mean(0), scene, n[k], [k], share=False).row()) for k, c in enumerate(scene.labels)]
+        rows.append(dict(task='mean', metric=name, **_wrap(_mean(ap[:, at]), _mean(draws[:, at]), scene, n.sum(), range(len(n)), share=False).row()))
     return rows
 
 # %% ../../nbs/541_evaluate.localized_detection.ipynb #c9f6392c
@@ -158,11 +165,12 @@ def localized_table(truth, found, images, labels=None, # as in `arrange_localize
                     rates=RATES, # of fROC
                     n_boot=1000, # resamples of patients
                     seed=0, # of the draws
+                    ties:str='together', # equal scores, as in `arrange`
                     ): # DataFrame task (class; 'mean' over classes), metric, value, low, high, unit, n, n_positive (true boxes), patients …
     """Estimate mAP, mAP@0.5, mAP@0.75, pos_mAP (overlap with the added pixel), mAP_plain (without) and froc.
 
     Raises: DataError for a box without area, or no true box at all."""
-    scene = arrange_localized(truth, found, images, labels, plus_one=False)
+    scene = arrange_localized(truth, found, images, labels, False, ties)
     rows, values, draws, total = _map_rows(scene, n_boot, seed), [], [], 0
     images_of = np.bincount(scene.patient, minlength=scene.patients)
     for k, name in enumerate(scene.labels):
@@ -171,9 +179,9 @@ def localized_table(truth, found, images, labels=None, # as in `arrange_localize
         n, total = boxes_of.sum(), total + boxes_of.sum()
         values.append(froc_value(gain, false, n, scene.n_images, rates) if n else np.nan)
         draws.append(_froc_draws(gain, false, patient, boxes_of, images_of, n_boot, seed))
-        rows.append(dict(task=name, metric='froc', **_wrap(values[-1], draws[-1], scene, n).row()))
+        rows.append(dict(task=name, metric='froc', **_wrap(values[-1], draws[-1], scene, n, [k]).row()))
     both = [_mean(np.array(x)[:, None]) for x in (values, draws)]
-    return pd.DataFrame(rows + [dict(task='mean', metric='froc', **_wrap(*both, scene, total).row())])
+    return pd.DataFrame(rows + [dict(task='mean', metric='froc', **_wrap(*both, scene, total, range(len(scene.labels))).row())])
 
 # %% ../../nbs/541_evaluate.localized_detection.ipynb #c148097f
 def find_boxes(method, # Method with `predict` and `names`

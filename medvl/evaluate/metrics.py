@@ -28,6 +28,7 @@ class Metric:
     value: Callable         # gives (r,) values, NaN where the metric does not exist
     columns: Callable = None # kind 'sums' only: (labels bool (n,), scores (n,)) -> (n, q) columns that are added up
     better: str = 'higher'  # 'higher' or 'lower'
+    behind: tuple = ()      # of a share within 0..1: whose patients it rests on ('rows', 'positives', 'negatives', 'classes', or columns that are its denominator)
 
 # %% ../../nbs/500b_evaluate.metrics.ipynb #f4184968
 def _pfbeta_value(sums, beta):
@@ -59,6 +60,9 @@ _AT = {
 }
 
 # %% ../../nbs/500b_evaluate.metrics.ipynb #05921619
+_BEHIND = {'sensitivity': ((0, 2),), 'specificity': ((1, 3),), 'precision': ((0, 1),), 'npv': ((2, 3),), 'accuracy': ('rows',), 'balanced_accuracy': ((0, 2), (1, 3))}
+
+
 def at_threshold(
     name: str,        # sensitivity, specificity, precision, npv, accuracy, balanced_accuracy, f1 or macro_f1
     threshold: float, # scores at or above it are called positive
@@ -71,7 +75,7 @@ def at_threshold(
     def columns(y, s):
         called = s >= threshold
         return np.stack([called & y, called & ~y, ~called & y, ~called & ~y], axis=1)
-    return Metric(name, 'sums', lambda sums: _AT[name](*sums), columns)
+    return Metric(name, 'sums', lambda sums: _AT[name](*sums), columns, behind=_BEHIND.get(name, ()))
 
 # %% ../../nbs/500b_evaluate.metrics.ipynb #a5d7fcde
 def class_accuracy_of(confusion: np.ndarray) -> np.ndarray:
@@ -100,19 +104,19 @@ def majority_of(confusion: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/500b_evaluate.metrics.ipynb #71b02063
 METRICS = {m.name: m for m in (
-    Metric('auroc', 'rank', auroc_of),
+    Metric('auroc', 'rank', auroc_of, behind=('positives', 'negatives')),
     Metric('average_precision', 'rank', average_precision_of),
     Metric('pr_auc', 'rank', pr_auc_of),
     Metric('pf1_binarized', 'rank', best_f1_of),
-    Metric('sensitivity_at_90_specificity', 'rank', sensitivity_at_specificity_of(.9)),
-    Metric('specificity_at_90_sensitivity', 'rank', specificity_at_sensitivity_of(.9)),
+    Metric('sensitivity_at_90_specificity', 'rank', sensitivity_at_specificity_of(.9), behind=('positives', 'negatives')),
+    Metric('specificity_at_90_sensitivity', 'rank', specificity_at_sensitivity_of(.9), behind=('positives', 'negatives')),
     pfbeta_metric(),
     Metric('brier', 'sums', lambda sums: ratio(*sums), lambda y, s: np.stack([(s - y)**2, np.ones(len(s))], axis=1), better='lower'),
     Metric('mean', 'sums', lambda sums: ratio(*sums), lambda y, s: np.stack([s, np.ones(len(s))], axis=1)),
-    Metric('class_accuracy', 'classes', class_accuracy_of),
+    Metric('class_accuracy', 'classes', class_accuracy_of, behind=('rows',)),
     Metric('class_macro_f1', 'classes', class_macro_f1_of),
-    Metric('class_balanced_accuracy', 'classes', class_balanced_accuracy_of),
-    Metric('majority', 'classes', majority_of),
+    Metric('class_balanced_accuracy', 'classes', class_balanced_accuracy_of, behind=('classes',)),
+    Metric('majority', 'classes', majority_of, behind=('rows',)),
 )}
 
 # %% ../../nbs/500b_evaluate.metrics.ipynb #e938e36f
@@ -195,6 +199,21 @@ class Evaluator(_Rows):
             return np.stack([m.value(confusion) for m in self.metrics])
         counts = self.table.counts(w) if self.table is not None else None
         return np.stack([m.value(counts) if m.kind == 'rank' else m.value(self.sums[i] @ w) for i, m in enumerate(self.metrics)])
+
+    def patients_behind(self,
+        j: int, # number of the metric
+    ) -> int: # 0: the metric is no share
+        "Count the patients a share rests on: of sensitivity those with the finding, of AUROC the rarer kind (so many pairs share no patient)."
+        return min((n for part in self.metrics[j].behind for n in self._patients(j, part)), default=0)
+
+    def _patients(self, j, part):
+        "Numbers of patients with a row of one kind."
+        some = lambda rows: int((np.asarray(abs(rows).sum(0)).ravel() > 0).sum())
+        if part == 'rows': return [self.n_stated_groups]
+        if part == 'classes': return [n for r in range(self.k) if (n := some(self.cells[r * self.k:(r + 1) * self.k]))]
+        if isinstance(part, tuple): return [some(self.sums[j][list(part)])]
+        g = len(self.table.values)
+        return [some(self.table.matrix[:g] if part == 'positives' else self.table.matrix[g:])]
 
 # %% ../../nbs/500b_evaluate.metrics.ipynb #846e52a8
 def score(

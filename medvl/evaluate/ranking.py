@@ -20,13 +20,13 @@ from ..show.style import PALETTE, figure
 def t_interval(
     values, # (n,) one value a run
     level:float=.95, # confidence level
-) -> tuple: # mean, low, high, standard deviation; NaN where there are too few values
+) -> tuple: # mean, low, high, standard deviation; NaN where there are too few values, or all agree
     "Give the mean of some runs and its t interval."
     x = np.asarray(values, float)
     x = x[~np.isnan(x)]
     if not len(x): return (np.nan,) * 4
     mean, sd = float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else np.nan
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * sd / math.sqrt(len(x)) if len(x) > 1 else np.nan
+    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * sd / math.sqrt(len(x)) if len(x) > 1 and np.ptp(x) > 0 else np.nan # runs that all agree do not say how far another may lie
     return mean, mean - half, mean + half, sd
 
 # %% ../../nbs/547_evaluate.ranking.ipynb #343dfc07
@@ -85,7 +85,8 @@ def paired_differences(
         x, y = (d.get(task) if d else None for d in (draws_a, draws_b))
         if x is not None and y is not None:
             if len(x) != len(y): raise DataError(f'{task}: {len(x)} draws of patients of one model, {len(y)} of the other', fix='Run both with the same n_boot and seed.')
-            row['low_patients'], row['high_patients'] = np.nanquantile(np.subtract(x, y), tails)
+            gap = np.subtract(x, y)
+            row['low_patients'], row['high_patients'] = np.nanquantile(gap, tails) if np.ptp(gap) > 1e-9 else (np.nan, np.nan)
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -118,7 +119,7 @@ def plot_tasks(
         y = np.arange(len(models))
         ax.barh(y, mine.value, color=[PALETTE[i % len(PALETTE)] for i in y], height=.7)
         error = np.abs(np.stack([mine.value - mine.low, mine.high - mine.value]))
-        ax.errorbar(mine.value, y, xerr=np.nan_to_num(error), fmt='none', ecolor='black', elinewidth=.8, capsize=1.5)
+        ax.errorbar(mine.value, y, xerr=error, fmt='none', ecolor='black', elinewidth=.8, capsize=1.5)
         ax.set_title('\n'.join(textwrap.wrap(task.replace('_', ' ').removesuffix(' 100'), 18)), fontsize=6)
         ax.set_yticks(y, models, fontsize=6)
         ax.tick_params(axis='x', labelsize=6); ax.locator_params(axis='x', nbins=4)

@@ -16,7 +16,7 @@ from ..core.errors import DataError, unknown_name
 from ..data.datasets import BreastTextConfig, report_texts
 from ..data.prepared import Prepared
 from ..data.reports import normalise_section
-from .bootstrap import BLOCK, Estimate, interval, patient_counts
+from .bootstrap import BLOCK, Estimate, settled, patient_counts
 from .embeddings import Embeddings, embed
 from .export import embed_texts, refuse_other_model
 from .retrieval import retrieval_ranks
@@ -81,10 +81,10 @@ def recall_table(
     chance = [*(chance_recall(n_candidates, matches, k).mean() for k in ks), ((n_candidates + 1) / (np.asarray(matches, float) + 1)).mean()]
     draws, rows = _draws(values, codes, len(names), n_boot, seed), []
     for j, metric in enumerate([*(f'recall@{k}' for k in ks), 'mean_rank']):
-        value, several = float(values[:, j].mean()), len(names) > 1
-        low, high = interval(value, draws[j], level) if several else (np.nan, np.nan)
-        note, better = '' if several else 'one patient: no interval', high < chance[j] if metric == 'mean_rank' else low > chance[j]
-        e = Estimate(value, low, high, level, unit, len(ranks), None, len(names), n_boot, note=note)
+        value, limits = float(values[:, j].mean()), (1, n_candidates) if metric == 'mean_rank' else (0, 1)
+        low, high, how, note = settled(value, draws[j], level, len(names), limits=limits)
+        better = high < chance[j] if metric == 'mean_rank' else low > chance[j]
+        e = Estimate(value, low, high, level, unit, len(ranks), None, len(names), n_boot, how or 'percentile', note=note)
         extra = {'chance': float(chance[j]), 'candidates': n_candidates, 'better_than_chance': bool(better)}
         rows.append({'metric': metric, **e.row(), **extra})
     return pd.DataFrame(rows).drop(columns=['n_positive', 'n_dropped'])
@@ -105,7 +105,8 @@ class RetrievalResult:
 
     def wide(self) -> pd.DataFrame: # a row a direction and kind of number, a column a metric
         "Lay the table out for reading."
-        number = {'model': lambda r: f'{r.value:.3g} ({r.low:.3g} to {r.high:.3g})', 'chance': lambda r: f'{r.chance:.3g}'}
+        ends = lambda r: f' ({r.low:.3g} to {r.high:.3g})' if np.isfinite(r.low) else ''
+        number = {'model': lambda r: f'{r.value:.3g}{ends(r)}', 'chance': lambda r: f'{r.chance:.3g}'}
         groups = self.table.groupby('task', sort=False)
         rows = {(task, kind): {r.metric: number[kind](r) for r in g.itertuples()} for task, g in groups for kind in number}
         return pd.DataFrame.from_dict(rows, orient='index')

@@ -15,7 +15,7 @@ import torch
 
 from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
-from .bootstrap import BLOCK, Estimate, interval, patient_counts
+from .bootstrap import BLOCK, Estimate, settled, patient_counts
 from .rank import ratio
 from ..losses.segmentation import check_masks
 from ..methods.base import evaluating, require
@@ -141,18 +141,19 @@ def segmentation_table(found, # PixelCounts
     draws = np.concatenate(parts, 2) if parts else np.zeros((*value.shape[:2], 0))
     n = [*sums[4].sum(1).astype(int), int((found.counts[:, :, [0, 2]].sum(2) > 0).any(1).sum())]
     value, draws = (np.concatenate([x, _mean_of(x)[:, None]], 1) for x in (value, draws))
-    facts = dict(level=level, n=len(found.images), n_clusters=p, n_boot=n_boot)
-    return pd.DataFrame([dict(task=task, metric=m, **_estimate(value[i, k, 0], draws[i, k], n[k], facts).row())
+    facts, showing = dict(level=level, n=len(found.images), n_clusters=p, n_boot=n_boot), (sums[4] > 0).sum(1)
+    people = [*showing, min(showing[showing > 0])] # patients who show a class; for the mean those of the rarest
+    return pd.DataFrame([dict(task=task, metric=m, **_estimate(value[i, k, 0], draws[i, k], n[k], facts, people[k]).row())
                          for k, task in enumerate([*found.labels, 'mean']) for i, m in enumerate(METRICS)])
 
 
-def _estimate(value, draws, positive, facts):
-    "One number with its interval."
+def _estimate(value, draws, positive, facts, people):
+    "One number with its interval; `people` show the class."
     if np.isnan(value): return Estimate(np.nan, np.nan, np.nan, n_positive=positive, **facts, note='no positive pixel')
-    failed, alone = int(np.isnan(draws).sum()), facts['n_clusters'] < 2
-    low, high = (np.nan, np.nan) if alone else interval(value, draws, facts['level'])
-    notes = [f'{failed} of {len(draws)} resamples had no positive pixel'] * (failed > 0) + ['one patient: no interval'] * alone
-    return Estimate(float(value), low, high, n_positive=positive, n_failed=failed, note='; '.join(notes), **facts)
+    failed = int(np.isnan(draws).sum())
+    low, high, how, note = settled(float(value), draws, facts['level'], facts['n_clusters'], int(people))
+    notes = [f'{failed} of {len(draws)} resamples had no positive pixel'] * (failed > 0) + [note] * (note != '')
+    return Estimate(float(value), low, high, n_positive=positive, n_failed=failed, note='; '.join(notes), method=how or 'percentile', **facts)
 
 # %% ../../nbs/540_evaluate.segmentation.ipynb #f36d1dae
 @dataclass(repr=False)

@@ -96,7 +96,7 @@ def choose(
     candidates: dict,   # name -> Scored on validation rows
     metric='auroc',     # name or Metric
 ) -> Choice:
-    """Choose the candidate with the best validation value.
+    """Choose the candidate with the best validation value; of equal ones the first named.
 
     Raises: LeakError when any candidate is scored on other data; NotComputable when none has a value."""
     m = metric_of(metric)

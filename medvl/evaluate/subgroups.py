@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import unknown_name
-from .bootstrap import estimates, interval, resample
+from .bootstrap import estimates, settled, resample
 from .metrics import Evaluator, metric_of
 from .scored import Scored
 
@@ -53,7 +53,8 @@ def _differences(scored, masks, metric, n_boot, level, seed):
     out = {}
     for i, g in enumerate(masks):
         d = values[2 * i] - values[2 * i + 1]
-        out[g] = (d, *interval(d, draws[2 * i] - draws[2 * i + 1], level))
+        people, behind = (min(f(e) for e in evs[2 * i:2 * i + 2]) for f in (lambda e: e.n_stated_groups, lambda e: e.patients_behind(0)))
+        out[g] = (d, *settled(d, draws[2 * i] - draws[2 * i + 1], level, people, behind, (-1, 1))[:2])
     return out
 
 # %% ../../nbs/502_evaluate.subgroups.ipynb #f3b3d26d

@@ -47,6 +47,7 @@ def run_command(
     plan: Annotated[bool, typer.Option('--plan', help='Train nothing: state memory, time and disk of the run (experiments that pre-train).')] = False,
 ):
     "Run an experiment notebook. Exit: 0 done, 1 failed, 2 refused, 124 time limit, 130 interrupted, 137 killed, 143 terminated."
+    from medvl.core.paths import read_jsonl
     from medvl.run.parameters import RefusedError
     from medvl.run.runner import RunFailedError, experiments, run_experiment
     if experiment is None and resume is None:
@@ -62,6 +63,8 @@ def run_command(
         import pandas as pd
         table = pd.read_csv(run.folder/'tables'/'plan.csv')
         _print(table.assign(value=[f'{v:,.4g}' if v < 100 else f'{v:,.0f}' for v in table.value]))
+    for event in read_jsonl(run.folder/'journal.jsonl'):
+        if event['event'] == 'note' and event.get('attempt') == run.info['attempt']: typer.echo(f'note: {event["text"]}')
     typer.echo(f'done: {run.folder}' + (f'\nreport: {run.folder/"report.html"}' if report else ''))
 
 # %% ../../nbs/720_run.cli.ipynb #d66edede

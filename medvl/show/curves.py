@@ -138,6 +138,7 @@ def _band(y, score, groups, n_boot, seed, points, grid, decreasing):
         a, b = points(y, score, w)
         rows.append(np.interp(grid, a, b) if not decreasing else _step_at(grid, a, b))
         areas.append(np.trapezoid(b, a) if not decreasing else np.sum(np.diff(np.append(0, a)) * b))
+    if len(areas) < 2 or groups.max() < 1 or np.ptp(areas) <= 1e-9: return *np.full((2, len(grid)), np.nan), np.zeros(0) # one patient, or all resamples agree
     return *np.percentile(rows, [2.5, 97.5], axis=0), np.array(areas)
 
 
@@ -150,9 +151,9 @@ def _as_models(scores): return scores if isinstance(scores, dict) else {'': scor
 
 
 def _area_text(name, area, areas, symbol):
-    "Legend: name, area, interval."
-    low, high = np.percentile(areas, [2.5, 97.5])
-    return f'{name + ": " if name else ""}{symbol} {area:.2f} ({low:.2f} to {high:.2f})'
+    "Legend: name, area, and the interval where there is one."
+    ends = f' ({np.percentile(areas, 2.5):.2f} to {np.percentile(areas, 97.5):.2f})' if len(areas) else ', no interval'
+    return f'{name + ": " if name else ""}{symbol} {area:.2f}{ends}'
 
 # %% ../../nbs/012_show.curves.ipynb #15e3edd6
 def plot_roc(

@@ -123,10 +123,11 @@ class Picture:
 
 
 def picture(
-    fig, # matplotlib figure; it is closed
+    fig, # matplotlib figure, which is closed; None where none could be drawn
     limit:int=100_000, # bytes
-) -> Picture: # for the last line of a cell
+) -> Picture|None: # for the last line of a cell
     "Render a figure small, for a notebook's stored output."
+    if fig is None: return None
     data = png(fig, limit)
     plt.close(fig)
     return Picture(data)
