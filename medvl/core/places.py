@@ -9,7 +9,6 @@ __all__ = ['absolute', 'runs_named', 'place', 'prepared_part']
 import os
 from pathlib import Path
 
-from .errors import unknown_name
 from .paths import outputs_path
 from .run import is_run, run_folders
 

@@ -237,7 +237,11 @@ class RunBusy(RuntimeError):
 _held = {} # (device, inode) of lock files -> process that holds them: the system's locks do not keep a process from itself
 
 
-def _mine(handle): return (os.fstat(handle.fileno()).st_dev, os.fstat(handle.fileno()).st_ino)
+def _inode(file):
+    "Name a file apart from its path; None where there is none."
+    try: found = os.stat(file)
+    except OSError: return None
+    return found.st_dev, found.st_ino
 
 
 class FolderLock:
@@ -248,21 +252,26 @@ class FolderLock:
         """Take the lock.
 
         Raises: RunBusy when it is held already."""
-        path = Path(folder)/'.lock'
-        text = f'{path.parent.name} is in use by another process. Wait for it, or stop it first.'
-        self.key = (path.stat().st_dev, path.stat().st_ino) if path.exists() else None
-        if _held.get(self.key) == os.getpid(): raise RunBusy(text) # asked first: closing a second handle would give up the first one's lock
-        self.handle = open(path, 'a')
-        try: _record_lock(self.handle)
-        except (BlockingIOError, PermissionError):
+        self.path = Path(folder)/'.lock'
+        while True: # a file that was removed before we had its lock is no lock
+            if _held.get(_inode(self.path)) == os.getpid(): self._refuse() # asked first: closing a second handle would give up the first one's lock
+            self.handle = open(self.path, 'a')
+            try: _record_lock(self.handle)
+            except (BlockingIOError, PermissionError):
+                self.handle.close()
+                self._refuse()
+            self.key = _inode(self.handle.fileno())
+            if self.key == _inode(self.path): break
             self.handle.close()
-            raise RunBusy(text) from None
-        self.key = _mine(self.handle)
         _held[self.key] = os.getpid()
 
+    def _refuse(self): raise RunBusy(f'{self.path.parent.name} is in use by another process. Wait for it, or stop it first.') from None
+
     def release(self):
-        "Let go; a second call does nothing."
-        if _held.get(self.key) == os.getpid(): del _held[self.key]
+        "Remove the file and let go; a second call, or one in a child that was forked, does nothing."
+        if _held.get(self.key) != os.getpid(): return
+        del _held[self.key]
+        with contextlib.suppress(OSError): self.path.unlink()
         self.handle.close()
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 
 from ..core.config import config_dict
 from ..core.errors import DataError, unknown_name
+from ..core.orphans import end_with_pool
 from ..core.paths import atomic_path, read_json, write_json
 from .chest_anatomy import ChestConfig
 from .chest_phantom import chest_exam
@@ -133,6 +134,7 @@ def export_item(
     extra:dict, # further arguments of the item's writer
 ) -> dict: # row
     "Write one examination in the format of a release, and measure its prepared pixels."
+    end_with_pool()
     exam = chest_exam(seed, i, config)
     row = EXPORTS[name][0](root, exam, seed, i, **extra)
     pixels = preprocess(exam.pixels, PROFILES.get(name, 'lovt_equalised_v1'), (224, 224)).pixels/255

@@ -22,6 +22,7 @@ from scipy.stats import norm, rankdata
 
 from ..core.config import config_dict
 from ..core.errors import DataError
+from ..core.orphans import end_with_pool
 from ..core.paths import atomic_path, read_json, write_json
 from ..core.progress import progress as progress_bar
 from ..core.seed import numpy_rng
@@ -192,6 +193,7 @@ def write_block(
     make, # callable: number of an exam -> tables, files
 ) -> int: # exams written
     "Write the files of one block of exams, and its record last."
+    end_with_pool()
     record = {'exams': [], 'index': [], 'boxes': [], 'sentences': [], 'bytes': {}}
     for i in range(block*BLOCK, min(stop, (block + 1)*BLOCK)):
         tables, files = make(i)

@@ -17,6 +17,7 @@ import numpy as np
 from joblib import Parallel, cpu_count, delayed, parallel_config
 
 from ..core.errors import DataError
+from ..core.orphans import end_with_pool
 from ..core.paths import sha256_file
 from .burned_in import burned_in_text
 from .decode import isolated
@@ -155,12 +156,14 @@ def _work_alone(jobs):
 
 
 def _quiet_work(job):
+    end_with_pool() # a worker ends with the process that started it, however that went
     cv2.setNumThreads(1) # one process a core already
     return work(job)
 
 
 def _safe_work(job):
     "Do one job in a quarantine worker of this process, which is replaced when it dies."
+    end_with_pool()
     if os.name != 'posix': return _quiet_work(job)
     try: return isolated(work, job, limits=job.limits)
     except DataError as e: return Answer(job.number, 'decode', f'{e.message} {e.fix or ""}'.strip())
