@@ -97,7 +97,7 @@ def notebook_parameters(
     return list(found.values())
 
 # %% ../../nbs/700_run.parameters.ipynb #d9f647b4
-PLACES = ('Path', 'Data', 'Source') # types of text that says where something lies, see below
+PLACES = ('File', 'Path', 'Data', 'Source') # types of text that says where something lies, see below
 _TRUE, _FALSE, _NONE = {'true', 'yes', 'on', '1'}, {'false', 'no', 'off', '0'}, {'none', 'null', '~', ''}
 
 
@@ -226,7 +226,7 @@ FILES = ('image_encoder', 'text_encoder', 'image_weights', 'tokenizer') # fields
 
 def _place(kind, text, outputs, say):
     "One text of a kind of PLACES, absolute."
-    if kind == 'Path': return absolute(text) if text else text
+    if kind in ('File', 'Path'): return absolute(text) if text else text
     found = place(text, outputs, say)
     return prepared_part(found) if kind == 'Data' and found else found
 
