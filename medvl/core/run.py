@@ -269,8 +269,9 @@ class FolderLock:
 
     def release(self):
         "Remove the file and let go; a second call, or one in a child that was forked, does nothing."
-        if _held.get(self.key) != os.getpid(): return
+        if self.key is None or _held.get(self.key) != os.getpid(): return
         del _held[self.key]
+        self.key = None # the next lock's file may get the same inode
         with contextlib.suppress(OSError): self.path.unlink()
         self.handle.close()
 

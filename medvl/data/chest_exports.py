@@ -20,7 +20,7 @@ import pandas as pd
 
 from ..core.config import config_dict
 from ..core.errors import DataError, unknown_name
-from ..core.orphans import end_with_pool
+from ..core.orphans import pool_options
 from ..core.paths import atomic_path, read_json, write_json
 from .chest_anatomy import ChestConfig
 from .chest_phantom import chest_exam
@@ -134,7 +134,6 @@ def export_item(
     extra:dict, # further arguments of the item's writer
 ) -> dict: # row
     "Write one examination in the format of a release, and measure its prepared pixels."
-    end_with_pool()
     exam = chest_exam(seed, i, config)
     row = EXPORTS[name][0](root, exam, seed, i, **extra)
     pixels = preprocess(exam.pixels, PROFILES.get(name, 'lovt_equalised_v1'), (224, 224)).pixels/255
@@ -190,7 +189,7 @@ def export_chest_phantom(
         root.mkdir(parents=True)
         item = partial(export_item, name=name, root=root, seed=int(seed), config=config)
         dev = lambda i: {'part': 'dev' if i >= n - n//5 else 'train'} if name == 'object_cxr' else {}
-        rows = split_rows(joblib.Parallel(n_jobs=jobs)(joblib.delayed(item)(i, extra=dev(i)) for i in range(n)), name, seed)
+        rows = split_rows(joblib.Parallel(n_jobs=jobs, **pool_options())(joblib.delayed(item)(i, extra=dev(i)) for i in range(n)), name, seed)
         if tables: tables(root, rows)
         if name in LOVT_SETS: lovt_tables(temporary/'tables', name, listed(rows, name))
         pd.DataFrame([{k: r[k] for k in ('id', 'index', 'image_id', 'split')} for r in rows]).to_csv(temporary/'phantom.csv', index=False)

@@ -147,7 +147,7 @@ def _work_alone(jobs):
     from joblib.externals.loky.process_executor import BrokenProcessPool
     executor = None
     for job in jobs:
-        executor = executor or ProcessPoolExecutor(max_workers=1)
+        executor = executor or ProcessPoolExecutor(max_workers=1, initializer=end_with_pool)
         try: yield executor.submit(_quiet_work, job).result()
         except BrokenProcessPool:
             yield Answer(job.number, 'decode', f'the decoder crashed, or took longer than {job.limits.seconds:g} s.')
@@ -228,4 +228,4 @@ def _backend(backend, n_jobs):
             raise ValueError('backend="dask" needs an open client: `from distributed import Client; client = Client(address)`; '
                              'the extra medvl[cluster] installs it.') from e
         return parallel_config(backend='dask', wait_for_workers_timeout=60)
-    return parallel_config(backend=backend, n_jobs=n_jobs, **(dict(inner_max_num_threads=1) if backend == 'loky' else {}))
+    return parallel_config(backend=backend, n_jobs=n_jobs, **(dict(inner_max_num_threads=1, initializer=end_with_pool) if backend == 'loky' else {}))
