@@ -98,6 +98,10 @@ def test_a_run_of_prepare_stands_for_its_data(tmp_path):
     (run.folder/'phantom'/'dataset.json').touch()
     assert placed(Parameter('data', 'Data', ''), run.folder.name, tmp_path) == str((run.folder/'phantom').resolve())
     assert placed(Parameter('model', 'Source', ''), run.folder.name, tmp_path) == str(run.folder.resolve())
+    (tmp_path/'elsewhere').mkdir()
+    (tmp_path/'elsewhere'/'dataset.json').touch()
+    other = Run.create('prepare', {'out': str(tmp_path/'elsewhere')}, tmp_path)
+    assert placed(Parameter('data', 'Data', ''), other.folder.name, tmp_path) == str(tmp_path/'elsewhere')
 
 
 def test_other_journals_are_no_runs_and_odd_ones_do_not_end_the_list(tmp_path):

@@ -9,7 +9,7 @@ __all__ = ['absolute', 'runs_named', 'place', 'prepared_part']
 import os
 from pathlib import Path
 
-from .paths import outputs_path
+from .paths import outputs_path, read_json
 from .run import is_run, run_folders
 
 # %% ../../nbs/008a_core.places.ipynb #f5509abb
@@ -54,5 +54,8 @@ def prepared_part(
     folder:str, # any folder
 ) -> str: # the folder, or the one prepared folder inside where it is a run's
     "Step from the run that prepared data into the data."
-    inside = sorted(Path(folder).glob('*/dataset.json')) if is_run(folder) else []
-    return str(inside[0].parent) if len(inside) == 1 else folder
+    if not is_run(folder) or (Path(folder)/'dataset.json').exists(): return folder
+    params = Path(folder)/'params.json'
+    out = read_json(params).get('out') if params.exists() else None # where it was told to put them
+    found = [*Path(folder).glob('*/dataset.json'), *([Path(out)/'dataset.json'] if out and (Path(out)/'dataset.json').exists() else [])]
+    return str(found[0].parent) if len(found) == 1 else folder
