@@ -57,5 +57,6 @@ def prepared_part(
     if not is_run(folder) or (Path(folder)/'dataset.json').exists(): return folder
     params = Path(folder)/'params.json'
     out = read_json(params).get('out') if params.exists() else None # where it was told to put them
-    found = [*Path(folder).glob('*/dataset.json'), *([Path(out)/'dataset.json'] if out and (Path(out)/'dataset.json').exists() else [])]
-    return str(found[0].parent) if len(found) == 1 else folder
+    places = [p for p in (*Path(folder).glob('*'), *filter(None, [out and Path(out)]))]
+    found = {str(p.resolve()) for place in places for p in (place, place/'prepared') if (p/'dataset.json').exists()} # a phantom has its source beside
+    return found.pop() if len(found) == 1 else folder
