@@ -42,7 +42,8 @@ def _versions():
 
 # %% ../../nbs/005_core.provenance.ipynb #91b2c625
 def _hardware():
-    info = {'machine': platform.machine(), 'system': platform.system(), 'cpus': os.cpu_count(), 'omp_threads': os.environ.get('OMP_NUM_THREADS')}
+    info = {'machine': platform.machine(), 'system': platform.system(), 'cpus': os.cpu_count(), 'cpus_usable': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+            'omp_threads': os.environ.get('OMP_NUM_THREADS')}
     if 'torch' in sys.modules:
         torch = sys.modules['torch']
         info.update(torch_threads=torch.get_num_threads(), cuda=torch.version.cuda,

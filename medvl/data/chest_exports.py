@@ -20,6 +20,7 @@ import pandas as pd
 
 from ..core.config import config_dict
 from ..core.errors import DataError, unknown_name
+from ..core.orphans import pool_options
 from ..core.paths import atomic_path, read_json, write_json
 from .chest_anatomy import ChestConfig
 from .chest_phantom import chest_exam
@@ -188,7 +189,7 @@ def export_chest_phantom(
         root.mkdir(parents=True)
         item = partial(export_item, name=name, root=root, seed=int(seed), config=config)
         dev = lambda i: {'part': 'dev' if i >= n - n//5 else 'train'} if name == 'object_cxr' else {}
-        rows = split_rows(joblib.Parallel(n_jobs=jobs)(joblib.delayed(item)(i, extra=dev(i)) for i in range(n)), name, seed)
+        rows = split_rows(joblib.Parallel(n_jobs=jobs, **pool_options())(joblib.delayed(item)(i, extra=dev(i)) for i in range(n)), name, seed)
         if tables: tables(root, rows)
         if name in LOVT_SETS: lovt_tables(temporary/'tables', name, listed(rows, name))
         pd.DataFrame([{k: r[k] for k in ('id', 'index', 'image_id', 'split')} for r in rows]).to_csv(temporary/'phantom.csv', index=False)

@@ -24,6 +24,7 @@ from dataclasses import fields, is_dataclass
 import numpy as np
 
 from ..core.errors import DataError
+from ..core.orphans import end_with_parent
 from .header import Limits
 from .image import read_image
 
@@ -148,6 +149,7 @@ def answer_to(
 # %% ../../nbs/101a_data.decode.ipynb #fa7d0275
 def serve() -> None:
     """Answer requests from standard input until it closes."""
+    end_with_parent() # in the middle of a file too
     source, sink = os.dup(0), os.dup(1)
     os.dup2(2, 1)
     if resource: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -22,6 +22,7 @@ from scipy.stats import norm, rankdata
 
 from ..core.config import config_dict
 from ..core.errors import DataError
+from ..core.orphans import pool_options
 from ..core.paths import atomic_path, read_json, write_json
 from ..core.progress import progress as progress_bar
 from ..core.seed import numpy_rng
@@ -268,7 +269,7 @@ def write_blocks(
     todo = [b for b in range(-(-n_exams//BLOCK)) if not block_done(folder, b, n_exams)]
     tasks = (joblib.delayed(write_block)(folder, b, n_exams, make) for b in todo)
     total = sum(min(BLOCK, n_exams - b*BLOCK) for b in todo)
-    follow(joblib.Parallel(n_jobs=jobs, return_as='generator_unordered')(tasks), total, progress)
+    follow(joblib.Parallel(n_jobs=jobs, return_as='generator_unordered', **pool_options())(tasks), total, progress)
     write_tables(folder, n_exams)
     write_json(folder/'phantom.json', {**settings, 'n_exams': int(n_exams), 'complete': True})
     return folder

@@ -326,7 +326,9 @@ def prepare(
     if mask_bits: settings['mask_bits'] = list(mask_bits) # absent otherwise: older preparations stay valid
     if accept: settings['accept'] = list(check_accept(accept))
     plan = make_plan(records, Path(source_root), boxes, sentences, profile, size, dtype, settings, report)
-    if overwrite and folder.exists(): shutil.rmtree(folder)
+    if overwrite and folder.exists():
+        if any(folder.iterdir()) and not (folder/'plan.json').exists(): raise DataError('the folder holds something else, which is not overwritten.', file=str(folder), fix='Choose an empty folder.')
+        shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if not (folder/'plan.json').exists():

@@ -17,6 +17,7 @@ import numpy as np
 from joblib import Parallel, cpu_count, delayed, parallel_config
 
 from ..core.errors import DataError
+from ..core.orphans import end_with_pool
 from ..core.paths import sha256_file
 from .burned_in import burned_in_text
 from .decode import isolated
@@ -149,7 +150,7 @@ def _work_alone(jobs):
     from joblib.externals.loky.process_executor import BrokenProcessPool
     executor = None
     for job in jobs:
-        executor = executor or ProcessPoolExecutor(max_workers=1)
+        executor = executor or ProcessPoolExecutor(max_workers=1, initializer=end_with_pool)
         try: yield executor.submit(_quiet_work, job).result()
         except BrokenProcessPool:
             yield Answer(job.number, 'decode', f'the decoder crashed, or took longer than {job.limits.seconds:g} s.')
@@ -158,12 +159,14 @@ def _work_alone(jobs):
 
 
 def _quiet_work(job):
+    end_with_pool() # a worker ends with the process that started it, however that went
     cv2.setNumThreads(1) # one process a core already
     return work(job)
 
 
 def _safe_work(job):
     "Do one job in a quarantine worker of this process, which is replaced when it dies."
+    end_with_pool()
     if os.name != 'posix': return _quiet_work(job)
     try: return isolated(work, job, limits=job.limits)
     except DataError as e: return Answer(job.number, 'decode', f'{e.message} {e.fix or ""}'.strip())
@@ -228,4 +231,4 @@ def _backend(backend, n_jobs):
             raise ValueError('backend="dask" needs an open client: `from distributed import Client; client = Client(address)`; '
                              'the extra medvl[cluster] installs it.') from e
         return parallel_config(backend='dask', wait_for_workers_timeout=60)
-    return parallel_config(backend=backend, n_jobs=n_jobs, **(dict(inner_max_num_threads=1) if backend == 'loky' else {}))
+    return parallel_config(backend=backend, n_jobs=n_jobs, **(dict(inner_max_num_threads=1, initializer=end_with_pool) if backend == 'loky' else {}))

@@ -63,6 +63,8 @@ class Method(nn.Module):
     gathered = ()  # features that the losses need from all processes
     gathered_batch = ('text_group',)  # batch entries that the losses need from all processes
     chunkable = False  # may GradCache split `encode`?
+    least_batch = 1  # samples that `losses` needs at once (of all processes, where it gathers): fewer have nothing to be compared with
+    advised_batch = 1  # samples below which training is not what the recipe means, although a loss can be computed
 
     def __init__(self,
                  config=None, # an instance of `config_class`; None takes its defaults

@@ -39,6 +39,7 @@ class BYOLConfig:
 class BYOL(ImageMethod):
     "Bootstrap your own latent. Source: Grill et al., NeurIPS 2020, section 3."
     name, config_class, gathered, gathered_batch = 'byol', BYOLConfig, ('prediction', 'target', 'probe'), ('labels',)
+    advised_batch = 2 # no sample is compared with another, but BatchNorm over one image is no guard against a collapse
 
     def __init__(self, config=None, image_encoder=None):
         super().__init__(config, image_encoder)

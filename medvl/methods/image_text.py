@@ -52,6 +52,7 @@ TEXT_OVER = ('sentences', 'tokens')
 class _Parts(_Words):
     "Hold both encoders, their pools, projections and the tokenizer."
     gathered = ('image', 'text')
+    least_batch = 2 # an image is told from others
 
     def __init__(self,
                  config=None, # with the fields of `LoVTConfig`, `CLIPConfig` or `ConVIRTConfig`

@@ -147,6 +147,8 @@ class _Terms(_Places):
 class LoVT(_Terms):
     "LoVT. Source: Müller et al., ECCV 2022."
     name, chunkable = 'lovt', True
+    least_batch = property(lambda self: 2 if self.config.i2t_weight or self.config.t2i_weight else 1) # the local losses compare inside a sample
+    advised_batch = 2
 
     def encode(self, batch): # images (b,1,1,h,w); tokens with sentence numbers
         "Give image and text (b,d), and the local vectors, their counterparts, weights and mask."

@@ -201,6 +201,7 @@ class _Capabilities(_Features):
 class MammoCLIP(_Capabilities):
     "Mammo-CLIP, image-text. Source: Ghosh et al., MICCAI 2024."
     name, gathered, chunkable = 'mammoclip', ('image', 'text'), True
+    least_batch = 2 # a breast is told from others
 
     def encode(self, batch): # images (b,v,1,h,w); tokens (b,t,L)
         "Give `image` (b,v,d) and `text` (b,t,d), unit vectors in float32."

@@ -111,6 +111,7 @@ def unit_places(
 class PixelPro(_Parts):
     "Propagate yourself: pixel-level consistency. Source: Xie et al., CVPR 2021."
     name, gathered, gathered_batch = 'pixelpro', ('student_cells', 'teacher_cells', 'places', 'prediction', 'target', 'probe'), ('labels',)
+    advised_batch = 2 # cells are compared inside an image, but BatchNorm over one image is not the recipe's
 
     def encode(self, batch): # augmented: 2 × (b,1,1,h,w); transforms: 2 × (b,1,3,3)
         "Give `student_cells` and `teacher_cells` (b,2,d,h',w'), `places` (b,2,3,3)."

@@ -38,6 +38,7 @@ class SimCLRConfig:
 class SimCLR(ImageMethod):
     "Contrastive learning of image representations. Source: Chen et al., ICML 2020, section 2."
     name, config_class, gathered, gathered_batch = 'simclr', SimCLRConfig, ('z', 'probe'), ('labels',)
+    least_batch = 2 # an image is told from others
 
     def __init__(self, config=None, image_encoder=None):
         super().__init__(config, image_encoder)

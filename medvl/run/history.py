@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.paths import outputs_path, read_json
-from ..core.run import Run, run_info
+from ..core.run import Run, run_folders, run_info
 from .runner import find_run
 
 # %% ../../nbs/712_run.history.ipynb #cdbbfbe4
@@ -24,12 +24,14 @@ def _entry(folder, root):
     "One row of the list; a folder whose files are damaged is listed as such."
     try:
         info, found = run_info(folder), _provenance(folder)
-        metrics = Run(folder, {}).metrics
-    except ValueError as e: return dict(run=str(folder.relative_to(root)), state='damaged', reason=str(e))
+        metrics = {k: m['value'] for k, m in Run(folder, {}).metrics.items()}
+        found.get('commit')
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+        return dict(run=str(folder.relative_to(root)), state='damaged', reason=str(e) if isinstance(e, (ValueError, OSError)) else f'its files hold something else ({e!r})')
     commit = (found.get('commit') or '')[:8] + ('+' if found.get('dirty') else '')
     return {'run': str(folder.relative_to(root)), 'experiment': info['name'], 'state': info['state'], 'started': (info['started'] or '')[:23].replace('T', ' '),
             'seconds': round(info['seconds'], 1), 'attempts': info['attempt'], 'commit': commit, 'reason': info['reason'],
-            **{k: m['value'] for k, m in metrics.items()}}
+            **metrics}
 
 
 def list_runs(
@@ -39,8 +41,9 @@ def list_runs(
 ) -> pd.DataFrame: # one row a run, the newest last: run, experiment, state, started, seconds, attempts, commit ('+': uncommitted changes), reason, metrics
     "List all runs, those of sweeps included."
     root = Path(outputs or outputs_path())
-    rows = [_entry(p.parent, root) for pattern in ('*/journal.jsonl', '*/*/journal.jsonl') for p in sorted(root.glob(pattern))]
-    table = pd.DataFrame(rows, columns=None if rows else ['run', 'experiment', 'state', 'started', 'seconds', 'attempts', 'commit', 'reason'])
+    rows = [_entry(folder, root) for folder in run_folders(root)]
+    first = ['run', 'experiment', 'state', 'started', 'seconds', 'attempts', 'commit', 'reason']
+    table = pd.DataFrame(rows, columns=list(dict.fromkeys([*first, *(k for row in rows for k in row)])))
     if experiment and len(table): table = table[table.experiment == experiment]
     if state and len(table): table = table[table.state == state]
     return table.sort_values('started', na_position='first', kind='stable').reset_index(drop=True).dropna(axis=1, how='all') if len(table) else table

@@ -16,8 +16,8 @@ import jinja2
 import mistune
 import pandas as pd
 
-from ..core.paths import atomic_path, read_json, read_jsonl
-from ..core.run import Run, run_info
+from ..core.paths import atomic_path, read_json
+from ..core.run import Run, run_events, run_info
 from .parameters import RefusedError, notebook_parameters
 
 # %% ../../nbs/702_run.report.ipynb #38f69a29
@@ -175,7 +175,7 @@ INTENDED_USE = 'Research software. Not a medical device: nothing on this page is
 
 # %% ../../nbs/702_run.report.ipynb #6c595014
 _TOP = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{{ info.name }}: {{ info.state }}</title><style>{{ style }}</style></head><body><main>
+<title>{{ info.name }}: {{ info.state }}</title><style>{{ style | safe }}</style></head><body><main>
 <h1>{{ info.name }}</h1>
 <p class="soft"><span class="state {{ info.state }}">{{ info.state }}</span> &nbsp; {{ folder }} &middot; attempt {{ info.attempt }} &middot; {{ duration }}
 {%- if info.started %} &middot; started {{ info.started[:19] | replace("T", " ") }} UTC{% endif %}</p>
@@ -222,7 +222,7 @@ def write_report(
 
     Raises: FileNotFoundError when it is no run folder."""
     folder = Path(folder)
-    info, events = run_info(folder), read_jsonl(folder/'journal.jsonl')
+    info, events = run_info(folder), run_events(folder)
     found = read_json(folder/'provenance.json') if (folder/'provenance.json').exists() else {}
     params = read_json(folder/'params.json') if (folder/'params.json').exists() else {}
     parts = dict(info=info, folder=folder.name, duration=_duration(info['seconds']), style=_STYLE, use=INTENDED_USE, log=_tail(folder/'run.log'),

@@ -9,6 +9,7 @@ __all__ = ['split_values', 'parse_grid', 'plan_sweep', 'run_planned', 'launch', 
 import itertools
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -21,9 +22,12 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import DataError
-from ..core.paths import atomic_path, digest, find_repo, outputs_path, read_json, sha256_file, write_json
+from ..core.orphans import end_with_parent
+from ..core.paths import atomic_path, digest, outputs_path, read_json, sha256_file, write_json
+from ..core.places import absolute
 from ..core.progress import progress
 from ..core.run import Run, run_info
+from ..core.words import Word
 from .parameters import RefusedError, check_parameters
 from .runner import RunFailedError, experiment_name, find_experiment, run_experiment
 
@@ -31,15 +35,24 @@ from .runner import RunFailedError, experiment_name, find_experiment, run_experi
 def split_values(
     text:str, # e.g. '1e-4,1e-5' or '[a,b],[c]'
 ) -> list: # texts
-    "Split at the commas that stand outside brackets and quotes."
+    """Split at the commas that stand outside brackets and quotes.
+
+    A bracket or quote counts where a value (or an item in it) begins, so that an apostrophe or a bracket in the middle of a path is a letter like others."""
     parts, depth, quote, start = [], 0, '', 0
     for k, c in enumerate(text):
+        begins = depth or not text[start:k].strip()
         if quote: quote = '' if c == quote else quote
-        elif c in '\'"': quote = c
-        elif c in '[({': depth += 1
-        elif c in '])}': depth -= 1
+        elif c in '\'"' and begins and c in text[k + 1:]: quote = c
+        elif c in '[({' and begins: depth += 1
+        elif c in '])}' and depth: depth -= 1
         elif c == ',' and depth == 0: parts.append(text[start:k]); start = k + 1
     return [p.strip() for p in (*parts, text[start:])]
+
+
+def _unquoted(text):
+    "A grid value in quotes is that text, commas and all."
+    match = re.fullmatch(r'(["\'])(.*)\1', text, re.S)
+    return match[2] if match and match[1] not in match[2] else Word(text)
 
 
 def parse_grid(
@@ -55,17 +68,17 @@ def parse_grid(
         if not equals or not name.strip().isidentifier() or not all(values):
             raise RefusedError(f'{text!r} is not of the form name=value,value.')
         if name.strip() in grid: raise RefusedError(f'The grid names {name.strip()} twice.')
-        grid[name.strip()] = values
+        grid[name.strip()] = [_unquoted(v) for v in values]
     return grid
 
 # %% ../../nbs/710_run.sweep.ipynb #936bc9ce
-def _points(notebook, grid, params):
+def _points(notebook, grid, params, outputs=None, say=None):
     """All parameter sets of a grid, typed and checked.
 
     Raises: RefusedError for a wrong name or type, or two equal points."""
     both = set(grid) & set(params)
     if both: raise RefusedError(f'{sorted(both)[0]} is in the grid and among the fixed parameters.')
-    points = [check_parameters(notebook, {**params, **dict(zip(grid, values))}) for values in itertools.product(*grid.values())]
+    points = [check_parameters(notebook, {**params, **dict(zip(grid, values))}, outputs, say) for values in itertools.product(*grid.values())]
     if len({digest(p) for p in points}) < len(points): raise RefusedError('The grid holds the same point twice.')
     return points
 
@@ -81,16 +94,18 @@ def plan_sweep(
 
     Raises: RefusedError before anything is written."""
     notebook = find_experiment(experiment)
-    points = _points(notebook, {k: v if isinstance(v, (list, tuple)) else [v] for k, v in grid.items()}, params or {})
+    told = {} # each remark once, however many points have it
+    points = _points(notebook, {k: v if isinstance(v, (list, tuple)) else [v] for k, v in grid.items()}, params or {}, outputs, lambda text: told.setdefault(text))
+    for text in told: print(f'medvl: {text}', file=sys.stderr)
     name, sha = experiment_name(notebook), sha256_file(notebook)
     key = digest([name, sha, points, time.time_ns() if fresh else 0])[:10]
-    folder = Path(outputs or outputs_path())/f'sweep-{name}-{key}'
+    folder = Path(absolute(outputs or outputs_path()))/f'sweep-{name.encode()[:150].decode(errors="ignore")}-{key}'
     if (folder/'sweep.json').exists(): return folder
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(notebook, folder/notebook.name)
     runs = [dict(index=k, folder=f'{k:04d}-{digest(p)[:8]}', params=p) for k, p in enumerate(points)]
     write_json(folder/'sweep.json', dict(experiment=name, notebook=notebook.name, notebook_sha256=sha, grid=list(grid),
-                                         cwd=str(find_repo(notebook.parent) or Path.cwd()), runs=runs))
+                                         cwd=os.getcwd(), runs=runs))
     return folder
 
 # %% ../../nbs/710_run.sweep.ipynb #d0e09b08
@@ -108,8 +123,9 @@ def run_planned(
     return run_experiment(folder/plan['notebook'], entry['params'], folder=target, timeout=timeout)
 
 
-def _main(folder, index, timeout):
-    "Entry of the process of one run."
+def _main(folder, index, timeout, parent):
+    "Entry of the process of one run; it ends with the sweep that started it."
+    end_with_parent(int(parent))
     try: run_planned(folder, int(index), float(timeout) or None)
     except RunFailedError as e: sys.exit(e.exit_code)
     except RefusedError as e:
@@ -122,13 +138,19 @@ def _state(target):
     return run_info(target)['state'] if (target/'journal.jsonl').exists() else 'planned'
 
 # %% ../../nbs/710_run.sweep.ipynb #2ee2d8ea
+def _home(folder):
+    "The folder in which the sweep was called for, or the present one where that is gone."
+    cwd = read_json(folder/'sweep.json')['cwd']
+    return cwd if Path(cwd).is_dir() else os.getcwd()
+
+
 def _start(folder, index, timeout, env):
     "Start the process of one run."
     code = 'import sys; from medvl.run.sweep import _main; _main(*sys.argv[1:])'
     (folder/'logs').mkdir(exist_ok=True)
     with open(folder/'logs'/f'{index:04d}.log', 'ab') as log:
-        return subprocess.Popen([sys.executable, '-c', code, str(folder), str(index), str(timeout or 0)], stdin=subprocess.DEVNULL, stdout=log,
-                                stderr=log, cwd=read_json(folder/'sweep.json')['cwd'], env={**os.environ, 'MEDVL_PROGRESS': '0', **(env or {})})
+        return subprocess.Popen([sys.executable, '-c', code, str(folder), str(index), str(timeout or 0), str(os.getpid())], stdin=subprocess.DEVNULL,
+                                stdout=log, stderr=log, cwd=_home(folder), env={**os.environ, 'MEDVL_PROGRESS': '0', **(env or {})})
 
 # %% ../../nbs/710_run.sweep.ipynb #2fca9f96
 def launch(
@@ -251,6 +273,7 @@ def run_sweep(
     backends = dict(local=_local, dask=_dask, slurm=_slurm)
     if backend not in backends: raise RefusedError(f'Backend {backend!r} is none of {", ".join(backends)}.')
     if jobs < 1: raise RefusedError(f'jobs must be at least 1, not {jobs}.')
+    if folder and not Path(folder).is_dir() and (Path(outputs or outputs_path())/folder).is_dir(): folder = Path(outputs or outputs_path())/folder # a sweep's name
     folder = Path(folder).resolve() if folder else plan_sweep(experiment, grid or {}, params, outputs, fresh).resolve()
     if not (folder/'sweep.json').exists(): raise RefusedError(f'{folder.name} is no sweep: it has no sweep.json.')
     how = dict(retries=retries, retry_failed=retry_failed, timeout=timeout, **(options or {}))

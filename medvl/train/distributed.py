@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..core.orphans import end_with_pool
 from .gradcache import Alone
 
 # %% ../../nbs/408_train.distributed.ipynb #02c50e87
@@ -140,7 +141,8 @@ def _free_port():
 
 
 def _worker(rank, function, args, world, port, queue):
-    "Run `function` as one process of a gloo group."
+    "Run `function` as one process of a gloo group; it ends with the process that started it."
+    end_with_pool()
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='yes')
     torch.set_num_threads(1)

@@ -9,6 +9,7 @@ __all__ = ['RunBatches', 'make_loader', 'data_digest']
 import torch
 from torch.utils.data import DataLoader
 
+from ..core.orphans import end_with_pool
 from ..core.paths import digest
 from ..data.batch import collate
 from ..data.sampler import EpochBatches
@@ -43,6 +44,9 @@ class RunBatches:
             step += steps
 
 # %% ../../nbs/416_train.feed.ipynb #095f75a0
+def _begin_worker(number): end_with_pool() # a loader process ends with the training that started it, however that went
+
+
 def make_loader(
     dataset, # map-style; takes (epoch, index)
     batches, # iterable of lists of (epoch, index)
@@ -50,7 +54,7 @@ def make_loader(
     pin:bool=False, # page-locked memory, for copies to a GPU
 ): # DataLoader
     "Load batches; errors name the sample."
-    return DataLoader(Guarded(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pin,
+    return DataLoader(Guarded(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=_begin_worker,
                       collate_fn=getattr(dataset, 'collate', collate), generator=torch.Generator().manual_seed(0))
 
 # %% ../../nbs/416_train.feed.ipynb #53f4c79f

@@ -12,8 +12,10 @@ from contextlib import ExitStack
 
 import torch
 
+from .. import __version__
 from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
+from ..core.run import FolderLock, RunBusy
 from ..data.batch import to_device
 from ..methods.base import evaluating, plain_state, save_pretrained
 from .checkpoint import (checkpoints, clear_leftovers, latest_checkpoint, optimizer_tensors, prune_checkpoints, restore_optimizer,
@@ -24,7 +26,7 @@ from .machine import Interruptions, arithmetic, compiled, training_mode
 from .result import Journal, TrainResult, history
 from .settings import TrainConfig, check_same_run, fingerprint
 from .step import Loop, one_step
-from .validation import validation_loss
+from .validation import check_blocks, validation_loss
 
 # %% ../../nbs/420_train.loop.ipynb #177cd34c
 def validated(loop):
@@ -74,7 +76,7 @@ def judge(loop, metrics):
 def _machine(loop):
     "Describe what the bits of a step depend on besides the run itself."
     name = torch.cuda.get_device_name(loop.device) if loop.device.type == 'cuda' else loop.device.type
-    return {'torch': torch.__version__, 'device': name, 'threads': torch.get_num_threads()}
+    return {'medvl': __version__, 'torch': torch.__version__, 'device': name, 'threads': torch.get_num_threads()}
 
 
 def save(loop):
@@ -94,9 +96,9 @@ def restore(loop, found):
     "Bring a fresh loop to where a checkpoint stands."
     folder, tensors, state = found
     check_same_run(state['run'], loop.identity)
-    if state['machine'] != _machine(loop):
-        warnings.warn(f'the checkpoint was made with {state["machine"]}, now it is {_machine(loop)}: '
-                      'results agree up to rounding, not to the bit', stacklevel=2)
+    now = _machine(loop)
+    changed = [f'{k} {v} (now {now[k]})' for k, v in state['machine'].items() if now.get(k) != v]
+    if changed: warnings.warn(f'the checkpoint was made with {", ".join(changed)}: results agree up to rounding, not to the bit', stacklevel=2)
     try: loop.method.load_state_dict(tensors['model'])
     except RuntimeError as e: raise DataError(f'the weights do not fit the method: {e}', file=folder) from e
     restore_optimizer(loop.optimizer, tensors.get('optimizer', {}))
@@ -108,11 +110,22 @@ def restore(loop, found):
     loop.batches.start = loop.step
 
 # %% ../../nbs/420_train.loop.ipynb #472bbb27
+def _own(loop):
+    "Take the folder for this training alone; all processes agree."
+    busy = False
+    if loop.first:
+        try: loop.lock = FolderLock(loop.folder)
+        except RunBusy: busy = True
+    if from_first(busy): raise DataError('another training is using this folder.', file=loop.folder, fix='Wait for it, stop it, or choose another folder.')
+
+
 def begin(loop, resume=True):
     "Find the run in its folder and go on, or start it; open the journal and the trackers."
     if loop.plateau and loop.valid is None and loop.validate is None: raise ValueError("schedule='plateau' needs validation: give valid=, or validate=")
+    if loop.valid is not None: check_blocks(loop.method, len(loop.valid), loop.config.valid_samples)
     root = loop.folder/'checkpoints'
     root.mkdir(parents=True, exist_ok=True)
+    _own(loop)
     loop.identity = fingerprint(loop.config, loop.method, data_digest(loop.dataset), data_digest(loop.valid), loop.exchange.world,
                                 loop.transform)
     if loop.first: clear_leftovers(root); clear_leftovers(loop.folder)
@@ -207,9 +220,14 @@ def train(
             if not loop.stopped: run_steps(loop)
         finally:
             if loop.journal: loop.journal.close()
+            if loop.lock: loop.lock.release()
             for tracker in loop.accelerator.trackers: tracker.finish()
     loop.accelerator.wait_for_everyone()
     method.zero_grad(set_to_none=True)
     method.eval()
-    return TrainResult(loop.folder, history(loop.folder/'metrics.jsonl'), loop.step, loop.total, loop.stopped, loop.config.monitor,
+    told = history(loop.folder/'metrics.jsonl')
+    if 'grad_norm' in told and told.grad_norm.notna().any() and (told.grad_norm.dropna() == 0).all():
+        raise DataError('the gradient of every step was exactly 0: nothing was learnt, the weights are those of the beginning.', file=loop.folder,
+                        fix='Look whether the samples of a batch differ (texts that are all alike are masked), and whether anything may move.')
+    return TrainResult(loop.folder, told, loop.step, loop.total, loop.stopped, loop.config.monitor,
                        loop.best_step, loop.best)

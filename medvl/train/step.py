@@ -14,7 +14,7 @@ from ..core.errors import DataError
 from ..data.batch import batch_size, to_device
 from ..methods.base import Method, StepState
 from .average import Average
-from .checks import broken_rows, check_texts, guilty, names_of, not_finite
+from .checks import broken_rows, check_chunk_norms, check_rows, check_texts, guilty, names_of, not_finite
 from .distributed import anywhere, average_gradients, average_statistics, exchange_of, gather_objects, spread_weights
 from .feed import RunBatches
 from .gradcache import backward_batch, join
@@ -32,6 +32,8 @@ class Loop:
         self.accelerator = make_accelerator(config, folder)
         self.device, self.exchange = self.accelerator.device, exchange_of()
         self.first = self.exchange.rank == 0
+        check_rows(method, self.together(config.batch_size), f'a batch (batch_size={config.batch_size}, {self.exchange.world} process{"es" * (self.exchange.world > 1)})')
+        if not config.freeze_bn: check_chunk_norms(method, config.batch_size, config.chunk_size)
         self.batches = RunBatches(dataset, config)
         self.total, self.in_epoch = self.batches.total, self.batches.in_epoch
         self.empty_texts = getattr(getattr(dataset, 'config', None), 'empty', '') == 'keep' # the paper's datasets ask for them
@@ -42,7 +44,11 @@ class Loop:
         self.trainable = [p for g in self.optimizer.param_groups for p in g['params']]
         self.average = Average(method, config.ema) if config.ema else None
         self.autocast, self.scaler = autocast_of(config.precision, self.device), scaler_of(config.precision, self.device)
-        self.step, self.best, self.best_step, self.bad, self.stopped, self.journal = 0, None, None, 0, '', None
+        self.step, self.best, self.best_step, self.bad, self.stopped, self.journal, self.lock = 0, None, None, 0, '', None, None
+
+    def together(self, rows):
+        "Count the samples that the losses see at once, where a process has `rows`."
+        return rows * (self.exchange.world if self.method.gathered else 1)
 
     def _place(self):
         "Put the method on the device, in its memory layout, alike in all processes."
@@ -102,6 +108,7 @@ def _gradient(loop, batches, state):
     results = []
     for micro, batch in enumerate(batches):
         if not loop.empty_texts: check_texts(batch)
+        if batch_size(batch) < loop.config.batch_size: check_rows(loop.method, loop.together(batch_size(batch)), f'step {loop.step + 1}: a batch', names_of(batch))
         results.append(backward_batch(loop.method, batch, state, loop.config.chunk_size, loop.prepare, loop.autocast, scale, loop.exchange,
                                       micro, check=lambda result, batch=batch: _check_loss(loop, result, batch)))
     average_gradients(loop.trainable)
