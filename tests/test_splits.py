@@ -97,7 +97,7 @@ def test_own_split_is_questioned():
     assert (with_split(source(gaps), unassigned='leave').records.split == '').sum() == 8 and (with_split(source(gaps), unassigned='test').records.split == 'test').sum() == 12
     torn = source(['train']*6 + ['valid']*2 + ['test']*2)
     torn.records.loc[[0, 39], 'split'] = ['test', 'train']
-    with pytest.raises(DataError, match=r'divides 2 patients between parts: P000 \(test, train\); P009 \(test, train\)'): with_split(torn)
+    with pytest.raises(DataError, match=r'divides 2 patients between parts: test \(row 0\), train \(row 1\); test \(row 36\), train \(row 39\)'): with_split(torn)
     told = with_split(torn, divided='report')
     assert told.records.equals(torn.records) and set(told.report.issues.item) == {'P000', 'P009'} and set(told.report.issues.kind) == {'patient in several parts'}
     half = source(['train']*3 + ['test']*3)

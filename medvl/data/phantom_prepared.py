@@ -41,8 +41,8 @@ def check_split(
     both = parts[parts.str.contains(',')]
     for who, where in both.items(): report.add('patient in several parts', who, None, where, 'kept as the table says')
     if len(both) and divided == 'error':
-        rows = [np.flatnonzero((patients == who).to_numpy()) for who in both.index[:5]]
-        some = '; '.join(f'{where} (rows {", ".join(map(str, r[:4]))}{" …" if len(r) > 4 else ""})' for where, r in zip(both, rows)) # rows, for an id may be a name
+        of = [split[patients == who].drop_duplicates().sort_index() for who in both.index[:5]]
+        some = '; '.join(', '.join(f'{part} (row {i})' for i, part in s[s != ''].items()) for s in of) # rows, for an id may be a name
         raise DataError(f'the table divides {len(both)} patients between parts: {some}{" …" if len(both) > 5 else ""}.', column='split',
                         fix="Mend the table, or pass divided='report' to keep its split.")
 
@@ -88,7 +88,8 @@ def with_split(
     own = records.split.fillna('').astype(str).str.strip() if 'split' in records else pd.Series('', records.index)
     if not (own != '').any():
         drawn = split_patients(records, fractions, spread, seed)
-        source.report.remarks += small_parts(drawn, records.patient_id, drawn=True, names=tuple(n for n, f in zip(SPLITS, fractions) if f))
+        told_before = source.report.remarks
+        told_before += [r for r in small_parts(drawn, records.patient_id, drawn=True, names=tuple(n for n, f in zip(SPLITS, fractions) if f)) if r not in told_before]
         return source._replace(records=records.assign(split=drawn))
     split = fill_split(own, unassigned)
     check_split(split, records.patient_id, source.report, divided)

@@ -221,6 +221,13 @@ def shown_path(
     return hash_id(path, salt) + (m[0].lower() if (m := re.search(r'\.(?:png|jpe?g|pgm|dcm|dicom)$', path, re.I)) else '')
 
 
+def _whose(plan, path):
+    "Patient and exam of a file; of a path that no row names, all those whose ids stand in it."
+    if not path or path in plan.names: return plan.names.get(path, ())
+    low = path.casefold()
+    return tuple(dict.fromkeys(n for names in plan.names.values() for n in names if n.strip() and n.strip().casefold() in low))
+
+
 def make_rejects(plan, entries, salt):
     "List every row, file and part of one that was left out, and why: by the reader of the tables, by their check, by the files."
     rows = [dict(r) for r in (*plan.left_out, *plan.rejects)]
@@ -234,7 +241,7 @@ def make_rejects(plan, entries, salt):
         mine = [dict(file=r.image_path, image_id=r.image_id, reason=e['reason'], stage=e['stage'])] if e['stage'] else []
         mine += [dict(file=r.mask_path if stage == 'mask' else r.image_path, image_id=r.image_id, reason=reason, stage=stage) for stage, reason in e['notes']]
         rows, own = rows + mine, own + [r.get('id_from') != 'file']*len(mine)
-    for row, given in zip(rows, own): row['file'] = shown_path(row['file'], plan.names.get(row['file'], ()), salt, given)
+    for row, given in zip(rows, own): row['file'] = shown_path(row['file'], _whose(plan, row['file']), salt, given)
     return pd.DataFrame(rows, columns=['file', 'image_id', 'reason', 'stage'])
 
 # %% ../../nbs/115_data.prepare.ipynb #60160fdf
@@ -274,7 +281,7 @@ def count_rows(
     if lost := plan.given - images - sum(aside.values()): raise AssertionError(f'{plan.given} records were given, {images} are prepared and {aside} set aside: {lost} are lost. This is a fault of medvl.')
     if report is None or report.read is None: return dict(read=plan.given, prepared=images, merged={}, set_aside=aside, not_chosen=0)
     if n := sum(report.aside.values()): aside['table'] = aside.get('table', 0) + n
-    return dict(read=report.read, prepared=images, merged=report.merged, set_aside=aside, not_chosen=report.kept - plan.given)
+    return dict(read=report.read, prepared=images, merged=report.merged, set_aside=aside, not_chosen=report.passed + report.kept - plan.given)
 
 
 def said(

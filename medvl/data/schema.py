@@ -394,7 +394,7 @@ class Report:
         self.names = {} # path of a row that was set aside -> (patient, exam): what must not be written with the path
         self.file_ids = set() # image ids that are names of files: hashed wherever they are written
         self.remarks = [] # what preparation says on the screen: known words and numbers only
-        self.read, self.kept, self.merged, self.aside = None, None, {}, {} # rows of the table of images, and what became of those that are no records: {why: rows}
+        self.read, self.kept, self.passed, self.merged, self.aside = None, None, 0, {}, {} # rows of the table of images, and what became of those that are no records: {why: rows}
 
     def add(self,
         kind:str, # short name of the strangeness
@@ -411,14 +411,33 @@ class Report:
         kept:int, # records handed on
         merged:dict|None=None, # rows that were joined to others: {why: how many}
         aside:dict|None=None, # rows that were left out: {why: how many}
+        passed:int=0, # rows that the caller did not ask for
     ):
-        """Keep the books: read = kept + merged + set aside.
+        """Keep the books: read = kept + merged + set aside + passed.
 
         Raises: AssertionError that says how many rows are lost."""
-        self.read, self.kept = int(read), int(kept)
+        self.read, self.kept, self.passed = int(read), int(kept), int(passed)
         self.merged, self.aside = ({k: int(n) for k, n in (d or {}).items() if n} for d in (merged, aside))
-        lost = self.read - self.kept - sum(self.merged.values()) - sum(self.aside.values())
+        lost = self.read - self.kept - self.passed - sum(self.merged.values()) - sum(self.aside.values())
         if lost: raise AssertionError(f'{self.name}: {self.read} rows were read, {self.kept} became records, {self.merged} were merged and {self.aside} set aside: {lost} are not accounted for. This is a fault of the reader.')
+
+    def account_images(self,
+        names, # images that the tables of a release name, one a row
+        kept, # images that became records
+        passed=(), # images that the caller did not ask for
+        alias=None, # {image: other name that an issue may go by: its file, its study}
+    ):
+        """Keep the books by the issues: each image is kept, not asked for, or an issue says why it is left out.
+
+        Raises: AssertionError that says how many are lost."""
+        names, kept, passed, alias, why, aside = list(names), set(kept), set(passed), alias or {}, {}, {}
+        for i in self._issues:
+            if re.search(r'left out|set aside|not used', i['resolution']): why.setdefault(str(i['item']), i['kind']); why.setdefault(str(i['image']), i['kind'])
+        every = dict.fromkeys(names)
+        for n in every:
+            found = None if n in kept else why.get(str(n)) or why.get(str(alias.get(n)))
+            if found and n not in passed: aside[found] = aside.get(found, 0) + 1
+        self.account(len(names), len(kept), {'listed more than once': len(names) - len(every)}, aside, sum(n in passed and n not in kept for n in every))
 
     def extend(self, kind, table, resolution, of=None):
         "Add the problems that `sort_out` found; `of`, the table they were found in, tells which image and file each belongs to."

@@ -110,7 +110,9 @@ def small_parts(
     n, there = patients.nunique(), [p for p in names if (split == p).any()]
     if len(there) == len(names) or n >= len(names) and not drawn and len(there) < 2: return [] # one part alone is somebody's choice
     lack = ' and '.join(p for p in names if p not in there)
-    return [f'split: nobody is in {lack}: the set has {n} patient{"s"*(n != 1)}. Training and evaluation need somebody in train, valid and test: prepare more patients, or fill the column split.']
+    who = f'{n} patient{"s"*(n != 1)}'
+    if not there: return [f'split: {who} cannot be divided into train, valid and test: prepare more patients.']
+    return [f'split: nobody is in {lack}: the set has {who}. Training and evaluation need somebody in train, valid and test: prepare more patients, or fill the column split.']
 
 # %% ../../nbs/130_data.splits.ipynb #06753215
 def fold_patients(

@@ -141,7 +141,7 @@ def read_vindr(
     breast = require(read_csv(folder/'breast-level_annotations.csv'), _COMMON, folder/'breast-level_annotations.csv')
     findings = read_findings(folder/'finding_annotations.csv', report)
     for i in np.flatnonzero(breast.image_id.duplicated()): report.add('image listed twice', breast.image_id[i], i, '', 'first row used')
-    breast = breast.drop_duplicates('image_id').reset_index(drop=True)
+    listed, breast = len(breast), breast.drop_duplicates('image_id').reset_index(drop=True)
     _compare(breast, findings, report)
     if rule == 'finding_rows': records, boxes = _finding_records(findings, pattern)
     else:
@@ -151,6 +151,8 @@ def read_vindr(
         records = pd.concat([_common(breast, pattern), labels.reindex(breast.image_id).reset_index(drop=True)], axis=1)
         boxes = finding_boxes(findings)
         boxes = boxes[boxes.image_id.isin(records.image_id)].reset_index(drop=True)
+    if rule == 'finding_rows': report.account(len(findings) + (n := int((report.issues.resolution == 'row left out').sum())), len(records), aside={'unreadable finding': n})
+    else: report.account(listed, len(records), {'image listed twice': listed - len(breast)})
     report.counts = dict(finding_rows=len(findings), images=breast.image_id.nunique(), records=len(records), boxes=len(boxes),
                          duplicate_rows=int(findings.image_id.duplicated().sum()), rule=rule)
     return Source(records, boxes, empty('sentences'), report)

@@ -19,7 +19,7 @@ from joblib import Parallel, cpu_count, delayed, parallel_config
 from ..core.errors import DataError
 from ..core.paths import sha256_file
 from .burned_in import burned_in_text
-from .cells import without_text_of
+from .cells import reason_about
 from .decode import isolated
 from .header import Limits
 from .image import read_image
@@ -70,7 +70,7 @@ def _mask(job, shape, notes):
     try:
         mask = read_image(job.mask_path, job.limits, 'luma').pixels
         if mask.shape != shape: raise DataError(f'the mask has {mask.shape[0]} × {mask.shape[1]} pixels, the image {shape[0]} × {shape[1]}.', fix='Draw it on this image, or leave mask_path empty.')
-    except DataError as e: return notes.append(('mask', _told(f'{e.message} {e.fix or ""}', job.mask_path)))
+    except DataError as e: return notes.append(('mask', reason_about(f'{e.message} {e.fix or ""}', job.mask_path)))
     except OSError as e: return notes.append(('mask', f'the mask cannot be read ({e.strerror}). See who may read it, and whether its disk is well.'))
     return mask.astype(np.uint8) if job.mask_bits else (mask > 0).astype(np.uint8)
 
@@ -104,14 +104,6 @@ def _process(job, answer):
     answer.pixels, answer.mask, answer.stage = done.pixels, done.mask, ''
 
 # %% ../../nbs/113_data.worker.ipynb #3000be1d
-def _told(reason, path):
-    "A reason without what stands in the file."
-    try:
-        with open(path, 'rb') as f: head = f.read(1 << 16)
-    except OSError: head = b''
-    return without_text_of(reason.strip(), head)
-
-
 def work(
     job:Job, # one file
 ) -> Answer: # always; a bad file is an answer, too
@@ -119,10 +111,10 @@ def work(
     answer = Answer(job.number)
     try:
         with guarded(job.limits) if job.guard else contextlib.nullcontext(): _process(job, answer)
-    except DataError as e: answer.reason = _told(f'{e.message} {e.fix or ""}', job.path)
+    except DataError as e: answer.reason = reason_about(f'{e.message} {e.fix or ""}', job.path)
     except OSError as e: answer.reason = f'the file cannot be read ({e.strerror}). See who may read it, and whether its disk is well.'
     except MemoryError: answer.reason = f'it needs more than {job.limits.memory_bytes/1e9:.1f} GB of memory to decode. Raise Limits.memory_bytes if the file is genuine.'
-    except Exception as e: answer.reason = _told(f'{type(e).__name__}: {str(e)[:300]}', job.path)
+    except Exception as e: answer.reason = reason_about(f'{type(e).__name__}: {str(e)[:300]}', job.path)
     return answer
 
 # %% ../../nbs/113_data.worker.ipynb #29679d7b
@@ -174,7 +166,7 @@ def _safe_work(job):
     "Do one job in a quarantine worker of this process, which is replaced when it dies."
     if os.name != 'posix': return _quiet_work(job)
     try: return isolated(work, job, limits=job.limits)
-    except DataError as e: return Answer(job.number, 'decode', _told(f'{e.message} {e.fix or ""}', job.path))
+    except DataError as e: return Answer(job.number, 'decode', reason_about(f'{e.message} {e.fix or ""}', job.path))
 
 
 def _died(error): return type(error).__name__ in ('TerminatedWorkerError', 'BrokenProcessPool', 'KilledWorker')
