@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from .paths import append_jsonl, atomic_path, digest, outputs_path, read_json, read_jsonl, write_json
+from .paths import append_jsonl, atomic_path, digest, outputs_path, read_json, read_jsonl, write_csv, write_json
 from .provenance import provenance
 
 # %% ../../nbs/008_core.run.ipynb #070ee0b4
@@ -154,7 +154,7 @@ class Records:
     def table(self, name, frame):
         "Write a table as `tables/<name>.csv`; a named index is kept."
         path = self.path('tables', f'{_safe(name)}.csv')
-        with atomic_path(path) as temporary: frame.to_csv(temporary, index=any(n is not None for n in frame.index.names))
+        write_csv(frame, path, index=any(n is not None for n in frame.index.names))
         return path
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import DataError, unknown_name
-from ..core.paths import atomic_path
+from ..core.paths import write_csv
 from .prompts import FINDINGS, NORMAL
 from .schema import Report, read_csv
 from .vindr import label_name, read_vindr
@@ -149,7 +149,7 @@ def write_finding_table(
     path, # .csv
 ) -> Path:
     "Write the table of breasts."
-    with atomic_path(path) as temporary: table.to_csv(temporary, index=False)
+    write_csv(table, path)
     return Path(path)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
-from .cells import birads_category, density_letter, plain_cell, side_letter, told
+from .cells import birads_category, density_letter, plain_cell, quoted, side_letter, told
 from .plan import why_not
 from .schema import ALIASES, Report, Source, alike_ids, check_columns, empty, read_csv, sort_out
 
@@ -41,7 +41,7 @@ def rewrite(
 def nothing_left(df, problems, path):
     "Say that every row is set aside, and why the first one is."
     first = problems.sort_values('row', kind='stable').iloc[0]
-    raise DataError(f'all {len(df)} rows are set aside ({len(problems)} problems); the first: {told(first.value)!r}: {first.problem}.', file=str(path), row=int(first.row), column=first.column,
+    raise DataError(f'all {len(df)} rows are set aside ({len(problems)} problems); the first: {quoted(first.value)}: {first.problem}.', file=str(path), row=int(first.row), column=first.column,
                     fix='Correct the table; data_csv/README.md says what each column may hold.')
 
 

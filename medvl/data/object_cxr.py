@@ -135,7 +135,7 @@ def _assemble(df, place, heads, shapes, legacy, derived, report):
                              lambda n=name: 255*shape_mask(shapes[n], sizes[n], legacy)) if shapes[name] else derived.empty(sizes[name])
         records.append(dict(image_path=derived.image(place[name]), image_id=Path(name).stem, patient_id=Path(name).stem, exam_id=Path(name).stem, laterality='', view='FRONTAL', source='object_cxr',
                             mask_path=mask, split={'train': 'train', 'dev': 'test'}[part], label_foreign_object=float(bool(shapes[name]))))
-    report.account_images(named, [r['image_id'] for r in records], alias={Path(n).stem: p for n, p in place.items()})
+    report.account_images(named, [r['image_id'] for r in records], alias={Path(n).stem: (str(p), n) for n, p in place.items()})
     records, boxes = pd.DataFrame(records), boxes.assign(image_id=boxes.image_id.map(lambda n: Path(n).stem))
     if not len(records): raise DataError(f'no image can be used; the first reason: {report.issues.kind.iloc[0]}, {report.issues.detail.iloc[0]}', file=str(derived.root))
     report.counts = dict(images=len(records), with_objects=int(records.label_foreign_object.sum()), boxes=len(boxes), **{s: int((records.split == s).sum()) for s in ('train', 'test')})

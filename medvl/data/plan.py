@@ -11,6 +11,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import secrets
 import stat
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ import pandas as pd
 
 from ..core.errors import DataError
 from ..core.paths import digest, outputs_path
-from .cells import told
+from .cells import quoted
 from .header import Limits, hash_id
 from .prepared import table_digest
 from .preprocess import Profile, get_profile
@@ -104,7 +105,7 @@ def why_not(
         if e.errno in (errno.ENOENT, errno.ENOTDIR): return 'the file is absent. Check image_path in the table.'
         if e.errno == errno.ENAMETOOLONG: return 'its name is longer than a name can be on this disk. Check image_path in the table.'
         return f'the file cannot be looked at ({e.strerror}). See who may read its folder, and whether the disk is well.'
-    return '' if stat.S_ISREG(mode) else 'it is no file. Check image_path in the table.'
+    return '' if stat.S_ISREG(mode) else 'the file is absent: its name is that of a folder or a device. Check image_path in the table.'
 
 
 def clean_masks(
@@ -127,28 +128,29 @@ def sort_records(
     check_columns(records, 'records')
     records = records.reset_index(drop=True)
     if 'image_id' not in records: records = records.assign(image_id=[Path(p).stem for p in records.image_path.astype(str)], id_from='file')
+    odd = _unwritable(records)
+    rows = [dict(file='', image_id='', reason=f'image_path or an id holds letters that are no Unicode text (record {i}). Rename the file, or write another id.', stage='table') for i in np.flatnonzero(odd)]
+    every, records = len(records), records[~odd].reset_index(drop=True)
     good, problems = sort_out(records, 'records')
     reason = {}
-    for p in problems.itertuples(): reason[p.row] = '; '.join(filter(None, [reason.get(p.row), f'{p.column} {told(p.value)!r}: {p.problem}']))
+    for p in problems.itertuples(): reason[p.row] = '; '.join(filter(None, [reason.get(p.row), f'{p.column} {quoted(p.value)}: {p.problem}']))
     twice = good.image_id.duplicated(keep=False) | good.image_id.isin(records.image_id.astype(str)[list(reason)])
     reason |= {i: 'image_id: there twice' for i in good.index[twice]}
-    reason |= {i: 'image_path or an id holds letters that are no Unicode text. Rename the file, or write another id.' for i in good.index[_unwritable(good)]}
     reason |= {i: f'image_path {OUTSIDE}' for i in good.index[good.image_path.map(leaves).astype(bool)]}
-    rows = [dict(file=str(records.image_path[i]), image_id=str(records.image_id[i]), reason=r, stage='table') for i, r in sorted(reason.items())]
+    rows += [dict(file=str(records.image_path[i]), image_id=str(records.image_id[i]), reason=r, stage='table') for i, r in sorted(reason.items())]
     good = good[~good.index.isin(reason)]
     absent = good.image_path.map(lambda p: why_not(root/p)).astype(object)
     rows += [dict(file=p, image_id=i, reason=why, stage='file') for p, i, why in zip(good.image_path, good.image_id, absent) if why]
     good, masks = clean_masks(good[(absent == '').astype(bool)].reset_index(drop=True))
-    if len(good) + len(rows) != len(records): raise AssertionError(f'{len(records)} records, {len(good)} in order, {len(rows)} set aside: some are lost.')
+    if len(good) + len(rows) != every: raise AssertionError(f'{every} records, {len(good)} in order, {len(rows)} set aside: some are lost.')
     return good, rows + masks
 
 
 def _unwritable(table):
     "Rows whose path or ids no UTF-8 file can hold (half pairs of UTF-16, as names of another system leave them)."
-    def odd(text):
-        try: return not str(text).encode()
-        except UnicodeEncodeError: return True
-    return np.logical_or.reduce([table[c].map(odd).to_numpy(bool) & (table[c].astype(object) != '').to_numpy(bool) for c in ('image_path', 'image_id', 'patient_id', 'exam_id', 'mask_path') if c in table])
+    columns = [table[c] for c in ('image_path', 'image_id', 'patient_id', 'exam_id', 'mask_path') if c in table and table[c].dtype == object] # other types hold none
+    odd = lambda text: re.search('[\ud800-\udfff]', str(text)) is not None
+    return np.logical_or.reduce([np.zeros(len(table), bool), *([odd(t) for t in c] for c in columns)])
 
 # %% ../../nbs/114_data.plan.ipynb #dfdee131
 def sort_boxes(
@@ -162,7 +164,7 @@ def sort_boxes(
     boxes = boxes.reset_index(drop=True)
     good, problems = sort_out(boxes, 'boxes')
     good['number'] = (boxes.number if 'number' in boxes else boxes.groupby('image_id').cumcount())[good.index].astype('int64')
-    rows = [dict(file='', image_id=str(boxes.image_id[p.row]), reason=f'box: {p.column} {told(p.value)!r}: {p.problem}', stage='box') for p in problems.itertuples()]
+    rows = [dict(file='', image_id=str(boxes.image_id[p.row]), reason=f'box: {p.column} {quoted(p.value)}: {p.problem}', stage='box') for p in problems.itertuples()]
     stray = ~good.image_id.isin(known)
     rows += [dict(file='', image_id=i, reason='box of an image that is not there', stage='box') for i in good.image_id[stray]]
     good = good[~stray].sort_values(['image_id', 'number'], kind='stable').reset_index(drop=True)
@@ -204,10 +206,10 @@ def make_plan(records, root, boxes, sentences, profile, size, dtype, settings, r
     good_sentences, problems = sort_out(sentences, 'sentences') if len(sentences) else (sentences, empty('boxes').assign(row=[], problem=[]))
     rejects += bad_boxes + [dict(file='', image_id=str(sentences.image_id[p.row]), reason=f'sentence: {p.column}: {p.problem}', stage='sentence') for p in problems.itertuples()]
     if not len(good): raise DataError(f'no record can be prepared; {len(rejects)} problems, the first: {rejects[0]["reason"] if rejects else "the table has no rows"}')
-    names, before, remarks = path_names(records), (), []
-    file_ids = _file_ids(records)
+    sound = records[~_unwritable(records)].reset_index(drop=True)
+    names, before, remarks, file_ids = path_names(sound), (), [], _file_ids(sound)
     if report is not None: names, before, remarks, file_ids = report.names | names, tuple(report.rejects.to_dict('records')), list(report.remarks), file_ids | report.file_ids
-    remarks += [r for r in alike_ids(records.reset_index(drop=True)) if r.partition(':')[0] not in {s.partition(':')[0] for s in remarks}]
+    remarks += [r for r in alike_ids(sound) if r.partition(':')[0] not in {s.partition(':')[0] for s in remarks}]
     if salt: good, (boxes, good_sentences) = hash_file_ids(good, [boxes, good_sentences], salt)
     return Plan(good, boxes, good_sentences.reset_index(drop=True), rejects, Path(root), profile, tuple(int(s) for s in size or profile.size), settings, names, before, len(records), file_ids, tuple(remarks))
 

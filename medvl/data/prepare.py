@@ -231,7 +231,8 @@ def _whose(plan, path):
 def make_rejects(plan, entries, salt):
     "List every row, file and part of one that was left out, and why: by the reader of the tables, by their check, by the files."
     rows = [dict(r) for r in (*plan.left_out, *plan.rejects)]
-    nobody = {r['image_id'] for r in rows if r['image_id'] in plan.file_ids} # ids that the table does not give
+    given = set() if 'id_from' in plan.records and (plan.records.id_from == 'file').all() else {r['image_id'] for r in rows}
+    nobody = {r['image_id'] for r in rows if r['image_id'] and (r['image_id'] in plan.file_ids or r['image_id'] not in given)} # ids that no table gives
     hashes = {i: n for i, n in zip(map(_stem, plan.records.image_path), plan.records.image_id) if i in nobody}
     own = [r['image_id'] not in nobody for r in rows]
     for row in rows:

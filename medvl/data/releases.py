@@ -123,7 +123,7 @@ def read_table(
     except UnicodeDecodeError as e: raise DataError(f'not UTF-8 text ({e.reason}).', file=str(path), fix='Save the table as UTF-8 CSV.') from e
     except OSError as e: raise DataError(f'the file cannot be read ({e.strerror}).', file=str(path), fix='See who may read it, and whether its disk is well.') from e
     except pd.errors.EmptyDataError as e: raise DataError('the file is empty.', file=str(path)) from e
-    except pd.errors.ParserError as e: raise DataError(f'not a table: {e}.', file=str(path), fix='Download it again.') from e
+    except pd.errors.ParserError as e: raise DataError(f'not a table: {" ".join(str(e).split())}.', file=str(path), fix='Download it again.') from e
     df.columns = [str(c).strip() or f'unnamed_{i}' for i, c in enumerate(df.columns)]
     if (twice := df.columns[df.columns.duplicated()]).size: raise DataError('the column is there twice.', file=str(path), column=twice[0])
     df = df if columns is None else df[[c for c in df if c in columns]]
@@ -155,6 +155,14 @@ def _unread(error, folder, report):
     report.remarks.append(f'a folder cannot be read ({error.strerror}): its files are left out (rejects.csv names it).')
 
 
+def _odd_name(name): return re.search('[\ud800-\udfff]', name) is not None # letters of another system: no table can hold them
+
+
+def _unnamed(report):
+    "Say that a file is left out whose name is no text."
+    if report is not None and not any(i['kind'] == 'name of a file is no Unicode text' for i in report._issues): report.add('name of a file is no Unicode text', '', None, 'rename it', 'left out')
+
+
 def find_files(
     folder, # of the release
     patterns=('*',), # names with wildcards; with a slash: the end of the path
@@ -169,7 +177,8 @@ def find_files(
     for root, folders, names in os.walk(folder, followlinks=True, onerror=lambda e: _unread(e, folder, report)):
         folders[:] = [f for f in folders if not f.startswith('.')]
         base = Path(root).relative_to(folder).as_posix()
-        paths = [n if base == '.' else f'{base}/{n}' for n in names if not n.startswith('.')]
+        names = [n for n in names if not n.startswith('.') and not (_odd_name(n) and _unnamed(report) is None)]
+        paths = [n if base == '.' else f'{base}/{n}' for n in names]
         out += [p for p in paths if any(fits(p, pattern) for pattern in patterns)]
     return sorted(out)
 

@@ -22,7 +22,7 @@ import pandas as pd
 
 from ..core.errors import DataError, closest
 from ..core.paths import restored_cell
-from .cells import age_years, side_letter, told
+from .cells import age_years, quoted, side_letter, told
 
 # %% ../../nbs/110_data.schema.ipynb #fe0a4708
 LATERALITIES = ('L', 'R')
@@ -54,7 +54,7 @@ RECORDS = {
     'source': Column('text', False, 'data set (also called `dataset`)'),
     'age': Column('float', False, 'years', low=0, high=120),
     'density': Column('text', False, 'ACR density A to D', DENSITIES),
-    'birads': Column('text', False, 'BI-RADS assessment as written'),
+    'birads': Column('text', False, 'BI-RADS assessment: 0 to 6, 4A to 4C'),
     'pathology': Column('text', False, 'normal, benign, malignant'),
     'report_text': Column('text', False, 'the report; or `findings` and `impression`'),
     'findings': Column('text', False, 'section of the report'),
@@ -130,12 +130,12 @@ def _check_separator(path):
 def _shape(text): return re.sub(r'[^\W\d_]+', 'a', re.sub(r'\d+', '9', text.strip()))
 
 
-def _swallowed(rows):
+def _swallowed(rows, separator):
     "Find a row whose quoted cell holds what looks like other rows: its number, or None."
     shapes = functools.cache(lambda k: {_shape(r[k]) for r in rows if len(r) > k and '\n' not in r[k]})
     for n, k, cell in ((n, k, c) for n, row in enumerate(rows) for k, c in enumerate(row) if k and '\n' in c):
         for line in re.split(r'\r\n|\r|\n', cell)[1:]:
-            fields = next(csv.reader([line]), [])
+            fields = next(csv.reader([line], delimiter=separator), [])
             if len(fields) > k and all(_shape(v) in shapes(i) for i, v in enumerate(fields[:k])): return n
     return None
 
@@ -158,7 +158,7 @@ def check_quotes(
         except csv.Error as e:
             raise DataError(f'a quote that opens in line {start} or behind it is not closed where its cell ends (line {reader.line_num}): it would swallow rows.', file=str(path), row=max(len(rows) - 1, 0),
                             fix='Close the quote; a quote inside a quoted cell is written twice.') from e
-    if (n := _swallowed(rows[1:])) is not None:
+    if (n := _swallowed(rows[1:], separator)) is not None:
         raise DataError('a quoted cell holds what looks like the next rows: its quote is closed too late.', file=str(path), row=n, fix='Close the quote where its cell ends.')
 
 
@@ -177,7 +177,7 @@ def read_csv(
     except UnicodeDecodeError as e: raise DataError(f'not UTF-8 text ({e.reason}).', file=str(path), fix='Save the table as UTF-8 CSV.') from e
     except OSError as e: raise DataError(f'the file cannot be read ({e.strerror}).', file=str(path), fix='See who may read it, and whether its disk is well.') from e
     except pd.errors.EmptyDataError as e: raise DataError('the file is empty.', file=str(path)) from e
-    except pd.errors.ParserError as e: raise DataError(f'not a table: {e}.', file=str(path), fix='Quote cells that hold commas or line breaks.') from e
+    except pd.errors.ParserError as e: raise DataError(f'not a table: {" ".join(str(e).split())}.', file=str(path), fix='Quote cells that hold commas or line breaks.') from e
     names = df.iloc[0].str.strip()
     if (twice := names[names.duplicated() & (names != '')]).size:
         raise DataError('the column is there twice.', file=str(path), column=twice.iloc[0])
@@ -338,7 +338,7 @@ def validate(
     if len(problems):
         first = problems.sort_values('row', kind='stable').iloc[0]
         more = f' ({len(problems) - 1} more problems)' if len(problems) > 1 else ''
-        raise DataError(f'{told(first.value)!r}: {first.problem}{more}.', file=file, row=int(first.row), column=first.column)
+        raise DataError(f'{quoted(first.value)}: {first.problem}{more}.', file=file, row=int(first.row), column=first.column)
     return out
 
 # %% ../../nbs/110_data.schema.ipynb #e5d1db84
@@ -416,16 +416,16 @@ class Report:
         """Keep the books: read = kept + merged + set aside + passed.
 
         Raises: AssertionError that says how many rows are lost."""
-        self.read, self.kept, self.passed = int(read), int(kept), int(passed)
-        self.merged, self.aside = ({k: int(n) for k, n in (d or {}).items() if n} for d in (merged, aside))
-        lost = self.read - self.kept - self.passed - sum(self.merged.values()) - sum(self.aside.values())
-        if lost: raise AssertionError(f'{self.name}: {self.read} rows were read, {self.kept} became records, {self.merged} were merged and {self.aside} set aside: {lost} are not accounted for. This is a fault of the reader.')
+        merged, aside = ({k: int(n) for k, n in (d or {}).items() if n} for d in (merged, aside))
+        lost = int(read) - int(kept) - int(passed) - sum(merged.values()) - sum(aside.values())
+        if lost: raise AssertionError(f'{self.name}: {read} rows were read, {kept} became records, {merged} were merged and {aside} set aside: {lost} are not accounted for. This is a fault of the reader.')
+        self.read, self.kept, self.passed, self.merged, self.aside = int(read), int(kept), int(passed), merged, aside
 
     def account_images(self,
         names, # images that the tables of a release name, one a row
         kept, # images that became records
         passed=(), # images that the caller did not ask for
-        alias=None, # {image: other name that an issue may go by: its file, its study}
+        alias=None, # {image: other name, or names, that an issue may go by: its file, its study}
     ):
         """Keep the books by the issues: each image is kept, not asked for, or an issue says why it is left out.
 
@@ -435,7 +435,8 @@ class Report:
             if re.search(r'left out|set aside|not used', i['resolution']): why.setdefault(str(i['item']), i['kind']); why.setdefault(str(i['image']), i['kind'])
         every = dict.fromkeys(names)
         for n in every:
-            found = None if n in kept else why.get(str(n)) or why.get(str(alias.get(n)))
+            other = alias.get(n, ())
+            found = None if n in kept else next((why[a] for a in (str(n), *((other,) if isinstance(other, str) else other)) if a in why), None)
             if found and n not in passed: aside[found] = aside.get(found, 0) + 1
         self.account(len(names), len(kept), {'listed more than once': len(names) - len(every)}, aside, sum(n in passed and n not in kept for n in every))
 
@@ -443,7 +444,7 @@ class Report:
         "Add the problems that `sort_out` found; `of`, the table they were found in, tells which image and file each belongs to."
         cell = lambda name, row: str(of[name].iloc[int(row)]) if of is not None and name in of else ''
         for p in table.itertuples():
-            self.add(kind, p.column, p.row, f'{told(p.value)!r}: {p.problem}', resolution, cell('image_id', p.row), cell('image_path', p.row))
+            self.add(kind, p.column, p.row, f'{quoted(p.value)}: {p.problem}', resolution, cell('image_id', p.row), cell('image_path', p.row))
             self.names[cell('image_path', p.row)] = (cell('patient_id', p.row), cell('exam_id', p.row))
 
     @property

@@ -64,13 +64,16 @@ def _header_facts(image):
                 burned_in_text=str(image.header.get('BurnedInAnnotation', '')).upper() == 'YES' or bool(burned_in_text(image)))
 
 
+def _why(error, path): return f'{reason_about(error.message, path)} {error.fix or ""}'.strip() # what to do are our own words
+
+
 def _mask(job, shape, notes):
     "Read the mask; a note where it cannot be used."
     if not job.mask_path: return None
     try:
         mask = read_image(job.mask_path, job.limits, 'luma').pixels
         if mask.shape != shape: raise DataError(f'the mask has {mask.shape[0]} × {mask.shape[1]} pixels, the image {shape[0]} × {shape[1]}.', fix='Draw it on this image, or leave mask_path empty.')
-    except DataError as e: return notes.append(('mask', reason_about(f'{e.message} {e.fix or ""}', job.mask_path)))
+    except DataError as e: return notes.append(('mask', _why(e, job.mask_path)))
     except OSError as e: return notes.append(('mask', f'the mask cannot be read ({e.strerror}). See who may read it, and whether its disk is well.'))
     return mask.astype(np.uint8) if job.mask_bits else (mask > 0).astype(np.uint8)
 
@@ -111,7 +114,7 @@ def work(
     answer = Answer(job.number)
     try:
         with guarded(job.limits) if job.guard else contextlib.nullcontext(): _process(job, answer)
-    except DataError as e: answer.reason = reason_about(f'{e.message} {e.fix or ""}', job.path)
+    except DataError as e: answer.reason = _why(e, job.path)
     except OSError as e: answer.reason = f'the file cannot be read ({e.strerror}). See who may read it, and whether its disk is well.'
     except MemoryError: answer.reason = f'it needs more than {job.limits.memory_bytes/1e9:.1f} GB of memory to decode. Raise Limits.memory_bytes if the file is genuine.'
     except Exception as e: answer.reason = reason_about(f'{type(e).__name__}: {str(e)[:300]}', job.path)
@@ -166,7 +169,7 @@ def _safe_work(job):
     "Do one job in a quarantine worker of this process, which is replaced when it dies."
     if os.name != 'posix': return _quiet_work(job)
     try: return isolated(work, job, limits=job.limits)
-    except DataError as e: return Answer(job.number, 'decode', reason_about(f'{e.message} {e.fix or ""}', job.path))
+    except DataError as e: return Answer(job.number, 'decode', _why(e, job.path))
 
 
 def _died(error): return type(error).__name__ in ('TerminatedWorkerError', 'BrokenProcessPool', 'KilledWorker')

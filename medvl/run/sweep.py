@@ -21,7 +21,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import DataError
-from ..core.paths import atomic_path, digest, find_repo, outputs_path, read_json, sha256_file, write_json
+from ..core.paths import digest, find_repo, outputs_path, read_json, sha256_file, write_csv, write_json
 from ..core.progress import progress
 from ..core.run import Run, run_info
 from .parameters import RefusedError, check_parameters
@@ -257,6 +257,6 @@ def run_sweep(
     if backend == 'local': how['gpus'] = gpus
     backends[backend](folder, [r['index'] for r in read_json(folder/'sweep.json')['runs']], jobs=jobs, **how)
     table = sweep_table(folder)
-    with atomic_path(folder/'summary.csv') as temporary: table.to_csv(temporary, index=False)
+    write_csv(table, folder/'summary.csv')
     table.attrs['folder'] = str(folder)
     return table
