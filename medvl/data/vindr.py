@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError, closest, unknown_name
+from .cells import quoted, told
 from .schema import BOXES, Report, Source, empty, read_csv, read_list
 from .splits import group_folds
 
@@ -64,7 +65,7 @@ def read_findings(
             report.add('unreadable finding', df.image_id[row], row, e.message, 'row left out')
             found = None
         for name in found or ():
-            if name not in (*FINDINGS, NO_FINDING): report.add('unknown finding', df.image_id[row], row, unknown_name('finding', name, FINDINGS)[:120], 'name left out')
+            if name not in (*FINDINGS, NO_FINDING): report.add('unknown finding', df.image_id[row], row, unknown_name('finding', name if closest(name, FINDINGS) else told(name), FINDINGS)[:120], 'name left out')
         names.append(None if found is None else [n for n in found if n in (*FINDINGS, NO_FINDING)])
     df['names'] = names
     for c in _EDGES: df[c] = pd.to_numeric(df[c], errors='coerce')
@@ -176,7 +177,7 @@ def _compare(breast, findings, report):
         if column == 'image_id': continue
         other = first[column].reindex(both.image_id).to_numpy()
         for i in both.index[both[column].to_numpy() != other]:
-            report.add(f'tables disagree: {column}', breast.image_id[i], int(i), f'{breast[column][i]!r} and {first[column][breast.image_id[i]]!r}', 'breast-level value used')
+            report.add(f'tables disagree: {column}', breast.image_id[i], int(i), f'{quoted(breast[column][i])} and {quoted(first[column][breast.image_id[i]])}', 'breast-level value used')
 
 # %% ../../nbs/160_data.vindr.ipynb #d37c1553
 def fold_table(
