@@ -148,7 +148,7 @@ def _torn(line, error):
 
 def read_jsonl(
     path, # file of one JSON object a line
-    damaged:str='refuse', # a line that is no JSON and not torn either: 'refuse', or 'stop' in front of it
+    damaged:str='refuse', # a line that is no JSON and not torn either: 'refuse', 'stop' in front of it, or 'skip' it
 ) -> list: # the objects; a torn line (killed writer) is left out
     """Read a file of JSON lines, leaving out lines torn by a kill; only `\\n` ends a line.
 
@@ -164,7 +164,7 @@ def read_jsonl(
         else: why = 'no object'
         if isinstance(row, dict): rows.append(row)
         elif damaged == 'stop': return rows
-        else: raise ValueError(f'{path.name}, line {number}: not JSON ({why}).')
+        elif damaged != 'skip': raise ValueError(f'{path.name}, line {number}: not JSON ({why}).')
     return rows
 
 # %% ../../nbs/000_core.paths.ipynb #b1d8f0b9

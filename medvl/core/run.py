@@ -89,7 +89,7 @@ def run_info(
     Raises: FileNotFoundError when the folder has no journal."""
     folder = Path(folder)
     if not (folder/'journal.jsonl').is_file(): raise FileNotFoundError(f'{folder.name} is no run folder: it has no journal.jsonl.')
-    events = read_jsonl(folder/'journal.jsonl')
+    events = read_jsonl(folder/'journal.jsonl', damaged='skip') # one odd line is no end of the run
     created = next((e for e in events if e['event'] == 'created'), {})
     info = dict(state='new', reason='', name=created.get('name', folder.name), attempt=0, started=None, last=None, seconds=0.0, exit_code=None,
                 cell=None, owner=None)

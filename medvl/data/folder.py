@@ -6,6 +6,7 @@
 __all__ = ['rewrite', 'nothing_left', 'read_index', 'pathology_labels', 'read_part', 'read_folder']
 
 # %% ../../nbs/163_data.folder.ipynb #cecce64b
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def rewrite(
     sides=None, # laterality of every row, for cells that speak of both
 ) -> pd.Series: # what is certain
     "Read a column cell by cell."
-    args = [cells] if sides is None else [cells, sides]
+    args, read = [cells] if sides is None else [cells, sides], functools.cache(read)
     out = pd.Series([read(*a) for a in zip(*args)], cells.index, dtype=object)
     plain, name = cells.map(plain_cell), cells.name
     code = plain.str.replace(r'^(?:BI-?RADS|DENSITY|ACR)[ :]*', '', regex=True).str.replace(r'\.0$', '', regex=True)

@@ -39,7 +39,7 @@ def check_split(
         raise DataError(f'{told(split.iloc[bad[0]])!r} is no part of a split: {", ".join(SPLITS)}.', row=int(bad[0]), column='split')
     parts = split[split != ''].groupby(patients[split != '']).agg(lambda s: ', '.join(sorted(set(s))))
     both = parts[parts.str.contains(',')]
-    for who, where in both.items(): report.add('patient in several parts', who, None, where, 'kept as the table says')
+    for who, where in both.items(): report.add('patient in several parts', 'split', int(np.flatnonzero((patients == who).to_numpy())[0]), where, 'kept as the table says')
     if len(both) and divided == 'error':
         of = [split[patients == who].drop_duplicates().sort_index() for who in both.index[:5]]
         some = '; '.join(', '.join(f'{part} (row {i})' for i, part in s[s != ''].items()) for s in of) # rows, for an id may be a name

@@ -282,7 +282,8 @@ def count_rows(
     if lost := plan.given - images - sum(aside.values()): raise AssertionError(f'{plan.given} records were given, {images} are prepared and {aside} set aside: {lost} are lost. This is a fault of medvl.')
     if report is None or report.read is None: return dict(read=plan.given, prepared=images, merged={}, set_aside=aside, not_chosen=0)
     if n := sum(report.aside.values()): aside['table'] = aside.get('table', 0) + n
-    return dict(read=report.read, prepared=images, merged=report.merged, set_aside=aside, not_chosen=report.passed + report.kept - plan.given)
+    more = max(0, plan.given - report.kept) # records that the caller added
+    return dict(read=report.read + more, prepared=images, merged=report.merged, set_aside=aside, not_chosen=report.passed + max(0, report.kept - plan.given))
 
 
 def said(
