@@ -379,7 +379,7 @@ def test_limits_hold_with_one_worker_and_with_threads(tmp_path, options):
     (tmp_path/'s').mkdir()
     picture(tmp_path/'s'/'small.png', breast())
     picture(tmp_path/'s'/'large.png', np.tile(breast(), (60, 90)))
-    records = pd.DataFrame(dict(image_path=['small.png', 'large.png'], patient_id=['1', '2'], laterality='L', view='CC'))
+    records = pd.DataFrame(dict(image_path=['small.png', 'large.png'], image_id=['small', 'large'], patient_id=['1', '2'], laterality='L', view='CC'))
     data = prepare(records, tmp_path/'s', tmp_path/'memory', size=SIZE, salt=tmp_path/'salt', limits=Limits(memory_bytes=24 << 20), **options)
     assert data.manifest.image_id.tolist() == ['small'] and 'memory' in rejected(data).reason[0] and rejected(data).image_id[0] == 'large'
     with pytest.raises(DataError, match='longer than 0.0001 s'):

@@ -40,7 +40,7 @@ def picture(i, shape=(150, 100), dtype=np.uint8):
 def make_source(root, n=12, extra=()):
     "n images of n/4 patients, with boxes, masks, reports; then `extra` lines of the index."
     root.mkdir(parents=True, exist_ok=True)
-    lines = ['image_path,patient_id,exam_id,laterality,view,report_text,age,density,birads,mask_path,split,label_mass']
+    lines = ['image_path,patient_id,exam_id,laterality,view,report_text,age,density,birads,mask_path,split,label_mass,image_id']
     rows = ['image_id,label,x0,y0,x1,y1']
     for i in range(n):
         cv2.imwrite(str(root/f'i{i}.png'), picture(i))
@@ -48,9 +48,9 @@ def make_source(root, n=12, extra=()):
         if i % 3 == 0:
             mask = f'm{i}.png'
             cv2.imwrite(str(root/mask), np.uint8(picture(i) > 120)*255)
-        lines.append(f'i{i}.png,P{i//4},E{i//4},{"LR"[i//2 % 2]},{["CC", "MLO"][i % 2]},text {i//4},{40 + i},B,2,{mask},train,{[1, 0, ""][i % 3]}')
+        lines.append(f'i{i}.png,P{i//4},E{i//4},{"LR"[i//2 % 2]},{["CC", "MLO"][i % 2]},text {i//4},{40 + i},B,2,{mask},train,{[1, 0, ""][i % 3]},i{i}')
         rows.append(f'i{i},mass,{10 + i % 5},{60},{30 + i % 5},{90}')
-    (root/'index.csv').write_text('\n'.join([*lines, *extra]))
+    (root/'index.csv').write_text('\n'.join([*lines, *(f'{row},{Path(row.split(",")[0]).stem}' for row in extra)]))
     (root/'boxes.csv').write_text('\n'.join(rows))
     return root
 
@@ -203,7 +203,7 @@ def test_dicom_facts(tmp_path, salt):
     pixels = picture(3, (200, 120), np.uint16) >> 4
     for name, side in (('a', 'L'), ('b', 'R')):
         write_dicom(source/f'{name}.dcm', pixels, ImageLaterality=side, ViewPosition='CC', ImagerPixelSpacing=[0.1, 0.1], PatientAge='061Y')
-    records = pd.DataFrame({'image_path': ['a.dcm', 'b.dcm'], 'patient_id': ['1', '2'], 'laterality': 'L', 'view': 'CC'})
+    records = pd.DataFrame({'image_path': ['a.dcm', 'b.dcm'], 'image_id': ['a', 'b'], 'patient_id': ['1', '2'], 'laterality': 'L', 'view': 'CC'})
     data = prepare(records, source, tmp_path/'out', size=SIZE, salt=salt, backend='sequential')
     m = data.manifest.iloc[0]
     assert len(data) == 1 and m.age == 61

@@ -298,7 +298,7 @@ def test_inbreast(tmp_path, salt):
     assert r.label_asymmetry.fillna(-1).tolist() == [0, 1, -1, 0, -1, -1] and r.label_spiculated_region['20586908'] == 1
     assert source.boxes[['image_id', 'label', 'x0', 'y0', 'x1', 'y1']].values.tolist() == [['20586908', 'mass', 10, 20, 31, 42], ['20586908', 'spiculated_region', 1, 1, 10, 9],
         ['20586960', 'asymmetry', 15, 15, 20, 20], ['20586960', 'calcification_cluster', 11, 22, 14, 25]]
-    assert kinds(source) == {'image is absent': 1, 'region without a known name': 1, 'points are missing': 1, 'outlines cannot be read': 1, 'no outlines': 2, 'regions of one or two points': 1}
+    assert kinds(source) == {'image is absent': 1, 'region without a known name': 1, 'points are missing': 1, 'outlines cannot be read': 1, 'no outlines': 2, 'regions of one or two points': 1, 'density rewritten': 5, 'row without a number of a file': 1}
     data = prepare(source, tmp_path, tmp_path/'out', size=(64, 48), jobs=1, backend='sequential', salt=salt)
     assert len(data) == 5 and len(data.boxes) == 4 and data.manifest.exam_id.nunique() == 3
 
@@ -492,7 +492,7 @@ def test_cesm(tmp_path, salt):
     assert r.index.tolist() == ['P1_L_DM_MLO', 'P1_R_DM_MLO', 'P2_L_DM_CC', 'P3_L_DM_CC'] and r.birads.tolist() == ['4', '1', '2', '2'] and r.density.tolist() == ['C', 'C', '', 'B']
     assert r.findings['P1_R_DM_MLO'] == 'ACR C: Heterogeneously dense breasts.' and r.findings['P2_L_DM_CC'] == 'Cyst' and r.label_malignant.tolist() == [1, 0, 0, 0]
     assert source.boxes.values.tolist() == [['P1_L_DM_MLO', 'lesion', 15, 25, 25, 35, ''], ['P2_L_DM_CC', 'lesion', 5, 5, 10, 13, 'benign']]
-    assert kinds(source) == {'image is absent': 2, 'image listed twice': 1, 'unknown kind of image': 1, 'density from the low-energy row': 1, 'report cannot be read': 1,
+    assert kinds(source) == {'image is absent': 2, 'image listed twice': 1, 'unknown kind of image': 1, 'birads rewritten': 1, 'density from the low-energy row': 1, 'report cannot be read': 1,
                              'region without an area': 1, 'region cannot be read': 2}
     both = usable(read_cdd_cesm(root, ('low_energy', 'subtracted'))).records.set_index('image_id')
     assert both.density['P1_L_CM_MLO'] == 'C' and both.findings['P1_L_CM_MLO'] == 'Heterogeneous enhancement.' and both.source['P1_L_CM_MLO'] == 'cdd_cesm_subtracted'

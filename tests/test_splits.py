@@ -97,13 +97,13 @@ def test_own_split_is_questioned():
     assert (with_split(source(gaps), unassigned='leave').records.split == '').sum() == 8 and (with_split(source(gaps), unassigned='test').records.split == 'test').sum() == 12
     torn = source(['train']*6 + ['valid']*2 + ['test']*2)
     torn.records.loc[[0, 39], 'split'] = ['test', 'train']
-    with pytest.raises(DataError, match=r'divides 2 patients between parts: P000 \(test, train\); P009 \(test, train\)'): with_split(torn)
+    with pytest.raises(DataError, match=r'divides 2 patients between parts: test \(row 0\), train \(row 1\); test \(row 36\), train \(row 39\)'): with_split(torn)
     told = with_split(torn, divided='report')
-    assert told.records.equals(torn.records) and set(told.report.issues.item) == {'P000', 'P009'} and set(told.report.issues.kind) == {'patient in several parts'}
+    assert told.records.equals(torn.records) and set(told.report.issues.row) == {0, 36} and set(told.report.issues.kind) == {'patient in several parts'}
     half = source(['train']*3 + ['test']*3)
     half.records.loc[0, 'split'] = ''
     half.records.loc[1, 'split'] = ''
-    with pytest.raises(DataError, match='P000'): with_split(half, unassigned='test') # her other rows are in train
+    with pytest.raises(DataError, match=r'test \(row 0\), train \(row 2\)'): with_split(half, unassigned='test') # her other rows are in train
     with pytest.raises(DataError, match="'dev' is no part"): with_split(source(['train', 'dev', 'test']))
     for bad in (dict(unassigned='tset'), dict(divided='yes')):
         with pytest.raises(ValueError, match='There are'): with_split(torn, **bad)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FULL', 'find_repo', 'repo_path', 'outputs_path', 'atomic_path', 'write_json', 'read_json', 'append_jsonl',
-           'read_jsonl', 'digest', 'sha256_file']
+           'read_jsonl', 'neutral_cell', 'restored_cell', 'write_csv', 'digest', 'sha256_file']
 
 # %% ../../nbs/000_core.paths.ipynb #1a9f6777
 import contextlib
@@ -133,7 +133,8 @@ def append_jsonl(path, obj):
     "Append one object as a line of JSON, in one write."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(_plain(obj), ensure_ascii=False, allow_nan=False) + '\n').encode()
+    text = re.sub('[\x85\u2028\u2029]', lambda m: f'\\u{ord(m[0]):04x}', json.dumps(_plain(obj), ensure_ascii=False, allow_nan=False)) # other readers take these for line ends
+    line = (text + '\n').encode('utf-8', 'backslashreplace') # half a pair of UTF-16, as in odd file names, is written as JSON writes it
     with open(path, 'ab+') as f:
         if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b'\n': line = b'\n' + line
         f.write(line)
@@ -147,18 +148,56 @@ def _torn(line, error):
 
 def read_jsonl(
     path, # file of one JSON object a line
+    damaged:str='refuse', # a line that is no JSON and not torn either: 'refuse', 'stop' in front of it, or 'skip' it
 ) -> list: # the objects; a torn line (killed writer) is left out
-    """Read a file of JSON lines, leaving out lines torn by a kill.
+    """Read a file of JSON lines, leaving out lines torn by a kill; only `\\n` ends a line.
 
-    Raises: ValueError when a line that is not torn at its end is no JSON."""
+    Raises: ValueError when a line that is not torn at its end is no JSON object."""
     path, rows = Path(path), []
     if not path.exists(): return rows
-    for number, line in enumerate(path.read_text(encoding='utf-8', errors='replace').splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().decode('utf-8', 'replace').split('\n'), 1):
         if not line.strip(): continue
-        try: rows.append(json.loads(line))
-        except json.JSONDecodeError as e:
-            if not _torn(line, e): raise ValueError(f'{path.name}, line {number}: not JSON ({e.msg}).') from e
+        try: row = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as e:
+            if isinstance(e, json.JSONDecodeError) and _torn(line, e): continue
+            row, why = None, getattr(e, 'msg', 'nested too deeply')
+        else: why = 'no object'
+        if isinstance(row, dict): rows.append(row)
+        elif damaged == 'stop': return rows
+        elif damaged != 'skip': raise ValueError(f'{path.name}, line {number}: not JSON ({why}).')
     return rows
+
+# %% ../../nbs/000_core.paths.ipynb #b1d8f0b9
+_FORMULA = re.compile(r"'*[=+\-@\t\r]")
+_PLAIN_NUMBER = re.compile(r'[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?')
+
+
+def neutral_cell(
+    value, # any cell
+): # the same, with a quote before what a spreadsheet would run
+    "Take the power from a cell that looks like a formula."
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) and not _PLAIN_NUMBER.fullmatch(value) else value
+
+
+def restored_cell(
+    value, # a cell of a table that was exported
+): # as it was before
+    "Undo `neutral_cell`."
+    return value[1:] if isinstance(value, str) and value[:1] == "'" and _FORMULA.match(value) else value
+
+
+def write_csv(
+    frame, # pandas DataFrame
+    path, # .csv
+    index:bool=False, # write the row names, too
+) -> None:
+    "Write a table, atomically, so that no spreadsheet runs a cell of it."
+    safe = frame.copy()
+    for k, kind in enumerate(frame.dtypes):
+        if kind.kind not in 'biufcmM': safe.isetitem(k, frame.iloc[:, k].astype(object).map(neutral_cell))
+    each = lambda names: names.map(lambda v: tuple(map(neutral_cell, v)) if isinstance(v, tuple) else neutral_cell(v)) if len(names) else names
+    safe.columns, safe.index = each(safe.columns), each(safe.index).set_names(frame.index.names) if index else safe.index
+    with atomic_path(path) as temporary: safe.to_csv(temporary, index=index, errors='backslashreplace')
 
 # %% ../../nbs/000_core.paths.ipynb #0b0e6ca5
 def digest(

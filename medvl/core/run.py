@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from .paths import append_jsonl, atomic_path, digest, outputs_path, read_json, read_jsonl, write_json
+from .paths import append_jsonl, atomic_path, digest, outputs_path, read_json, read_jsonl, write_csv, write_json
 from .provenance import provenance
 
 # %% ../../nbs/008_core.run.ipynb #070ee0b4
@@ -98,7 +98,7 @@ def run_events(
     folder, # a run folder
 ) -> list: # dictionaries with `event`, in the order of writing
     "Read a run's journal; a journal of something else (a preparation keeps one too) has no events."
-    return [e for e in read_jsonl(Path(folder)/'journal.jsonl') if isinstance(e, dict) and 'event' in e]
+    return [e for e in read_jsonl(Path(folder)/'journal.jsonl', damaged='skip') if isinstance(e, dict) and 'event' in e] # one odd line is no end of the run
 
 
 def is_run(
@@ -193,7 +193,7 @@ class Records:
     def table(self, name, frame):
         "Write a table as `tables/<name>.csv`; a named index is kept."
         path = self.path('tables', f'{_safe(name)}.csv')
-        with atomic_path(path) as temporary: frame.to_csv(temporary, index=any(n is not None for n in frame.index.names))
+        write_csv(frame, path, index=any(n is not None for n in frame.index.names))
         return path
 
     @property

@@ -15,7 +15,8 @@ import pandas as pd
 
 from ..core.errors import DataError
 from ..core.progress import progress
-from .folder import birads_category, density_letter, pathology_labels
+from .cells import birads_category, density_letter, told
+from .folder import pathology_labels
 from .image import read_image
 from .releases import Part, Release, find_files, find_table, read_headers, read_table
 from .schema import BOXES, Report, Source, empty
@@ -65,10 +66,11 @@ def read_lesions(
 # %% ../../nbs/166_data.cbis_ddsm.ipynb #1e14c2cc
 def find_folders(
     folder, # of the release
+    report:Report|None=None, # gets the folders that cannot be read
 ) -> dict: # name of a film or lesion -> list of its files, relative
     "List the DICOM files under each film's and each lesion's folder."
     out = {}
-    for path in find_files(folder, ('*.dcm',)):
+    for path in find_files(folder, ('*.dcm',), report):
         names = [p for p in path.split('/')[:-1] if _FOLDER.fullmatch(p)]
         if names: out.setdefault(names[-1], []).append(path)
     return out
@@ -117,7 +119,7 @@ def film_records(
     size = pd.DataFrame([head for _, head in found])
     out = pd.DataFrame({'image_path': [path for path, _ in found], 'image_id': first.index, 'patient_id': first.patient_id, 'exam_id': first.patient_id,
         'laterality': first.left_or_right_breast.str[:1].str.upper(), 'view': first.image_view.str.upper(), 'source': 'cbis_ddsm',
-        'density': first.breast_density.map(density_letter), 'birads': groups.assessment.agg('$'.join).map(birads_category), 'pathology': worst.reindex(first.index),
+        'density': first.breast_density.map(density_letter), 'birads': groups.assessment.agg(lambda s: '$'.join(filter(None, s))).map(birads_category), 'pathology': worst.reindex(first.index),
         'split': first.split, 'label_mass': first.kind.map({'mass': 1.}).astype(float), 'label_calcification': first.kind.map({'calc': 1.}).astype(float)})
     return pathology_labels(out.reset_index(drop=True).join(size), report)
 
@@ -127,7 +129,7 @@ def _report_rows(lesions, groups, first, words, report):
     differ = groups[['patient_id', 'left_or_right_breast', 'image_view', 'breast_density']].nunique() > 1
     for column in differ:
         for film in differ.index[differ[column]]: report.add(f'rows disagree: {column}', film, int(first.row[film]), '', 'first row used')
-    for i in np.flatnonzero(~words.isin(_WORST)): report.add('pathology not understood', lesions.film[i], int(lesions.row[i]), lesions.pathology[i], 'not stated')
+    for i in np.flatnonzero(~words.isin(_WORST)): report.add('pathology not understood', lesions.film[i], int(lesions.row[i]), told(lesions.pathology[i]), 'not stated')
 
 
 def _film_file(film, found, root, listed, report):
@@ -191,13 +193,14 @@ def read_cbis_ddsm(
     Source: Lee et al., Scientific Data 4:170177 (2017)."""
     root, report = Path(folder), Report('CBIS-DDSM')
     lesions = read_lesions(root, report)
-    files = find_folders(root)
+    files = find_folders(root, report)
     records = film_records(lesions, files, root, report)
     records['split'] = close_leak(records, report, split)
     found, masks = lesion_boxes(lesions, records, files, root, report) if boxes else (empty('boxes'), {})
     records['mask_path'] = [masks.get(film, '') for film in records.image_id]
     twice = records[['patient_id', 'laterality', 'view']].duplicated(keep=False)
     for film in records.image_id[twice]: report.add('film in both tables', film, None, '', 'kept twice, as the release has it')
+    report.account(len(lesions), len(records), {'lesions of one film': len(lesions) - lesions.film.nunique()})
     report.counts = dict(lesions=len(lesions), films=len(records), patients=records.patient_id.nunique(), films_on_disk=int((records.height > 0).sum()),
                          boxes=len(found), train=int((records.split == 'train').sum()), test=int((records.split == 'test').sum()), rule=split)
     return Source(records.drop(columns=['height', 'width']), found, empty('sentences'), report)

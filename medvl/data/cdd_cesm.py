@@ -18,7 +18,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
-from .folder import birads_category, density_letter, pathology_labels
+from .cells import age_years, birads_category, density_letter, told
+from .folder import pathology_labels, rewrite
 from .releases import Part, Release, find_files, find_table, read_table
 from .schema import BOXES, Report, Source, empty
 from .vindr import require
@@ -62,7 +63,7 @@ def split_report(
     "Part a report by kind of image and breast."
     out = {(k, s): ([], []) for k in ('low_energy', 'subtracted') for s in 'LR'}
     kind, sides, part = 'low_energy', 'LR', 0
-    for line in (re.sub(r'\s+', ' ', raw).strip() for raw in text.splitlines()):
+    for line in (re.sub(r'\s+', ' ', raw).strip() for raw in re.split(r'\r\n|\r|\n', text)):
         upper = line.upper()
         if 'REVEALED' in upper and 'MAMMOGRAPHY' in upper: kind, sides, part = ('subtracted' if 'CONTRAST' in upper else 'low_energy'), 'LR', 0
         elif re.match(r'PATIENT NO', upper) or not line: continue
@@ -106,7 +107,7 @@ def read_outlines(
         if image not in severity or text in ('', '{}'): continue
         try: box = shape_box(json.loads(text))
         except (ValueError, KeyError, TypeError, AttributeError) as e:
-            report.add('region cannot be read', image, int(i), f'{type(e).__name__}: {str(e)[:60]}', 'left out')
+            report.add('region cannot be read', image, int(i), type(e).__name__, 'left out')
             continue
         if box is None: report.add('region without an area', image, int(i), text[:60], 'left out')
         else: rows.append((image, 'lesion', *map(float, box), severity[image]))
@@ -127,12 +128,12 @@ def image_records(
     for i in np.flatnonzero(name.duplicated()): report.add('image listed twice', name[i], int(i), '', 'first row used')
     for i in np.flatnonzero(~name.isin(list(images))): report.add('image is absent', name[i], int(i), '', 'set aside in preparation')
     kind, side = df.Type.str.upper().map(KINDS).fillna(''), df.Side.str[:1].str.upper()
-    for i in np.flatnonzero(kind == ''): report.add('unknown kind of image', name[i], int(i), df.Type[i], 'left out')
+    for i in np.flatnonzero(kind == ''): report.add('unknown kind of image', name[i], int(i), told(df.Type[i]), 'left out')
     said = [texts.get(p, {}).get((k, s), ('', '')) for p, k, s in zip(patient, kind, side)]
     birads = df.BIRADS.str.replace(r'\.0$', '', regex=True)
     out = pd.DataFrame({'image_path': [images.get(n, f'{n}.jpg') for n in name], 'image_id': name, 'patient_id': 'cesm_p' + patient.str.zfill(3), 'exam_id': 'cesm_p' + patient.str.zfill(3), 'laterality': side,
-        'view': df.View.str.upper(), 'source': 'cdd_cesm_' + kind, 'age': pd.to_numeric(df.Age, errors='coerce'), 'density': df['Breast density (ACR)'].map(density_letter),
-        'birads': birads.map(birads_category), 'pathology': df['Pathology Classification/ Follow up'].str.lower(), 'findings': [f or t for (f, _), t in zip(said, df.Findings)],
+        'view': df.View.str.upper(), 'source': 'cdd_cesm_' + kind, 'age': df.Age.map(age_years).astype(float), 'density': rewrite(df['Breast density (ACR)'].rename('density'), density_letter, report),
+        'birads': rewrite(birads.rename('birads'), birads_category, report, side), 'pathology': df['Pathology Classification/ Follow up'].str.lower(), 'findings': [f or t for (f, _), t in zip(said, df.Findings)],
         'impression': [i for _, i in said], 'kind': kind, 'several': birads.str.contains('$', regex=False)})
     known = out[out.density != ''].drop_duplicates(['patient_id', 'laterality']).set_index(['patient_id', 'laterality']).density
     carried = pd.Series(known.reindex(pd.MultiIndex.from_frame(out[['patient_id', 'laterality']])).fillna('').to_numpy(), out.index)
@@ -143,7 +144,7 @@ def image_records(
 def read_texts(root, report):
     "Read the reports: patient -> parts."
     out = {}
-    for path in find_files(root, ('p*.docx', 'p*.txt')):
+    for path in find_files(root, ('p*.docx', 'p*.txt'), report):
         m = re.fullmatch(r'p(\d+)', Path(path).stem.strip(), re.I)
         if m is None: continue
         try: out[m[1]] = split_report(docx_text(root/path))
@@ -163,9 +164,11 @@ def read_cdd_cesm(
     root, report = Path(folder), Report('CDD-CESM')
     path = find_table(root, 'Radiology-manual-annotations', 'Radiology manual annotations', 'Radiology_manual_annotations')
     df = require(read_table(path, sheet='all'), _COLUMNS, path)
-    images = {Path(p).stem.strip(): p for p in find_files(root, ('*.jpg', '*.jpeg', '*.png'))}
+    images = {Path(p).stem.strip(): p for p in find_files(root, ('*.jpg', '*.jpeg', '*.png'), report)}
     texts = read_texts(root, report)
-    out = image_records(df, images, texts, report)
+    out, every = image_records(df, images, texts, report), len(df)
+    unknown, wanted = int((report.issues.kind == 'unknown kind of image').sum()), int(out.kind.isin(kinds).sum())
+    report.account(every, wanted, {'image listed twice': every - unknown - len(out)}, {'unknown kind of image': unknown}, passed=len(out) - wanted)
     out = pathology_labels(out[out.kind.isin(kinds)].reset_index(drop=True), report)
     boxes = read_outlines(root, {i: '' if s else p for i, s, p in zip(out.image_id, out.several, out.pathology)}, report)
     report.counts = dict(images=len(out), patients=out.patient_id.nunique(), reports=len(texts), boxes=len(boxes), images_with_boxes=boxes.image_id.nunique(),

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ..core.errors import DataError
 from .chexpert_labels import CHEXPERT_FINDINGS, read_labels
+from .cells import age_years
 from .releases import Part, Release, find_files, find_table, read_table
 from .schema import Report, Source, empty
 from .vindr import require
@@ -45,12 +46,12 @@ def read_chexpert(
         parts.append(pd.concat([df[list(_COLUMNS)], read_labels(df, rule, path)], axis=1).assign(row=range(len(df)), file=path.name))
     df = pd.concat(parts, ignore_index=True)
     place = df.Path.str.extract(r'(?:^|/)((train|valid|test)/(patient\d+)/(study\d+)/([^/]+)\.(?:jpg|jpeg|png))$')
-    for i in np.flatnonzero(place[0].isna()): report.add('path not understood', df.Path[i], int(df.row[i]), df.file[i], 'left out')
+    for i in np.flatnonzero(place[0].isna()): report.add('path not understood', '', int(df.row[i]), df.file[i], 'left out')
     view = [_view(side, direction) for side, direction in zip(df['Frontal/Lateral'], df['AP/PA'])]
-    age = pd.to_numeric(df.Age, errors='coerce')
+    age = df.Age.map(age_years).astype(float)
     records = pd.DataFrame(dict(image_path=place[0], image_id=place[2] + '_' + place[3] + '_' + place[4], patient_id=place[2], exam_id=place[2] + '_' + place[3], laterality='', view=view, source='chexpert',
         age=age.where(age.between(0, 120)), split=place[1])).join(df[[c for c in df if c.startswith('label_')]])[place[0].notna()]
-    return _present(records, root, views, report)
+    return _present(records, root, views, report, len(df))
 
 
 def _view(side, direction):
@@ -58,14 +59,17 @@ def _view(side, direction):
     return direction.strip().upper() if direction.strip().upper() in ('PA', 'AP') else 'FRONTAL'
 
 # %% ../../nbs/188_data.chexpert.ipynb #62375eb1
-def _present(records, root, views, report):
+def _present(records, root, views, report, read):
     "Records of the wanted views whose files are there."
-    found = {m[1]: p for p in find_files(root, ('*.jpg', '*.jpeg', '*.png')) if (m := re.search(r'(?:^|/)((?:train|valid|test)/patient\d+/study\d+/[^/]+)$', p))}
+    found = {m[1]: p for p in find_files(root, ('*.jpg', '*.jpeg', '*.png'), report) if (m := re.search(r'(?:^|/)((?:train|valid|test)/patient\d+/study\d+/[^/]+)$', p))}
     for view, n in records['view'][~records['view'].isin(views)].value_counts().items(): report.add('other view', view, None, f'{n} images', 'not used')
+    lost, named = read - len(records), len(records)
     records = records[records['view'].isin(views)]
+    passed = named - len(records)
     here = records.image_path.isin(list(found))
     for path in records.image_path[~here]: report.add('image is absent', path, None, '', 'left out', file=path)
     records = records[here].assign(image_path=lambda t: t.image_path.map(found)).drop_duplicates('image_id').reset_index(drop=True)
     if not len(records): raise DataError(f'none of {len(here)} images of the views {", ".join(views)} is here.', file=str(root), fix='They should be train/patient00001/study1/view1_frontal.jpg.')
+    report.account(read, len(records), {'image listed twice': int(here.sum()) - len(records)}, {'path not understood': lost, 'image is absent': int((~here).sum())}, passed)
     report.counts = dict(images=len(records), studies=records.exam_id.nunique(), patients=records.patient_id.nunique(), **{s: int((records.split == s).sum()) for s in ('train', 'valid')})
     return Source(records, empty('boxes'), empty('sentences'), report)

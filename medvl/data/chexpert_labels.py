@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError, unknown_name
+from .cells import quoted
 
 # %% ../../nbs/186b_data.chexpert_labels.ipynb #35fefa3b
 LABEL_RULES = { # (uncertain, blank)
@@ -45,6 +46,6 @@ def read_labels(
         text = table[name].astype(str).str.strip()
         value = pd.to_numeric(text.where(text != ''), errors='coerce')
         bad = np.flatnonzero((text != '').to_numpy() & ~value.isin([0, 1, -1]).to_numpy())
-        if bad.size: raise DataError(f'{text.iloc[bad[0]]!r} is no label.', file=str(file), row=int(bad[0]), column=name, fix='A label is 1, 0, -1 or empty.')
+        if bad.size: raise DataError(f'{quoted(text.iloc[bad[0]])} is no label.', file=str(file), row=int(bad[0]), column=name, fix='A label is 1, 0, -1 or empty.')
         out[label_of(name)] = value.where(value != -1, uncertain).where(text != '', blank).astype(float)
     return pd.DataFrame(out, index=table.index)

@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..core.errors import DataError
 from ..core.progress import progress
+from .cells import age_years, told
 from .folder import pathology_labels
 from .releases import Part, Release, find_files, find_table, read_headers, read_table
 from .schema import Report, Source, empty
@@ -35,7 +36,7 @@ def read_images(
 ) -> pd.DataFrame: # image_path, image_id, patient_id, laterality, view
     "List the images with what their headers say."
     root, rows = Path(folder), []
-    for path, head in read_headers(root, progress(find_files(root, ('*.dcm',)), desc='headers', unit='file'), report).items():
+    for path, head in read_headers(root, progress(find_files(root, ('*.dcm',), report), desc='headers', unit='file'), report).items():
         patient = next((p for p in path.split('/') if p[:3] in ('D1-', 'D2-')), '')
         if not patient:
             report.add('file outside a patient folder', path, None, '', 'left out')
@@ -61,16 +62,19 @@ def read_cmmd(
     path = find_table(root, 'CMMD_clinicaldata_revision', 'CMMD_clinicaldata_revision_CSV', 'CMMD_clinicaldata')
     df = require(read_table(path), _COLUMNS, path)
     images = read_images(root, report)
+    left = report.issues.kind[report.issues.kind.isin(['file outside a patient folder', 'header cannot be read'])].value_counts().to_dict()
+    report.account(len(images) + sum(left.values()), len(images), aside=left)
     if not len(images): raise DataError('no image of a patient D1-… or D2-… is in the folder.', file=str(root), fix='Give the folder that holds the tree of TCIA.')
     df = df.assign(side=df.LeftRight.str[:1].str.upper())
-    for i in np.flatnonzero(df.duplicated(['ID1', 'side'])): report.add('breast twice in the table', f'{df.ID1[i]} {df.side[i]}', int(i), '', 'first row used')
+    for i in np.flatnonzero(df.duplicated(['ID1', 'side'])): report.add('breast twice in the table', '', int(i), '', 'first row used')
     known = df.drop_duplicates(['ID1', 'side']).set_index(['ID1', 'side'])
     keys = pd.MultiIndex.from_arrays([images.patient_id, images.laterality])
-    for key in known.index.difference(keys): report.add('breast without images', ' '.join(key), None, '', 'left out')
+    lone = [i for i, key in enumerate(zip(df.ID1, df.side)) if key in set(known.index.difference(keys))]
+    for i in lone: report.add('breast without images', '', i, '', 'left out')
     row = known.reindex(keys).fillna('').reset_index(drop=True)
     if (n := int((row.classification == '').sum())): report.add('breast not in the table', '', None, f'{n} images', 'kept without labels')
     age = df.drop_duplicates('ID1').set_index('ID1').Age
-    out = images.assign(exam_id=images.patient_id, source='cmmd_' + images.patient_id.str[:2].str.lower(), age=pd.to_numeric(images.patient_id.map(age), errors='coerce'),
+    out = images.assign(exam_id=images.patient_id, source='cmmd_' + images.patient_id.str[:2].str.lower(), age=images.patient_id.map(age).fillna('').map(age_years).astype(float),
                         pathology=row.classification.str.lower())
     return Source(_labels(out, row, report), empty('boxes'), empty('sentences'), report)
 
@@ -78,10 +82,10 @@ def read_cmmd(
 def _labels(out, row, report):
     "Add the labels and the counts."
     out, kind = pathology_labels(out, report), row.abnormality.str.lower().str.strip()
-    for value in sorted(set(kind) - {'mass', 'calcification', 'both', ''}): report.add('unknown abnormality', value, None, '', 'not stated')
+    for value in sorted(set(kind) - {'mass', 'calcification', 'both', ''}): report.add('unknown abnormality', told(value), None, '', 'not stated')
     for name in ('mass', 'calcification'): out[f'label_{name}'] = kind.map({name: 1., 'both': 1., {'mass': 'calcification', 'calcification': 'mass'}[name]: 0.}).astype(float)
     subtype = row.subtype.str.lower().str.strip()
-    for value in sorted(set(subtype) - {s.lower() for s in SUBTYPES} - {''}): report.add('unknown subtype', value, None, '', 'not stated')
+    for value in sorted(set(subtype) - {s.lower() for s in SUBTYPES} - {''}): report.add('unknown subtype', told(value), None, '', 'not stated')
     stated = subtype.isin([s.lower() for s in SUBTYPES])
     for name in SUBTYPES: out[f'label_subtype_{label_name(name).replace("-", "_")}'] = (subtype == name.lower()).astype(float).where(stated)
     report.counts = dict(images=len(out), patients=out.patient_id.nunique(), images_without_label=int((out.pathology == '').sum()),

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
+from .cells import reason_about
 from .image import read_image
 from .releases import Part, Release, find_files, read_headers
 from .schema import Report, Source, empty
@@ -74,9 +75,9 @@ def fit_mask(
 def _record(name, path, mask, head, resize, derived, report):
     "One row of the records, or None."
     patient = re.match(r'(COVID-19-AR-\d+)_', name)
-    if not patient or not mask: return report.add('name without a patient' if not patient else 'image without a mask', name, None, path, 'left out', file=path)
+    if not patient or not mask: return report.add('name without a patient' if not patient else 'image without a mask', name, None, '', 'left out', file=path)
     try: kept, marked = fit_mask(name, derived.root/mask, (head['height'], head['width']), resize, derived)
-    except DataError as e: return report.add('mask cannot be used', name, None, e.message, 'image left out', file=path)
+    except (DataError, OSError) as e: return report.add('mask cannot be used', name, None, reason_about(getattr(e, 'message', e.strerror if isinstance(e, OSError) else ''), derived.root/mask), 'image left out', file=path)
     return dict(image_path=_grey_copy(name, derived.root/path, derived) or path, image_id=name, patient_id=patient[1], exam_id=name, laterality='', view='FRONTAL', source='covid_rural', mask_path=kept,
                 split='', label_opacity=float(marked))
 
@@ -95,13 +96,14 @@ def read_covid_rural(
     Raises: DataError when no image is there.
     Source: LoVT spec, section 2.6."""
     root, report, derived = Path(root), Report('COVID Rural'), Derived(root, derived)
-    files = {Path(p).stem: p for p in find_files(root, ('jpgs/*.jpg', 'jpgs/*.jpeg', 'jpgs/*.png'))}
-    masks = {Path(p).stem: p for p in find_files(root, ('pngs_masks/*.png',))}
+    files = {Path(p).stem: p for p in find_files(root, ('jpgs/*.jpg', 'jpgs/*.jpeg', 'jpgs/*.png'), report)}
+    masks = {Path(p).stem: p for p in find_files(root, ('pngs_masks/*.png',), report)}
     here = on_disk(sorted(files), files, report, root, 'jpgs/COVID-19-AR-<patient>_<date>-XR.jpg')
     heads = read_headers(root, [files[n] for n in here], report)
     rows = [row for n in here if files[n] in heads and (row := _record(n, files[n], masks.get(n), heads[files[n]], resize_masks, derived, report))]
-    for name in sorted(set(masks) - set(files)): report.add('mask without an image', name, None, masks[name], 'left out')
+    for name in sorted(set(masks) - set(files)): report.add('mask without an image', name, None, '', 'left out', file=masks[name])
     if not rows: raise DataError(f'none of {len(here)} images can be used; the first: {report.issues.kind.iloc[0]}, {report.issues.detail.iloc[0]}', file=str(root), fix='The masks should be pngs_masks/<name of the image>.png.')
     records = pd.DataFrame(rows)
+    report.account_images(sorted(files), records.image_id, alias=files)
     report.counts = dict(images=len(records), patients=records.patient_id.nunique(), with_opacity=int(records.label_opacity.sum()), left_out=len(files) - len(records))
     return Source(records, empty('boxes'), empty('sentences'), report)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .folder import birads_category, density_letter
+from .cells import age_years, density_letter, most_suspicious, told
 from .releases import Part, Release, find_table, read_table
 from .rsna import whole
 from .schema import BOXES, Report, Source, empty
@@ -70,11 +70,11 @@ def breast_table(
     absent = [n for n in _OPTIONAL if n not in df]
     df = df.assign(**dict.fromkeys(absent, ''))
     unknown = ~df.asses.str.upper().isin([*ASSESSMENT, ''])
-    for value, n in df.asses[unknown].value_counts().items(): report.add('unknown assessment', value, None, f'{n} rows', 'not stated')
+    for value, n in df.asses[unknown].value_counts().items(): report.add('unknown assessment', told(value), None, f'{n} rows', 'not stated')
     level, rows = pathology_of(df, report), both_sides(df)
     keys = [rows.empi_anon, rows.acc_anon, rows.side]
-    out = pd.DataFrame({'birads': rows.asses.str.upper().map(ASSESSMENT).fillna('').groupby(keys).agg(lambda s: birads_category('$'.join(filter(None, s)))),
-        'density': whole(rows.tissueden).map(density_letter).groupby(keys).max(), 'age': pd.to_numeric(rows.age_at_study, errors='coerce').groupby(keys).first()})
+    out = pd.DataFrame({'birads': rows.asses.str.upper().map(ASSESSMENT).fillna('').groupby(keys).agg(lambda s: most_suspicious(list(s))),
+        'density': whole(rows.tissueden).map(density_letter).groupby(keys).agg(lambda s: s[s != ''].unique()[0] if s[s != ''].nunique() == 1 else ''), 'age': rows.age_at_study.map(age_years).astype(float).groupby(keys).first()})
     shape, calc = rows.massshape.str.upper(), (rows.calcfind != '') | (rows.calcdistri != '')
     for name, codes in SHAPES.items():
         out[f'label_{name}'] = shape.map(lambda s, c=codes: float(any(x in c for x in re.findall(r'[A-Z]', s)))).groupby(keys).max()
@@ -105,7 +105,7 @@ def roi_boxes(
     for i, image, text, level in zip(meta.index, meta.image_id, meta.ROI_coords, levels):
         rois, marks = read_rois(text), re.findall(r'\d+', level)
         if rois is None:
-            report.add('regions cannot be read', image, int(i), text[:60], 'left out')
+            report.add('regions cannot be read', image, int(i), told(text), 'left out')
             continue
         for n, roi in enumerate(rois):
             if match == 'primary' and (marks[n:n+1] or ['1']) != ['1']: continue
@@ -125,7 +125,7 @@ def file_records(
     plain = lambda s: re.sub(r'[^a-z0-9]', '', str(s).lower())
     kind, spot = meta.FinalImageType.map(plain), whole(meta.spot_mag) == '1'
     wanted = kind.isin([plain(k) for k in kinds])
-    for value, n in meta.FinalImageType[~wanted].value_counts().items(): report.add('other kind of image', value, None, f'{n} files', 'left out')
+    for value, n in meta.FinalImageType[~wanted].value_counts().items(): report.add('other kind of image', told(value), None, f'{n} files', 'left out')
     if not special and (n := int((wanted & spot).sum())): report.add('spot or magnification view', '', None, f'{n} files', 'left out')
     out = meta[wanted & (special | ~spot)].reset_index(drop=True)
     tail = out.anon_dicom_path.str.extract(r'(cohort_\d+/.+)$')[0]
@@ -133,7 +133,9 @@ def file_records(
     path = (f'{images}/' if images else '') + tail.fillna(out.anon_dicom_path.str.rpartition('/')[2])
     out = out.assign(image_path=path, image_id=path.str.rpartition('/')[2].str.replace(r'\.dcm$', '', regex=True))
     for i in np.flatnonzero(out.image_id.duplicated()): report.add('file listed twice', out.image_id[i], int(i), '', 'first row used')
-    return out.drop_duplicates('image_id').reset_index(drop=True)
+    kept = out.drop_duplicates('image_id').reset_index(drop=True)
+    report.account(len(meta), len(kept), {'file listed twice': len(out) - len(kept)}, passed=len(meta) - len(out))
+    return kept
 
 # %% ../../nbs/171_data.embed.ipynb #b733246e
 def read_embed(

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.errors import DataError, unknown_name
-from ..core.paths import atomic_path
+from ..core.errors import DataError, closest, unknown_name
+from ..core.paths import write_csv
+from .cells import quoted, told
 from .prompts import FINDINGS, NORMAL
 from .schema import Report, read_csv
 from .vindr import label_name, read_vindr
@@ -109,7 +110,7 @@ def _literal(text, file, row, column):
     "A Python literal, read without running it."
     try: value = ast.literal_eval(text) if len(text) < 100_000 else None
     except (ValueError, SyntaxError, MemoryError, RecursionError): value = None
-    if not isinstance(value, (list, tuple)): raise DataError(f'{text[:60]!r} is no list.', file=file, row=row, column=column,
+    if not isinstance(value, (list, tuple)): raise DataError(f'{quoted(text)} is no list.', file=file, row=row, column=column,
                                                              fix="Write it as ['a', 'b'].")
     return list(value)
 
@@ -121,7 +122,7 @@ def _flat(value, file, row, column):
         if isinstance(v, str) and v.strip()[:1] == '[': v = _literal(v, file, row, column)
         if isinstance(v, str): out.append(v)
         elif isinstance(v, (list, tuple)): out += _flat(v, file, row, column)
-        else: raise DataError(f'{v!r} is no text.', file=file, row=row, column=column)
+        else: raise DataError(f'{quoted(v)} is no text.', file=file, row=row, column=column)
     return out
 
 # %% ../../nbs/164_data.findings.ipynb #ede6fa71
@@ -138,7 +139,7 @@ def read_lists(
     if len(groups) != 4: raise DataError(f'{len(groups)} lists; four are needed.', file=file, row=row, column=column)
     lists = [_flat([g] if isinstance(g, str) else g, file, row, column) for g in groups]
     for f in (f for g in lists for f in g):
-        if f not in (*FINDINGS, NORMAL): raise DataError(unknown_name('finding', f, (*FINDINGS, NORMAL)), file=file, row=row, column=column)
+        if f not in (*FINDINGS, NORMAL): raise DataError(unknown_name('finding', f if closest(f, FINDINGS) else told(f), (*FINDINGS, NORMAL)), file=file, row=row, column=column)
     here = set(lists[0] + lists[1])
     clean = [*lists[:2], *([f for f in g if f not in here] for g in lists[2:])]
     return clean, clean != [list(g) if not isinstance(g, str) else g for g in groups]
@@ -149,7 +150,7 @@ def write_finding_table(
     path, # .csv
 ) -> Path:
     "Write the table of breasts."
-    with atomic_path(path) as temporary: table.to_csv(temporary, index=False)
+    write_csv(table, path)
     return Path(path)
 
 

@@ -16,7 +16,8 @@ from xml.parsers.expat import ExpatError
 import numpy as np
 import pandas as pd
 
-from .folder import birads_category, density_letter
+from .cells import age_years, birads_category, density_letter, told
+from .folder import rewrite
 from .releases import Part, Release, find_files, find_table, read_table
 from .schema import BOXES, Report, Source, empty
 from .vindr import require
@@ -50,12 +51,12 @@ def read_regions(
         rois = [r for image in images for r in image['ROIs']]
         points = [np.array([[float(v) for v in p.strip('() ').split(',')] for p in r['Point_px']], float).reshape(-1, 2) for r in rois]
     except (ExpatError, plistlib.InvalidFileException, KeyError, TypeError, ValueError, AttributeError) as e:
-        report.add('outlines cannot be read', name, None, f'{type(e).__name__}: {str(e)[:80]}', 'findings not stated')
+        report.add('outlines cannot be read', name, None, type(e).__name__, 'findings not stated')
         return None
     out = []
     for roi, p in zip(rois, points):
         label = REGIONS.get(str(roi.get('Name', '')).strip().lower())
-        if label is None: report.add('region without a known name', name, None, str(roi.get('Name', '')), 'left out')
+        if label is None: report.add('region without a known name', name, None, told(roi.get('Name', '')), 'left out')
         elif roi.get('NumberOfPoints', len(p)) != len(p): report.add('points are missing', name, None, f'{roi["NumberOfPoints"]} announced, {len(p)} there', 'used as it is')
         if label is not None and len(p) and np.isfinite(p).all(): out.append((label, p))
     return out
@@ -73,7 +74,7 @@ def image_files(
 ) -> pd.DataFrame: # index number; path, patient, side
     "List the images by number."
     rows = []
-    for path in find_files(folder, ('*.dcm',)):
+    for path in find_files(folder, ('*.dcm',), report):
         m = _NAME.fullmatch(path.rpartition('/')[2])
         if m: rows.append((m[1], path, m[2].lower(), m[3]))
         else: report.add('odd name of a file', path, None, '', 'left out')
@@ -95,10 +96,10 @@ def image_records(
     for i in np.flatnonzero(here.side.notna() & (here.side != side)):
         report.add('file name says the other side', number[i], int(i), here.path[i], 'table used')
     patient = here.patient.fillna('unknown_' + number)
-    age = pd.to_numeric(df['Patient age'].str.extract(r'(\d+)')[0], errors='coerce')
+    age = df['Patient age'].map(age_years).astype(float)
     out = pd.DataFrame({'image_path': here.path.fillna('AllDICOMs/' + number + '.dcm'), 'image_id': number, 'patient_id': patient,
         'exam_id': patient + '_' + df['Acquisition date'], 'laterality': side, 'view': df.View.str.upper().replace({'ML': 'MLO'}), 'source': 'inbreast',
-        'age': age, 'density': df.ACR.map(density_letter), 'birads': df['Bi-Rads'].map(birads_category)})
+        'age': age, 'density': rewrite(df.ACR.rename('density'), density_letter, report), 'birads': rewrite(df['Bi-Rads'].rename('birads'), birads_category, report)})
     suspicious = {'1': 0., '2': 0., '3': 0., '4': 1., '5': 1., '6': 1.}
     return out.assign(label_suspicious=out.birads.str[:1].map(suspicious).astype(float))
 
@@ -109,7 +110,7 @@ def add_findings(
     report:Report, # gets the issues
 ) -> pd.DataFrame: # boxes
     "Set the labels of findings and collect the boxes."
-    xml = {Path(p).stem: root/p for p in find_files(root, ('*.xml',)) if 'pectoral' not in p.lower()}
+    xml = {Path(p).stem: root/p for p in find_files(root, ('*.xml',), report) if 'pectoral' not in p.lower()}
     boxes, labels, points = [], [], 0
     for i, number in enumerate(out.image_id):
         regions = read_regions(xml[number], report) if number in xml else [] if out.birads[i] == '1' else None
@@ -134,9 +135,12 @@ def read_inbreast(
     root, report = Path(folder), Report('INbreast')
     path = find_table(root, 'INbreast')
     df = require(read_table(path), _COLUMNS, path)
-    df = df[df['File Name'].str.fullmatch(r'\d+(?:\.0)?')].reset_index(drop=True) # Excel exports end with lines of remarks
+    listed, named = len(df), df['File Name'].str.fullmatch(r'\d+(?:\.0)?') # Excel exports end with lines of remarks
+    for i in np.flatnonzero(~named): report.add('row without a number of a file', '', int(i), '', 'left out')
+    df = df[named].reset_index(drop=True)
     out = image_records(df, image_files(root, report), report)
     boxes = add_findings(root, out, report)
+    report.account(listed, len(out), aside={'row without a number of a file': int((~named).sum())})
     exams = out.groupby('patient_id').exam_id.nunique()
     report.counts = dict(images=len(out), patients=out.patient_id.nunique(), patients_with_several_exams=int((exams > 1).sum()), boxes=len(boxes),
                          suspicious=int(out.label_suspicious.sum()), density_missing=int((out.density == '').sum()))

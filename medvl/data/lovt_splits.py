@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError, unknown_name
+from .cells import quoted
 from .leaks import check_leaks
 from .nih_cxr import NIH_CLASSES
 from .object_cxr import OBJECT_CLASSES, swap_sides
@@ -103,10 +104,10 @@ def _cell_boxes(image, boxes, classes, what, file, row):
     if len(edges) != len(numbers): raise DataError(f'{len(edges)} boxes and {len(numbers)} classes.', file=str(file), row=row, column='classes')
     for text, number in zip(edges, numbers):
         words = text.split(';')
-        if len(words) != 4 or not all(re.fullmatch(r'-?\d+(\.\d+)?(e-?\d+)?', w) for w in words): raise DataError(f'{text[:40]!r} is no box x;y;w;h.', file=str(file), row=row, column='boxes')
+        if len(words) != 4 or not all(re.fullmatch(r'-?\d+(\.\d+)?(e-?\d+)?', w) for w in words): raise DataError(f'{quoted(text)} is no box x;y;w;h.', file=str(file), row=row, column='boxes')
         x, y, w, h = map(float, words)
-        if w <= 0 or h <= 0: raise DataError(f'the box {text!r} has no area.', file=str(file), row=row, column='boxes')
-        if not number.isdigit() or not 0 <= int(number) - what.first < len(what.classes): raise DataError(f'the class {number!r} is not known.', file=str(file), row=row, column='classes',
+        if w <= 0 or h <= 0: raise DataError(f'the box {quoted(text)} has no area.', file=str(file), row=row, column='boxes')
+        if not number.isdigit() or not 0 <= int(number) - what.first < len(what.classes): raise DataError(f'the class {quoted(number)} is not known.', file=str(file), row=row, column='classes',
             fix=f'There are {what.first} to {what.first + len(what.classes) - 1}.')
         yield image, what.classes[int(number) - what.first], x, y, x + w, y + h
 

@@ -15,6 +15,7 @@ import pandas as pd
 
 from ..core.errors import DataError, unknown_name
 from .chexpert_labels import read_labels
+from .cells import told
 from .mimic_sections import SPECIAL_STUDIES, find_sections, lovt_sections
 from .releases import Part, Release, find_files, read_table
 from .reports import split_sentences
@@ -43,7 +44,7 @@ def mimic_table(
     """Read a table of the release.
 
     Raises: DataError for an absent or broken file, or a missing column."""
-    found = find_files(root, (f'mimic-cxr-*-{kind}.csv', f'mimic-cxr-*-{kind}.csv.gz'))
+    found = find_files(root, (f'mimic-cxr-*-{kind}.csv', f'mimic-cxr-*-{kind}.csv.gz'), Report('tables'))
     if not found and not required: return None
     if not found: raise DataError(f'there is no mimic-cxr-2.0.0-{kind}.csv (nor .csv.gz) in the folder.', file=str(root), fix='Download it from MIMIC-CXR-JPG, or give the folder that holds it.')
     path = Path(root)/min(found, key=lambda p: (p.count('/'), p))
@@ -63,9 +64,9 @@ class MimicReports:
         limit:int=1_000_000, # bytes of one report
     ):
         root, number = Path(root), lambda p: int(m[1]) if (m := re.fullmatch(r's(\d{1,9})\.txt', p.rpartition('/')[2])) else None
-        zips = [root] if root.suffix == '.zip' else [root/p for p in find_files(root, ('mimic-cxr-reports*.zip',))]
+        zips = [root] if root.suffix == '.zip' else [root/p for p in find_files(root, ('mimic-cxr-reports*.zip',), Report('reports'))]
         self.limit, self.zip, self.root = limit, None, root
-        self.paths = {} if root.suffix == '.zip' else {n: p for p in find_files(root, ('s*.txt',)) if (n := number(p)) is not None}
+        self.paths = {} if root.suffix == '.zip' else {n: p for p in find_files(root, ('s*.txt',), Report('reports')) if (n := number(p)) is not None}
         if self.paths or not zips: return
         try: self.zip = zipfile.ZipFile(zips[0])
         except (zipfile.BadZipFile, OSError) as e: raise DataError(f'the reports cannot be unpacked ({type(e).__name__}).', file=str(zips[0]), fix='Download it again.') from e
@@ -118,9 +119,10 @@ def read_mimic_cxr(
         if value not in known: raise ValueError(unknown_name(f'value of {word}', value, known))
     if bad := [v for v in views if v not in CHEST_VIEWS]: raise ValueError(unknown_name('view', bad[0], CHEST_VIEWS))
     root, report = Path(root), Report('MIMIC-CXR')
-    images = _images(root, views, report)
+    images, listed, passed = _images(root, views, report)
     texts = _texts(images, MimicReports(reports or root), text, special, min_tokens, official, report) if text != 'none' else {}
     if text == 'required': images = images[images.study_id.isin(list(texts))]
+    report.account_images(listed.dicom_id, images.dicom_id, passed, dict(zip(listed.dicom_id, 's' + listed.study_id)))
     if not len(images): raise DataError(f'no study can be used; {len(report.issues)} problems, the first: {report.issues.kind.iloc[0]}, {report.issues.detail.iloc[0]}', file=str(root))
     records = pd.DataFrame(dict(image_path=images.path, image_id=images.dicom_id, patient_id='p' + images.subject_id, exam_id='s' + images.study_id, laterality='', view=images.ViewPosition, source='mimic_cxr',
         split=images.split, findings=[texts.get(s, {}).get('findings', '') for s in images.study_id], impression=[texts.get(s, {}).get('impression', '') for s in images.study_id])).reset_index(drop=True)
@@ -144,8 +146,9 @@ _PARTS = {'train': 'train', 'validate': 'valid', 'validation': 'valid', 'test': 
 def _images(root, views, report):
     "Images of the wanted views that are there, sorted by patient and study."
     meta, split = mimic_table(root, 'metadata', _META), mimic_table(root, 'split', _SPLIT)
+    every = meta[['dicom_id', 'study_id']]
     for i in meta.index[meta.dicom_id.duplicated()]: report.add('image listed twice', meta.dicom_id[i], int(i), '', 'first row used')
-    for i in split.index[~split.split.str.lower().isin(list(_PARTS))]: report.add('unknown split', split.dicom_id[i], int(i), split.split[i], 'image left out')
+    for i in split.index[~split.split.str.lower().isin(list(_PARTS))]: report.add('unknown split', split.dicom_id[i], int(i), told(split.split[i]), 'image left out')
     part = split.split.str.lower().map(_PARTS).set_axis(split.dicom_id)
     meta = meta.drop_duplicates('dicom_id').assign(split=lambda t: t.dicom_id.map(part[~part.index.duplicated()]))
     for i in meta.index[~meta.dicom_id.isin(part.index)]: report.add('image without a split', meta.dicom_id[i], int(i), '', 'left out')
@@ -153,12 +156,12 @@ def _images(root, views, report):
     for name, n in view[~view.isin(views)].replace('', 'not stated').value_counts().items(): report.add('other view', name, None, f'{n} images', 'not used')
     kept = meta.assign(ViewPosition=view)[view.isin(views) & meta.split.notna()]
     for study in sorted(set(meta.study_id) - set(meta.study_id[view.isin(views)])): report.add('study dropped', 's' + study, None, f'no image of the views {", ".join(views)}', 'left out')
-    files = {Path(p).stem: p for p in find_files(root, ('*.jpg',))}
+    files = {Path(p).stem: p for p in find_files(root, ('*.jpg',), report)}
     here = kept.dicom_id.isin(list(files))
     if not here.any(): raise DataError(f'none of {len(kept)} images is here; the first is {kept.dicom_id.iloc[0] if len(kept) else "-"}.jpg.', file=str(root), fix='They should be files/p10/p10000032/s50414267/<dicom>.jpg.')
     for i in kept.index[~here]: report.add('image is absent', kept.dicom_id[i], int(i), '', 'left out')
     for study in sorted(set(kept.study_id) - set(kept.study_id[here])): report.add('study dropped', 's' + study, None, 'no image on disk', 'left out')
-    return kept[here].assign(path=lambda t: t.dicom_id.map(files)).sort_values(['subject_id', 'study_id', 'dicom_id'], kind='stable')
+    return kept[here].assign(path=lambda t: t.dicom_id.map(files)).sort_values(['subject_id', 'study_id', 'dicom_id'], kind='stable'), every, meta.dicom_id[~view.isin(views) & meta.split.notna()]
 
 # %% ../../nbs/187a_data.mimic_cxr.ipynb #61f1f5ac
 def _texts(images, reports, text, special, min_tokens, official, report):

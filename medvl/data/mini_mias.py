@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
+from .cells import told
 from .folder import pathology_labels
 from .releases import Part, Release, find_files, read_headers
 from .schema import BOXES, Report, Source, empty
@@ -40,12 +41,12 @@ def read_truth(
     Raises: DataError for a file that is absent or has no such line."""
     if not Path(path).is_file(): raise DataError('the file does not exist.', file=str(path))
     rows = []
-    for i, line in enumerate(Path(path).read_text(encoding='latin-1').splitlines()):
+    for i, line in enumerate(Path(path).read_text(encoding='latin-1').split('\n')):
         words = line.split()
         if not words or not re.fullmatch(r'mdb\d{3}', words[0]): continue
         film, tissue, kind, severity, *place = [*words, '', ''][:max(len(words), 4)]
         if tissue not in TISSUE or kind not in CLASSES or severity not in ('B', 'M', ''):
-            report.add('line not understood', film, i, line.strip(), 'left out')
+            report.add('line not understood', film, i, told(line), 'left out')
             continue
         numbers = [float(w) for w in place if re.fullmatch(r'\d+', w)]
         if kind != 'NORM' and len(numbers) != 3: report.add('lesion without coordinates', film, i, ' '.join(place) or 'nothing', 'label kept, no box')
@@ -78,11 +79,11 @@ def read_mini_mias(
     Raises: DataError when there is no truth.
     Source: Suckling et al. (1994); README of the release."""
     root, report = Path(folder), Report('mini-MIAS')
-    texts = find_files(root, ('info.txt', '*readme', '*readme.txt'))
+    texts = find_files(root, ('info.txt', '*readme', '*readme.txt'), report)
     texts = [p for p in texts if re.search(r'^mdb\d{3}\s', (root/p).read_text(encoding='latin-1'), re.M)]
     if not texts: raise DataError('neither Info.txt nor a README with the truth is in the folder.', file=str(root), fix='Take it from the archive all-mias.tar.gz.')
     truth = read_truth(root/texts[0], report)
-    files = read_headers(root, find_files(root, ('mdb*.pgm', 'mdb*.png', 'mdb*.jpg', 'mdb*.jpeg')), report)
+    files = read_headers(root, find_files(root, ('mdb*.pgm', 'mdb*.png', 'mdb*.jpg', 'mdb*.jpeg'), report), report)
     images, heads = {Path(p).stem.lower(): p for p in files}, {Path(p).stem.lower(): h for p, h in files.items()}
     odd = {f: h for f, h in heads.items() if (h['height'], h['width']) != (SIZE, SIZE)}
     for film, h in odd.items(): report.add('copy of another size', film, None, f'{h["height"]}×{h["width"]}', 'boxes and spacing scaled' if h['height'] == h['width'] else 'boxes left out')
@@ -94,6 +95,8 @@ def read_mini_mias(
     for film in sorted(set(images) - set(films)): report.add('film without truth', film, None, '', 'left out')
     out = pathology_labels(_records(films, truth, images, scale), report)
     out['label_malignant'] = (out.pathology == 'malignant').astype(float)
+    bad = int((report.issues.kind == 'line not understood').sum())
+    report.account(len(truth) + bad, len(out), {'lines of one film': len(truth) - len(films)}, {'line not understood': bad})
     report.counts = dict(films=len(out), films_on_disk=sum(f in images for f in films), patients=out.patient_id.nunique(), boxes=len(boxes),
                          **{k: int((out.pathology == k).sum()) for k in ('normal', 'benign', 'malignant')})
     return Source(out, boxes, empty('sentences'), report)

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError, unknown_name
+from .cells import age_years, told
 from .releases import Part, Release, find_files, find_table, read_headers, read_table
 from .schema import Report, Source, empty
 from .shapes import Derived, box_masks, chest_view, on_disk, release_boxes
@@ -43,7 +44,7 @@ def read_nih_boxes(
     df = read_table(path)
     if df.shape[1] < 6 or 'Image Index' not in df: raise DataError(f'the table has the columns {", ".join(df.columns)}.', file=str(path), fix='It should begin with Image Index,Finding Label,Bbox [x,y,w,h].')
     label = df.iloc[:, 1].map(finding_name)
-    for i in np.flatnonzero(~label.isin(NIH_CLASSES)): report.add('unknown finding', df.iloc[i, 0], int(i), df.iloc[i, 1], 'box left out')
+    for i in np.flatnonzero(~label.isin(NIH_CLASSES)): report.add('unknown finding', df.iloc[i, 0], int(i), told(df.iloc[i, 1]), 'box left out')
     n = df.iloc[:, 2:6].apply(pd.to_numeric, errors='coerce').to_numpy(float)
     table = pd.DataFrame({'image_id': df.iloc[:, 0].map(lambda p: Path(p).stem), 'label': label, 'x0': n[:, 0], 'y0': n[:, 1], 'x1': n[:, 0] + n[:, 2], 'y1': n[:, 1] + n[:, 3], 'row': range(len(df))})
     return table[label.isin(NIH_CLASSES)].reset_index(drop=True)
@@ -64,9 +65,9 @@ def read_entries(
     Raises: DataError for a missing column."""
     df = require(read_table(path), _ENTRY, path)
     found = df['Finding Labels'].str.split('|').map(lambda words: {finding_name(w) for w in words})
-    for word in sorted(set().union(*found) - set(NIH_LABELS) - {'no_finding'}): report.add('unknown finding', word, None, path.name, 'left out')
-    age = pd.to_numeric(df['Patient Age'].str.replace(r'^0*(\d+)Y$', r'\1', regex=True), errors='coerce')
-    for i in np.flatnonzero((age > 120).to_numpy()): report.add('impossible age', df['Image Index'][i], int(i), df['Patient Age'][i], 'unknown')
+    for word in sorted(set().union(*found) - set(NIH_LABELS) - {'no_finding'}): report.add('unknown finding', told(word), None, path.name, 'left out')
+    age = df['Patient Age'].map(age_years).astype(float)
+    for i in np.flatnonzero((age > 120).to_numpy()): report.add('impossible age', df['Image Index'][i], int(i), told(df['Patient Age'][i]), 'unknown')
     out = pd.DataFrame({'patient_id': df['Patient ID'].map(lambda p: f'{int(p):08d}' if p.isdigit() else p), 'view': df['View Position'], 'age': age.where(age <= 120), 'sex': df['Patient Gender'],
         **{f'label_{k}': found.map(lambda s, k=k: float(k in s)) for k in (*NIH_LABELS, 'no_finding')}})
     return out.set_axis(df['Image Index'].map(lambda p: Path(p).stem))
@@ -86,7 +87,7 @@ def read_nih_cxr(
     root, report, derived = Path(root), Report('NIH ChestX-ray'), Derived(root, derived)
     path = find_table(root, 'BBox_List_2017', 'BBox_List_2017_Official_NIH')
     table, entries = read_nih_boxes(path, report), _entries(root, report)
-    files = {Path(p).stem: p for p in find_files(root, ('*.png', '*.jpg')) if re.fullmatch(r'\d{8}_\d{3}', Path(p).stem)}
+    files = {Path(p).stem: p for p in find_files(root, ('*.png', '*.jpg'), report) if re.fullmatch(r'\d{8}_\d{3}', Path(p).stem)}
     chosen = [*dict.fromkeys(table.image_id), *_others(root, entries, set(table.image_id), files, images, normals, report)]
     here = on_disk(chosen, files, report, root, 'images/<Image Index>')
     heads = read_headers(root, [files[n] for n in here], report)
@@ -97,6 +98,7 @@ def read_nih_cxr(
     if odd := sum(s != (SIDE, SIDE) for s in sizes.values()): report.add('copies of another size', '', None, f'{odd} images, not 1024 × 1024', 'boxes scaled')
     boxes, wrong = release_boxes(table.assign(**{c: table[c]*scale for c in ('x0', 'y0', 'x1', 'y1')}), sizes, report, path.name)
     sizes = {n: s for n, s in sizes.items() if n not in wrong}
+    report.account_images(chosen, sizes, alias=files)
     return Source(_records(sizes, files, entries, box_masks(boxes, sizes, derived), derived, report, boxes), boxes, empty('sentences'), report)
 
 # %% ../../nbs/185_data.nih_cxr.ipynb #7aeead11
@@ -111,7 +113,7 @@ def _entries(root, report):
 
 def _test_list(root):
     "Names of the official test images (keys, in order), or None without the list."
-    found = find_files(root, ('test_list.txt', 'test_list_NIH.txt'))
+    found = find_files(root, ('test_list.txt', 'test_list_NIH.txt'), Report('list'))
     return dict.fromkeys(Path(w).stem for w in (root/found[0]).read_text().split()) if found else None
 
 

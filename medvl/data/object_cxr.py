@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
+from .cells import told
 from .releases import Part, Release, find_files, find_table, read_headers, read_table
 from .schema import Report, Source, empty
 from .shapes import Derived, box_mask, ellipse_mask, on_disk, polygon_mask, release_boxes
@@ -41,10 +42,10 @@ def read_annotation(
         words = item.split()
         where = dict(file=file, row=row, column='annotation')
         if words[0] not in ('0', '1', '2') or not all(re.fullmatch(r'-?\d+(\.\d+)?', w) for w in words):
-            raise DataError(f'{item[:40]!r} is no outline.', **where, fix='An outline is `0 x1 y1 x2 y2`, `1 x1 y1 x2 y2` or `2 x1 y1 … xn yn`.')
+            raise DataError(f'{told(item, 40)!r} is no outline.', **where, fix='An outline is `0 x1 y1 x2 y2`, `1 x1 y1 x2 y2` or `2 x1 y1 … xn yn`.')
         points = np.array(words[1:], float)
         if len(points) % 2 or (len(points) != 4 if words[0] != '2' else len(points) < 6):
-            raise DataError(f'{item[:40]!r} has {len(points)} numbers.', **where, fix='A box and an ellipse have 4 numbers, a polygon 6 or more, in pairs.')
+            raise DataError(f'{told(item, 40)!r} has {len(points)} numbers.', **where, fix='A box and an ellipse have 4 numbers, a polygon 6 or more, in pairs.')
         out.append((('box', 'ellipse', 'polygon')[int(words[0])], points.reshape(-1, 2)))
     return out
 
@@ -91,7 +92,7 @@ def read_object_cxr(
     Source: README of the challenge; LoVT spec, sections 2.6 and 6."""
     root, report, derived = Path(root), Report('Object-CXR' + (' (legacy)' if legacy else '')), Derived(root, derived)
     df = _read_rows(root, report)
-    found = find_files(root, ('*.jpg', '*.jpeg'))
+    found = find_files(root, ('*.jpg', '*.jpeg'), report)
     files = {split + '/' + Path(p).name: p for split in ('train', 'dev') for p in found if p.split('/')[-2:-1] == [split]} | {Path(p).name: p for p in found}
     place = {n: files.get(f'{s}/{Path(n).name}') or files.get(Path(n).name) for n, s in zip(df.image_name, df.part)}
     here = on_disk(df.image_name, {n: p for n, p in place.items() if p}, report, root, 'train/<image_name> and dev/<image_name>')
@@ -122,6 +123,7 @@ def _read_rows(root, report):
 # %% ../../nbs/184_data.object_cxr.ipynb #bb093633
 def _assemble(df, place, heads, shapes, legacy, derived, report):
     "Boxes, masks and records of the images whose outlines are understood."
+    named = df.image_name.map(lambda n: Path(n).stem)
     df = df[df.image_name.isin(list(shapes))]
     sizes = {n: (heads[place[n]]['height'], heads[place[n]]['width']) for n in shapes}
     rows = [(n, OBJECT_CLASSES[0], *box, row) for n, row in zip(df.image_name, df.row) for box in shape_boxes(shapes[n], legacy)]
@@ -133,6 +135,7 @@ def _assemble(df, place, heads, shapes, legacy, derived, report):
                              lambda n=name: 255*shape_mask(shapes[n], sizes[n], legacy)) if shapes[name] else derived.empty(sizes[name])
         records.append(dict(image_path=derived.image(place[name]), image_id=Path(name).stem, patient_id=Path(name).stem, exam_id=Path(name).stem, laterality='', view='FRONTAL', source='object_cxr',
                             mask_path=mask, split={'train': 'train', 'dev': 'test'}[part], label_foreign_object=float(bool(shapes[name]))))
+    report.account_images(named, [r['image_id'] for r in records], alias={Path(n).stem: (str(p), n) for n, p in place.items()})
     records, boxes = pd.DataFrame(records), boxes.assign(image_id=boxes.image_id.map(lambda n: Path(n).stem))
     if not len(records): raise DataError(f'no image can be used; the first reason: {report.issues.kind.iloc[0]}, {report.issues.detail.iloc[0]}', file=str(derived.root))
     report.counts = dict(images=len(records), with_objects=int(records.label_foreign_object.sum()), boxes=len(boxes), **{s: int((records.split == s).sum()) for s in ('train', 'test')})

@@ -66,12 +66,12 @@ def read_reports(
 
     Raises: DataError when neither is there."""
     root, rows = Path(root), []
-    for path in find_files(root, ('ecgen-radiology/*.xml',)) or find_files(root, ('*.xml',)):
+    for path in find_files(root, ('ecgen-radiology/*.xml',), report) or find_files(root, ('*.xml',), report):
         try: rows.append(read_report(root/path))
         except DataError as e: report.add('report cannot be read', Path(path).stem, None, e.message, 'study left out', file=path)
     if rows: return pd.DataFrame(rows).sort_values('uid', key=lambda s: pd.to_numeric(s, errors='coerce'), kind='stable', ignore_index=True)
     for name, mesh, images, cut in (('openi_reports.csv', 'mesh_major', 'image_ids', '|'), ('indiana_reports.csv', 'MeSH', None, ';')):
-        if not (found := find_files(root, (name,))): continue
+        if not (found := find_files(root, (name,), report)): continue
         df = require(read_table(root/found[0]), ('uid', 'findings', 'impression', mesh, *filter(None, (images,))), root/found[0])
         split = lambda s, c=cut: [w.strip() for w in s.split(c) if w.strip()]
         listed = df[images].map(split) if images else df.uid.map(_by_study(root)).map(lambda v: v if isinstance(v, list) else [])
@@ -81,7 +81,7 @@ def read_reports(
 
 def _projections(root):
     "Image -> Frontal or Lateral; {} without the table."
-    found = find_files(root, ('indiana_projections.csv',))
+    found = find_files(root, ('indiana_projections.csv',), Report('projections'))
     if not found: return {}
     df = require(read_table(Path(root)/found[0]), ('uid', 'filename', 'projection'), Path(root)/found[0])
     return dict(zip(df.filename.map(image_name), df.projection.str.capitalize()))
@@ -119,7 +119,7 @@ def read_openi(
         if value not in _VALUES[word]: raise ValueError(unknown_name(f'value of {word}', value, _VALUES[word]))
     root, report = Path(root), Report('Open-I')
     texts, sides = read_reports(root, report), _projections(root)
-    here, rows = {image_name(p): p for p in find_files(root, ('*.png', '*.jpg'))}, []
+    here, rows = {image_name(p): p for p in find_files(root, ('*.png', '*.jpg'), report)}, []
     for t in texts.itertuples():
         reason = report_problem(t.findings, t.impression, min_tokens)
         if reason: report.add('study dropped' if text == 'required' else 'study without text', t.uid, None, reason, 'left out' if text == 'required' else 'images kept')
@@ -131,7 +131,10 @@ def read_openi(
         for name in records.image_id[~records.image_id.isin(list(here))]: report.add('image is absent', name, None, '', 'left out')
         records = records[records.image_id.isin(list(here))]
     for view, n in records['view'][~records['view'].isin(views)].value_counts().items(): report.add('other view', view, None, f'{n} images', 'not used')
+    studies = {image_name(n): t.uid for t in texts.itertuples() for n in t.images}
+    other = records.image_id[~records['view'].isin(views)]
     records = records[records['view'].isin(views)].drop_duplicates('image_id').reset_index(drop=True)
+    report.account_images([image_name(n) for t in texts.itertuples() for n in t.images], records.image_id, other, studies)
     if not len(records): raise DataError(f'no image of the views {", ".join(views)} is left of {len(texts)} reports.', file=str(root), fix="Unpack NLMCXR_png.tgz into it, or pass files='listed' to read the texts alone.")
     report.counts = dict(images=len(records), studies=records.patient_id.nunique(), dropped=int((report.issues.kind == 'study dropped').sum()), images_on_disk=int(records.image_id.isin(list(here)).sum()))
     return Source(records, empty('boxes'), empty('sentences'), report)

@@ -14,12 +14,13 @@ import pandas as pd
 
 from ..core.errors import DataError, unknown_name
 from ..core.paths import atomic_path
+from .cells import told
 from .folder import read_folder
 from .phantom_dataset import write_phantom
 from .prepare import prepare
 from .prepared import Prepared
 from .schema import SPLITS
-from .splits import split_patients
+from .splits import small_parts, split_patients
 
 # %% ../../nbs/153_data.phantom_prepared.ipynb #30a6674a
 UNASSIGNED, DIVIDED = ('error', 'leave', 'train', 'valid', 'test'), ('error', 'report')
@@ -35,12 +36,13 @@ def check_split(
 
     Raises: DataError naming the row, or the patients."""
     if (bad := np.flatnonzero(~split.isin([*SPLITS, '']))).size:
-        raise DataError(f'{split.iloc[bad[0]]!r} is no part of a split: {", ".join(SPLITS)}.', row=int(bad[0]), column='split')
+        raise DataError(f'{told(split.iloc[bad[0]])!r} is no part of a split: {", ".join(SPLITS)}.', row=int(bad[0]), column='split')
     parts = split[split != ''].groupby(patients[split != '']).agg(lambda s: ', '.join(sorted(set(s))))
     both = parts[parts.str.contains(',')]
-    for who, where in both.items(): report.add('patient in several parts', who, None, where, 'kept as the table says')
+    for who, where in both.items(): report.add('patient in several parts', 'split', int(np.flatnonzero((patients == who).to_numpy())[0]), where, 'kept as the table says')
     if len(both) and divided == 'error':
-        some = '; '.join(f'{who} ({where})' for who, where in both.iloc[:5].items())
+        of = [split[patients == who].drop_duplicates().sort_index() for who in both.index[:5]]
+        some = '; '.join(', '.join(f'{part} (row {i})' for i, part in s[s != ''].items()) for s in of) # rows, for an id may be a name
         raise DataError(f'the table divides {len(both)} patients between parts: {some}{" …" if len(both) > 5 else ""}.', column='split',
                         fix="Mend the table, or pass divided='report' to keep its split.")
 
@@ -84,7 +86,11 @@ def with_split(
     records = source.records.reset_index(drop=True)
     spread = [c for c in records if c.startswith('label_') and (records[c] == 1).any()] + [c for c in ('density',) if c in records]
     own = records.split.fillna('').astype(str).str.strip() if 'split' in records else pd.Series('', records.index)
-    if not (own != '').any(): return source._replace(records=records.assign(split=split_patients(records, fractions, spread, seed)))
+    if not (own != '').any():
+        drawn = split_patients(records, fractions, spread, seed)
+        told_before = source.report.remarks
+        told_before += [r for r in small_parts(drawn, records.patient_id, drawn=True, names=tuple(n for n, f in zip(SPLITS, fractions) if f)) if r not in told_before]
+        return source._replace(records=records.assign(split=drawn))
     split = fill_split(own, unassigned)
     check_split(split, records.patient_id, source.report, divided)
     share = fractions[1]/(fractions[0] + fractions[1]) if valid is None else valid

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['look', 'changed', 'read_entries', 'Journal', 'report_text', 'exam_key', 'make_manifest', 'make_boxes',
-           'place_regions', 'make_sentences', 'without_names', 'make_rejects', 'make_info', 'finish', 'locked',
-           'run_plan', 'check_sources', 'prepare']
+           'place_regions', 'make_sentences', 'without_names', 'shown_path', 'make_rejects', 'make_info', 'count_rows',
+           'said', 'finish', 'locked', 'run_plan', 'check_sources', 'prepare']
 
 # %% ../../nbs/115_data.prepare.ipynb #95c3ce23
 import contextlib
 import os
 import re
 import shutil
+import unicodedata
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,15 +20,17 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
-from ..core.paths import FULL, append_jsonl, atomic_path, read_json, read_jsonl, write_json
+from ..core.paths import FULL, append_jsonl, read_json, read_jsonl, write_csv, write_json
 from ..core.progress import progress
 from ..core.provenance import provenance
+from .cells import KNOWN_WORDS, OLDEST
 from .header import Limits, hash_id
 from .plan import Plan, fingerprint, make_plan, plan_jobs, project_salt
 from .prepared import Prepared, open_prepared, write_table
 from .preprocess import check_accept, fit
 from .schema import Source
-from .store import StoreWriter, disk_full
+from .splits import small_parts
+from .store import StoreWriter, disk_full, make_folder
 from .worker import BACKENDS, file_sum, run_jobs
 
 # %% ../../nbs/115_data.prepare.ipynb #f23147fb
@@ -53,11 +56,12 @@ def changed(
 
 
 def read_entries(path) -> list:
-    "Read the journal: one entry a job, from the first on; where a later run went back, its lines count."
+    "Read the journal: one entry a job, from the first on; where a later run went back, its lines count. What follows a line that is none is done again."
     entries = []
-    for entry in read_jsonl(path):
-        if entry['number'] > len(entries): break
-        entries[entry['number']:] = [entry]
+    for entry in read_jsonl(path, damaged='stop'):
+        number = entry.get('number')
+        if not isinstance(number, int) or not 0 <= number <= len(entries) or not {'stage', 'reason', 'notes', 'sums'} <= set(entry): break
+        entries[number:] = [entry]
     return entries
 
 # %% ../../nbs/115_data.prepare.ipynb #1994d86f
@@ -129,7 +133,8 @@ def make_manifest(
     out[['spacing_y', 'spacing_x']] = out[['spacing_y', 'spacing_x']].astype(float)
     out['pixel_sha256'] = [e['pixel_sha256'] for e in done]
     age = found.age.astype(float)
-    out['age'] = r.age.where(r.age.notna(), age) if 'age' in r else age
+    age = r.age.where(r.age.notna(), age) if 'age' in r else age
+    out['age'] = age.where(~(age >= OLDEST), OLDEST) # as DICOM headers are read: an age above 89 identifies
     for name in ('density', 'birads', 'pathology', 'split'): out[name] = text(name)
     for name in ('view_modifier', 'notes'): out[name] = found[name].fillna('') if name in found else ''
     out['fold'] = r.fold.fillna(-1).astype(int) if 'fold' in r else -1
@@ -188,25 +193,57 @@ def make_sentences(
     return place_regions(plan, s, manifest) if 'x0' in s else s
 
 # %% ../../nbs/115_data.prepare.ipynb #d4308ba8
+def _stem(path): return Path(path).stem
+
+
 def without_names(
     path:str, # of a file
     names:tuple, # patient and exam as the table has them
     salt:str, # the project's
 ) -> str: # the path, where each of these words is replaced by its hash
     "Many data sets have a folder for each patient: its name must not leave with the path."
+    path = unicodedata.normalize('NFC', path)
     for name in filter(None, (n.strip() for n in names)):
-        path = re.sub(rf'(?<![A-Za-z0-9]){re.escape(name)}(?![A-Za-z0-9])', hash_id(name, salt), path)
+        words = [re.escape(w) for w in re.findall(r'[^\W_]+', unicodedata.normalize('NFC', name))]
+        long = [w for w in words if len(w) > 3 and w.isalpha() and w.lower() not in KNOWN_WORDS]
+        for pattern in dict.fromkeys([re.escape(name), r'[\W_]*'.join(words), r'[\W_]*'.join(words[::-1]), *long]): # Meadow_Ivy, MEADOW^IVY, ivy-meadow, Meadow
+            if pattern: path = re.sub(rf'(?<![^\W_]){pattern}(?![^\W_])', hash_id(name, salt), path, flags=re.I)
     return path
+
+
+def shown_path(
+    path:str, # of a file
+    names:tuple, # patient and exam as the table has them
+    salt:str, # the project's
+    own_id:bool=True, # the table gives the image an id
+) -> str: # the path without names; the hash that is the image's id, where the table gives none
+    "Name a file in what is written."
+    if own_id or not path: return without_names(path, names, salt)
+    return hash_id(path, salt) + (m[0].lower() if (m := re.search(r'\.(?:png|jpe?g|pgm|dcm|dicom)$', path, re.I)) else '')
+
+
+def _whose(plan, path):
+    "Patient and exam of a file; of a path that no row names, all those whose ids stand in it."
+    if not path or path in plan.names: return plan.names.get(path, ())
+    low = path.casefold()
+    return tuple(dict.fromkeys(n for names in plan.names.values() for n in names if n.strip() and n.strip().casefold() in low))
 
 
 def make_rejects(plan, entries, salt):
     "List every row, file and part of one that was left out, and why: by the reader of the tables, by their check, by the files."
     rows = [dict(r) for r in (*plan.left_out, *plan.rejects)]
+    given = set() if 'id_from' in plan.records and (plan.records.id_from == 'file').all() else {r['image_id'] for r in rows}
+    nobody = {r['image_id'] for r in rows if r['image_id'] and (r['image_id'] in plan.file_ids or r['image_id'] not in given)} # ids that no table gives
+    hashes = {i: n for i, n in zip(map(_stem, plan.records.image_path), plan.records.image_id) if i in nobody}
+    own = [r['image_id'] not in nobody for r in rows]
+    for row in rows:
+        if row['image_id'] in nobody: row['image_id'] = hash_id(row['file'], salt) if row['file'] else hashes.get(row['image_id']) or hash_id(row['image_id'], salt)
     for e in entries:
         r = plan.records.iloc[e['number']]
-        if e['stage']: rows.append(dict(file=r.image_path, image_id=r.image_id, reason=e['reason'], stage=e['stage']))
-        rows += [dict(file=r.mask_path if stage == 'mask' else r.image_path, image_id=r.image_id, reason=reason, stage=stage) for stage, reason in e['notes']]
-    for row in rows: row['file'] = without_names(row['file'], plan.names.get(row['file'], ()), salt)
+        mine = [dict(file=r.image_path, image_id=r.image_id, reason=e['reason'], stage=e['stage'])] if e['stage'] else []
+        mine += [dict(file=r.mask_path if stage == 'mask' else r.image_path, image_id=r.image_id, reason=reason, stage=stage) for stage, reason in e['notes']]
+        rows, own = rows + mine, own + [r.get('id_from') != 'file']*len(mine)
+    for row, given in zip(rows, own): row['file'] = shown_path(row['file'], _whose(plan, row['file']), salt, given)
     return pd.DataFrame(rows, columns=['file', 'image_id', 'reason', 'stage'])
 
 # %% ../../nbs/115_data.prepare.ipynb #60160fdf
@@ -217,6 +254,7 @@ def make_info(
     salt:str, # only its fingerprint is kept
     digests:dict, # of the stores
     report=None, # of the builder
+    rows:dict|None=None, # of `count_rows`
 ) -> dict: # dataset.json
     "Sum up what was prepared."
     same = manifest.groupby('image_sha256').image_id.agg(list)
@@ -227,15 +265,55 @@ def make_info(
                   rejects={k: int(v) for k, v in rejects.stage.value_counts().sort_index().items()})
     return dict(format='medvl-prepared-1', profile=plan.profile.name, profile_settings=asdict(plan.profile), height=plan.size[0], width=plan.size[1], dtype=plan.profile.dtype,
                 counts=counts, plan=plan.digest, digests=digests, salt_fingerprint=fingerprint(salt), settings=plan.settings,
-                same_file=[ids for ids in same if len(ids) > 1],
+                same_file=[ids for ids in same if len(ids) > 1], rows=rows, remarks=[*plan.remarks, *(() if any(r.startswith('split:') for r in plan.remarks) else small_parts(manifest.split, manifest.patient_id))],
                 builder=None if report is None else dict(name=report.name, counts=report.counts, issues={k: int(v) for k, v in report.issues.kind.value_counts().items()}))
 
+# %% ../../nbs/115_data.prepare.ipynb #ad9d0750
+def count_rows(
+    plan:Plan, # the run
+    entries:list, # of the journal
+    images:int, # rows of the manifest
+    report=None, # of the builder
+) -> dict: # read, prepared, merged {why: rows}, set_aside {stage: rows}, not_chosen
+    """Keep the books: rows read = prepared + merged + set aside + not chosen by the caller.
+
+    Raises: AssertionError when a row is lost: a fault of ours."""
+    aside = {}
+    for stage in [r['stage'] for r in plan.rejects if r['stage'] in ('table', 'file')] + [e['stage'] for e in entries if e['stage']]: aside[stage] = aside.get(stage, 0) + 1
+    if lost := plan.given - images - sum(aside.values()): raise AssertionError(f'{plan.given} records were given, {images} are prepared and {aside} set aside: {lost} are lost. This is a fault of medvl.')
+    if report is None or report.read is None: return dict(read=plan.given, prepared=images, merged={}, set_aside=aside, not_chosen=0)
+    if n := sum(report.aside.values()): aside['table'] = aside.get('table', 0) + n
+    more = max(0, plan.given - report.kept) # records that the caller added
+    return dict(read=report.read + more, prepared=images, merged=report.merged, set_aside=aside, not_chosen=report.passed + max(0, report.kept - plan.given))
+
+
+def said(
+    info:dict, # dataset.json
+    rejects:pd.DataFrame, # of the folder
+) -> list: # of lines
+    "Put into words what became of the rows, and what should be looked at."
+    rows, lines = info.get('rows'), list(info.get('remarks') or ())
+    if not rows: return lines
+    listed = lambda d: ' (' + ', '.join(f'{n} {k}' for k, n in d.items()) + ')' if d else ''
+    left, parts = sum(rows['set_aside'].values()), rejects[~rejects.stage.isin(['table', 'file', 'read', 'decode', 'preprocess'])].stage.value_counts().sort_index()
+    chosen = f', {rows["not_chosen"]} not chosen' if rows['not_chosen'] else ''
+    if left or rows['merged'] or len(parts): lines.append(f'{rows["read"]} rows read: {rows["prepared"]} prepared, {left} set aside{listed(rows["set_aside"])}, {sum(rows["merged"].values())} merged{listed(rows["merged"])}{chosen}'
+        + (f'; of the prepared ones {", ".join(f"{n} {k}" for k, n in parts.items())} left out' if len(parts) else '') + '. Every one is in rejects.csv; the reasons:')
+    why = rejects.stage + ': ' + rejects.reason.str.replace(r'\(row \d+\)', '', regex=True).str.replace(r'\d[\d,.]*', '…', regex=True).str.slice(0, 110)
+    return lines + [f'{n:6} × {text}' for text, n in list(why.value_counts().items())[:5]] + ([f'       and {why.nunique() - 5} other reasons'] if why.nunique() > 5 else [])
+
 # %% ../../nbs/115_data.prepare.ipynb #aa027d95
+def _named(plan, number, salt):
+    "The file of a record, for a message."
+    r = plan.records.iloc[number]
+    return shown_path(r.image_path, plan.names.get(r.image_path, ()), salt, r.get('id_from') != 'file')
+
+
 def finish(plan, folder, journal, salt, report):
     "Close the stores and write the tables, `dataset.json` last."
     if not journal.row:
         first = next(e for e in journal.entries if e['stage'])
-        raise DataError(f'none of {len(plan.records)} files could be prepared; the first: {first["reason"]}', file=plan.records.image_path[first['number']])
+        raise DataError(f'none of {len(plan.records)} files could be prepared; the first: {first["reason"]}', file=_named(plan, first['number'], salt))
     journal.images.close(journal.row)
     if journal.mask_row: journal.masks.close(journal.mask_row)
     elif journal.masks: journal.masks.abandon(); shutil.rmtree(journal.masks.folder)
@@ -244,10 +322,11 @@ def finish(plan, folder, journal, salt, report):
     write_table(boxes, 'boxes', folder)
     write_table(make_sentences(plan, manifest, numbers, salt), 'sentences', folder)
     rejects = make_rejects(plan, journal.entries, salt)
-    with atomic_path(folder/'rejects.csv') as temporary: rejects.to_csv(temporary, index=False)
+    rows = count_rows(plan, journal.entries, len(manifest), report)
+    write_csv(rejects, folder/'rejects.csv')
     digests = {k: read_json(folder/k/'store.json')['digest'] for k in ('images', 'masks') if (folder/k/'store.json').exists()}
     write_json(folder/'provenance.json', provenance())
-    write_json(folder/'dataset.json', make_info(plan, manifest, rejects, salt, digests, report))
+    write_json(folder/'dataset.json', make_info(plan, manifest, rejects, salt, digests, report, rows))
 
 # %% ../../nbs/115_data.prepare.ipynb #130c3864
 @contextlib.contextmanager
@@ -255,6 +334,7 @@ def locked(folder:Path):
     """Hold the folder for one process.
 
     Raises: DataError when another process prepares into it."""
+    make_folder(folder)
     with open(folder/'.lock', 'w') as f:
         try:
             import fcntl
@@ -283,11 +363,11 @@ def run_plan(plan, folder, jobs, n_jobs, backend, salt, report):
             if store: store.abandon()
 
 
-def check_sources(plan, folder, jobs):
+def check_sources(plan, folder, jobs, salt):
     """Compare a finished folder's journal with the files.
 
     Raises: DataError when files hold other bytes than those that were prepared."""
-    names = [plan.records.image_path[e['number']] for e, job in zip(read_entries(folder/'journal.jsonl'), jobs) if changed(e, job, look(job))]
+    names = [_named(plan, e['number'], salt) for e, job in zip(read_entries(folder/'journal.jsonl'), jobs) if changed(e, job, look(job))]
     if names:
         raise DataError(f'{len(names)} source files changed after they were prepared: {", ".join(names[:3])}{" …" if len(names) > 3 else ""}.', file=str(folder),
                         fix='Choose another folder, or pass overwrite=True to prepare all of them again.')
@@ -315,9 +395,9 @@ def prepare(
     mask_bits:tuple=(), # names of the classes, where bit k of a mask file's values is class k; (): a mask is all above 0
     accept:tuple=(), # what is kept that is set aside else: raw (converted), special_views (spot, magnification …), odd_pictures (nearly black …)
 ) -> Prepared:
-    """Prepare a data set; goes on where an earlier call with the same arguments stopped.
+    """Prepare a data set; goes on where an earlier call with the same arguments stopped, and prints what was set aside.
 
-    Raises: DataError for unusable tables, a folder of another plan or of files that have changed, a full disk, or when no file could be prepared."""
+    Raises: DataError for unusable tables, a folder of another plan, of files that have changed, or that nothing can be written to, a full disk, or when no file could be prepared."""
     if backend not in BACKENDS: raise ValueError(f'Unknown backend {backend!r}. There are: {", ".join(BACKENDS)}.')
     report, folder, secret = getattr(records, 'report', None), Path(out), project_salt(salt)
     if isinstance(records, Source):
@@ -325,11 +405,10 @@ def prepare(
     settings = dict(colour=colour, check_side=check_side, salt=fingerprint(secret), pixels=limits.pixels, file_bytes=limits.file_bytes)
     if mask_bits: settings['mask_bits'] = list(mask_bits) # absent otherwise: older preparations stay valid
     if accept: settings['accept'] = list(check_accept(accept))
-    plan = make_plan(records, Path(source_root), boxes, sentences, profile, size, dtype, settings, report)
+    plan = make_plan(records, Path(source_root), boxes, sentences, profile, size, dtype, settings, report, secret)
     if overwrite and folder.exists():
         if any(folder.iterdir()) and not (folder/'plan.json').exists(): raise DataError('the folder holds something else, which is not overwritten.', file=str(folder), fix='Choose an empty folder.')
         shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if not (folder/'plan.json').exists():
             if any(p.name != '.lock' for p in folder.iterdir()):
@@ -340,6 +419,8 @@ def prepare(
             raise DataError(f'the folder holds another preparation ({old["records"]} records, {old["profile"]}, {old["size"]}; now {len(plan.records)}, '
                             f'{plan.profile.name}, {list(plan.size)}), or tables, salt or settings have changed.', file=str(folder), fix='Choose another folder, or pass overwrite=True.')
         todo = plan_jobs(plan, limits, colour, check_side)
-        if (folder/'dataset.json').exists(): check_sources(plan, folder, todo)
+        if (folder/'dataset.json').exists(): check_sources(plan, folder, todo, secret)
         else: run_plan(plan, folder, todo, jobs, backend, secret, report)
-    return open_prepared(folder)
+    data = open_prepared(folder)
+    if lines := said(data.info, pd.read_csv(folder/'rejects.csv', dtype=str, keep_default_na=False)): print('\n'.join(lines))
+    return data

@@ -18,9 +18,11 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import DataError
+from ..core.paths import restored_cell
+from .cells import reason_about
 from .header import Limits, is_dicom, open_dicom, value_of, view_modifier_of, view_of
 from .image import sniff
-from .schema import Report
+from .schema import Report, check_quotes
 
 # %% ../../nbs/165_data.releases.ipynb #594a108f
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def read_headers(
     out = {}
     for path in paths:
         try: out[path] = image_header(Path(folder)/path)
-        except DataError as e: report.add('header cannot be read', path, None, e.message, 'left out')
+        except DataError as e: report.add('header cannot be read', path, None, reason_about(e.message, Path(folder)/path), 'left out', file=path)
+        except OSError as e: report.add('header cannot be read', path, None, f'the file cannot be read ({e.strerror}).', 'left out', file=path)
     return out
 
 # %% ../../nbs/165_data.releases.ipynb #040715d2
@@ -118,17 +121,20 @@ def read_table(
     if not path.is_file(): raise DataError('the file does not exist.', file=str(path))
     try: df = _read_excel(path, sheet) if path.suffix.lower() in ('.xlsx', '.xls') else _read_csv(path)
     except UnicodeDecodeError as e: raise DataError(f'not UTF-8 text ({e.reason}).', file=str(path), fix='Save the table as UTF-8 CSV.') from e
+    except OSError as e: raise DataError(f'the file cannot be read ({e.strerror}).', file=str(path), fix='See who may read it, and whether its disk is well.') from e
     except pd.errors.EmptyDataError as e: raise DataError('the file is empty.', file=str(path)) from e
-    except pd.errors.ParserError as e: raise DataError(f'not a table: {e}.', file=str(path), fix='Download it again.') from e
+    except pd.errors.ParserError as e: raise DataError(f'not a table: {" ".join(str(e).split())}.', file=str(path), fix='Download it again.') from e
     df.columns = [str(c).strip() or f'unnamed_{i}' for i, c in enumerate(df.columns)]
     if (twice := df.columns[df.columns.duplicated()]).size: raise DataError('the column is there twice.', file=str(path), column=twice[0])
     df = df if columns is None else df[[c for c in df if c in columns]]
-    return df.apply(lambda s: s.fillna('').astype(str).str.strip()).reset_index(drop=True)
+    return df.apply(lambda s: s.fillna('').astype(str).str.strip().map(restored_cell)).reset_index(drop=True)
 
 # %% ../../nbs/165_data.releases.ipynb #6183b21e
 def _read_csv(path): # the first row is read as a row, so that a longer one is noticed
     with open(path, encoding='utf-8-sig', newline='') as f: first = f.readline()
-    df = pd.read_csv(path, sep=';' if first.count(';') > first.count(',') else ',', dtype=str, keep_default_na=False, encoding='utf-8-sig', header=None)
+    mark = ';' if first.count(';') > first.count(',') else ','
+    check_quotes(path, mark)
+    df = pd.read_csv(path, sep=mark, dtype=str, keep_default_na=False, encoding='utf-8-sig', header=None)
     return df.iloc[1:].set_axis(df.iloc[0].tolist(), axis=1)
 
 
@@ -140,20 +146,39 @@ def _read_excel(path, sheet):
     except (ValueError, KeyError, OSError) as e: raise DataError(f'the sheet {sheet!r} cannot be read ({str(e)[:100]}).', file=str(path)) from e
 
 # %% ../../nbs/165_data.releases.ipynb #648a9280
+def _unread(error, folder, report):
+    "A folder that cannot be read is named: its files would vanish."
+    if report is None: raise DataError(f'the folder cannot be read ({error.strerror}).', file=str(error.filename), fix='See who may read it, and whether its disk is well.') from error
+    inside = os.path.relpath(error.filename, folder)
+    if any(i['kind'] == 'folder cannot be read' and i['file'] == inside for i in report._issues): return
+    report.add('folder cannot be read', '', None, str(error.strerror), 'its files are left out', file=inside)
+    report.remarks.append(f'a folder cannot be read ({error.strerror}): its files are left out (rejects.csv names it).')
+
+
+def _odd_name(name): return re.search('[\ud800-\udfff]', name) is not None # letters of another system: no table can hold them
+
+
+def _unnamed(report):
+    "Say that a file is left out whose name is no text."
+    if report is not None and not any(i['kind'] == 'name of a file is no Unicode text' for i in report._issues): report.add('name of a file is no Unicode text', '', None, 'rename it', 'left out')
+
+
 def find_files(
     folder, # of the release
     patterns=('*',), # names with wildcards; with a slash: the end of the path
+    report:Report|None=None, # gets the folders that cannot be read; without it, such a folder is an error
 ) -> list: # of paths relative to the folder, '/' between, sorted; hidden files and `._` copies of macOS are left out
     """List files at any depth.
 
-    Raises: DataError when the folder is not there."""
+    Raises: DataError when the folder is not there, or one in it cannot be read."""
     folder = Path(folder)
     if not folder.is_dir(): raise DataError('the folder does not exist.', file=str(folder))
     out = []
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=lambda e: _unread(e, folder, report)):
         folders[:] = [f for f in folders if not f.startswith('.')]
         base = Path(root).relative_to(folder).as_posix()
-        paths = [n if base == '.' else f'{base}/{n}' for n in names if not n.startswith('.')]
+        names = [n for n in names if not n.startswith('.') and not (_odd_name(n) and _unnamed(report) is None)]
+        paths = [n if base == '.' else f'{base}/{n}' for n in names]
         out += [p for p in paths if any(fits(p, pattern) for pattern in patterns)]
     return sorted(out)
 
@@ -172,7 +197,7 @@ def find_table(
     Raises: DataError when there is none."""
     for ending in ('csv', 'xlsx', 'xls'):
         for stem in stems:
-            found = find_files(folder, (f'{stem}.{ending}',))
+            found = find_files(folder, (f'{stem}.{ending}',), Report('tables'))
             if found: return Path(folder)/min(found, key=lambda p: (p.count('/'), p))
     raise DataError(f'there is no {stems[0]}.csv (nor .xlsx) in the folder.', file=str(folder), fix='Download it, or give the folder that holds it.')
 
@@ -208,7 +233,7 @@ def _check_pixels(folder, part, found, look, notes):
     step = 1 if look is None else max(1, len(found)//max(look, 1))
     for path in found[::step]:
         try: size = (head := image_header(folder/path))['height'], head['width']
-        except DataError as e: notes.append(f'{path}: {e.message}'); return
+        except (DataError, OSError) as e: notes.append(f'{path}: {e.message if isinstance(e, DataError) else e.strerror}'); return
         if size not in part.pixels: notes.append(f'{path} is {size[0]}×{size[1]}, not {" or ".join(f"{h}×{w}" for h, w in part.pixels)}: a changed copy?'); return
 
 # %% ../../nbs/165_data.releases.ipynb #58457b98
@@ -221,13 +246,15 @@ def check_release(
 
     Raises: DataError when the folder does not exist."""
     folder = Path(folder)
-    every = find_files(folder)
+    unread = Report(release.name)
+    every = find_files(folder, report=unread)
     parts = {part: [p for p in every if fits(p, part.pattern)] for part in release.parts}
     lines = [check_part(folder, part, found, look) for part, found in parts.items()]
     known = {p for found in parts.values() for p in found}
     strange = pd.Series([p for p in every if p not in known], dtype=object)
     for group, members in strange.groupby(strange.map(lambda p: p.partition('/')[0] + ('/' if '/' in p else ''))):
         lines.append(dict(files=group, expected=0, found=len(members), state='unexpected', detail=f'not part of the release, e.g. {members.iloc[0]}'))
+    lines += [dict(files=i['file'] + '/', state='unreadable', detail=i['detail']) for i in unread._issues]
     out = pd.DataFrame(lines, columns=['files', 'expected', 'found', 'rows_expected', 'rows', 'state', 'detail'])
     return out.astype({c: 'Int64' for c in ('expected', 'found', 'rows_expected', 'rows')}).set_index('files')
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .cells import age_years, birads_category
+from .folder import rewrite
 from .reports import normalise_section
 from .schema import Report, Source, empty, read_csv, read_list
 from .splits import group_folds
@@ -35,15 +37,16 @@ def read_report_table(
     out = pd.DataFrame({'image_path': [pattern.format(patient_id=p, image_id=i) for p, i in zip(df.patient_id, ids)],
         'image_id': ids.str.replace(r'\.(png|dcm|dicom|jpe?g)$', '', regex=True), 'patient_id': df.patient_id, 'exam_id': df.patient_id,
         'laterality': df.laterality, 'view': df['view'].str.upper(), 'source': 'report_table', 'findings': df.FINDINGS, 'impression': df.IMPRESSION})
-    if 'AGE' in df: out['age'] = pd.to_numeric(df.AGE, errors='coerce')
+    if 'AGE' in df: out['age'] = df.AGE.map(age_years).astype(float)
     birads = next((c for c in ('BIRADS_numeric', 'BIRADS_CATEGORY') if c in df), None)
-    if birads: out['birads'] = df[birads].str.upper().str.replace(r'BI-?RADS', '', regex=True).str.strip()
+    if birads: out['birads'] = rewrite(df[birads].rename('birads'), birads_category, report, out.laterality)
     if 'fold' in df: out['fold'] = pd.to_numeric(df.fold, errors='coerce').fillna(-1).astype(int)
     for name in ('findings', 'impression'):
         for i in np.flatnonzero(out[name].str.strip().str.lower().isin(['', 'nan'])): report.add(f'no {name}', ids[i], i, '', 'kept')
     several = (df.FINDINGS + '\x1f' + df.IMPRESSION).groupby([df.patient_id, df.laterality]).nunique()
     for who in several.index[several > 1]: report.add('several reports of a breast', '/'.join(who), None, f'{several[who]} texts', 'each image keeps its own')
     out = out[~ids.duplicated(keep=False)].reset_index(drop=True)
+    report.account(len(df), len(out), aside={'image listed twice': int(ids.duplicated(keep=False).sum())})
     report.counts = dict(rows=len(df), records=len(out), patients=out.patient_id.nunique(), breasts=out.groupby(['patient_id', 'laterality']).ngroups)
     return Source(out, empty('boxes'), empty('sentences'), report)
 
@@ -81,6 +84,7 @@ def read_breast_table(
 
     Raises: DataError for a missing file or column, or a cell that is no list (names file, row, column)."""
     df, report, rows = require(read_csv(path), ['patient_id', 'laterality', 'CC', 'MLO', 'text'], path), Report('breast table'), []
+    listed = 0
     cell = lambda c, r: read_list(df[c][r], str(path), r, c)
     for r in range(len(df)):
         views = {image: view for view in ('CC', 'MLO') for image in cell(view, r)}
@@ -88,6 +92,7 @@ def read_breast_table(
         texts = cell('text', r)
         parts = {n: df[c][r] for n, c in (('findings', 'findings'), ('impression', 'impressions')) if c in df}
         if not parts: parts = {'report_text': '\n'.join(t for t in texts if t)}
+        listed += len(_unique(images))
         for image in _unique(images):
             if image not in views: report.add('image in neither CC nor MLO', image, r, '', 'left out')
             else: rows.append(dict(image_path=pattern.format(patient_id=df.patient_id[r], image_id=image), image_id=Path(image).stem if image.endswith('.png') else image,
@@ -95,5 +100,7 @@ def read_breast_table(
                                    fold=int(df.fold[r]) if 'fold' in df and df.fold[r] else -1, **parts))
         if not any(texts): report.add('no text', df.patient_id[r], r, '', 'kept')
     out = pd.DataFrame(rows)
+    alone = int((report.issues.kind == 'image in neither CC nor MLO').sum())
+    report.account(listed, len(out), aside={'image in neither CC nor MLO': alone})
     report.counts = dict(rows=len(df), records=len(out), patients=df.patient_id.nunique())
     return Source(out, empty('boxes'), empty('sentences'), report)

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .cells import age_years, birads_category, density_letter, told
+from .folder import rewrite
 from .schema import VIEWS, Report, Source, empty, read_csv
 from .vindr import require
 
@@ -34,7 +36,7 @@ def flag(
 ) -> pd.Series: # float 1, 0 or NaN
     "Read a flag."
     low = text.str.strip().str.lower()
-    for i in np.flatnonzero(~low.isin(list(_FLAGS))): report.add('not a flag', text.name, int(i), repr(text.iloc[i]), 'not stated')
+    for i in np.flatnonzero(~low.isin(list(_FLAGS))): report.add('not a flag', text.name, int(i), told(text.iloc[i]), 'not stated')
     return low.map(_FLAGS).fillna(default).astype(float)
 
 # %% ../../nbs/161_data.rsna.ipynb #bd6f8c72
@@ -74,10 +76,11 @@ def read_rsna(
     for i in np.flatnonzero(ids.duplicated()): report.add('image listed twice', ids[i], i, '', 'first row used')
     out = pd.DataFrame({'image_path': [pattern.format(patient_id=p, image_id=i) for p, i in zip(patients, ids)], 'image_id': ids, 'patient_id': patients,
         'exam_id': patients, 'laterality': df.laterality.str.upper(), 'view': df['view'].str.upper(), 'source': 'rsna_site' + whole(df.site_id),
-        'age': pd.to_numeric(df.age, errors='coerce'), 'density': df.density.str.upper().replace({'NAN': ''}), 'birads': whole(df.BIRADS)})
+        'age': df.age.map(age_years).astype(float), 'density': rewrite(df.density, density_letter, report), 'birads': rewrite(df.BIRADS.rename('birads'), birads_category, report)})
     for name in ('cancer', 'biopsy', 'invasive', 'implant', 'difficult_negative_case'): out[f'label_{name}'] = flag(df[name], report)
     if 'fold' in df: out['fold'] = pd.to_numeric(whole(df.fold), errors='coerce').fillna(-1).astype(int)
     out = out[~ids.duplicated()].reset_index(drop=True)
+    report.account(len(df), len(out), {'image listed twice': len(df) - len(out)})
     out['label_cancer'] = check_cancer(out, report, rule)
     _count(out, report)
     return Source(out, empty('boxes'), empty('sentences'), report)
@@ -85,7 +88,7 @@ def read_rsna(
 # %% ../../nbs/161_data.rsna.ipynb #55a8a854
 def _count(out, report):
     "Fill in the counts; report unusual views, exams without the four views, and folds that share a patient."
-    for i in np.flatnonzero(~out['view'].isin(VIEWS)): report.add('unknown view', out.image_id[i], int(i), out['view'][i], 'set aside in preparation')
+    for i in np.flatnonzero(~out['view'].isin(VIEWS)): report.add('unknown view', out.image_id[i], int(i), told(out['view'][i]), 'set aside in preparation')
     four = out.groupby('patient_id')[['laterality', 'view']].apply(lambda g: {('L', 'CC'), ('L', 'MLO'), ('R', 'CC'), ('R', 'MLO')} <= set(zip(g.laterality, g['view'])))
     if 'fold' in out:
         folds = out[out.fold >= 0].groupby('patient_id').fold.nunique()

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
+from .cells import told
 from .releases import Part, Release, find_files, find_table, read_headers, read_table
 from .schema import Report, Source, empty
 from .shapes import Derived, box_masks, chest_view, on_disk, release_boxes
@@ -41,7 +42,7 @@ def read_boxes(
     edges = ['x', 'y', 'width', 'height']
     value, boxed, bad = pd.to_numeric(df.Target, errors='coerce'), (df[edges] != '').all(axis=1), set()
     for i in np.flatnonzero(~value.isin([0, 1]) | ((value == 1) != boxed) | ((df[edges] != '').any(axis=1) & ~boxed)):
-        report.add('row contradicts itself', df.patientId[i], int(i), f'{path.name}: Target {df.Target[i]!r} with the box {" ".join(df.loc[i, edges]) or "empty"}', 'image left out')
+        report.add('row contradicts itself', df.patientId[i], int(i), f'{path.name}: Target {told(df.Target[i])!r} with the box {told(" ".join(df.loc[i, edges])) or "empty"}', 'image left out')
         bad.add(df.patientId[i])
     both = value.groupby(df.patientId).nunique()
     for image in sorted(set(both.index[both > 1]) - bad):
@@ -64,7 +65,7 @@ def read_rsna_pneumonia(
     root, report, derived = Path(root), Report('RSNA Pneumonia'), Derived(root, derived)
     path = find_table(root, 'stage_2_train_labels', 'stage_1_train_labels')
     table, names, bad = read_boxes(path, report)
-    found = [p for p in find_files(root, ('*.dcm',)) if 'test_images' not in p]
+    found = [p for p in find_files(root, ('*.dcm',), report) if 'test_images' not in p]
     files = {Path(p).stem: p for p in found}
     here = [n for n in on_disk(names, files, report, root, 'stage_2_train_images/<patientId>.dcm') if n not in bad]
     heads = read_headers(root, [files[n] for n in here], report) if headers else {files[n]: dict(height=1024, width=1024, view='') for n in here}
@@ -74,6 +75,7 @@ def read_rsna_pneumonia(
     masks, sick, classes = box_masks(boxes, sizes, derived), set(boxes.image_id), _read_classes(root, report)
     records = pd.DataFrame([dict(image_path=derived.image(files[n]), image_id=n, patient_id=n, exam_id=n, laterality='', view=chest_view(heads[files[n]]['view']), source='rsna_pneumonia',
         mask_path=masks[n], split='', label_opacity=float(n in sick), label_normal=classes.get(n, np.nan)) for n in sizes])
+    report.account_images(names, sizes, alias=files)
     report.counts = dict(images=len(records), patients=len(records), boxes=len(boxes), with_opacity=len(sick & set(sizes)), left_out=len(names) - len(records))
     return Source(records, boxes, empty('sentences'), report)
 
@@ -84,5 +86,5 @@ def _read_classes(root, report):
     except DataError: return {}
     df = require(read_table(path), _CLASSES, path).drop_duplicates('patientId')
     odd = df[~df['class'].isin(['Normal', 'Lung Opacity', 'No Lung Opacity / Not Normal'])]
-    for i, image, value in zip(odd.index, odd.patientId, odd['class']): report.add('unknown class', image, int(i), value, 'not stated')
+    for i, image, value in zip(odd.index, odd.patientId, odd['class']): report.add('unknown class', image, int(i), told(value), 'not stated')
     return {p: float(c == 'Normal') for p, c in zip(df.patientId, df['class']) if p not in set(odd.patientId)}

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['LATERALITIES', 'CHEST_VIEWS', 'VIEWS', 'DENSITIES', 'SPLITS', 'RECORDS', 'BOXES', 'SENTENCES', 'MANIFEST', 'TABLES',
-           'ALIASES', 'Column', 'describe', 'read_csv', 'check_columns', 'tidy', 'schema', 'find_problems', 'validate',
-           'sort_out', 'fit_boxes', 'read_list', 'Report', 'left_out', 'Source', 'empty']
+           'ALIASES', 'Column', 'describe', 'check_quotes', 'read_csv', 'check_columns', 'tidy', 'schema',
+           'find_problems', 'validate', 'sort_out', 'fit_boxes', 'read_list', 'Report', 'left_out', 'Source',
+           'alike_ids', 'empty']
 
 # %% ../../nbs/110_data.schema.ipynb #48185d91
 import ast
+import csv
 import functools
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +21,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError, closest
+from ..core.paths import restored_cell
+from .cells import age_years, quoted, side_letter, told
 
 # %% ../../nbs/110_data.schema.ipynb #fe0a4708
 LATERALITIES = ('L', 'R')
@@ -43,12 +48,13 @@ RECORDS = {
     'patient_id': Column('text', True, 'who; splits never divide a patient', filled=True),
     'laterality': Column('text', True, 'L or R', LATERALITIES),
     'view': Column('text', True, 'projection: CC, MLO, …', VIEWS, filled=True),
-    'image_id': Column('text', False, 'name of the image; default: file name without ending', unique=True, filled=True),
+    'image_id': Column('text', False, 'name of the image; default: file name without ending, hashed in preparation', unique=True, filled=True),
+    'id_from': Column('text', False, 'table, or file where image_id is the file name: then it is hashed in preparation', ('table', 'file')),
     'exam_id': Column('text', False, 'visit; default: the patient'),
     'source': Column('text', False, 'data set (also called `dataset`)'),
     'age': Column('float', False, 'years', low=0, high=120),
     'density': Column('text', False, 'ACR density A to D', DENSITIES),
-    'birads': Column('text', False, 'BI-RADS assessment as written'),
+    'birads': Column('text', False, 'BI-RADS assessment: 0 to 6, 4A to 4C'),
     'pathology': Column('text', False, 'normal, benign, malignant'),
     'report_text': Column('text', False, 'the report; or `findings` and `impression`'),
     'findings': Column('text', False, 'section of the report'),
@@ -123,25 +129,63 @@ def _check_separator(path):
             raise DataError(f'the columns are separated by {word}, not by commas.', file=str(path), fix='Save the table as CSV with commas.')
 
 
+def _shape(text): return re.sub(r'[^\W\d_]+', 'a', re.sub(r'\d+', '9', text.strip()))
+
+
+def _swallowed(rows, separator):
+    "Find a row whose quoted cell holds what looks like other rows: its number, or None."
+    shapes = functools.cache(lambda k: {_shape(r[k]) for r in rows if len(r) > k and '\n' not in r[k]})
+    for n, k, cell in ((n, k, c) for n, row in enumerate(rows) for k, c in enumerate(row) if k and '\n' in c):
+        for line in re.split(r'\r\n|\r|\n', cell)[1:]:
+            fields = next(csv.reader([line], delimiter=separator), [])
+            if len(fields) > k and all(_shape(v) in shapes(i) for i, v in enumerate(fields[:k])): return n
+    return None
+
+
+def check_quotes(
+    path, # CSV file, UTF-8
+    separator:str=',', # between the cells
+) -> None:
+    """Look for a quote that is not closed where its cell ends: it would swallow the rows behind it.
+
+    Raises: DataError naming the row and the line; UnicodeDecodeError."""
+    csv.field_size_limit(2**31 - 1) # reports are long
+    rows, start = [], 1
+    with open(path, encoding='utf-8-sig', newline='') as f:
+        reader = csv.reader(f, delimiter=separator, strict=True)
+        try:
+            for row in reader:
+                rows.append(row)
+                start = reader.line_num + 1
+        except csv.Error as e:
+            raise DataError(f'a quote that opens in line {start} or behind it is not closed where its cell ends (line {reader.line_num}): it would swallow rows.', file=str(path), row=max(len(rows) - 1, 0),
+                            fix='Close the quote; a quote inside a quoted cell is written twice.') from e
+    if (n := _swallowed(rows[1:], separator)) is not None:
+        raise DataError('a quoted cell holds what looks like the next rows: its quote is closed too late.', file=str(path), row=n, fix='Close the quote where its cell ends.')
+
+
 def read_csv(
     path, # CSV file, UTF-8
 ) -> pd.DataFrame: # text columns; empty cells are ''
     """Read a CSV as text.
 
-    Raises: DataError for a file that is absent, empty, not UTF-8, not a table or not separated by commas, or that has a column twice."""
+    Raises: DataError for a file that is absent, unreadable, empty, not UTF-8, not a table or not separated by commas, that has a column twice, or a quote that swallows rows."""
     path = Path(path)
     if not path.is_file(): raise DataError('the file does not exist.', file=str(path))
-    _check_separator(path)
-    try: df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', header=None, skip_blank_lines=True)
+    try:
+        _check_separator(path)
+        check_quotes(path)
+        df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', header=None, skip_blank_lines=True)
     except UnicodeDecodeError as e: raise DataError(f'not UTF-8 text ({e.reason}).', file=str(path), fix='Save the table as UTF-8 CSV.') from e
+    except OSError as e: raise DataError(f'the file cannot be read ({e.strerror}).', file=str(path), fix='See who may read it, and whether its disk is well.') from e
     except pd.errors.EmptyDataError as e: raise DataError('the file is empty.', file=str(path)) from e
-    except pd.errors.ParserError as e: raise DataError(f'not a table: {e}.', file=str(path), fix='Quote cells that hold commas or line breaks.') from e
+    except pd.errors.ParserError as e: raise DataError(f'not a table: {" ".join(str(e).split())}.', file=str(path), fix='Quote cells that hold commas or line breaks.') from e
     names = df.iloc[0].str.strip()
     if (twice := names[names.duplicated() & (names != '')]).size:
         raise DataError('the column is there twice.', file=str(path), column=twice.iloc[0])
     df = df.iloc[1:].reset_index(drop=True)
     df.columns = [n or f'unnamed_{i}' for i, n in enumerate(names)]
-    return df.fillna('').astype(str)
+    return df.fillna('').astype(str).map(restored_cell)
 
 # %% ../../nbs/110_data.schema.ipynb #01eaec77
 ALIASES = {'dataset': 'source', 'report': 'report_text', 'impressions': 'impression', 'view_position': 'view', 'patient': 'patient_id',
@@ -189,7 +233,6 @@ def check_columns(
     return unknown
 
 # %% ../../nbs/110_data.schema.ipynb #69e6c859
-_SIDES = {'L': 'L', 'LEFT': 'L', 'R': 'R', 'RIGHT': 'R', '': ''}
 _NOTHING = ('', 'nan', 'none', 'null', 'n/a', '<na>', 'nat')
 
 
@@ -199,6 +242,12 @@ def _number(text):
     empty = text.isna() | text.astype(str).str.strip().str.lower().isin(_NOTHING)
     value = pd.to_numeric(text.where(~empty), errors='coerce')
     return value.astype(float), (value.isna() & ~empty).to_numpy()
+
+
+def _ages(text):
+    "Ages as numbers where they are understood (045Y is 45)."
+    years = text.map(age_years) if text.dtype.kind not in 'biuf' else text
+    return years.astype(object).where(years.notna() | text.isna(), text) if text.dtype.kind not in 'biuf' else text
 
 
 def _words(text): return text.astype(object).where(text.notna(), '').map(str).str.strip().astype(object)
@@ -216,10 +265,10 @@ def tidy(
         if kind_ in ('text', 'bool'):
             out[name] = _words(df[name]) if kind_ == 'text' else df[name].astype(bool)
             continue
-        out[name], bad = _number(df[name])
+        out[name], bad = _number(_ages(df[name]) if name == 'age' else df[name])
         problems += [dict(row=r, column=name, value=df[name].iloc[r], problem='not a number') for r in np.flatnonzero(bad)]
     out = pd.DataFrame(out).reset_index(drop=True)
-    for name, form in (('laterality', lambda v: _SIDES.get(v.upper(), v)), ('view', str.upper), ('density', str.upper), ('split', str.lower)):
+    for name, form in (('laterality', side_letter), ('view', str.upper), ('density', str.upper), ('split', str.lower)):
         if name in out: out[name] = out[name].map(form)
     for name in ('report_text', 'findings', 'impression', 'report', 'patient_id', 'image_id', 'exam_id', 'image_path', 'mask_path'):
         if name in out: out[name] = out[name].where(~out[name].str.lower().isin(_NOTHING[1:3] + _NOTHING[5:]), '')
@@ -291,7 +340,7 @@ def validate(
     if len(problems):
         first = problems.sort_values('row', kind='stable').iloc[0]
         more = f' ({len(problems) - 1} more problems)' if len(problems) > 1 else ''
-        raise DataError(f'{first.value!r}: {first.problem}{more}.', file=file, row=int(first.row), column=first.column)
+        raise DataError(f'{quoted(first.value)}: {first.problem}{more}.', file=file, row=int(first.row), column=first.column)
     return out
 
 # %% ../../nbs/110_data.schema.ipynb #e5d1db84
@@ -336,7 +385,7 @@ def read_list(
     try: value = ast.literal_eval(text) if len(text) < 100_000 else None
     except (ValueError, SyntaxError, MemoryError, RecursionError): value = None
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, (str, int)) for v in value):
-        raise DataError(f'{text[:60]!r} is no list of texts.', file=file, row=row, column=column, fix="Write it as ['a', 'b'].")
+        raise DataError(f'{told(text)!r} is no list of texts.', file=file, row=row, column=column, fix="Write it as ['a', 'b'].")
     return [str(v) for v in value]
 
 # %% ../../nbs/110_data.schema.ipynb #b4377f88
@@ -345,6 +394,9 @@ class Report:
     def __init__(self, name):
         self.name, self.counts, self._issues = name, {}, []
         self.names = {} # path of a row that was set aside -> (patient, exam): what must not be written with the path
+        self.file_ids = set() # image ids that are names of files: hashed wherever they are written
+        self.remarks = [] # what preparation says on the screen: known words and numbers only
+        self.read, self.kept, self.passed, self.merged, self.aside = None, None, 0, {}, {} # rows of the table of images, and what became of those that are no records: {why: rows}
 
     def add(self,
         kind:str, # short name of the strangeness
@@ -356,11 +408,45 @@ class Report:
         file:str='', # image file
     ): self._issues.append(dict(kind=kind, item=item, row=row, detail=detail, resolution=resolution, image=item if image is None else image, file=file))
 
+    def account(self,
+        read:int, # rows of the table of images
+        kept:int, # records handed on
+        merged:dict|None=None, # rows that were joined to others: {why: how many}
+        aside:dict|None=None, # rows that were left out: {why: how many}
+        passed:int=0, # rows that the caller did not ask for
+    ):
+        """Keep the books: read = kept + merged + set aside + passed.
+
+        Raises: AssertionError that says how many rows are lost."""
+        merged, aside = ({k: int(n) for k, n in (d or {}).items() if n} for d in (merged, aside))
+        lost = int(read) - int(kept) - int(passed) - sum(merged.values()) - sum(aside.values())
+        if lost: raise AssertionError(f'{self.name}: {read} rows were read, {kept} became records, {merged} were merged and {aside} set aside: {lost} are not accounted for. This is a fault of the reader.')
+        self.read, self.kept, self.passed, self.merged, self.aside = int(read), int(kept), int(passed), merged, aside
+
+    def account_images(self,
+        names, # images that the tables of a release name, one a row
+        kept, # images that became records
+        passed=(), # images that the caller did not ask for
+        alias=None, # {image: other name, or names, that an issue may go by: its file, its study}
+    ):
+        """Keep the books by the issues: each image is kept, not asked for, or an issue says why it is left out.
+
+        Raises: AssertionError that says how many are lost."""
+        names, kept, passed, alias, why, aside = list(names), set(kept), set(passed), alias or {}, {}, {}
+        for i in self._issues:
+            if re.search(r'left out|set aside|not used', i['resolution']): why.setdefault(str(i['item']), i['kind']); why.setdefault(str(i['image']), i['kind'])
+        every = dict.fromkeys(names)
+        for n in every:
+            other = alias.get(n, ())
+            found = None if n in kept else next((why[a] for a in (str(n), *((other,) if isinstance(other, str) else other)) if a in why), None)
+            if found and n not in passed: aside[found] = aside.get(found, 0) + 1
+        self.account(len(names), len(kept), {'listed more than once': len(names) - len(every)}, aside, sum(n in passed and n not in kept for n in every))
+
     def extend(self, kind, table, resolution, of=None):
         "Add the problems that `sort_out` found; `of`, the table they were found in, tells which image and file each belongs to."
         cell = lambda name, row: str(of[name].iloc[int(row)]) if of is not None and name in of else ''
         for p in table.itertuples():
-            self.add(kind, p.column, p.row, f'{p.value!r}: {p.problem}', resolution, cell('image_id', p.row), cell('image_path', p.row))
+            self.add(kind, p.column, p.row, f'{quoted(p.value)}: {p.problem}', resolution, cell('image_id', p.row), cell('image_path', p.row))
             self.names[cell('image_path', p.row)] = (cell('patient_id', p.row), cell('exam_id', p.row))
 
     @property
@@ -383,12 +469,12 @@ def left_out(
         if not re.search(r'left out|set aside', i['resolution']) or 'in preparation' in i['resolution'] or i['kind'] == 'columns not used': continue
         words = 'row' if i['kind'].startswith('row ') else f'{i["kind"]} {i["resolution"]}'
         stage = next((s for s in ('sentence', 'box') if s in words), 'table')
-        told = i['detail'].rpartition(': ')[2] if stage == 'sentence' else i['detail'] # what a report says is not repeated
+        said = i['detail'].rpartition(': ')[2] if stage == 'sentence' else i['detail'] # what a report says is not repeated
         where = i['kind'] + ('' if i['row'] is None else f' (row {int(i["row"])})')
-        reason = ' '.join(filter(None, [str(i['item']) if i['item'] != i['image'] else '', told]))
+        reason = ' '.join(filter(None, [told(i['item']) if i['item'] != i['image'] else '', said]))
         rows.setdefault((str(i['file']), str(i['image']), where, stage), []).append(reason)
-    return pd.DataFrame([(file, image, ': '.join(filter(None, [where, '; '.join(filter(None, dict.fromkeys(said)))])), stage)
-                         for (file, image, where, stage), said in rows.items()], columns=['file', 'image_id', 'reason', 'stage'])
+    return pd.DataFrame([(file, image, ': '.join(filter(None, [where, '; '.join(filter(None, dict.fromkeys(reasons)))])), stage)
+                         for (file, image, where, stage), reasons in rows.items()], columns=['file', 'image_id', 'reason', 'stage'])
 
 # %% ../../nbs/110_data.schema.ipynb #01655b1f
 class Source(NamedTuple):
@@ -397,6 +483,24 @@ class Source(NamedTuple):
     boxes:pd.DataFrame # the columns of BOXES; may be empty
     sentences:pd.DataFrame # the columns of SENTENCES; may be empty
     report:Report # what was found
+
+
+def alike_ids(
+    records:pd.DataFrame, # with patient_id, exam_id, image_id or none of these
+    rows=None, # numbers of the rows in their table; default: the index
+) -> list: # remarks, one a column
+    "Look for ids that differ only in form: 1 and 1.0, 0012 and 12, p7 and P7."
+    form = lambda v: re.sub(r'(?<!\d)0+(?=\d)', '', re.sub(r'\.0+$', '', unicodedata.normalize('NFKC', str(v)).strip().casefold()))
+    rows, out = np.asarray(records.index if rows is None else rows), []
+    for name in ('patient_id', 'exam_id', 'image_id'):
+        if name not in records: continue
+        ids = pd.Series(records[name].astype(str).to_numpy())
+        shown = ids.map(form)
+        odd = ids.groupby(shown).transform('nunique') > 1
+        if odd.any():
+            first = ', '.join(map(str, rows[np.flatnonzero(odd)][:6])) + (' …' if odd.sum() > 6 else '')
+            out.append(f'{name}: {ids[odd].nunique()} ids differ from another only in form, as 1 and 1.0 or 0012 and 12 do (rows {first}). They count as different: write them alike where they are the same.')
+    return out
 
 
 def empty(kind:str) -> pd.DataFrame: # of the right columns

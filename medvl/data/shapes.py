@@ -17,6 +17,7 @@ import pandas as pd
 
 from ..core.errors import DataError
 from ..core.paths import atomic_path, digest
+from .cells import quoted, told
 from .schema import BOXES, Report, empty
 
 # %% ../../nbs/180_data.shapes.ipynb #2c52cf94
@@ -64,7 +65,7 @@ def rle_mask(
     if words in ([], ['-1']): return np.zeros(shape, np.uint8)
     where = dict(file=file, row=row, column='EncodedPixels')
     if len(words) % 2 or not all(re.fullmatch(r'\d{1,9}', w) for w in words):
-        raise DataError(f'{" ".join(words)[:40]!r} are no run lengths.', **where, fix='They are pairs "skip length", or -1 for an empty mask.')
+        raise DataError(f'{quoted(" ".join(words)[:40])} are no run lengths.', **where, fix='They are pairs "skip length", or -1 for an empty mask.')
     runs = np.array(words, np.int64).reshape(-1, 2)
     ends = np.cumsum(runs.sum(1))
     if ends[-1] > shape[0]*shape[1]:
@@ -84,6 +85,9 @@ def mask_rle(
     return ' '.join(f'{a - b} {c - a}' for a, b, c in zip(starts, np.r_[0, ends[:-1]], ends)) if len(starts) else '-1'
 
 # %% ../../nbs/180_data.shapes.ipynb #596a05a0
+def _is_number(text): return re.fullmatch(r'[-+]?\d*\.?\d*(?:e[-+]?\d+)?|nan|inf', text, re.I) is not None
+
+
 def release_boxes(
     table:pd.DataFrame, # image_id, label, x0, y0, x1, y1 (text or numbers), row of the release's table
     sizes:dict, # image_id -> (height, width); images that are not in it are not on disk
@@ -99,7 +103,7 @@ def release_boxes(
         x0, y0, x1, y1 = np.clip(box, 0, [width, height, width, height])
         if not np.isfinite(box).all() or not (box[:2] < box[2:]).all() or x1 <= x0 or y1 <= y0:
             why = 'is no number' if not np.isfinite(box).all() else 'is inside out' if not (box[:2] < box[2:]).all() else f'lies outside the image of {width} × {height}'
-            report.add('image with a wrong box', image, int(row), f'{file}: the box {" ".join(map(str, text))} {why}', 'image left out')
+            report.add('image with a wrong box', image, int(row), f'{file}: the box {" ".join(t if _is_number(t) else told(t) for t in map(str, text))} {why}', 'image left out')
             bad.add(image)
         else:
             if (x0, y0, x1, y1) != tuple(box): report.add('box reaches over the edge', image, int(row), ' '.join(map(str, text)), 'cut')

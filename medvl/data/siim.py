@@ -70,7 +70,7 @@ def read_siim(
     root, report, derived = Path(root), Report('SIIM-ACR Pneumothorax'), Derived(root, derived)
     path = find_table(root, 'stage_2_train', 'train-rle', 'train-rle-stage_2', 'train_rle')
     df = require(read_table(path), _COLUMNS, path).assign(row=lambda t: range(len(t)))
-    files = {Path(p).stem: p for p in find_files(root, ('*.dcm',))}
+    files = {Path(p).stem: p for p in find_files(root, ('*.dcm',), report)}
     here = on_disk(df.ImageId, files, report, root, '<study>/<series>/<ImageId>.dcm')
     heads = read_headers(root, [files[n] for n in here], report) if headers else {files[n]: dict(height=1024, width=1024, view='', patient='') for n in here}
     groups = dict(list(df.groupby('ImageId')))
@@ -79,5 +79,6 @@ def read_siim(
     if unnamed: report.add('image without a row', unnamed[0], None, f'{len(unnamed)} files (test images, or images without annotation)', 'left out')
     if not rows: raise DataError(f'none of {len(here)} images can be used; the first: {report.issues.detail.iloc[0]}', file=str(path))
     records = pd.DataFrame(rows)
+    report.account_images(dict.fromkeys(df.ImageId), records.image_id, alias=files)
     report.counts = dict(images=len(records), patients=records.patient_id.nunique(), with_pneumothorax=int(records.label_pneumothorax.sum()), outlines=int((~df.EncodedPixels.isin(['-1', ''])).sum()))
     return Source(records, empty('boxes'), empty('sentences'), report)

@@ -13,6 +13,8 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError, closest, unknown_name
+from .cells import birads_category, density_letter, quoted, told
+from .folder import rewrite
 from .schema import BOXES, Report, Source, empty, read_csv, read_list
 from .splits import group_folds
 
@@ -64,7 +66,7 @@ def read_findings(
             report.add('unreadable finding', df.image_id[row], row, e.message, 'row left out')
             found = None
         for name in found or ():
-            if name not in (*FINDINGS, NO_FINDING): report.add('unknown finding', df.image_id[row], row, unknown_name('finding', name, FINDINGS)[:120], 'name left out')
+            if name not in (*FINDINGS, NO_FINDING): report.add('unknown finding', df.image_id[row], row, unknown_name('finding', name if closest(name, FINDINGS) else told(name), FINDINGS)[:120], 'name left out')
         names.append(None if found is None else [n for n in found if n in (*FINDINGS, NO_FINDING)])
     df['names'] = names
     for c in _EDGES: df[c] = pd.to_numeric(df[c], errors='coerce')
@@ -113,16 +115,15 @@ def finding_boxes(
     ids = findings.image_id if ids is None else ids
     here = np.flatnonzero(findings[_EDGES].notna().all(axis=1))
     edges, names, birads, ids = findings[_EDGES].to_numpy(float), findings.names.tolist(), findings.finding_birads.tolist(), list(ids)
-    rows = [(ids[i], label_name(n), *edges[i], birads[i].replace('BI-RADS', '').strip()) for i in here for n in names[i] if n != NO_FINDING]
+    rows = [(ids[i], label_name(n), *edges[i], birads_category(birads[i])) for i in here for n in names[i] if n != NO_FINDING]
     return pd.DataFrame(rows, columns=list(BOXES))
 
 
-def _common(df, pattern):
+def _common(df, pattern, report):
     "Columns that images and finding rows share."
-    take = lambda column, prefix: df[column].str.upper().str.replace(prefix, '', regex=False).str.strip()
     out = pd.DataFrame({'image_path': [pattern.format(study_id=s, series_id=e, image_id=i) for s, e, i in zip(df.study_id, df.series_id, df.image_id)],
                         'image_id': df.image_id, 'patient_id': df.study_id, 'exam_id': df.study_id, 'laterality': df.laterality, 'view': df.view_position,
-                        'source': 'vindr', 'birads': take('breast_birads', 'BI-RADS'), 'density': take('breast_density', 'DENSITY')})
+                        'source': 'vindr', 'birads': rewrite(df.breast_birads.rename('birads'), birads_category, report, df.laterality), 'density': rewrite(df.breast_density.rename('density'), density_letter, report)})
     out['split'] = df.split.str.lower().map({'training': 'train', 'test': 'test'}).fillna('')
     return out.reset_index(drop=True)
 
@@ -141,27 +142,29 @@ def read_vindr(
     breast = require(read_csv(folder/'breast-level_annotations.csv'), _COMMON, folder/'breast-level_annotations.csv')
     findings = read_findings(folder/'finding_annotations.csv', report)
     for i in np.flatnonzero(breast.image_id.duplicated()): report.add('image listed twice', breast.image_id[i], i, '', 'first row used')
-    breast = breast.drop_duplicates('image_id').reset_index(drop=True)
+    listed, breast = len(breast), breast.drop_duplicates('image_id').reset_index(drop=True)
     _compare(breast, findings, report)
-    if rule == 'finding_rows': records, boxes = _finding_records(findings, pattern)
+    if rule == 'finding_rows': records, boxes = _finding_records(findings, pattern, report)
     else:
         labels, conflicts = image_labels(findings, rule)
         for name in conflicts:
             for image in conflicts.index[conflicts[name]]: report.add(f'conflict: {name[6:]}', image, None, 'rows of the image disagree', rule)
-        records = pd.concat([_common(breast, pattern), labels.reindex(breast.image_id).reset_index(drop=True)], axis=1)
+        records = pd.concat([_common(breast, pattern, report), labels.reindex(breast.image_id).reset_index(drop=True)], axis=1)
         boxes = finding_boxes(findings)
         boxes = boxes[boxes.image_id.isin(records.image_id)].reset_index(drop=True)
+    if rule == 'finding_rows': report.account(len(findings) + (n := int((report.issues.resolution == 'row left out').sum())), len(records), aside={'unreadable finding': n})
+    else: report.account(listed, len(records), {'image listed twice': listed - len(breast)})
     report.counts = dict(finding_rows=len(findings), images=breast.image_id.nunique(), records=len(records), boxes=len(boxes),
                          duplicate_rows=int(findings.image_id.duplicated().sum()), rule=rule)
     return Source(records, boxes, empty('sentences'), report)
 
 # %% ../../nbs/160_data.vindr.ipynb #5f06cd12
-def _finding_records(findings, pattern):
+def _finding_records(findings, pattern, report):
     "One record a row, as the original has it."
     number = findings.groupby('image_id').cumcount().astype(str)
     ids = findings.image_id + '#' + number
     has = {f'label_{label_name(f)}': findings.names.map(lambda n, f=f: float(f in n)) for f in (*FINDINGS, NO_FINDING)}
-    return pd.concat([_common(findings, pattern).assign(image_id=ids.to_numpy()), pd.DataFrame(has)], axis=1), finding_boxes(findings, ids)
+    return pd.concat([_common(findings, pattern, report).assign(image_id=ids.to_numpy()), pd.DataFrame(has)], axis=1), finding_boxes(findings, ids)
 
 
 def _compare(breast, findings, report):
@@ -174,7 +177,7 @@ def _compare(breast, findings, report):
         if column == 'image_id': continue
         other = first[column].reindex(both.image_id).to_numpy()
         for i in both.index[both[column].to_numpy() != other]:
-            report.add(f'tables disagree: {column}', breast.image_id[i], int(i), f'{breast[column][i]!r} and {first[column][breast.image_id[i]]!r}', 'breast-level value used')
+            report.add(f'tables disagree: {column}', breast.image_id[i], int(i), f'{quoted(breast[column][i])} and {quoted(first[column][breast.image_id[i]])}', 'breast-level value used')
 
 # %% ../../nbs/160_data.vindr.ipynb #d37c1553
 def fold_table(

@@ -20,6 +20,7 @@ from ..core.errors import DataError
 from ..core.orphans import end_with_pool
 from ..core.paths import sha256_file
 from .burned_in import burned_in_text
+from .cells import reason_about
 from .decode import isolated
 from .header import Limits
 from .image import read_image
@@ -65,23 +66,27 @@ def _header_facts(image):
                 burned_in_text=str(image.header.get('BurnedInAnnotation', '')).upper() == 'YES' or bool(burned_in_text(image)))
 
 
+def _why(error, path): return f'{reason_about(error.message, path)} {error.fix or ""}'.strip() # what to do are our own words
+
+
 def _mask(job, shape, notes):
     "Read the mask; a note where it cannot be used."
     if not job.mask_path: return None
     try:
         mask = read_image(job.mask_path, job.limits, 'luma').pixels
         if mask.shape != shape: raise DataError(f'the mask has {mask.shape[0]} × {mask.shape[1]} pixels, the image {shape[0]} × {shape[1]}.', fix='Draw it on this image, or leave mask_path empty.')
-    except DataError as e: return notes.append(('mask', f'{e.message} {e.fix or ""}'.strip()))
-    except OSError as e: return notes.append(('mask', f'the mask cannot be read ({e.strerror}).'))
+    except DataError as e: return notes.append(('mask', _why(e, job.mask_path)))
+    except OSError as e: return notes.append(('mask', f'the mask cannot be read ({e.strerror}). See who may read it, and whether its disk is well.'))
     return mask.astype(np.uint8) if job.mask_bits else (mask > 0).astype(np.uint8)
 
 
 def file_sum(
     path, # any file
     limits:Limits=Limits(), # file_bytes is used
-) -> str: # SHA-256, or '' of a file that is absent or too large
+) -> str: # SHA-256, or '' of a file that is absent, unreadable or too large
     "Identify a file by its bytes."
-    return sha256_file(path) if os.path.isfile(path) and os.path.getsize(path) <= limits.file_bytes else ''
+    try: return sha256_file(path) if os.path.isfile(path) and os.path.getsize(path) <= limits.file_bytes else ''
+    except OSError: return '' # who reads it for its content says why
 
 # %% ../../nbs/113_data.worker.ipynb #009842cd
 def _process(job, answer):
@@ -113,9 +118,10 @@ def work(
     answer = Answer(job.number)
     try:
         with guarded(job.limits) if job.guard else contextlib.nullcontext(): _process(job, answer)
-    except DataError as e: answer.reason = f'{e.message} {e.fix or ""}'.strip()
+    except DataError as e: answer.reason = _why(e, job.path)
+    except OSError as e: answer.reason = f'the file cannot be read ({e.strerror}). See who may read it, and whether its disk is well.'
     except MemoryError: answer.reason = f'it needs more than {job.limits.memory_bytes/1e9:.1f} GB of memory to decode. Raise Limits.memory_bytes if the file is genuine.'
-    except Exception as e: answer.reason = f'{type(e).__name__}: {str(e)[:300]}'
+    except Exception as e: answer.reason = reason_about(f'{type(e).__name__}: {str(e)[:300]}', job.path)
     return answer
 
 # %% ../../nbs/113_data.worker.ipynb #29679d7b
@@ -169,7 +175,7 @@ def _safe_work(job):
     end_with_pool()
     if os.name != 'posix': return _quiet_work(job)
     try: return isolated(work, job, limits=job.limits)
-    except DataError as e: return Answer(job.number, 'decode', f'{e.message} {e.fix or ""}'.strip())
+    except DataError as e: return Answer(job.number, 'decode', _why(e, job.path))
 
 
 def _died(error): return type(error).__name__ in ('TerminatedWorkerError', 'BrokenProcessPool', 'KilledWorker')

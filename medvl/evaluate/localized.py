@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError
-from ..core.paths import atomic_path, digest, read_json, write_json
+from ..core.paths import atomic_path, digest, read_json, write_csv, write_json
 from ..core.progress import progress
 from ..core.provenance import provenance
 from ..data.chest_dataset import pixel_statistics
@@ -231,7 +231,7 @@ class LocalizedEvaluation:
     def save(self):
         "Write the tables: results.csv, runs.csv, runs.parquet, tuning.csv, localized.json."
         for name in ('results', 'runs', 'tuning'):
-            with atomic_path(self.folder/f'{name}.csv') as temporary: getattr(self, name).to_csv(temporary, index=False)
+            write_csv(getattr(self, name), self.folder/f'{name}.csv')
         with atomic_path(self.folder/'runs.parquet') as temporary: self.runs.to_parquet(temporary, index=False)
         write_json(self.folder/'localized.json', {**self.about, 'results': self.results.to_dict('records')})
         return self

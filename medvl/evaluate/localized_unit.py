@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..core.errors import DataError
-from ..core.paths import append_jsonl, atomic_path, read_json, write_json
+from ..core.paths import append_jsonl, atomic_path, read_json, write_csv, write_json
 from ..core.seed import key_of
 from ..data.dense import DenseDataset
 from .bootstrap import BLOCK, patient_counts
@@ -213,7 +213,7 @@ def run_unit(
 # %% ../../nbs/546a_evaluate.localized_unit.ipynb #9e6b31e0
 def _keep(folder, table, draws, each):
     "Write what the test gave, before the result that says it is done."
-    with atomic_path(folder/'metrics.csv') as temporary: table.to_csv(temporary, index=False)
+    write_csv(table, folder/'metrics.csv')
     with atomic_path(folder/'draws.npy') as temporary:
         with open(temporary, 'wb') as f: np.save(f, np.asarray(draws, np.float64))
     for name, frame in each.items():

@@ -16,7 +16,7 @@ import jinja2
 import mistune
 import pandas as pd
 
-from ..core.paths import atomic_path, read_json
+from ..core.paths import atomic_path, read_json, restored_cell
 from ..core.run import Run, run_events, run_info
 from .parameters import RefusedError, notebook_parameters
 
@@ -113,7 +113,7 @@ def _table(path, rows=40):
     try: frame = pd.read_csv(path)
     except pd.errors.EmptyDataError: return path.stem.replace('_', ' '), '', 'an empty table'
     note = f'{len(frame)} rows' + (f', the first {rows} shown; all of them in tables/{path.name}' if len(frame) > rows else '')
-    shown = frame.head(rows).map(lambda v: '' if isinstance(v, float) and v != v else _number(v))
+    shown = frame.head(rows).map(lambda v: '' if isinstance(v, float) and v != v else _number(restored_cell(v)))
     return path.stem.replace('_', ' '), shown.to_html(index=False, border=0, escape=True), note
 
 

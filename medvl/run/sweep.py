@@ -23,7 +23,7 @@ import pandas as pd
 
 from ..core.errors import DataError
 from ..core.orphans import end_with_parent
-from ..core.paths import atomic_path, digest, outputs_path, read_json, sha256_file, write_json
+from ..core.paths import digest, outputs_path, read_json, sha256_file, write_csv, write_json
 from ..core.places import absolute
 from ..core.progress import progress
 from ..core.run import Run, run_info
@@ -280,6 +280,6 @@ def run_sweep(
     if backend == 'local': how['gpus'] = gpus
     backends[backend](folder, [r['index'] for r in read_json(folder/'sweep.json')['runs']], jobs=jobs, **how)
     table = sweep_table(folder)
-    with atomic_path(folder/'summary.csv') as temporary: table.to_csv(temporary, index=False)
+    write_csv(table, folder/'summary.csv')
     table.attrs['folder'] = str(folder)
     return table

@@ -33,7 +33,7 @@ def read_curves(
         if not found: raise FileNotFoundError(f'There is no metrics.jsonl under {path.name}.')
         path = found[0]
     if not path.exists(): raise FileNotFoundError(f'There is no {path.name} in {path.parent.name}.')
-    rows = [(int(r['step']), k, float(v)) for r in read_jsonl(path) if 'step' in r for k, v in r.items()
+    rows = [(int(r['step']), k, float(v)) for r in read_jsonl(path, damaged='skip') if 'step' in r for k, v in r.items()
             if k not in _NOT_METRICS and isinstance(v, (int, float)) and not isinstance(v, bool)]
     table = pd.DataFrame(rows, columns=['step', 'name', 'value'])
     return table.drop_duplicates(['step', 'name'], keep='last').sort_values(['name', 'step'], ignore_index=True)

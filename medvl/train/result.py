@@ -26,7 +26,7 @@ class Journal:
     ):
         self.path, self.file = Path(path), None
         if not writes: return
-        kept = [row for row in read_jsonl(self.path) if row['step'] <= upto]
+        kept = [row for row in read_jsonl(self.path, damaged='skip') if row.get('step', upto + 1) <= upto]
         with atomic_path(self.path) as temporary: temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept), encoding='utf-8')
         self.file = open(self.path, 'a', encoding='utf-8')
 
@@ -57,7 +57,7 @@ def history(
 ) -> pd.DataFrame: # one row a step; training and validation columns side by side
     "Read the metrics of a run."
     rows = {}
-    for row in read_jsonl(path): rows.setdefault(row['step'], {}).update({k: v for k, v in row.items() if k not in ('step', 'kind')})
+    for row in (r for r in read_jsonl(path, damaged='skip') if 'step' in r): rows.setdefault(row['step'], {}).update({k: v for k, v in row.items() if k not in ('step', 'kind')})
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('step').sort_index()
 
 # %% ../../nbs/419_train.result.ipynb #fc0eb195
