@@ -221,7 +221,7 @@ def render_mass(
     return (y0, x0), grey.astype(np.float32), rho <= 1
 
 # %% ../../nbs/150a_data.phantom_lesions.ipynb #cde18ecd
-EXTENT = {'lymph_node': 1.3, 'oil_cyst': 1.25, 'tissue_band': 1.6}  # half the largest extent, in radii of a mass of that area
+EXTENT = {'lymph_node': 1.2, 'oil_cyst': 1.25, 'tissue_band': 1.6}  # half the largest extent, in radii of a mass of that area
 
 
 def benign_depth(
@@ -232,7 +232,7 @@ def benign_depth(
     "Say how far a point is from the middle of a structure's tissue."
     if label == 'oil_cyst': return np.abs(np.hypot(u, v/0.92) - 1.0)/(0.25*(1 + 0.4*u/np.maximum(np.hypot(u, v), 0.1)))
     if label == 'tissue_band': return np.hypot(u/1.6, (v - 0.16*u**2 + 0.15)/0.55)
-    return np.maximum(np.hypot(u/1.3, v/1.05), 1.9 - np.hypot(u/0.66, (v - 0.92)/0.66))
+    return np.maximum(np.hypot(u/1.2, v/0.97), 1.9 - np.hypot(u/0.62, (v - 0.85)/0.62))
 
 # %% ../../nbs/150a_data.phantom_lesions.ipynb #3b2f065d
 def render_look_alike(
