@@ -25,7 +25,7 @@ $(STAMP):
 install: $(STAMP)
 
 demo: install
-	$(BIN)/medvl run mammo_clip -p n_boot=1000 $(if $(DATA),-p data=$(abspath $(DATA)) $(if $(SOURCE),-p source=$(SOURCE)) -p config=real-small,-p config=demo -p exams=120)
+	$(BIN)/medvl run mammo_clip -p n_boot=1000 $(if $(DATA),-p data=$(abspath $(DATA)) $(if $(SOURCE),-p source=$(SOURCE)) -p config=real-small,-p config=demo -p exams=160)
 
 test: install
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from medvl.core.paths import read_json
 from medvl.core.seed import numpy_rng
 from medvl.data.phantom import phantom_exam, phantom_truth, scale_tissue
 from medvl.data.phantom_anatomy import SIDES, VIEWS, PhantomConfig, outline, skin_depth
-from medvl.data.phantom_dataset import auroc, shortcut_report, write_phantom
+from medvl.data.phantom_dataset import auroc, lesion_mask, shortcut_report, write_phantom
 from medvl.data.phantom_lesions import add_patch, clock, depth_third, draw_places, quadrant
 
 SMALL = (96, 64)
@@ -120,7 +120,7 @@ def test_words_agree_with_the_truth(exams):
 def test_places_do_not_know_what_will_lie_there():
     anatomy = phantom_truth(0, 0).breasts['L'].anatomy
     p = np.stack([draw_places(numpy_rng(i, 't'), anatomy) for i in range(300)])
-    assert p.shape == (300, 4, 3)
+    assert p.shape == (300, 5, 3)
     spread = p.std((0, 1))/np.sqrt(300)
     assert (np.abs(p.mean(0) - p.mean((0, 1))) < 4*spread).all()  # no slot differs from another
     for column, view in ((1, 'CC'), (2, 'MLO')): assert skin_depth(anatomy, view, p[..., 0].ravel(), p[..., column].ravel()).min() > 12
@@ -207,8 +207,8 @@ def test_pictures_and_masks_on_disk_are_the_exam(dataset):
     rows = index[index.exam_id == exam.truth.exam_id].set_index(['laterality', 'view'])
     for key, v in exam.views.items():
         np.testing.assert_array_equal(cv2.imread(str(dataset/rows.image_path[key]), cv2.IMREAD_UNCHANGED), v.pixels)
-        if rows.mask_path[key]: np.testing.assert_array_equal(cv2.imread(str(dataset/rows.mask_path[key]), cv2.IMREAD_UNCHANGED) > 0, v.masks > 0)
-        else: assert not v.masks.any()
+        if rows.mask_path[key]: np.testing.assert_array_equal(cv2.imread(str(dataset/rows.mask_path[key]), cv2.IMREAD_UNCHANGED) > 0, lesion_mask(v))
+        else: assert not lesion_mask(v).any()
 
 
 def test_no_shortcuts(dataset):

@@ -28,9 +28,9 @@ class PhantomConfig:
     bits: int = 8  # grey levels: 8 gives uint8, 12 gives uint16 with values 0..4095
     p_mass: float = 0.4  # probability that a breast has a mass
     p_calcification: float = 0.4  # probability of suspicious calcifications, independent of masses
-    p_second: float = 0.15  # probability of a second mass where there is one
+    p_second: float = 0.15  # probability of one more thing of a mass's size: a second mass where there is one, else a look-alike
     p_malignant: float = 0.5  # probability that one finding is malignant
-    p_benign: float = 0.3  # probability of a benign look-alike (lymph node, vascular or coarse calcification ...)
+    p_benign: float = 0.3  # probability that the report mentions one of the benign look-alikes; they are in every picture
     density: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)  # probabilities of ACR A, B, C, D
     contrast: float | None = None  # brightness of a lesion above tissue, share of the grey scale; None: by difficulty
     noise: float | None = None  # standard deviation of the noise, share of the grey scale; None: by difficulty
@@ -74,7 +74,7 @@ def check_config(
         raise ValueError(f'density is {config.density!r}; give four probabilities (A, B, C, D) that add up to 1.')
 
 # %% ../../nbs/150_data.phantom_anatomy.ipynb #7f9d7bf1
-KNOBS = {'contrast': (0.40, 0.15), 'noise': (0.012, 0.040), 'distractors': (0.5, 5.0), 'lesion_scale': (1.25, 0.85)}
+KNOBS = {'contrast': (0.44, 0.13), 'noise': (0.012, 0.040), 'distractors': (0.5, 5.0), 'lesion_scale': (1.25, 0.85)}
 
 
 def difficulty_knobs(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNASSIGNED', 'DIVIDED', 'PUBLIC_SALT', 'check_split', 'fill_split', 'carve_valid', 'with_split', 'public_salt',
-           'prepared_phantom']
+           'prepared_phantom', 'histogram_report']
 
 # %% ../../nbs/153_data.phantom_prepared.ipynb #1a8091cf
 from pathlib import Path
@@ -16,7 +16,8 @@ from ..core.errors import DataError, unknown_name
 from ..core.paths import atomic_path
 from .cells import told
 from .folder import read_folder
-from .phantom_dataset import write_phantom
+from .histogram import histogram_table, judge_histogram
+from .phantom_dataset import LOCAL, write_phantom
 from .prepare import prepare
 from .prepared import Prepared
 from .schema import SPLITS
@@ -128,3 +129,16 @@ def prepared_phantom(
     source = write_phantom(folder/'source', n_exams, size, seed, difficulty, fmt, jobs, progress=n_exams > 64)
     records = with_split(read_folder(source), fractions, seed)
     return prepare(records, source, folder/'prepared', profile=profile, size=size, jobs=jobs, salt=public_salt(folder))
+
+# %% ../../nbs/153_data.phantom_prepared.ipynb #1e7b17d7
+def histogram_report(
+    prepared, # Prepared of a phantom
+    normalisations:tuple=('none', 'minmax', 'equalise'), # what a method may do to an image before it looks; see `data.histogram`
+    limit:float=0.58, # AUROC that a local label may reach
+    n_boot:int=400, # resamples of patients
+    seed:int=0, # of folds and resampling
+) -> pd.DataFrame: # a row a normalisation and local label: auroc, low, high (family-wise), ok
+    "Judge what the prepared images' histograms tell, after each normalisation, on patients not seen."
+    one = lambda n: judge_histogram(histogram_table(prepared, n), prepared.manifest, LOCAL, limit, n_boot=n_boot, seed=seed).assign(normalise=n)
+    table = pd.concat([one(n) for n in normalisations], ignore_index=True)
+    return table[table.local & table.auroc.notna()].drop(columns=['local', 'learnt_from']).reset_index(drop=True)

@@ -77,7 +77,9 @@ FINDING_TEMPLATES = {
     'benign_calcification': ('[incidental|] benign {morphology} calcifications [are noted|are seen|] {place}.',
              '{morphology} calcifications {place} are [typically|] benign.', 'typically benign {morphology} calcifications {place}.'),
     'lymph_node': ('[a|an incidental] benign [intramammary|] lymph node with fatty hilum [is seen|lies] {place}.',
-             'intramammary lymph node [measuring {size}|] {place}, benign.')}
+             'intramammary lymph node [measuring {size}|] {place}, benign.'),
+    'oil_cyst': ('[a|an incidental] benign oil cyst [is seen|lies] {place}.', 'oil cyst with [lucent centre|fat inside] [measuring {size}|] {place}, benign.'),
+    'tissue_band': ('[a|] [harmless|benign] band of fibroglandular tissue [is seen|lies] {place}.', 'elongated band of ordinary tissue [measuring {size}|] {place}, benign.')}
 
 # %% ../../nbs/151_data.phantom_report.ipynb #a952331f
 def finding_sentence(

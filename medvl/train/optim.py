@@ -127,7 +127,7 @@ def param_groups(
     lr:float, # peak learning rate
     weight_decay:float=0.0, # decay of the groups that decay
     no_decay:tuple=('1d',), # patterns of names that are not decayed; '1d' = fewer than two dimensions
-    lr_scales:dict|None=None, # pattern -> factor of lr, e.g. {'text_encoder': 0.1}; the first match counts
+    lr_scales:dict|None=None, # pattern -> factor of lr, e.g. {'text_encoder': 0.1}; the first match counts; 0 freezes: no gradient is computed
 ) -> list: # dicts with params, names, lr, peak, weight_decay for a torch optimiser
     """Sort the trainable parameters into groups of one decay and one learning rate.
 
@@ -139,7 +139,9 @@ def param_groups(
         still = [p for p in no_decay if _matches(name, parameter, p)]
         scaled = [p for p in (lr_scales or {}) if _matches(name, parameter, p)]
         used.update(still, scaled[:1])
-        key = (0.0 if still else weight_decay, lr * (lr_scales[scaled[0]] if scaled else 1.0))
+        factor = lr_scales[scaled[0]] if scaled else 1.0
+        if factor == 0: parameter.requires_grad_(False); continue
+        key = (0.0 if still else weight_decay, lr * factor)
         group = groups.setdefault(key, dict(params=[], names=[], lr=key[1], peak=key[1], weight_decay=key[0]))
         group['params'].append(parameter); group['names'].append(name)
     if not groups: raise ValueError('no parameter asks for a gradient: nothing to train')

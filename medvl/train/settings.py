@@ -28,7 +28,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)  # Adam's and AdamW's decay rates of the moments
     momentum: float = 0.9  # SGD's
     no_decay: tuple[str, ...] = ('1d',)  # name patterns without decay; '1d' = biases, norms, scalars; () = decay all (the paper)
-    lr_scales: dict | None = None  # name pattern -> factor of lr, e.g. {'text_encoder': 0.1}
+    lr_scales: dict | None = None  # name pattern -> factor of lr, e.g. {'text_encoder': 0.1}; 0 freezes
     schedule: str = 'cosine'  # one of medvl.train.optim.SCHEDULES; 'reference' = the original's
     warmup: int | float = 0.1  # steps (int) or share of the run (float)
     floor: float = 0.0  # share of lr that the schedule ends at
