@@ -147,15 +147,19 @@ def held_out(
 
 def fit_histogram(
     numbers:np.ndarray, # float (n,12)
-    labels:np.ndarray, # (n,) 1 or 0
+    labels:np.ndarray, # (n,) 1 or 0; or numbers of classes
     C:float=.3, # inverse strength of the penalty
-) -> Callable: # float (m,12) -> float (m,): larger means more likely present
+    classes:int=0, # of so many classes; 0: present or absent
+) -> Callable: # float (m,12) -> float (m,): larger means more likely present; or (m,classes): probabilities
     "Fit the rule that judges an image by its twelve numbers."
     from sklearn.linear_model import LogisticRegression
     mean, spread = numbers.mean(0), numbers.std(0)
     spread = np.where(spread > 1e-12, spread, 1)
     rule = LogisticRegression(C=C, max_iter=3000).fit((numbers - mean)/spread, labels)
-    return lambda x: rule.decision_function((np.asarray(x) - mean)/spread)
+    scaled = lambda x: (np.asarray(x) - mean)/spread
+    if not classes: return lambda x: rule.decision_function(scaled(x))
+    def probabilities(x): out = np.zeros((len(x), classes)); out[:, rule.classes_.astype(int)] = rule.predict_proba(scaled(x)); return out
+    return probabilities
 
 # %% ../../nbs/132_data.histogram.ipynb #e1b9047b
 def _weighted_auroc(scores, labels, weights):
