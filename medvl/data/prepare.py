@@ -23,11 +23,12 @@ from ..core.paths import FULL, append_jsonl, atomic_path, read_json, read_jsonl,
 from ..core.progress import progress
 from ..core.provenance import provenance
 from .header import Limits, hash_id
+from .histogram import histogram_facts
 from .plan import Plan, fingerprint, make_plan, plan_jobs, project_salt
 from .prepared import Prepared, open_prepared, write_table
 from .preprocess import fit
 from .schema import Source
-from .store import StoreWriter, disk_full
+from .store import ImageStore, StoreWriter, disk_full
 from .worker import BACKENDS, file_sum, run_jobs
 
 # %% ../../nbs/115_data.prepare.ipynb #f23147fb
@@ -246,7 +247,8 @@ def finish(plan, folder, journal, salt, report):
     with atomic_path(folder/'rejects.csv') as temporary: rejects.to_csv(temporary, index=False)
     digests = {k: read_json(folder/k/'store.json')['digest'] for k in ('images', 'masks') if (folder/k/'store.json').exists()}
     write_json(folder/'provenance.json', provenance())
-    write_json(folder/'dataset.json', make_info(plan, manifest, rejects, salt, digests, report))
+    told = histogram_facts(ImageStore.open(folder/'images'), manifest) # what grey values alone say of each label
+    write_json(folder/'dataset.json', make_info(plan, manifest, rejects, salt, digests, report) | {'histogram': told})
 
 # %% ../../nbs/115_data.prepare.ipynb #130c3864
 @contextlib.contextmanager
