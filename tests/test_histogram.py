@@ -62,7 +62,7 @@ def test_patients_are_apart_and_labels_nan_are_left_out():
     null = [histogram_control(made(seed=s), folds=5, n_boot=0).auroc.item() for s in range(12)]
     assert abs(np.mean(null) - .5) < .04 and max(null) < .66
     row = histogram_control(made(effect=1.0), folds=5).iloc[0]
-    assert row.low > .75 and row.low < row.auroc < row.high and row.n == frame.label_mass.notna().sum() - 0 or row.n < 400
+    assert row.low > .75 and row.low < row.auroc < row.high and row.n == made(effect=1.0)[1].label_mass.notna().sum()
     assert 'tells' in row.verdict and 'mass' in histogram_line(histogram_control(made(effect=1.0)))
 
 
@@ -146,7 +146,7 @@ def test_preparation_reports_it(tmp_path):
 
 
 def test_the_real_figure(tmp_path):
-    "CDD-CESM, prepared as README does: the histogram reaches .76 for malignant on its test patients."
+    "CDD-CESM, prepared as README does: twelve numbers reach .78 for malignant on its 94 test images of 26 patients, by our way and by the plain one."
     root = Path(__file__).resolve().parents[2]/'shared'/'data'/'mammo'
     if not root.exists(): pytest.skip('sample data absent: ../shared/data/mammo')
     from medvl.data.folder import read_folder
@@ -156,6 +156,13 @@ def test_the_real_figure(tmp_path):
     records = table.records[table.records.source == 'CDD-CESM'].reset_index(drop=True)
     here = lambda part: part[part.image_id.isin(records.image_id)].reset_index(drop=True)
     table = table._replace(records=records, boxes=here(table.boxes), sentences=here(table.sentences))
-    data = prepare(with_split(table, seed=0), root, tmp_path/'out', size=(384, 256), jobs=1, salt=public_salt(tmp_path))
+    data = prepare(with_split(table, seed=0), root, tmp_path/'out', size=(384, 256), jobs=2, salt=public_salt(tmp_path))
     row = histogram_control(data, labels=['malignant'], n_boot=200).iloc[0]
-    assert (row.n, row.patients) == (94, 26) and row.auroc == pytest.approx(.76, abs=.015), row
+    assert (row.n, row.patients) == (94, 26) and row.auroc == pytest.approx(.78, abs=.015), row
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.preprocessing import StandardScaler
+    x, y, t = np.array([plainly(data.image(i)) for i in range(len(data))]), data.manifest.label_malignant.to_numpy(), (data.manifest.split == 'test').to_numpy()
+    scale = StandardScaler().fit(x[~t])
+    rule = LogisticRegression(C=.3, max_iter=3000).fit(scale.transform(x[~t & (y == y)]), y[~t & (y == y)])
+    assert row.auroc == pytest.approx(roc_auc_score(y[t], rule.decision_function(scale.transform(x[t]))), abs=.003)
