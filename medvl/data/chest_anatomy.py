@@ -39,10 +39,10 @@ class ChestConfig:
     p_device: float = 0.35  # devices and foreign objects
     p_ap: float = 0.4  # anteroposterior view; else posteroanterior
     p_stated: float = 0.7  # an absent finding is ruled out in the report
-    p_mimic: float = 0.25  # each kind of harmless look-alike (nipples, skin fold, fat pad, calcified cartilage, bowel gas)
+    p_mimic: float = 0.4  # each kind of harmless look-alike (nipples, skin fold, fat pad, calcified cartilage, bowel gas)
     compensate: bool = True  # the grey values of an ill chest occur as often as if it were healthy; False gives findings away
     contrast: float | None = None  # brightness of a lesion, share of the grey scale; None: by difficulty
-    noise: float | None = None  # standard deviation of the noise, share of the grey scale; None: by difficulty
+    noise: float | None = None  # standard deviation of the noise of a middling image, share of the grey scale; None: by difficulty
     distractors: float | None = None  # mean number of soft shadows that are nothing; None: by difficulty
     lesion_scale: float | None = None  # factor on lesion size; None: by difficulty
     min_pixels: float = 5.0  # a nodule is drawn at least this wide, pixels

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUANTILES', 'NUMBERS', 'NORMALISATIONS', 'LEAST', 'CONTROL_COLUMNS', 'grey_counts', 'numbers_of',
            'histogram_features', 'histogram_table', 'held_out', 'fit_histogram', 'patient_interval', 'verdict_of',
-           'histogram_control', 'histogram_line', 'judge_histogram']
+           'histogram_control', 'histogram_line', 'histogram_facts', 'judge_histogram']
 
 # %% ../../nbs/132_data.histogram.ipynb #7ccee2ac
 from collections.abc import Callable
@@ -147,15 +147,19 @@ def held_out(
 
 def fit_histogram(
     numbers:np.ndarray, # float (n,12)
-    labels:np.ndarray, # (n,) 1 or 0
+    labels:np.ndarray, # (n,) 1 or 0; or numbers of classes
     C:float=.3, # inverse strength of the penalty
-) -> Callable: # float (m,12) -> float (m,): larger means more likely present
+    classes:int=0, # of so many classes; 0: present or absent
+) -> Callable: # float (m,12) -> float (m,): larger means more likely present; or (m,classes): probabilities
     "Fit the rule that judges an image by its twelve numbers."
     from sklearn.linear_model import LogisticRegression
     mean, spread = numbers.mean(0), numbers.std(0)
     spread = np.where(spread > 1e-12, spread, 1)
     rule = LogisticRegression(C=C, max_iter=3000).fit((numbers - mean)/spread, labels)
-    return lambda x: rule.decision_function((np.asarray(x) - mean)/spread)
+    scaled = lambda x: (np.asarray(x) - mean)/spread
+    if not classes: return lambda x: rule.decision_function(scaled(x))
+    def probabilities(x): out = np.zeros((len(x), classes)); out[:, rule.classes_.astype(int)] = rule.predict_proba(scaled(x)); return out
+    return probabilities
 
 # %% ../../nbs/132_data.histogram.ipynb #e1b9047b
 def _weighted_auroc(scores, labels, weights):
@@ -256,6 +260,18 @@ def histogram_line(
     each = [f'{r.label} {r.auroc:.2f} ({r.low:.2f} to {r.high:.2f})' for r in known.head(most).itertuples()]
     more = f' and {len(known) - most} more below' if len(known) > most else ''
     return f'the histogram alone (12 numbers, no place) predicts on {int(known.patients.max())} held-out patients, AUROC: {"; ".join(each)}{more}'
+
+
+def histogram_facts(
+    images, # uint8 or uint16, read by number
+    manifest:pd.DataFrame, # with row, patient_id and perhaps label_* and split
+) -> list: # of dict, one a label: what `prepare` writes into dataset.json
+    "Sum up what the histogram alone tells, for the record of a prepared folder."
+    if not any(c.startswith('label_') for c in manifest): return []
+    enough = any(min((manifest[c] == 1).sum(), (manifest[c] == 0).sum()) >= 2*LEAST for c in manifest if c.startswith('label_'))
+    numbers = np.concatenate([histogram_table(np.stack([images[int(r)] for r in manifest.row[k:k + 64]])) for k in range(0, len(manifest), 64)]) if enough else np.zeros((len(manifest), 12))
+    table = histogram_control((numbers, manifest), n_boot=200)
+    return [{k: None if isinstance(v, float) and v != v else round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in table.to_dict('records')]
 
 
 def judge_histogram(

@@ -25,12 +25,13 @@ from ..core.progress import progress
 from ..core.provenance import provenance
 from .cells import KNOWN_WORDS, OLDEST
 from .header import Limits, hash_id
+from .histogram import histogram_facts
 from .plan import Plan, fingerprint, make_plan, plan_jobs, project_salt
 from .prepared import Prepared, open_prepared, write_table
 from .preprocess import check_accept, fit
 from .schema import Source
 from .splits import small_parts
-from .store import StoreWriter, disk_full, make_folder
+from .store import ImageStore, StoreWriter, disk_full, make_folder
 from .worker import BACKENDS, file_sum, run_jobs
 
 # %% ../../nbs/115_data.prepare.ipynb #f23147fb
@@ -326,7 +327,8 @@ def finish(plan, folder, journal, salt, report):
     write_csv(rejects, folder/'rejects.csv')
     digests = {k: read_json(folder/k/'store.json')['digest'] for k in ('images', 'masks') if (folder/k/'store.json').exists()}
     write_json(folder/'provenance.json', provenance())
-    write_json(folder/'dataset.json', make_info(plan, manifest, rejects, salt, digests, report, rows))
+    told = histogram_facts(ImageStore.open(folder/'images'), manifest) # what grey values alone say of each label
+    write_json(folder/'dataset.json', make_info(plan, manifest, rejects, salt, digests, report, rows) | {'histogram': told})
 
 # %% ../../nbs/115_data.prepare.ipynb #130c3864
 @contextlib.contextmanager

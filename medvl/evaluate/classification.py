@@ -17,6 +17,7 @@ from ..core.progress import progress
 from ..data.prepared import Prepared
 from ..data.targets import check_targets, target_matrix
 from .embeddings import _AUTOCAST, _batches, _check_finite, _device
+from .histogram import beside_histogram, histogram_baseline
 from .metrics import score
 from .rank import NotComputable
 from .scored import Scored, scored_at
@@ -95,10 +96,11 @@ class ClassificationResult:
     evaluation: Evaluation = field(repr=False) # calibration, subgroups, thresholds
     scored: dict = field(repr=False)           # split -> {label: Scored}
     leaks: str = ''          # what the leak check compared
+    histogram: pd.DataFrame = field(repr=False, default_factory=pd.DataFrame) # what grey values alone reach on the same units: the table's columns
 
-    def __repr__(self): return f'ClassificationResult: {len(self.predictions)} rows\n{wide(self.table)}'
+    def __repr__(self): return f'ClassificationResult: {len(self.predictions)} rows\n{wide(beside_histogram(self.table, self.histogram))}'
 
-    def _repr_html_(self): return wide(self.table).to_html()
+    def _repr_html_(self): return wide(beside_histogram(self.table, self.histogram)).to_html()
 
 
 def classification(
@@ -108,6 +110,7 @@ def classification(
     metrics=METRICS_BINARY, by=None, # metrics of binary labels; subgroup columns (None: those that say something)
     n_boot: int = 2000, level: float = .95, seed: int = 0, # of the intervals
     batch_size: int = 16, precision: str = 'fp32', check: bool = True, # of the predictions; compare the splits for leaks first
+    baseline: bool = True, # also judge what the training images' histograms tell
 ) -> ClassificationResult:
     """Judge a classifier on test.
 
@@ -116,7 +119,11 @@ def classification(
     leaks = assert_apart(parts) if check else 'not checked'
     scored = {s: scored_predictions(method, parts[s], s, unit, how, batch_size, precision) for s in ('valid', 'test') if s in parts}
     result = evaluate_scored(scored['test'], scored.get('valid'), metrics, by=by, n_boot=n_boot, level=level, seed=seed)
-    return ClassificationResult(result.table, scores_frame(scored), result, scored, leaks)
+    labels, classes = method.config.labels, method.config.classes
+    truths = {t: lambda m, j=j: target_matrix(m, labels, classes)[:, j] for j, t in enumerate(labels)}
+    histogram = histogram_baseline(parts, 'test', truths, {t: len(classes) or 2 for t in labels}, unit, how, metrics=metrics,
+                                   n_boot=n_boot, level=level, seed=seed) if baseline else pd.DataFrame()
+    return ClassificationResult(result.table, scores_frame(scored), result, scored, leaks, histogram)
 
 # %% ../../nbs/525_evaluate.classification.ipynb #27c5e891
 def out_of_fold(

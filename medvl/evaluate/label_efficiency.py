@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from ..data.histogram import histogram_table
 from ..data.splits import fraction_patients
 from .bootstrap import _estimate, _exact, settled, resample
 from .linear_probe import CS, _one_fit, _plan, _scored, targets_of
@@ -29,6 +30,7 @@ class LabelEfficiency:
     curve: pd.DataFrame # a row a task, metric and fraction: mean, least, most (over draws), low, high (of the mean, over test patients), fits, draws, train_patients
     probes: dict = field(repr=False) # (fraction, seed) -> {label: Probe}
     leaks: str = ''     # what the leak check compared
+    histogram: pd.DataFrame = field(repr=False, default_factory=pd.DataFrame) # the same curve of what the grey values alone tell
 
     def __repr__(self): return f'LabelEfficiency: {len(self.probes)} subsets\n{self.wide()}'
 
@@ -36,7 +38,7 @@ class LabelEfficiency:
 
     def wide(self): # DataFrame
         "Lay the first metric of each task out: a row a task, a column a share."
-        c = self.curve.drop_duplicates(['task', 'fraction'])
+        c = pd.concat([t.drop_duplicates(['task', 'fraction']) for t in (self.curve, self.histogram.assign(task=self.histogram.task + ' (histogram)') if len(self.histogram) else self.histogram) if len(t)])
         text = [f'{r.mean:.3f} [{r.least:.3f}, {r.most:.3f}]' + (f' ({r.fits}/{r.draws})' if r.fits < r.draws else '') if r.fits else 'not computable' for r in c.itertuples()]
         return c.assign(text=text, share=c.fraction.map('{:.0%}'.format)).pivot_table(index=['task', 'metric'], columns='share', values='text', aggfunc='first', sort=False)
 
@@ -119,6 +121,7 @@ def label_efficiency(
     embeddings=None, folder=None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
     metrics=('auroc', 'average_precision'), n_boot: int = 1000, level: float = .95, seed: int = 0, # of the tables
     device='cpu', check: bool = True, # of the fits; compare the splits for leaks first
+    baseline: bool = True, # the same for what the images' histograms tell
 ) -> LabelEfficiency:
     """Fit and judge probes for every label, share and draw, on one pass over the images.
 
@@ -131,10 +134,14 @@ def label_efficiency(
     leaks = assert_apart(parts) if check else 'not checked'
     vectors = _vectors_of(parts, prepared, method, embeddings, what, folder, batch_size, precision)
     options = dict(unit=unit, how=how, Cs=tuple(Cs), class_weight=class_weight, choose_by=choose_by, device=device)
-    probes, rows, tests = _fits(vectors, parts, targets, plan, options)
-    found = _evaluated(tests, metrics, n_boot, seed)
-    table = _fit_table(rows, found, unit, level)
-    return LabelEfficiency(table, _curve(table, found, level), probes, leaks)
+    def judged(vectors, options):
+        probes, rows, tests = _fits(vectors, parts, targets, plan, options)
+        found = _evaluated(tests, metrics, n_boot, seed)
+        table = _fit_table(rows, found, unit, level)
+        return table, _curve(table, found, level), probes
+    numbers = {s: histogram_table(p) for s, p in parts.items()} if baseline else None
+    histogram = judged(numbers, {**options, 'Cs': (.3,)})[1].assign(model='histogram') if baseline else pd.DataFrame()
+    return LabelEfficiency(*judged(vectors, options), leaks, histogram)
 
 # %% ../../nbs/526_evaluate.label_efficiency.ipynb #2f085535
 def plot_label_efficiency(

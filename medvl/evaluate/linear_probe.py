@@ -15,6 +15,7 @@ import pandas as pd
 from ..core.errors import DataError, unknown_name
 from ..data.splits import fraction_patients
 from .embeddings import Embeddings
+from .histogram import beside_histogram, histogram_baseline
 from .logistic import fit_binary, fit_softmax
 from .rank import NotComputable
 from .scored import scored_at
@@ -146,15 +147,16 @@ class LinearProbeResult:
     probes: dict = field(repr=False)           # (fraction, seed) -> {target name: Probe}
     scored: dict = field(repr=False)           # of the main fit: split -> {target name: Scored}
     leaks: str = ''            # what the leak check compared
+    histogram: pd.DataFrame = field(repr=False, default_factory=pd.DataFrame) # what grey values alone reach, learnt from all training patients
 
     @property
     def main(self) -> pd.DataFrame:
         "The table of the main fit: the largest fraction, the first seed."
         return self.table[(self.table.fraction == self.table.fraction.iloc[0]) & (self.table.seed == self.table.seed.iloc[0])]
 
-    def __repr__(self): return f'LinearProbeResult: {len(self.predictions)} rows, {len(self.probes)} fits\n{wide(self.main)}'
+    def __repr__(self): return f'LinearProbeResult: {len(self.predictions)} rows, {len(self.probes)} fits\n{wide(beside_histogram(self.main, self.histogram))}'
 
-    def _repr_html_(self): return wide(self.main).to_html()
+    def _repr_html_(self): return wide(beside_histogram(self.main, self.histogram)).to_html()
 
     def over_seeds(self) -> pd.DataFrame:
         "Mean and standard deviation over seeds of the subsets, for each task, metric and fraction."
@@ -205,6 +207,7 @@ def linear_probe(
     embeddings: Embeddings = None, folder=None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
     metrics=METRICS_BINARY, by=None, n_boot: int = 2000, level: float = .95, seed: int = 0, # of the tables
     device='cpu', check: bool = True, # of the fit; compare the splits for leaks first
+    baseline: bool = True, # also judge what the training images' histograms tell
 ) -> LinearProbeResult:
     """Train probes on frozen embeddings and judge them on test.
 
@@ -222,4 +225,6 @@ def linear_probe(
         scored, result, table = _judge(probes, reasons, vectors, parts, main is None, options)
         tables.append(table.assign(fraction=fraction, seed=draw, train_patients=patients)); fits[fraction, draw] = probes
         main = main or (scored, result)
-    return LinearProbeResult(pd.concat(tables, ignore_index=True), scores_frame(main[0]), main[1], fits, main[0], leaks)
+    histogram = histogram_baseline(parts, 'test', {t.name: t.truth for t in targets}, {t.name: len(t.classes) or 2 for t in targets}, unit, how, metrics=metrics,
+                                   n_boot=n_boot, level=level, seed=seed) if baseline else pd.DataFrame()
+    return LinearProbeResult(pd.concat(tables, ignore_index=True), scores_frame(main[0]), main[1], fits, main[0], leaks, histogram)

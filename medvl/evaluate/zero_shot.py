@@ -17,6 +17,7 @@ from ..data.prepared import Prepared
 from ..data.prompts import FINDINGS, prompt_bank
 from .embeddings import Embeddings, embed
 from .export import refuse_other_model
+from .histogram import beside_histogram, histogram_baseline
 from .scored import scored_at
 from .selection import assert_apart, splits_of
 from .tables import METRICS_BINARY, Evaluation, evaluate_scored, not_computable, wide
@@ -166,10 +167,11 @@ class ZeroShotResult:
     prompts: dict = field(repr=False)          # task -> prompts that were asked
     scored: dict = field(repr=False)           # split -> {task: Scored}
     leaks: str = ''          # what the leak check compared
+    histogram: pd.DataFrame = field(repr=False, default_factory=pd.DataFrame) # what grey values alone reach on the same units: the table's columns
 
-    def __repr__(self): return f'ZeroShotResult: {len(self.scores)} rows, {len(self.prompts)} tasks\n{wide(self.table)}'
+    def __repr__(self): return f'ZeroShotResult: {len(self.scores)} rows, {len(self.prompts)} tasks\n{wide(beside_histogram(self.table, self.histogram))}'
 
-    def _repr_html_(self): return wide(self.table).to_html()
+    def _repr_html_(self): return wide(beside_histogram(self.table, self.histogram)).to_html()
 
 # %% ../../nbs/510_evaluate.zero_shot.ipynb #3f889856
 def _predict(method, tasks, manifest, vectors, split, unit, how):
@@ -229,6 +231,7 @@ def zero_shot(
     metrics=METRICS_BINARY, by=None, # of binary tasks; subgroup columns
     n_boot: int = 2000, level: float = .95, seed: int = 0, # of the intervals
     check: bool = True,    # compare the splits for leaks first, near-duplicates included
+    baseline: bool = True, # also judge what the training images' histograms tell
 ) -> ZeroShotResult:
     """Evaluate a model by asking it in words.
 
@@ -246,4 +249,7 @@ def zero_shot(
     valids = scored['valid'] if judged == 'test' and 'valid' in scored else None
     result = evaluate_scored(scored[judged], valids, metrics, by=by, n_boot=n_boot, level=level, seed=seed)
     table = pd.concat([result.table, *(pd.DataFrame([not_computable(t, 'auroc', why, judged, unit)]) for t, why in missing[judged].items())], ignore_index=True)
-    return ZeroShotResult(table, scores_frame(scored), result, {t.name: t.prompts for t in tasks}, scored, leaks)
+    asked = [t for t in tasks if t.name not in missing[judged]]
+    histogram = histogram_baseline(parts, judged, {t.name: t.truth for t in asked}, {t.name: len(t.prompts) for t in asked}, unit, how, metrics=metrics,
+                                   n_boot=n_boot, level=level, seed=seed) if baseline else pd.DataFrame()
+    return ZeroShotResult(table, scores_frame(scored), result, {t.name: t.prompts for t in tasks}, scored, leaks, histogram)
