@@ -21,8 +21,8 @@ from .attribute.maps import boxes_from_map, scale_01, upsample
 from .attribute.similarity import similarity_map
 from .core.errors import DataError
 from .core.paths import read_json, write_json
-from .data.image import read_image
-from .data.preprocess import get_profile, preprocess
+from .data.pixels.file import read_image
+from .data.pixels.profiles import get_profile, preprocess
 from .methods import classifier as _classifier, mammoclip as _mammoclip  # noqa: F401  (their import registers the methods)
 from .methods import byol as _byol, clip as _clip, convirt as _convirt, initialised as _initialised, lovt as _lovt  # noqa: F401
 from .methods import pixelpro as _pixelpro, simclr as _simclr, supervised as _supervised  # noqa: F401

@@ -86,11 +86,11 @@ def convert_command(
     back: Annotated[bool, typer.Option('--back', help='Write a file in the layout of the original code.')] = False,
 ):
     "Turn a checkpoint of the Mammo-CLIP authors into a model folder, or back."
-    from medvl.methods.released import convert_released, export_released
+    from medvl.methods.released.mammoclip_files import convert_released, export_released
     _room_for(out)
     if back: typer.echo(f'written: {export_released(model_of(str(source)), out)}')
     else:
-        from medvl.data.tokens import load_tokenizer
+        from medvl.data.text.tokens import load_tokenizer
         given = load_tokenizer(tokenizer) if tokenizer else None
         typer.echo(f'{convert_released(source, out, labels=tuple(label or ()), tokenizer=given, strict=strict)}: {out}')
 

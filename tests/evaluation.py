@@ -12,7 +12,7 @@ from medvl.core.seed import torch_generator
 from medvl.data.prepared import open_prepared, write_table
 from medvl.data.schema import empty
 from medvl.data.store import StoreWriter
-from medvl.evaluate.embeddings import Embeddings, embed
+from medvl.evaluate.protocols.embeddings import Embeddings, embed
 from medvl.methods.base import Method
 
 

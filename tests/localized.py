@@ -10,8 +10,8 @@ from medvl.core.seed import numpy_rng
 from medvl.data.prepared import open_prepared, write_table
 from medvl.data.schema import empty
 from medvl.data.store import StoreWriter
-from medvl.evaluate.localized import run_localized
-from medvl.evaluate.localized_unit import LocalizedConfig
+from medvl.evaluate.localized.run import run_localized
+from medvl.evaluate.localized.unit import LocalizedConfig
 
 LABELS = ('atelectasis', 'cardiomegaly', 'effusion', 'infiltrate', 'mass', 'nodule', 'pneumonia', 'pneumothorax')
 SMALL = dict(runs=2, max_epochs=3, max_lrs=2, max_batch=8, max_head_warmup=2, min_images=6, width=.06, n_boot=64, cpu=True)

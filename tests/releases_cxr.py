@@ -20,9 +20,9 @@ from xml.sax.saxutils import escape
 import cv2
 import numpy as np
 
-from medvl.data.dicom_write import write_dicom
-from medvl.data.lovt_splits import LOVT_SETS
-from medvl.data.shapes import mask_rle
+from medvl.data.dicom.write import write_dicom
+from medvl.data.releases.lovt_splits import LOVT_SETS
+from medvl.data.pixels.shapes import mask_rle
 
 
 def chest(height=96, width=96, shift=0):

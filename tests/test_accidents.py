@@ -169,7 +169,7 @@ NOWHERE = ['/sys/x', '/dev/null/x', '/proc/x'] if Path('/sys').exists() else ['/
                                   ['explain', 'model', 'image.png', 'a mass', '-o', 'PLACE/x.png'], ['convert', 'x.tar', 'PLACE/y']])
 def test_unwritable_places_are_one_line(tmp_path, monkeypatch, place, args):
     from medvl.commands import app
-    from medvl.data.phantom_dataset import write_phantom
+    from medvl.data.phantom.breast_dataset import write_phantom
     monkeypatch.setenv('MEDVL_OUTPUTS', place)
     monkeypatch.setenv('MEDVL_SALT', str(tmp_path/'salt'))
     if 'SOURCE' in args: write_phantom(tmp_path/'source', 1, (64, 40), 0, 'easy', 'png', 1)

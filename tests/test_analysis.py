@@ -12,12 +12,12 @@ from medvl.attribute.localisation import mean_estimate
 from medvl.attribute.sentence_maps import evaluate_sentence_maps, score_sentences, sentence_maps, sentence_places, sentence_table
 from medvl.core.errors import DataError
 from medvl.core.seed import numpy_rng, torch_generator
-from medvl.data.chest_dataset import ChestImageDataset, ChestReportConfig, ChestReportDataset
-from medvl.data.chest_prepared import prepared_chest_phantom
-from medvl.evaluate.alignment_metrics import SampleNumbers, attention_statistics, global_alignment, local_alignment, modality_distance, retrieval_of
-from medvl.evaluate.analysis import analyse, paired_analysis, patient_intervals, read_batch
-from medvl.evaluate.analysis_plots import collect_runs, plot_alignment, plot_assignment, plot_smoothness, plot_spread, plot_weights
-from medvl.evaluate.embedding_spread import REFERENCE_GLOBAL, REFERENCE_LOCAL, GlobalSpread, LocalSpread, local_spread, pair_statistics
+from medvl.data.samples.chest import ChestImageDataset, ChestReportConfig, ChestReportDataset
+from medvl.data.phantom.chest_prepared import prepared_chest_phantom
+from medvl.evaluate.analysis.alignment import SampleNumbers, attention_statistics, global_alignment, local_alignment, modality_distance, retrieval_of
+from medvl.evaluate.analysis.analyse import analyse, paired_analysis, patient_intervals, read_batch
+from medvl.evaluate.analysis.plots import collect_runs, plot_alignment, plot_assignment, plot_smoothness, plot_spread, plot_weights
+from medvl.evaluate.analysis.spread import REFERENCE_GLOBAL, REFERENCE_LOCAL, GlobalSpread, LocalSpread, local_spread, pair_statistics
 from medvl.methods.base import evaluating
 from medvl.methods.chest_presets import new_chest_method
 from medvl.models.heads import unit

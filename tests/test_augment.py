@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golden import golden
-from medvl.data.augment import (Augment, AugmentConfig, Draw, affine_matrix, alpha_to_rms, draw, elastic_field, flip_matrix, map_boxes, map_points, sampling_grid, warp)
+from medvl.data.augment.breast_versions import (Augment, AugmentConfig, Draw, affine_matrix, alpha_to_rms, draw, elastic_field, flip_matrix, map_boxes, map_points, sampling_grid, warp)
 from medvl.core.seed import numpy_rng
 
 quick = settings(max_examples=50, deadline=None)
@@ -246,7 +246,7 @@ def test_wrong_mode_is_named():
 
 def test_extra_memory_is_that_of_a_chunk(monkeypatch):
     seen = []
-    monkeypatch.setattr('medvl.data.augment.sampling_grid', lambda draws, h, w, device: (seen.append(len(draws)), sampling_grid(draws, h, w, device))[1])
+    monkeypatch.setattr('medvl.data.augment.breast_versions.sampling_grid', lambda draws, h, w, device: (seen.append(len(draws)), sampling_grid(draws, h, w, device))[1])
     Augment(affine=1, elastic=1, chunk=3)(batch_of(noise(10, 2, 1, 16, 8)))
     assert max(seen) <= 3 and sum(seen) == 20
 

@@ -5,14 +5,14 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from medvl.evaluate.bootstrap import (
+from medvl.evaluate.stats.bootstrap import (
     BLOCK, Estimate, compare, delong, estimate, estimates, interval, jackknife, patient_counts, resample,
 )
-from medvl.evaluate.calibration import ece, fit_scaling, reliability
-from medvl.evaluate.metrics import Evaluator, at_threshold, auroc
-from medvl.evaluate.rank import NotComputable
-from medvl.evaluate.scored import LeakError, Scored
-from medvl.evaluate.subgroups import age_band, subgroups
+from medvl.evaluate.stats.calibration import ece, fit_scaling, reliability
+from medvl.evaluate.metrics.curves import Evaluator, at_threshold, auroc
+from medvl.evaluate.metrics.rank import NotComputable
+from medvl.evaluate.stats.scored import LeakError, Scored
+from medvl.evaluate.stats.subgroups import age_band, subgroups
 
 
 def clustered(seed, patients=60, images=4, shared=1., signal=1., prevalence=.4):

@@ -9,12 +9,12 @@ from golden import golden, sample
 
 from medvl.core.errors import DataError
 from medvl.data.cells import birads_category, density_letter
-from medvl.data.folder import read_folder
-from medvl.data.phantom_prepared import with_split
-from medvl.data.report_table import BREAST_COLUMNS, breast_table, read_breast_table, read_report_table
-from medvl.data.rsna import read_rsna
+from medvl.data.releases.folder import read_folder
+from medvl.data.phantom.breast_prepared import with_split
+from medvl.data.releases.report_table import BREAST_COLUMNS, breast_table, read_breast_table, read_report_table
+from medvl.data.releases.rsna_breast import read_rsna
 from medvl.data.schema import read_list, validate
-from medvl.data.vindr import FINDINGS, fold_table, label_name, read_vindr
+from medvl.data.releases.vindr import FINDINGS, fold_table, label_name, read_vindr
 
 
 @pytest.fixture(scope='module')

@@ -7,21 +7,21 @@ import torch
 
 from medvl.attribute.comparison import paired_differences, paper_table
 from medvl.attribute.localisation import localisation_table, mean_estimate
-from medvl.evaluate.analysis import patient_intervals
-from medvl.evaluate.analysis_plots import plot_shared
-from medvl.evaluate.bootstrap import Estimate, agreed_bound, compare, estimate, settled
-from medvl.evaluate.detection import BOX
-from medvl.evaluate.froc import detection_table, froc_table, plot_froc
-from medvl.evaluate.label_efficiency import plot_label_efficiency
-from medvl.evaluate.localized_detection import localized_table
-from medvl.evaluate.metrics import at_threshold
-from medvl.evaluate.ranking import plot_tasks, t_interval
-from medvl.evaluate.retrieval_protocol import recall_table
-from medvl.evaluate.scored import Scored
-from medvl.evaluate.segmentation import PixelCounts, segmentation_table
-from medvl.evaluate.selection import Threshold, at_chosen
-from medvl.evaluate.subgroups import plot_subgroups, subgroups
-from medvl.evaluate.tables import evaluate_scored, wide
+from medvl.evaluate.analysis.analyse import patient_intervals
+from medvl.evaluate.analysis.plots import plot_shared
+from medvl.evaluate.stats.bootstrap import Estimate, agreed_bound, compare, estimate, settled
+from medvl.evaluate.metrics.coco import BOX
+from medvl.evaluate.metrics.froc import detection_table, froc_table, plot_froc
+from medvl.evaluate.protocols.label_efficiency import plot_label_efficiency
+from medvl.evaluate.localized.detection import localized_table
+from medvl.evaluate.metrics.curves import at_threshold
+from medvl.evaluate.localized.compare import plot_tasks, t_interval
+from medvl.evaluate.protocols.retrieval import recall_table
+from medvl.evaluate.stats.scored import Scored
+from medvl.evaluate.metrics.segmentation import PixelCounts, segmentation_table
+from medvl.evaluate.stats.selection import Threshold, at_chosen
+from medvl.evaluate.stats.subgroups import plot_subgroups, subgroups
+from medvl.evaluate.stats.tables import evaluate_scored, wide
 from medvl.show.curves import plot_forest, plot_precision_recall, plot_roc
 
 NONE_OF_54 = 1 - .025**(1 / 54)
@@ -184,7 +184,7 @@ def test_froc_figure_without_intervals():
     truth, found, images = boxes('there')
     table = froc_table(truth, found, images.assign(patient_id='one'), n_boot=8)
     assert table.low.isna().all()
-    from medvl.evaluate.froc import froc_curve
+    from medvl.evaluate.metrics.froc import froc_curve
     fig = plot_froc(froc_curve(truth, found, images), table)
     assert not [s for c in fig.axes[0].collections for s in c.get_segments() if len(s) and np.isfinite(np.ma.filled(s, np.nan)).all()]
     plt.close(fig)

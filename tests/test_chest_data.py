@@ -18,17 +18,17 @@ from torch.utils.data import DataLoader
 from golden import golden, sample
 from medvl.core.errors import DataError
 from medvl.core.seed import numpy_rng
-from medvl.data.augment import map_points
+from medvl.data.augment.breast_versions import map_points
 from medvl.data.batch import collate, slice_batch, to_device
-from medvl.data.chest_dataset import ChestImageDataset, ChestReportConfig, ChestReportDataset, choose_share, pixel_statistics, reference
-from medvl.data.dense import DenseDataset, planes_of_boxes, truth_table
+from medvl.data.samples.chest import ChestImageDataset, ChestReportConfig, ChestReportDataset, choose_share, pixel_statistics, reference
+from medvl.data.samples.dense import DenseDataset, planes_of_boxes, truth_table
 from medvl.data.sampler import EpochBatches
 from medvl.data.schema import empty
-from medvl.data.sentences import (SentenceTokens, crop_sentences, join_sentences, pad_sentences, repeat_sentences, report_sections, report_sentences,
+from medvl.data.text.sentences import (SentenceTokens, crop_sentences, join_sentences, pad_sentences, repeat_sentences, report_sections, report_sentences,
                                   swap_sentences)
-from medvl.data.sides import swap_sides
-from medvl.data.tokens import build_wordpiece, load_tokenizer
-from medvl.data.views import PRESETS, ChestAugment, MultiView, blur, draw_view, kernel_width, tone, view_config, warp_views
+from medvl.data.text.sides import swap_sides
+from medvl.data.text.tokens import build_wordpiece, load_tokenizer
+from medvl.data.augment.chest_versions import PRESETS, ChestAugment, MultiView, blur, draw_view, kernel_width, tone, view_config, warp_views
 
 quick = settings(max_examples=60, deadline=None)
 TWO = 'FINDINGS: Small left effusion. Heart size is normal. Lungs are clear otherwise.\nIMPRESSION: Left effusion.'

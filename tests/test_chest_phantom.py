@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 from medvl.core.config import config_dict, config_from_dict
 from medvl.core.errors import DataError
-from medvl.data.chest_anatomy import FINDINGS, SIDE_WORDS, ChestConfig, in_lung, outer_wall, zone_of
-from medvl.data.chest_exports import EXPORTS, export_chest_phantom
-from medvl.data.chest_phantom import chest_exam, chest_truth, write_chest_phantom
-from medvl.data.chest_prepared import chest_features, chest_shortcuts, finding_masks, prepared_chest_phantom
-from medvl.data.chest_report import region_of
-from medvl.data.dicom import read_dicom
-from medvl.data.folder import read_folder
-from medvl.data.mimic_cxr import read_mimic_cxr
-from medvl.data.prepare import prepare
-from medvl.data.sentences import report_sentences
-from medvl.data.task_data import read_task_dataset
+from medvl.data.phantom.chest_anatomy import FINDINGS, SIDE_WORDS, ChestConfig, in_lung, outer_wall, zone_of
+from medvl.data.phantom.chest_exports import EXPORTS, export_chest_phantom
+from medvl.data.phantom.chest_film import chest_exam, chest_truth, write_chest_phantom
+from medvl.data.phantom.chest_prepared import chest_features, chest_shortcuts, finding_masks, prepared_chest_phantom
+from medvl.data.phantom.chest_report import region_of
+from medvl.data.dicom.read import read_dicom
+from medvl.data.releases.folder import read_folder
+from medvl.data.releases.mimic_cxr import read_mimic_cxr
+from medvl.data.prepare.run import prepare
+from medvl.data.text.sentences import report_sentences
+from medvl.data.releases.localized import read_task_dataset
 
 SMALL = (96, 96)
 SURE = {f'p_{f}': 1.0 for f in FINDINGS}

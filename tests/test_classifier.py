@@ -9,12 +9,12 @@ from medvl.core.errors import DataError
 from medvl.core.paths import read_jsonl
 from medvl.data.balanced import Balanced, BalancedBatches, balanced_order, groups_of, reference_shares, shares_of
 from medvl.data.folds import check_folds, each_fold, fold_parts, training_share, with_folds, with_split, with_validation
-from medvl.data.targets import CLASSES, TargetImages, check_targets, label_values, positive_weights, target_matrix, with_labels
-from medvl.evaluate.classification import Validator, classification, out_of_fold, predict_images, scored_predictions
-from medvl.evaluate.label_efficiency import label_efficiency, plot_label_efficiency
-from medvl.evaluate.linear_probe import linear_probe
-from medvl.evaluate.metrics import auroc
-from medvl.evaluate.scored import LeakError
+from medvl.data.samples.targets import CLASSES, TargetImages, check_targets, label_values, positive_weights, target_matrix, with_labels
+from medvl.evaluate.protocols.classification import Validator, classification, out_of_fold, predict_images, scored_predictions
+from medvl.evaluate.protocols.label_efficiency import label_efficiency, plot_label_efficiency
+from medvl.evaluate.protocols.linear_probe import linear_probe
+from medvl.evaluate.metrics.curves import auroc
+from medvl.evaluate.stats.scored import LeakError
 from medvl.methods.base import from_pretrained, save_pretrained
 from medvl.methods.classifier import Classifier, ClassifierConfig, load_encoder, new_classifier
 from medvl.methods.mammoclip import MammoCLIP, MammoCLIPConfig
@@ -373,7 +373,7 @@ def test_a_subset_with_one_class_is_a_row_not_a_crash(data):
 
 
 def test_embeddings_of_another_model_are_refused(data, clip, tmp_path):
-    from medvl.evaluate.embeddings import embed
+    from medvl.evaluate.protocols.embeddings import embed
     e = embed(clip, data, tmp_path, what='feature')
     other = new_classifier('efficientnet-tiny', 'mass', seed=9)
     with pytest.raises(DataError, match='another model|other weights'): label_efficiency(other, data, 'mass', embeddings=e, check=False)

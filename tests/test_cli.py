@@ -68,8 +68,8 @@ def test_phantom_and_prepare(tmp_path):
 def model_and_image(tmp_path_factory):
     "A real saved model (untrained) and a DICOM of the phantom."
     from medvl.api import Model
-    from medvl.data.phantom import phantom_exam
-    from medvl.data.phantom_dataset import phantom_dicom
+    from medvl.data.phantom.breast_exam import phantom_exam
+    from medvl.data.phantom.breast_dataset import phantom_dicom
     from medvl.methods.presets import new_mammoclip
     folder, exam = tmp_path_factory.mktemp('model'), phantom_exam(0, 3, bits=12)
     phantom_dicom(exam, exam.views['L', 'MLO']).save_as(folder/'x.dcm', enforce_file_format=True)

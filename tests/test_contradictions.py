@@ -7,15 +7,15 @@ import pandas as pd
 import pydicom
 import pytest
 from medvl.core.errors import DataError
-from medvl.data.bits import looks_signed, settle_bits
-from medvl.data.cmmd import read_images
-from medvl.data.dicom import StoredImage, attenuation, brightness, read_dicom
-from medvl.data.dicom_write import write_dicom
-from medvl.data.header import header_fields, open_dicom, spacing_of, view_modifier_of, view_of
-from medvl.data.image import read_image
-from medvl.data.picture import picture_trouble
-from medvl.data.prepare import prepare
-from medvl.data.preprocess import PROFILES, preprocess, set_aside
+from medvl.data.dicom.bits import looks_signed, settle_bits
+from medvl.data.releases.cmmd import read_images
+from medvl.data.dicom.read import StoredImage, attenuation, brightness, read_dicom
+from medvl.data.dicom.write import write_dicom
+from medvl.data.dicom.header import header_fields, open_dicom, spacing_of, view_modifier_of, view_of
+from medvl.data.pixels.file import read_image
+from medvl.data.pixels.picture import picture_trouble
+from medvl.data.prepare.run import prepare
+from medvl.data.pixels.profiles import PROFILES, preprocess, set_aside
 from medvl.data.schema import Report
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
@@ -242,7 +242,7 @@ def test_modifier_codes(code, name, nested):
 
 
 def test_modifier_codes_are_the_standards():
-    from medvl.data.header import MODIFIERS
+    from medvl.data.dicom.header import MODIFIERS
     from pydicom.sr._cid_dict import cid_concepts
     from pydicom.sr._concepts_dict import concepts
     codes = {next(iter(concepts['SCT'][n])) for n in cid_concepts[4015]['SCT']}
@@ -313,8 +313,8 @@ def test_readers_by_headers_tell_special_views(tmp_path):
 
 
 def test_phantoms_raise_no_alarm(tmp_path):
-    from medvl.data.chest_phantom import chest_exam
-    from medvl.data.phantom_dataset import write_phantom
+    from medvl.data.phantom.chest_film import chest_exam
+    from medvl.data.phantom.breast_dataset import write_phantom
     root = write_phantom(tmp_path/'p', 2, (128, 80), progress=False)
     images = [read_image(f) for f in sorted((root/'images').iterdir())]
     images += [StoredImage(chest_exam(0, i, size=(128, 128)).pixels) for i in range(4)]

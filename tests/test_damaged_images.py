@@ -12,10 +12,10 @@ import pandas as pd
 import pydicom
 import pytest
 from medvl.core.errors import DataError
-from medvl.data.damage import jpeg2000_damage, jpeg_damage, scans_of
-from medvl.data.dicom_write import dicom_dataset, encode_frame, write_dicom
-from medvl.data.header import Limits
-from medvl.data.image import read_image
+from medvl.data.dicom.damage import jpeg2000_damage, jpeg_damage, scans_of
+from medvl.data.dicom.write import dicom_dataset, encode_frame, write_dicom
+from medvl.data.dicom.header import Limits
+from medvl.data.pixels.file import read_image
 from pydicom.encaps import encapsulate
 
 VARIANTS = int(os.environ.get('MEDVL_FUZZ', 100))

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader
 
 from golden import golden, sample
 from medvl.core.errors import DataError
-from medvl.data.augment import Augment
+from medvl.data.augment.breast_versions import Augment
 from medvl.data.batch import batch_size, collate, slice_batch, to_device
-from medvl.data.datasets import BreastTextConfig, BreastTextDataset, ImageDataset, breasts, choose_views, draw_texts, paper, report_texts
-from medvl.data.reports import normalise
+from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset, ImageDataset, breasts, choose_views, draw_texts, paper, report_texts
+from medvl.data.text.reports import normalise
 from medvl.data.sampler import EpochBatches, epoch_order
-from medvl.data.sides import swap_sides
-from medvl.data.tokens import TokenCache, build_wordpiece, load_tokenizer
+from medvl.data.text.sides import swap_sides
+from medvl.data.text.tokens import TokenCache, build_wordpiece, load_tokenizer
 
 quick = settings(max_examples=80, deadline=None)
 LEFT = "FINDINGS: Mass in the left breast, upper outer quadrant, 2 o'clock. Stable.\nIMPRESSION: BI-RADS 4A. Biopsy of the left breast."
@@ -383,7 +383,7 @@ def test_real_reports_end_to_end():
 
 def test_token_cache_on_disk_is_used(tokenizer, tmp_path, monkeypatch):
     BreastTextDataset(many(), tokenizer, cache=tmp_path)
-    monkeypatch.setattr('medvl.data.tokens.tokenise', lambda *a: pytest.fail('cut again'))
+    monkeypatch.setattr('medvl.data.text.tokens.tokenise', lambda *a: pytest.fail('cut again'))
     data = BreastTextDataset(many(), tokenizer, BreastTextConfig(flip_horizontal=0, flip_vertical=0), cache=tmp_path)
     assert len(data[3, 3]['tokens']) == 2 and isinstance(data.cache, TokenCache)
 

@@ -11,12 +11,12 @@ from golden import golden
 
 from medvl.api import Model
 from medvl.core.errors import DataError
-from medvl.evaluate.detection import BOX
-from medvl.evaluate.localized_detection import (
+from medvl.evaluate.metrics.coco import BOX
+from medvl.evaluate.localized.detection import (
     OVERLAPS, _ap_draws, _froc_draws, arrange_localized, average_precisions, detection_scores, froc_value, hits_of, localized_map, localized_table, localized_validation, marks_of,
 )
-from medvl.evaluate.froc import _ranking, _weighted
-from medvl.evaluate.segmentation import PixelCounts, _values, count_masks, dice_validation, patient_sums, segmentation_scores, segmentation_table
+from medvl.evaluate.metrics.froc import _ranking, _weighted
+from medvl.evaluate.metrics.segmentation import PixelCounts, _values, count_masks, dice_validation, patient_sums, segmentation_scores, segmentation_table
 from medvl.losses.segmentation import check_masks, dice_loss, segmentation_loss
 from medvl.losses.yolo import WEIGHTS, grid_loss, shape_overlap, yolo_loss, yolo_targets
 from medvl.methods.base import StepState, from_pretrained, save_pretrained
@@ -473,7 +473,7 @@ def test_map_against_a_plain_loop(plus_one):
 
 
 def test_bootstrap_of_boxes_is_that_of_repeated_patients():
-    from medvl.evaluate.bootstrap import patient_counts
+    from medvl.evaluate.stats.bootstrap import patient_counts
     truth, found, images = random_tables(np.random.default_rng(5))
     frame = pd.DataFrame({'image_id': images, 'patient_id': [i // 3 for i in images]})
     scene = arrange_localized(truth, found, frame, plus_one=False)
@@ -508,7 +508,7 @@ def test_dice_golden():
 
 
 def test_segmentation_table_against_scikit_learn_and_repeated_patients():
-    from medvl.evaluate.bootstrap import patient_counts
+    from medvl.evaluate.stats.bootstrap import patient_counts
     from sklearn.metrics import f1_score, jaccard_score, precision_score, recall_score
     rng = np.random.default_rng(0)
     p, y = rng.random((10, 2, 8, 8)), (rng.random((10, 2, 8, 8)) < .3).astype(int)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from medvl.core.errors import DataError
 from medvl.data.batch import collate
-from medvl.data.detection import DetectionAugment, box_classes, detection_dataset, detection_subset
-from medvl.data.phantom_prepared import prepared_phantom
-from medvl.evaluate.detection import BOX, arrange, candidate_pairs, coco_map, match
-from medvl.evaluate.detector import detect, evaluate_detections, map_validation
-from medvl.evaluate.froc import detection_table, froc_table, reference_map
+from medvl.data.samples.boxes import DetectionAugment, box_classes, detection_dataset, detection_subset
+from medvl.data.phantom.breast_prepared import prepared_phantom
+from medvl.evaluate.metrics.coco import BOX, arrange, candidate_pairs, coco_map, match
+from medvl.evaluate.protocols.detector import detect, evaluate_detections, map_validation
+from medvl.evaluate.metrics.froc import detection_table, froc_table, reference_map
 from medvl.losses.detection import IGNORED, detection_loss, match_anchors
 from medvl.methods.base import StepState, from_pretrained, save_pretrained
 from medvl.methods.retinanet import RetinaNet, RetinaNetConfig, detector_from, from_released_names, reference_config

@@ -11,11 +11,11 @@ from golden import sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvl.core.errors import DataError
-from medvl.data.codecs import stored_values, stream_info
-from medvl.data.decode import Quarantine, decode_isolated, isolated
-from medvl.data.dicom import StoredImage, apply_window, brightness, modality_values, read_dicom
-from medvl.data.dicom_write import SYNTAXES, encode_frame, write_dicom
-from medvl.data.header import ALLOWED, Limits, hash_id, inflate, open_dicom, view_of
+from medvl.data.dicom.codecs import stored_values, stream_info
+from medvl.data.pixels.isolate import Quarantine, decode_isolated, isolated
+from medvl.data.dicom.read import StoredImage, apply_window, brightness, modality_values, read_dicom
+from medvl.data.dicom.write import SYNTAXES, encode_frame, write_dicom
+from medvl.data.dicom.header import ALLOWED, Limits, hash_id, inflate, open_dicom, view_of
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.sequence import Sequence
@@ -389,6 +389,6 @@ def test_errors_keep_their_fields(tmp_path):
 
 
 def test_stored_values_keep_sign_of_codec():
-    from medvl.data.codecs import PixelLayout
+    from medvl.data.dicom.codecs import PixelLayout
     layout = PixelLayout(1, 2, 1, 16, 12, 11, True, 'MONOCHROME2', False)
     assert stored_values(np.array([[-5, 7]], np.int16), layout).tolist() == [[-5, 7]]

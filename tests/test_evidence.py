@@ -12,8 +12,8 @@ from medvl.attribute.evidence import CARD, THINGS, card_text, match_of, match_te
 from medvl.attribute.localisation import localisation_table
 from medvl.attribute.mammo_factor import MammoFactor, MammoFactorConfig
 from medvl.core.errors import DataError
-from medvl.data.phantom import phantom_exam
-from medvl.data.phantom_prepared import prepared_phantom
+from medvl.data.phantom.breast_exam import phantom_exam
+from medvl.data.phantom.breast_prepared import prepared_phantom
 from medvl.methods.presets import new_mammoclip
 
 

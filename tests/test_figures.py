@@ -9,10 +9,10 @@ import pytest
 
 from medvl.core.paths import read_jsonl
 from medvl.core.run import Run
-from medvl.evaluate.analysis_plots import plot_shared
-from medvl.evaluate.froc import plot_froc
-from medvl.evaluate.label_efficiency import plot_label_efficiency
-from medvl.evaluate.ranking import plot_ranks, plot_tasks
+from medvl.evaluate.analysis.plots import plot_shared
+from medvl.evaluate.metrics.froc import plot_froc
+from medvl.evaluate.protocols.label_efficiency import plot_label_efficiency
+from medvl.evaluate.localized.compare import plot_ranks, plot_tasks
 from medvl.show.curves import plot_curves, plot_forest, plot_precision_recall, plot_reliability, plot_roc
 from medvl.show.embedding import plot_embedding
 from medvl.show.style import picture

@@ -158,7 +158,7 @@ def test_losses_are_float32_under_bf16():
 
 def test_augmentation_in_chunks_is_that_of_the_batch():
     "Draws are keyed by sample, so both passes and all chunk sizes augment alike."
-    from medvl.data.augment import Augment
+    from medvl.data.augment.breast_versions import Augment
     augment, method, batch = Augment(affine=1.0, elastic=1.0), quiet(tiny_mammoclip().double()), breasts_batch(4, double=False)
     double = lambda b: {**b, 'images': b['images'].double()}
     prepare = lambda b: double(augment(b, 5, 2))

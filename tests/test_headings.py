@@ -6,12 +6,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from medvl.data.datasets import BreastTextConfig, report_texts
-from medvl.data.headings import SECTIONS, alike, find_headings, section_of
-from medvl.data.mimic_cxr import judge_report
-from medvl.data.mimic_sections import lovt_sections
-from medvl.data.reports import no_report, normalise, normalise_section, split_sections
-from medvl.data.sentences import report_sections, report_sentences
+from medvl.data.samples.breast import BreastTextConfig, report_texts
+from medvl.data.text.headings import SECTIONS, alike, find_headings, section_of
+from medvl.data.releases.mimic_cxr import judge_report
+from medvl.data.text.mimic_sections import lovt_sections
+from medvl.data.text.reports import no_report, normalise, normalise_section, split_sections
+from medvl.data.text.sentences import report_sections, report_sentences
 
 quick = settings(max_examples=200, deadline=None)
 words_of = lambda text: Counter(re.findall(r'[^\W_]+', text))

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from medvl.core.errors import DataError
 from medvl.core.paths import read_json
-from medvl.data.chest_anatomy import GLOBAL_FINDINGS, LOCAL_FINDINGS
-from medvl.data.chest_phantom import chest_exam, chest_truth, write_chest_phantom
-from medvl.data.chest_prepared import CHEST_WAYS, chest_histograms, prepared_chest_phantom
+from medvl.data.phantom.chest_anatomy import GLOBAL_FINDINGS, LOCAL_FINDINGS
+from medvl.data.phantom.chest_film import chest_exam, chest_truth, write_chest_phantom
+from medvl.data.phantom.chest_prepared import CHEST_WAYS, chest_histograms, prepared_chest_phantom
 from medvl.data.histogram import (QUANTILES, fit_histogram, held_out, histogram_control, histogram_features, histogram_line, histogram_table,
                                   judge_histogram)
 
@@ -149,9 +149,9 @@ def test_the_real_figure(tmp_path):
     "CDD-CESM, prepared as README does: twelve numbers reach .78 for malignant on its 94 test images of 26 patients, by our way and by the plain one."
     root = Path(__file__).resolve().parents[2]/'shared'/'data'/'mammo'
     if not root.exists(): pytest.skip('sample data absent: ../shared/data/mammo')
-    from medvl.data.folder import read_folder
-    from medvl.data.phantom_prepared import public_salt, with_split
-    from medvl.data.prepare import prepare
+    from medvl.data.releases.folder import read_folder
+    from medvl.data.phantom.breast_prepared import public_salt, with_split
+    from medvl.data.prepare.run import prepare
     table = read_folder(root)
     records = table.records[table.records.source == 'CDD-CESM'].reset_index(drop=True)
     here = lambda part: part[part.image_id.isin(records.image_id)].reset_index(drop=True)

@@ -21,17 +21,17 @@ import medvl.api as api
 from medvl.core.errors import DataError
 from medvl.core.paths import read_jsonl
 from medvl.core.run import Run, run_state
-from medvl.data.datasets import BreastTextConfig, BreastTextDataset
-from medvl.data.dicom_write import write_dicom
-from medvl.data.folder import read_folder
-from medvl.data.header import Limits
-from medvl.data.image import read_image
-from medvl.data.phantom_dataset import write_phantom
-from medvl.data.prepare import prepare
+from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset
+from medvl.data.dicom.write import write_dicom
+from medvl.data.releases.folder import read_folder
+from medvl.data.dicom.header import Limits
+from medvl.data.pixels.file import read_image
+from medvl.data.phantom.breast_dataset import write_phantom
+from medvl.data.prepare.run import prepare
 from medvl.data.prepared import open_prepared
-from medvl.data.preprocess import preprocess
-from medvl.evaluate.embeddings import embed
-from medvl.evaluate.zero_shot import zero_shot
+from medvl.data.pixels.profiles import preprocess
+from medvl.evaluate.protocols.embeddings import embed
+from medvl.evaluate.protocols.zero_shot import zero_shot
 from medvl.methods.presets import new_mammoclip, preset
 from medvl.models.checkpoints import read_checkpoint
 from medvl.train.checkpoint import checkpoints

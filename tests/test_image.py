@@ -10,10 +10,10 @@ from golden import sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvl.core.errors import DataError
-from medvl.data.burned_in import burned_in_text, turn_back
-from medvl.data.decode import decode_isolated
-from medvl.data.header import Limits
-from medvl.data.image import read_image, sniff
+from medvl.data.pixels.burned_in import burned_in_text, turn_back
+from medvl.data.pixels.isolate import decode_isolated
+from medvl.data.dicom.header import Limits
+from medvl.data.pixels.file import read_image, sniff
 
 RAMP = np.arange(60*40, dtype=np.uint16).reshape(60, 40)*27
 

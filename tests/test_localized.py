@@ -16,12 +16,12 @@ from localized import LABELS, evaluate, small, squares
 
 from medvl.core.errors import DataError
 from medvl.core.paths import read_jsonl
-from medvl.evaluate.localized import carrier, choose_lr, head_maker, read_localized
-from medvl.evaluate.localized_tasks import ABSENT, TASKS, select_tasks, share_rows, task_parts
-from medvl.evaluate.localized_unit import LocalizedConfig, changed, final_units, run_unit, unit_config, unit_data
-from medvl.evaluate.published_localized import ABLATIONS, LOCALIZED_REMARKS, PUBLISHED_MODELS, beside_published, published_localized, ranks_among_published
-from medvl.evaluate.ranking import paired_differences, ranks, t_interval, verdict_of
-from medvl.evaluate.taps import Taps
+from medvl.evaluate.localized.run import carrier, choose_lr, head_maker, read_localized
+from medvl.evaluate.localized.tasks import ABSENT, TASKS, select_tasks, share_rows, task_parts
+from medvl.evaluate.localized.unit import LocalizedConfig, changed, final_units, run_unit, unit_config, unit_data
+from medvl.evaluate.localized.published import ABLATIONS, LOCALIZED_REMARKS, PUBLISHED_MODELS, beside_published, published_localized, ranks_among_published
+from medvl.evaluate.localized.compare import paired_differences, ranks, t_interval, verdict_of
+from medvl.evaluate.localized.taps import Taps
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
@@ -185,7 +185,7 @@ class Untouchable:
 
 
 def test_tuning_never_reads_test_images(data, source, tmp_path):
-    from medvl.evaluate.localized_unit import tuning_units
+    from medvl.evaluate.localized.unit import tuning_units
     task, config = select_tasks(9)[0], small()
     sets = {**unit_data(task, data['rsna'], config), 'test': Untouchable()}
     unit = tuning_units(task, config)[0]

@@ -374,8 +374,8 @@ from training import gradients, settings  # noqa: E402
 
 from medvl.core.errors import DataError  # noqa: E402
 from medvl.data.batch import slice_batch  # noqa: E402
-from medvl.data.sentences import SentenceTokens  # noqa: E402
-from medvl.data.tokens import build_wordpiece  # noqa: E402
+from medvl.data.text.sentences import SentenceTokens  # noqa: E402
+from medvl.data.text.tokens import build_wordpiece  # noqa: E402
 from medvl.methods.base import StepState, build, capabilities, from_pretrained, save_pretrained  # noqa: E402
 from medvl.methods.clip import CLIP, CLIPConfig  # noqa: E402
 from medvl.methods.convirt import ConVIRT, ConVIRTConfig  # noqa: E402
@@ -669,7 +669,7 @@ def test_two_processes_give_the_gradient_of_one():
 
 from plain_resnet import make as plain_weights  # noqa: E402
 
-from medvl.methods.lovt_released import PARTS, fill_encoder, find_part, from_lovt, open_lovt  # noqa: E402
+from medvl.methods.released.lovt_files import PARTS, fill_encoder, find_part, from_lovt, open_lovt  # noqa: E402
 from medvl.models.checkpoints import Checkpoint  # noqa: E402
 from medvl.models.resnet import ResNet  # noqa: E402
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from medvl.core.errors import DataError
-from medvl.data.tokens import build_wordpiece
+from medvl.data.text.tokens import build_wordpiece
 from medvl.methods.clip import CLIP, CLIPConfig
 from medvl.methods.convirt import ConVIRT, ConVIRTConfig
 from medvl.methods.lovt import LoVT, LoVTConfig
-from medvl.methods.lovt_released import PATHS, from_lovt, lovt_config
+from medvl.methods.released.lovt_files import PATHS, from_lovt, lovt_config
 from medvl.models.checkpoints import read_checkpoint
 
 WORDS = ['Small left effusion.', 'The heart is large.', 'No pneumothorax.']

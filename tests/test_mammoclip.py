@@ -9,7 +9,7 @@ from golden import golden
 
 from medvl.core.config import config_dict
 from medvl.core.errors import DataError
-from medvl.data.tokens import build_wordpiece, pad_tokens, tokenise
+from medvl.data.text.tokens import build_wordpiece, pad_tokens, tokenise
 from medvl.methods import base
 from medvl.methods.base import StepState, build, capabilities, from_pretrained, push_to_hub, save_pretrained
 from medvl.methods.mammoclip import MammoCLIP, MammoCLIPConfig, from_released, normalise_images, released_config

@@ -6,12 +6,12 @@ from hypothesis import strategies as st
 from sklearn import metrics as skm
 
 from golden import golden
-from medvl.evaluate.metrics import (
+from medvl.evaluate.metrics.curves import (
     METRICS, Evaluator, accuracy, at_threshold, auroc, average_precision, balanced_accuracy, class_accuracy, macro_f1,
     metric_of, pfbeta, pfbeta_binarized, pr_auc, score, sensitivity_at_specificity,
 )
-from medvl.evaluate.rank import NotComputable, stated
-from medvl.evaluate.retrieval import retrieval, retrieval_ranks
+from medvl.evaluate.metrics.rank import NotComputable, stated
+from medvl.evaluate.metrics.recall import retrieval, retrieval_ranks
 
 
 def cases(n=60):

@@ -153,7 +153,7 @@ def test_lite0_package_recognises_a_palace_and_a_flower():
 def test_minilm_package_knows_what_is_alike(tmp_path, monkeypatch):
     if importlib.util.find_spec('all_minilm_l6_v2') is None: pytest.skip('extra "pretrained" is not installed')
     monkeypatch.setenv('MEDVL_CACHE', str(tmp_path))
-    from medvl.data.tokens import load_tokenizer
+    from medvl.data.text.tokens import load_tokenizer
     enc, tok = build_text_encoder('minilm', 'mean').eval(), load_tokenizer(resolve_text_source('minilm'))
     batch = tok(['a mass in the left breast', 'a tumour in the left breast', 'the train is late today'], padding=True, return_tensors='pt')
     e = unit(enc(batch.input_ids, batch.attention_mask))

@@ -17,10 +17,10 @@ from medvl.core.config import config_dict, config_from_dict
 from medvl.core.errors import DataError
 from medvl.core.paths import read_json
 from medvl.core.seed import numpy_rng
-from medvl.data.phantom import phantom_exam, phantom_truth, scale_tissue
-from medvl.data.phantom_anatomy import SIDES, VIEWS, PhantomConfig, outline, skin_depth
-from medvl.data.phantom_dataset import auroc, lesion_mask, shortcut_report, write_phantom
-from medvl.data.phantom_lesions import add_patch, clock, depth_third, draw_places, quadrant
+from medvl.data.phantom.breast_exam import phantom_exam, phantom_truth, scale_tissue
+from medvl.data.phantom.breast_anatomy import SIDES, VIEWS, PhantomConfig, outline, skin_depth
+from medvl.data.phantom.breast_dataset import auroc, lesion_mask, shortcut_report, write_phantom
+from medvl.data.phantom.breast_lesions import add_patch, clock, depth_third, draw_places, quadrant
 
 SMALL = (96, 64)
 

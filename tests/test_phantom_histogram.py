@@ -3,12 +3,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medvl.data import phantom
-from medvl.data.phantom import phantom_exam, phantom_truth
-from medvl.data.phantom_anatomy import SIDES, PhantomConfig
-from medvl.data.phantom_dataset import LOCAL, box_rows, histogram_rows, lesion_mask, write_phantom
-from medvl.data.phantom_lesions import LESIONS
-from medvl.data.phantom_prepared import histogram_report, prepared_phantom
+from medvl.data.phantom.breast_exam import breast_exam as phantom
+from medvl.data.phantom.breast_exam import phantom_exam, phantom_truth
+from medvl.data.phantom.breast_anatomy import SIDES, PhantomConfig
+from medvl.data.phantom.breast_dataset import LOCAL, box_rows, histogram_rows, lesion_mask, write_phantom
+from medvl.data.phantom.breast_lesions import LESIONS
+from medvl.data.phantom.breast_prepared import histogram_report, prepared_phantom
 
 SMALL = (96, 64)
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from medvl.data.augment import Augment, AugmentConfig
-from medvl.data.datasets import BreastTextConfig, BreastTextDataset
-from medvl.data.phantom_prepared import prepared_phantom
+from medvl.data.augment.breast_versions import Augment, AugmentConfig
+from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset
+from medvl.data.phantom.breast_prepared import prepared_phantom
 from medvl.methods.presets import new_mammoclip, preset
 from medvl.train.loop import train
 from medvl.train.plan import kept_for_backward, plan

@@ -15,17 +15,17 @@ import pandas as pd
 import pytest
 from golden import sample
 
-import medvl.data.worker as worker
+import medvl.data.prepare.job as worker
 from medvl.core.errors import DataError
 from medvl.core.paths import read_jsonl
-from medvl.data.dicom_write import write_dicom
-from medvl.data.folder import read_folder
-from medvl.data.header import Limits
-from medvl.data.image import read_image
-from medvl.data.preprocess import Profile, get_profile, preprocess
-from medvl.data.prepare import fingerprint, prepare, project_salt
+from medvl.data.dicom.write import write_dicom
+from medvl.data.releases.folder import read_folder
+from medvl.data.dicom.header import Limits
+from medvl.data.pixels.file import read_image
+from medvl.data.pixels.profiles import Profile, get_profile, preprocess
+from medvl.data.prepare.run import fingerprint, prepare, project_salt
 from medvl.data.prepared import open_prepared
-from medvl.data.worker import Job, run_jobs, work
+from medvl.data.prepare.job import Job, run_jobs, work
 
 SIZE = (76, 48)
 

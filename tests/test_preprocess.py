@@ -8,10 +8,10 @@ from golden import golden, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medvl.core.errors import DataError
-from medvl.data.crop import apply_table, breast_crop, chest_side, kept_runs, minmax_table, paper_crop, run_lengths, take_runs
-from medvl.data.dicom import StoredImage, read_dicom
-from medvl.data.image import read_image
-from medvl.data.preprocess import PROFILES, Placement, Profile, get_profile, preprocess
+from medvl.data.pixels.crop import apply_table, breast_crop, chest_side, kept_runs, minmax_table, paper_crop, run_lengths, take_runs
+from medvl.data.dicom.read import StoredImage, read_dicom
+from medvl.data.pixels.file import read_image
+from medvl.data.pixels.profiles import PROFILES, Placement, Profile, get_profile, preprocess
 
 
 # the spec's procedure in plain words ------------------------------------------------------------------------------------------------------------

@@ -13,15 +13,15 @@ from golden import golden
 from releases import vindr
 
 from medvl.core.errors import DataError
-from medvl.data.augment import Augment, AugmentConfig
-from medvl.data.datasets import BreastTextDataset
-from medvl.data.finding_dataset import FindingConfig, FindingDataset, Mixture, finding_breasts, paper_findings, shares_of
-from medvl.data.findings import finding_labels, finding_table, four_lists, read_finding_table, read_lists, vindr_findings, write_finding_table
-from medvl.data.phantom_prepared import prepared_phantom
+from medvl.data.augment.breast_versions import Augment, AugmentConfig
+from medvl.data.samples.breast import BreastTextDataset
+from medvl.data.samples.findings import FindingConfig, FindingDataset, Mixture, finding_breasts, paper_findings, shares_of
+from medvl.data.releases.finding_table import finding_labels, finding_table, four_lists, read_finding_table, read_lists, vindr_findings, write_finding_table
+from medvl.data.phantom.breast_prepared import prepared_phantom
 from medvl.data.prepared import Prepared
-from medvl.data.prompts import FINDINGS, IN_VIEW, NORMAL, SLOTS, bank_counts, check_bank, choose_sentences, prompt_bank, write_report
-from medvl.data.sides import swap_sides, swap_vertical
-from medvl.data.tokens import build_wordpiece
+from medvl.data.text.prompts import FINDINGS, IN_VIEW, NORMAL, SLOTS, bank_counts, check_bank, choose_sentences, prompt_bank, write_report
+from medvl.data.text.sides import swap_sides, swap_vertical
+from medvl.data.text.tokens import build_wordpiece
 from medvl.methods.mammoclip import MammoCLIP, MammoCLIPConfig
 from medvl.train.loop import train
 from medvl.train.settings import TrainConfig
@@ -84,7 +84,7 @@ def test_the_words_of_a_view_stay_in_it_upside_down():
 
 
 def test_reports_do_not_depend_on_the_process():
-    code = ("from medvl.data.prompts import *; from medvl.core.seed import numpy_rng; f=[['Mass','Asymmetry'],[],['Skin Thickening','Nipple Retraction'],[]];"
+    code = ("from medvl.data.text.prompts import *; from medvl.core.seed import numpy_rng; f=[['Mass','Asymmetry'],[],['Skin Thickening','Nipple Retraction'],[]];"
             "print(write_report(f, prompt_bank()), [write_report(f, prompt_bank('CC'), numpy_rng(i)) for i in range(3)])")
     outs = {subprocess.run([sys.executable, '-c', code], env={**os.environ, 'PYTHONHASHSEED': h}, capture_output=True, text=True,
                            check=True).stdout for h in '07'}

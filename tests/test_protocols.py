@@ -13,16 +13,16 @@ from sklearn.linear_model import LogisticRegression
 from golden import golden
 from medvl.core.errors import DataError
 from medvl.core.paths import read_json
-from medvl.evaluate.embeddings import embed, open_embeddings, weights_digest
+from medvl.evaluate.protocols.embeddings import embed, open_embeddings, weights_digest
 from medvl.methods.base import evaluating
-from medvl.evaluate.linear_probe import CS, fit_candidates, linear_probe, targets_of
-from medvl.evaluate.logistic import fit_binary, fit_softmax, minimise
-from medvl.evaluate.metrics import auroc, balanced_accuracy, class_accuracy
-from medvl.evaluate.rank import NotComputable
-from medvl.evaluate.scored import LeakError, Scored, aggregate, scored_at
-from medvl.evaluate.selection import Threshold, assert_apart, at_chosen, choose, choose_threshold, splits_of
-from medvl.evaluate.tables import compare_scored, evaluate_scored
-from medvl.evaluate.zero_shot import TASKS, Task, class_probabilities, class_vectors, tasks_of, zero_shot
+from medvl.evaluate.protocols.linear_probe import CS, fit_candidates, linear_probe, targets_of
+from medvl.evaluate.protocols.logistic import fit_binary, fit_softmax, minimise
+from medvl.evaluate.metrics.curves import auroc, balanced_accuracy, class_accuracy
+from medvl.evaluate.metrics.rank import NotComputable
+from medvl.evaluate.stats.scored import LeakError, Scored, aggregate, scored_at
+from medvl.evaluate.stats.selection import Threshold, assert_apart, at_chosen, choose, choose_threshold, splits_of
+from medvl.evaluate.stats.tables import compare_scored, evaluate_scored
+from medvl.evaluate.protocols.zero_shot import TASKS, Task, class_probabilities, class_vectors, tasks_of, zero_shot
 
 
 @pytest.fixture(scope='module')
@@ -307,7 +307,7 @@ def test_test_rows_decide_nothing(data):
 
 
 def test_fractions_are_nested_patients(data, monkeypatch):
-    import medvl.evaluate.linear_probe as module
+    import medvl.evaluate.protocols.linear_probe as module
     seen = {}
     real = module.fit_candidates
     def spy(features, manifest, *args):
@@ -356,11 +356,11 @@ def test_two_models_are_compared_on_the_same_rows(data):
 def test_phantom_to_tables(tmp_path):
     from training import tiny_mammoclip
 
-    from medvl.data.folder import read_folder
-    from medvl.data.phantom_dataset import write_phantom
-    from medvl.data.prepare import prepare
+    from medvl.data.releases.folder import read_folder
+    from medvl.data.phantom.breast_dataset import write_phantom
+    from medvl.data.prepare.run import prepare
     from medvl.data.splits import split_patients
-    from medvl.data.tokens import build_wordpiece
+    from medvl.data.text.tokens import build_wordpiece
     source = write_phantom(tmp_path / 'phantom', 16, size=(64, 40), progress=False)
     data = prepare(read_folder(source), source, tmp_path / 'prepared', size=(64, 40), jobs=1, salt=tmp_path / 'salt.txt')
     data.manifest['split'] = split_patients(data.manifest, (.5, .25, .25), stratify=['label_mass'] if 'label_mass' in data.manifest else ())
@@ -378,7 +378,7 @@ def test_phantom_to_tables(tmp_path):
 def test_vectors_of_older_code_are_not_reused():
     "The cache's key holds the source of the method's classes: a changed projection is another key."
     import torch
-    from medvl.evaluate.embeddings import code_digest
+    from medvl.evaluate.protocols.embeddings import code_digest
 
     def made(body):
         import linecache

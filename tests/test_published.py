@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from medvl.core.paths import read_json
-from medvl.data.phantom_prepared import prepared_phantom
+from medvl.data.phantom.breast_prepared import prepared_phantom
 from medvl.data.prepared import write_table
 from medvl.methods.published import ABSENT, beside, is_of, published, verdict
 from medvl.run.runner import RunFailedError, run_experiment

@@ -11,11 +11,11 @@ import torch
 from golden import golden
 
 from medvl.core.errors import DataError
-from medvl.data.tokens import build_wordpiece
+from medvl.data.text.tokens import build_wordpiece
 from medvl.methods.base import from_pretrained
 from medvl.methods.classifier import Classifier, ClassifierConfig
 from medvl.methods.mammoclip import MammoCLIP, MammoCLIPConfig
-from medvl.methods.released import RECORD, convert_released, export_released, kind_of_method, open_released, released_state, stored_config
+from medvl.methods.released.mammoclip_files import RECORD, convert_released, export_released, kind_of_method, open_released, released_state, stored_config
 from medvl.methods.retinanet import RetinaNet, reference_config
 from medvl.models.checkpoints import Checkpoint, read_checkpoint
 from medvl.models.released import encoder_of, kind_of, weight_table

@@ -24,23 +24,23 @@ from releases_cxr import (
 )
 
 from medvl.core.errors import DataError
-from medvl.data.chexpert import CHEXPERT, read_chexpert
-from medvl.data.covid_rural import COVID_RURAL, grey_mean, read_covid_rural
-from medvl.data.image import read_image
-from medvl.data.lovt_splits import LOVT_SETS, apply_split, leak_free, lovt_verdicts, read_lovt_split, shared_patients
-from medvl.data.mimic_cxr import MIMIC_CXR, dropped_studies, read_mimic_cxr
-from medvl.data.mimic_sections import find_sections, lovt_sections, section_name
-from medvl.data.nih_cxr import NIH_CLASSES, NIH_CXR, read_nih_cxr
-from medvl.data.object_cxr import OBJECT_CXR, read_annotation, read_object_cxr, shape_boxes, shape_mask
-from medvl.data.openi import OPENI, image_name, read_openi
-from medvl.data.prepare import prepare
-from medvl.data.preprocess import PROFILES, equal_table, preprocess
-from medvl.data.releases import check_release
-from medvl.data.rsna_pneumonia import RSNA_PNEUMONIA, read_rsna_pneumonia
+from medvl.data.releases.chexpert import CHEXPERT, read_chexpert
+from medvl.data.releases.covid_rural import COVID_RURAL, grey_mean, read_covid_rural
+from medvl.data.pixels.file import read_image
+from medvl.data.releases.lovt_splits import LOVT_SETS, apply_split, leak_free, lovt_verdicts, read_lovt_split, shared_patients
+from medvl.data.releases.mimic_cxr import MIMIC_CXR, dropped_studies, read_mimic_cxr
+from medvl.data.text.mimic_sections import find_sections, lovt_sections, section_name
+from medvl.data.releases.nih_cxr import NIH_CLASSES, NIH_CXR, read_nih_cxr
+from medvl.data.releases.object_cxr import OBJECT_CXR, read_annotation, read_object_cxr, shape_boxes, shape_mask
+from medvl.data.releases.openi import OPENI, image_name, read_openi
+from medvl.data.prepare.run import prepare
+from medvl.data.pixels.profiles import PROFILES, equal_table, preprocess
+from medvl.data.releases.release import check_release
+from medvl.data.releases.rsna_pneumonia import RSNA_PNEUMONIA, read_rsna_pneumonia
 from medvl.data.schema import Source, sort_out
-from medvl.data.shapes import Derived, box_mask, ellipse_mask, mask_rle, polygon_mask, rle_mask
-from medvl.data.siim import SIIM, read_siim
-from medvl.data.task_data import TASK_SETS, prepare_task, read_task_dataset
+from medvl.data.pixels.shapes import Derived, box_mask, ellipse_mask, mask_rle, polygon_mask, rle_mask
+from medvl.data.releases.siim import SIIM, read_siim
+from medvl.data.releases.localized import TASK_SETS, prepare_task, read_task_dataset
 
 RELEASES = (RSNA_PNEUMONIA, COVID_RURAL, SIIM, OBJECT_CXR, NIH_CXR, MIMIC_CXR, OPENI, CHEXPERT)
 HERE = dict(jobs=1, backend='sequential')
@@ -547,7 +547,7 @@ def test_task_object_boxes(releases):
 
 
 def test_task_statistics_are_the_published():
-    from medvl.data.task_data import read_statistics
+    from medvl.data.releases.localized import read_statistics
     tables = sample('tables/cxr')
     found = {n: read_statistics(n, tables) for n in TASK_SETS}
     assert {n: (round(v['mean'], 4), round(v['std'], 4)) for n, v in found.items()} == {'rsna': (.4899, .2482), 'covid_rural': (.5081, .2906), 'siim': (.5043, .2880), 'object_cxr': (.5053, .2899), 'nih': (.5041, .2880)}

@@ -13,15 +13,15 @@ from golden import sample
 from pydicom.dataset import Dataset
 
 from medvl.core.errors import DataError
-from medvl.data.cbis_ddsm import CBIS_DDSM, close_leak, read_cbis_ddsm
-from medvl.data.cdd_cesm import CDD_CESM, docx_text, read_cdd_cesm, shape_box, split_report
-from medvl.data.cmmd import CMMD, read_cmmd
-from medvl.data.dicom_write import write_dicom
-from medvl.data.embed import EMBED, read_embed, read_rois
-from medvl.data.inbreast import INBREAST, read_inbreast
-from medvl.data.mini_mias import MINI_MIAS, read_mini_mias, read_truth
-from medvl.data.prepare import prepare
-from medvl.data.releases import RSNA_BREAST, VINDR_MAMMO, Part, Release, check_release, find_files, find_table, fits, image_header, read_table
+from medvl.data.releases.cbis_ddsm import CBIS_DDSM, close_leak, read_cbis_ddsm
+from medvl.data.releases.cdd_cesm import CDD_CESM, docx_text, read_cdd_cesm, shape_box, split_report
+from medvl.data.releases.cmmd import CMMD, read_cmmd
+from medvl.data.dicom.write import write_dicom
+from medvl.data.releases.emory_embed import EMBED, read_embed, read_rois
+from medvl.data.releases.inbreast import INBREAST, read_inbreast
+from medvl.data.releases.mini_mias import MINI_MIAS, read_mini_mias, read_truth
+from medvl.data.prepare.run import prepare
+from medvl.data.releases.release import RSNA_BREAST, VINDR_MAMMO, Part, Release, check_release, find_files, find_table, fits, image_header, read_table
 from medvl.data.schema import Report, Source, sort_out
 
 RELEASES = (VINDR_MAMMO, RSNA_BREAST, CBIS_DDSM, INBREAST, CMMD, MINI_MIAS, CDD_CESM, EMBED)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from golden import golden, sample
 from medvl.core.errors import DataError
-from medvl.data.reports import (as_text, birads_of, density_of, normalise, normalise_section, split_sections, split_sentences)
-from medvl.data.sides import flip_text, names_side, swap_inner_outer, swap_sides, swap_upper_lower, swap_vertical
+from medvl.data.text.reports import (as_text, birads_of, density_of, normalise, normalise_section, split_sections, split_sentences)
+from medvl.data.text.sides import flip_text, names_side, swap_inner_outer, swap_sides, swap_upper_lower, swap_vertical
 
 letters = lambda text: re.sub(r'\s+', '', text)
 quick = settings(max_examples=150, deadline=None)

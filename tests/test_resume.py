@@ -95,7 +95,7 @@ def test_a_real_process_killed(tmp_path, whole):
 
 def test_mammoclip_with_augmentation(tmp_path):
     "The real system, dropout and drop-connect and GradCache on, augmentation keyed by sample, two workers after the kill."
-    from medvl.data.augment import Augment
+    from medvl.data.augment.breast_versions import Augment
     def go(folder, **changes):
         kwargs = dict(epochs=2, batch_size=8, accumulate=1, chunk_size=4, save_every=1, lr=1e-3, warmup=0, valid_every=2)
         return run(folder, tiny_mammoclip(drop_connect=0.3, dropout=0.2), Breasts(), Breasts(6), transform=Augment(), **{**kwargs, **changes})

@@ -10,13 +10,13 @@ import torch
 from evaluation import Grey, made, made_embeddings
 
 from medvl.core.errors import DataError
-from medvl.data.phantom_prepared import prepared_phantom
+from medvl.data.phantom.breast_prepared import prepared_phantom
 from medvl.data.prepared import subset
-from medvl.evaluate.bootstrap import BLOCK, interval, patient_counts
-from medvl.evaluate.embeddings import Embeddings, embed
-from medvl.evaluate.export import embed_texts, export_embeddings, file_facts, read_embeddings, read_texts, refuse_other_model
-from medvl.evaluate.retrieval_protocol import DIRECTIONS, chance_recall, recall_table, retrieval_protocol, texts_of_units
-from medvl.evaluate.zero_shot import TASKS, bank_tasks, zero_shot
+from medvl.evaluate.stats.bootstrap import BLOCK, interval, patient_counts
+from medvl.evaluate.protocols.embeddings import Embeddings, embed
+from medvl.evaluate.protocols.export import embed_texts, export_embeddings, file_facts, read_embeddings, read_texts, refuse_other_model
+from medvl.evaluate.protocols.retrieval import DIRECTIONS, chance_recall, recall_table, retrieval_protocol, texts_of_units
+from medvl.evaluate.protocols.zero_shot import TASKS, bank_tasks, zero_shot
 from medvl.methods.base import Method, from_pretrained, save_pretrained
 from medvl.methods.presets import new_mammoclip
 

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvl.core.errors import DataError
-from medvl.data import backtranslate
-from medvl.data.augmented import augment_reports, report_key, with_wording
-from medvl.data.backtranslate import BackTranslateConfig, BackTranslator, Translator, toy_translator
-from medvl.data.datasets import BreastTextConfig, BreastTextDataset
-from medvl.data.phantom_prepared import prepared_phantom
+from medvl.data.text import backtranslate
+from medvl.data.text.wording import augment_reports, report_key, with_wording
+from medvl.data.text.backtranslate import BackTranslateConfig, BackTranslator, Translator, toy_translator
+from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset
+from medvl.data.phantom.breast_prepared import prepared_phantom
 from medvl.data.prepared import open_prepared
-from medvl.data.reports import birads_of, density_of, split_sections
-from medvl.data.rewrite import SYNONYMS, RewriteConfig, Rewriter, facts, rewrite, same_facts, sentence_pieces, turn_sentence
-from medvl.data.sides import names_side
-from medvl.data.tokens import build_wordpiece
+from medvl.data.text.reports import birads_of, density_of, split_sections
+from medvl.data.text.rewrite import SYNONYMS, RewriteConfig, Rewriter, facts, rewrite, same_facts, sentence_pieces, turn_sentence
+from medvl.data.text.sides import names_side
+from medvl.data.text.tokens import build_wordpiece
 
 LEAD = ['There is', 'There are', 'No', 'A', 'We see', 'Multiple', 'Bilateral', 'On the left there is no', 'There is no',
         'In the right breast there is']

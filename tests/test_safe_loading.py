@@ -17,11 +17,11 @@ from torch import nn
 
 import medvl.api as api
 from medvl.core.errors import DataError
-from medvl.data.tokens import build_wordpiece
+from medvl.data.text.tokens import build_wordpiece
 from medvl.methods.base import from_pretrained, save_pretrained
 from medvl.methods.classifier import Classifier, ClassifierConfig
 from medvl.methods.mammoclip import MammoCLIP, MammoCLIPConfig, released_config
-from medvl.methods.released import convert_released, released_state, stored_config
+from medvl.methods.released.mammoclip_files import convert_released, released_state, stored_config
 from medvl.models.checkpoints import Checkpoint, load_weights, read_checkpoint
 from medvl.models.torch_file import MAX_DEPTH, RestrictedUnpickler, plain
 

@@ -5,9 +5,9 @@ import pydicom
 import pytest
 
 import medvl.api as api
-from medvl.data.dicom import read_dicom
-from medvl.data.prepare import prepare
-from medvl.data.preprocess import preprocess
+from medvl.data.dicom.read import read_dicom
+from medvl.data.prepare.run import prepare
+from medvl.data.pixels.profiles import preprocess
 from medvl.methods.presets import new_mammoclip
 
 SIZE = (152, 96)

@@ -131,7 +131,7 @@ def test_a_million_cells_quickly():
 
 
 def test_real_index():
-    from medvl.data.folder import read_folder
+    from medvl.data.releases.folder import read_folder
     source = read_folder(sample('mammo/index.csv').parent)
     assert len(source.records) == 636 and len(source.boxes) == 418
     issues = source.report.issues

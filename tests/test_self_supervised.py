@@ -11,12 +11,12 @@ from training import contents, gradients, quiet
 from medvl.core.errors import DataError
 from medvl.core.seed import numpy_rng
 from medvl.data.batch import collate, slice_batch
-from medvl.data.views import MultiView
+from medvl.data.augment.chest_versions import MultiView
 from medvl.losses.self_supervised import cell_matches, cell_places, nt_xent, pixel_consistency, pixel_contrast, regression_loss, spread
 from medvl.methods.base import StepState, build, capabilities, evaluating, from_pretrained, save_pretrained
 from medvl.methods.byol import BYOL, BYOLConfig
 from medvl.methods.chest_presets import CHEST_METHODS, chest_preset, chest_transform, new_chest_method
-from medvl.methods.image import ImageMethod, WithViews, mean_auroc, new_image_method, two_layers
+from medvl.methods.parts.image import ImageMethod, WithViews, mean_auroc, new_image_method, two_layers
 from medvl.methods.initialised import Initialised
 from medvl.methods.pixelpro import PixelPro, Propagation
 from medvl.methods.simclr import SimCLR

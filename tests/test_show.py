@@ -71,7 +71,7 @@ def test_different_sizes_share_a_scale_and_constant_images_do_not_fail():
 
 
 def test_phantom_exam_is_shown_unturned(tmp_path):
-    phantom = pytest.importorskip('medvl.data.phantom_prepared')
+    phantom = pytest.importorskip('medvl.data.phantom.breast_prepared')
     data = phantom.prepared_phantom(tmp_path, 3, (64, 40), seed=1)
     exam = data.boxes.merge(data.manifest, on='image_id').exam_id.iloc[0]
     fig = show_prepared(data, exam)

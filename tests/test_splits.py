@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from medvl.core.errors import DataError
 from medvl.core.paths import write_json
 from medvl.data.leaks import assert_no_leak, check_leaks, difference_hash, near_pairs, thumbnails, unit_thumbs
-from medvl.data.phantom_prepared import with_split
+from medvl.data.phantom.breast_prepared import with_split
 from medvl.data.prepared import open_prepared, write_table
 from medvl.data.schema import empty
 from medvl.data.splits import allot, deal_groups, fold_patients, fraction_patients, fraction_rows, group_folds, patient_number, split_patients

@@ -123,7 +123,7 @@ def test_a_changed_row_cannot_be_read(tmp_path, read):
 def test_embedding_stops_at_a_changed_row(tmp_path):
     from evaluation import Grey, made
 
-    from medvl.evaluate.embeddings import embed
+    from medvl.evaluate.protocols.embeddings import embed
     data = made(tmp_path/'d', patients=3)
     with open(tmp_path/'d'/'images'/'pixels.bin', 'r+b') as f: f.seek(5*16*12); value = f.read(1)[0]; f.seek(5*16*12); f.write(bytes([value ^ 1]))
     with pytest.raises(DataError, match='pixels changed') as e: embed(Grey(), data, tmp_path/'e', batch_size=4, what='feature')

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from medvl.core.errors import DataError
 from medvl.core.paths import append_jsonl, neutral_cell, read_jsonl, restored_cell, write_csv
 from medvl.data.cells import BIRADS_ORDER, age_years, birads_category, density_letter, side_letter, told, without_text_of
-from medvl.data.dicom_write import write_dicom
-from medvl.data.folder import read_folder
-from medvl.data.phantom_prepared import with_split
-from medvl.data.prepare import prepare, read_entries, without_names
-from medvl.data.releases import Part, Release, check_release, find_files, read_table
+from medvl.data.dicom.write import write_dicom
+from medvl.data.releases.folder import read_folder
+from medvl.data.phantom.breast_prepared import with_split
+from medvl.data.prepare.run import prepare, read_entries, without_names
+from medvl.data.releases.release import Part, Release, check_release, find_files, read_table
 from medvl.data.schema import Report, alike_ids, read_csv
 
 SIZE = (48, 32)

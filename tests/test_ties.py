@@ -6,14 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medvl.attribute.localisation import map_scores
-from medvl.evaluate.bootstrap import delong, estimates
-from medvl.evaluate.detection import BOX, arrange, coco_map
-from medvl.evaluate.froc import detection_table, froc_curve, froc_table, reference_map
-from medvl.evaluate.localized_detection import arrange_localized, froc_value, localized_map, localized_table, marks_of
-from medvl.evaluate.metrics import METRICS, Evaluator
-from medvl.evaluate.retrieval import retrieval_ranks
-from medvl.evaluate.scored import Scored
-from medvl.evaluate.selection import choose_threshold
+from medvl.evaluate.stats.bootstrap import delong, estimates
+from medvl.evaluate.metrics.coco import BOX, arrange, coco_map
+from medvl.evaluate.metrics.froc import detection_table, froc_curve, froc_table, reference_map
+from medvl.evaluate.localized.detection import arrange_localized, froc_value, localized_map, localized_table, marks_of
+from medvl.evaluate.metrics.curves import METRICS, Evaluator
+from medvl.evaluate.metrics.recall import retrieval_ranks
+from medvl.evaluate.stats.scored import Scored
+from medvl.evaluate.stats.selection import choose_threshold
 from medvl.show.curves import pr_points, roc_points
 
 
@@ -104,11 +104,11 @@ def test_froc_of_equal_scores_is_the_lowest_of_all_orders():
 
 def test_bootstrap_of_equal_scores_is_that_of_copied_patients():
     "Weighted sums at the ends of ties are what a table with every drawn patient copied gives."
-    from medvl.evaluate.bootstrap import patient_counts
+    from medvl.evaluate.stats.bootstrap import patient_counts
     truth, found, images = scene(2, classes=('x',))
     names, codes = np.unique(images.patient_id, return_inverse=True)
     counts = patient_counts(len(names), 0, 0, 8).astype(int)
-    import medvl.evaluate.froc as froc
+    import medvl.evaluate.metrics.froc as froc
     s = arrange(truth, found, images)
     hit = froc.match(s, froc.candidate_pairs(s, .5), [.5])[:, 0] >= 0
     ranked, patient, boxes_of, here = froc._ranking(s, 0, hit)

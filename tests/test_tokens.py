@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from golden import sample
 from medvl.core.errors import DataError
-from medvl.data.tokens import (SPECIAL, TokenCache, build_wordpiece, load_tokenizer, pad_tokens, read_vocab, tokenise, tokenizer_digest, wordpiece)
+from medvl.data.text.tokens import (SPECIAL, TokenCache, build_wordpiece, load_tokenizer, pad_tokens, read_vocab, tokenise, tokenizer_digest, wordpiece)
 
 TEXTS = ['no mass in the left breast.', 'irregular mass, bi-rads 4a.', 'stable 3.5 cm mass. no change.', 'calcification', 'naïve wall']
 
@@ -51,7 +51,7 @@ def test_against_a_plain_wordpiece(cased):
 
 
 def test_category_survives(cased):
-    from medvl.data.reports import normalise
+    from medvl.data.text.reports import normalise
     for category in '0123456':
         for spelling in ('BI-RADS {}', 'BIRADS: {}.', 'BI-RADS® {}'):
             assert category in cased.convert_ids_to_tokens(tokenise(cased, [normalise(spelling.format(category))])[0].tolist())
@@ -86,7 +86,7 @@ def test_folder_forms(tmp_path, tiny):
 
 
 def test_built_the_same_in_every_process(tiny):
-    code = 'import json,sys; from medvl.data.tokens import build_wordpiece; print(json.dumps(build_wordpiece(json.loads(sys.argv[1]), 90).get_vocab(), sort_keys=True))'
+    code = 'import json,sys; from medvl.data.text.tokens import build_wordpiece; print(json.dumps(build_wordpiece(json.loads(sys.argv[1]), 90).get_vocab(), sort_keys=True))'
     out = subprocess.run([sys.executable, '-c', code, json.dumps(TEXTS[::-1])], capture_output=True, text=True, check=True, env={**os.environ, 'PYTHONHASHSEED': '77'}).stdout
     assert json.loads(out.splitlines()[-1]) == tiny.get_vocab()
 

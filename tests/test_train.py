@@ -341,9 +341,9 @@ def test_overhead(tmp_path):
 @pytest.mark.parametrize('lr', [1e6, 1e38])
 def test_mammoclip_that_diverges_blames_the_weights(tmp_path, lr):
     "Found in review: the samples were blamed."
-    from medvl.data.augment import Augment, AugmentConfig
-    from medvl.data.datasets import BreastTextConfig, BreastTextDataset
-    from medvl.data.phantom_prepared import prepared_phantom
+    from medvl.data.augment.breast_versions import Augment, AugmentConfig
+    from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset
+    from medvl.data.phantom.breast_prepared import prepared_phantom
     from medvl.methods.presets import new_mammoclip, preset
     named, prepared = preset('smoke'), prepared_phantom(tmp_path/'phantom', 8, (64, 48))
     method = new_mammoclip('smoke', prepared.manifest.report)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer, Be
 
 from golden import sample
 from medvl.core.errors import DataError
-from medvl.data.tokens import SPECIAL, UNKNOWN_LIMIT, TokenCache, build_wordpiece, fit_tokenizer, load_tokenizer, lower_cases, pad_tokens, tokenise, unknown_share, wordpiece
+from medvl.data.text.tokens import SPECIAL, UNKNOWN_LIMIT, TokenCache, build_wordpiece, fit_tokenizer, load_tokenizer, lower_cases, pad_tokens, tokenise, unknown_share, wordpiece
 from medvl.methods.mammoclip import MammoCLIP, MammoCLIPConfig
 from medvl.models.text import TextEncoder, build_text_encoder
 

@@ -102,8 +102,8 @@ def test_overwrite_removes_preparations_only(tmp_path):
     import pandas as pd
 
     from medvl.core.errors import DataError
-    from medvl.data.phantom_dataset import write_phantom
-    from medvl.data.prepare import prepare
+    from medvl.data.phantom.breast_dataset import write_phantom
+    from medvl.data.prepare.run import prepare
     write_phantom(tmp_path/'s', 1, (64, 40), 0, 'easy', 'png', 1)
     (tmp_path/'precious').mkdir()
     (tmp_path/'precious'/'thesis.txt').write_text('x')

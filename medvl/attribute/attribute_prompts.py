@@ -9,7 +9,7 @@ __all__ = ['ATTRIBUTES', 'OTHERS', 'PLACES', 'attribute_prompts']
 from itertools import product
 
 from ..core.errors import unknown_name
-from ..data.prompts import FINDINGS, prompt_bank
+from ..data.text.prompts import FINDINGS, prompt_bank
 
 # %% ../../nbs/609_attribute.attribute_prompts.ipynb #33afdd49
 ATTRIBUTES = tuple(f.lower().replace(' ', '_') for f in FINDINGS) # names as labels have them

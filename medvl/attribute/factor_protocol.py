@@ -20,7 +20,7 @@ from ..core.errors import DataError, unknown_name
 from ..core.paths import atomic_path, digest
 from ..core.progress import progress
 from ..core.seed import numpy_rng
-from ..evaluate.embeddings import weights_digest
+from ..evaluate.protocols.embeddings import weights_digest
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #acbbe9c4
 @torch.no_grad()

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from .maps import boxes_from_map
-from ..evaluate.bootstrap import BLOCK, Estimate, settled, patient_counts
+from ..evaluate.stats.bootstrap import BLOCK, Estimate, settled, patient_counts
 
 # %% ../../nbs/601_attribute.localisation.ipynb #8371bc16
 def box_iou(

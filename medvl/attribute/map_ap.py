@@ -12,7 +12,7 @@ from .factor_protocol import drawers, scorable
 from .maps import boxes_from_map
 from ..core.errors import unknown_name
 from ..core.progress import progress
-from ..evaluate.froc import detection_table
+from ..evaluate.metrics.froc import detection_table
 
 # %% ../../nbs/612_attribute.map_ap.ipynb #3794ea3d
 _BOX = ['x0', 'y0', 'x1', 'y1']

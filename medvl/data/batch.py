@@ -9,7 +9,7 @@ __all__ = ['STACKED', 'VERSIONS', 'collate', 'batch_size', 'slice_batch', 'to_de
 import numpy as np
 import torch
 
-from .tokens import pad_tokens
+from .text.tokens import pad_tokens
 
 # %% ../../nbs/145_data.batch.ipynb #5fd4c2c4
 STACKED = {'images': torch.uint8, 'index': torch.int64, 'text_group': torch.int64, 'flip': torch.bool, 'labels': torch.float32}

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..losses.self_supervised import regression_loss, spread
 from .base import register
-from .image import ImageMethod, probe_features, two_layers, views_of, with_probe
+from .parts.image import ImageMethod, probe_features, two_layers, views_of, with_probe
 from .mammoclip import check_samples
 from ..models.momentum import follow, momentum_at, teacher_of
 

@@ -14,8 +14,8 @@ import torch
 
 from ..core.errors import unknown_name
 from ..core.seed import key_of
-from ..data.tokens import build_wordpiece
-from ..data.views import ChestAugment, MultiView
+from ..data.text.tokens import build_wordpiece
+from ..data.augment.chest_versions import ChestAugment, MultiView
 from .base import build
 
 # %% ../../nbs/325_methods.chest_presets.ipynb #d0d9dc43

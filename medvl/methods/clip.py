@@ -9,7 +9,7 @@ __all__ = ['CLIPConfig', 'CLIP']
 from dataclasses import dataclass
 
 from .base import register
-from .image_text import ImageTextMethod
+from .parts.image_text import ImageTextMethod
 from ..models.text import CLINICAL_BERT
 
 # %% ../../nbs/316_methods.clip.ipynb #939a2e58

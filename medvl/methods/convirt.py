@@ -9,7 +9,7 @@ __all__ = ['CONVIRT_TRAIN', 'ConVIRTConfig', 'ConVIRT']
 from dataclasses import dataclass
 
 from .base import register
-from .image_text import ImageTextMethod
+from .parts.image_text import ImageTextMethod
 from ..models.text import CLINICAL_BERT
 
 # %% ../../nbs/317_methods.convirt.ipynb #427715e3

@@ -12,7 +12,7 @@ import torch
 
 from ..core.seed import key_of
 from .base import register
-from .image import ImageMethod
+from .parts.image import ImageMethod
 
 # %% ../../nbs/324_methods.initialised.ipynb #04184def
 @dataclass

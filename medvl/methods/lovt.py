@@ -13,8 +13,8 @@ import torch
 from ..core.errors import unknown_name
 from ..losses.local import grid_distances, local_contrastive, local_retrieval, positive_weights, sequence_distances
 from .base import register
-from .image import with_probe
-from .image_text import ImageTextMethod
+from .parts.image import with_probe
+from .parts.image_text import ImageTextMethod
 from ..models.alignment import CrossAttention
 from ..models.heads import unit
 from ..models.text import CLINICAL_BERT

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..core.errors import DataError, unknown_name
-from ..data.tokens import fit_tokenizer, load_tokenizer, pad_tokens, tokenise
+from ..data.text.tokens import fit_tokenizer, load_tokenizer, pad_tokens, tokenise
 from ..losses.contrastive import SCALE_LIMIT, breast_clip_contrastive_loss, breast_clip_loss, scale_of
 from .base import Method, register
 from ..models.checkpoints import Checkpoint, load_weights, read_checkpoint

@@ -15,7 +15,7 @@ from torch import nn
 from ..core.errors import unknown_name
 from ..losses.self_supervised import cell_matches, pixel_consistency, pixel_contrast, regression_loss
 from .base import register
-from .image import ImageMethod, probe_features, two_layers, views_of, with_probe
+from .parts.image import ImageMethod, probe_features, two_layers, views_of, with_probe
 from .mammoclip import check_samples
 from ..models.momentum import follow, momentum_at, teacher_of
 

@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'Preset', 'preset', 'new_mammoclip']
 from dataclasses import dataclass, field
 
 from ..core.errors import unknown_name
-from ..data.tokens import build_wordpiece
+from ..data.text.tokens import build_wordpiece
 from .mammoclip import MammoCLIP, MammoCLIPConfig
 
 # %% ../../nbs/312_methods.presets.ipynb #65c4e03c

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..core.errors import DataError, unknown_name
 from ..losses.segmentation import LOSSES, OVER, check_masks, segmentation_loss
 from .base import evaluating, register
-from .dense import DenseStages, dense_from, size_of
+from .parts.dense import DenseStages, dense_from, size_of
 from ..models.unet import LinearHead, UNet
 
 # %% ../../nbs/336_methods.segmenter.ipynb #75f49407

@@ -12,7 +12,7 @@ import torch
 
 from ..losses.self_supervised import nt_xent
 from .base import register
-from .image import ImageMethod, probe_features, two_layers, views_of, with_probe
+from .parts.image import ImageMethod, probe_features, two_layers, views_of, with_probe
 from .mammoclip import check_samples
 from ..models.heads import unit
 

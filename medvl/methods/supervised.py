@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ..core.errors import unknown_name
-from ..data.chexpert_labels import LOVT_FINDINGS
+from ..data.releases.chexpert_labels import LOVT_FINDINGS
 from ..losses.classification import UNLABELLED, classification_loss, stated
 from .base import register
-from .image import ImageMethod, mean_auroc
+from .parts.image import ImageMethod, mean_auroc
 from .mammoclip import check_samples
 
 # %% ../../nbs/323_methods.supervised.ipynb #970f8f2c

@@ -13,7 +13,7 @@ import torch
 from ..core.errors import DataError, unknown_name
 from ..losses.yolo import REDUCTIONS, yolo_loss
 from .base import evaluating, register
-from .dense import DenseStages, dense_from, size_of
+from .parts.dense import DenseStages, dense_from, size_of
 from ..models.boxes import LARGEST
 from ..models.yolo import ANCHORS, STRIDES, YoloHead, decode_grid, select_yolo, yolo_anchors
 

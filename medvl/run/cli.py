@@ -214,7 +214,7 @@ def phantom_command(
     fmt: Annotated[str, typer.Option('--format', help='png or dicom.')] = 'png', jobs: Jobs = 1,
 ):
     "Write a data set of phantom exams with reports, boxes and masks."
-    from medvl.data.phantom_dataset import write_phantom
+    from medvl.data.phantom.breast_dataset import write_phantom
     try: level = float(difficulty)
     except ValueError: level = difficulty
     try: typer.echo(f'{exams} exams: {write_phantom(folder, exams, size, seed, level, fmt, jobs)}')
@@ -229,8 +229,8 @@ def prepare_command(
     overwrite: Annotated[bool, typer.Option('--overwrite', help='Prepare again over another preparation in OUT.')] = False,
 ):
     "Validate, crop, resize and store a data set once; bad files go to rejects.csv."
-    from medvl.data.folder import read_folder
-    from medvl.data.prepare import prepare
+    from medvl.data.releases.folder import read_folder
+    from medvl.data.prepare.run import prepare
     try: found = prepare(read_folder(source), source, out, profile=profile, size=size, jobs=jobs, overwrite=overwrite)
     except ValueError as e: _refuse(e)
     typer.echo(f'{found!r}: {out}')
