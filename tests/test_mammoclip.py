@@ -12,7 +12,8 @@ from medvl.core.errors import DataError
 from medvl.data.text.tokens import build_wordpiece, pad_tokens, tokenise
 from medvl.methods import base
 from medvl.methods.base import StepState, build, capabilities, from_pretrained, push_to_hub, save_pretrained
-from medvl.methods.mammoclip import MammoCLIP, MammoCLIPConfig, from_released, normalise_images, released_config
+from medvl.methods.mammoclip import MammoCLIP, MammoCLIPConfig, from_released, released_config
+from medvl.models.scaling import normalise_images
 from medvl.models.checkpoints import Checkpoint, read_checkpoint
 
 WORDS = ['a mass in the left breast', 'no mass', 'the breasts are fatty', 'spiculated mass in the upper outer quadrant', 'benign calcification']

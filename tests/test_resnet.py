@@ -6,7 +6,8 @@ from plain_resnet import make
 from safetensors.torch import save_file
 
 from medvl.core.errors import DataError
-from medvl.models.resnet import RESNETS, STAGES, ResNet, load_resnet, scale_images
+from medvl.models.resnet import RESNETS, STAGES, ResNet, load_resnet
+from medvl.models.scaling import scale_images
 from medvl.models.vision import build_image_encoder
 
 PARAMETERS = {'resnet-18': 11_176_512, 'resnet-34': 21_284_672, 'resnet-50': 23_508_032, 'resnet-101': 42_500_160}

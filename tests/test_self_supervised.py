@@ -322,9 +322,9 @@ def test_capabilities_and_saving(name, tmp_path):
 
 def test_images_are_scaled_by_the_data_set():
     a, b = make('supervised', image_mean=.5, image_std=.25), make('supervised', image_mean=.4, image_std=.3)
-    assert float(a._images(torch.full((1, 1, 4, 4), 255.)).max()) == pytest.approx(2)
-    assert float(b._images(torch.full((1, 1, 4, 4), 255)).max()) == pytest.approx(2)
-    assert float(b._images(torch.zeros(1, 1, 1, 4, 4)).max()) == pytest.approx(-4 / 3)
+    assert float(a.image_side.scaled(torch.full((1, 1, 4, 4), 255.)).max()) == pytest.approx(2)
+    assert float(b.image_side.scaled(torch.full((1, 1, 4, 4), 255)).max()) == pytest.approx(2)
+    assert float(b.image_side.scaled(torch.zeros(1, 1, 1, 4, 4)).max()) == pytest.approx(-4 / 3)
 
 
 def test_supervised_learns_what_is_stated(tmp_path):

@@ -13,20 +13,15 @@ from torch import nn
 
 from ..losses.self_supervised import regression_loss, spread
 from .base import register
+from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod, probe_features, two_layers, views_of, with_probe
-from .mammoclip import check_samples
+from .parts.guards import check_samples
 from ..models.momentum import follow, momentum_at, teacher_of
 
 # %% ../../nbs/321_methods.byol.ipynb #24c8ceff
 @dataclass
-class BYOLConfig:
+class BYOLConfig(ImageConfig):
     "Configuration of BYOL."
-    image_encoder: str = 'resnet-50'  # name, hub name or folder
-    image_pretrained: bool = False  # load weights that belong to the name
-    image_weights: str = ''  # local file to start from; LoVT's baselines start from ImageNet
-    image_checkpointing: bool = False  # recompute the encoder's activations
-    image_mean: float = 0.5  # of the data set, scale 0..1
-    image_std: float = 0.25  # of the data set, scale 0..1
     hidden: int = 4096  # width inside projector and predictor
     dim: int = 128  # size of the projections
     momentum: float = 0.99  # of the teacher, share that stays each step
@@ -56,7 +51,7 @@ class BYOL(ImageMethod):
 
     def encode(self, batch): # augmented: 2 × (b,1,1,h,w)
         "Give `prediction` and `target` (b,2,d), and what the probe says of the first version."
-        views = [self._images(v) for v in views_of(batch, by='BYOL')]
+        views = [self.image_side.scaled(v) for v in views_of(batch, by='BYOL')]
         h = [self.image_encoder(v) for v in views]
         prediction = torch.stack([self.predictor(self.projector(x)) for x in h], 1)
         with torch.no_grad(): target = torch.stack([self.teacher['projector'](self.teacher['image_encoder'](v)) for v in views], 1)

@@ -6,7 +6,8 @@
 __all__ = ['IMAGE_FIELDS', 'ClassifierConfig', 'check_classifier', 'Classifier', 'new_classifier', 'load_encoder']
 
 # %% ../../nbs/330_methods.classifier.ipynb #16208a8c
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,18 +15,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import DataError
+from ..core.patch import patch
 from ..core.seed import key_of
 from ..losses.classification import UNLABELLED, classification_loss, stated
 from .base import Method, register
-from .mammoclip import check_samples, normalise_images
+from .parts.guards import check_samples
+from .parts.image_side import EfficientNetConfig, ImageSide, new_efficientnet, saved_image_encoder
 from ..models.checkpoints import load_weights
-from ..models.efficientnet import EFFICIENTNETS
-from ..models.text import load_transformer
-from ..models.vision import TransformersVision, build_image_encoder
+from ..models.scaling import normalise_images
+from ..models.vision import TransformersVision
 
 # %% ../../nbs/330_methods.classifier.ipynb #9b351995
 @dataclass
-class ClassifierConfig:
+class ClassifierConfig(EfficientNetConfig):
     "Configuration of a classifier."
     labels: tuple[str, ...] = ('mass',)  # what is predicted: names of binary labels, or of one column with classes
     classes: tuple[str, ...] = ()  # values of the one column in `labels`, in order; () = binary labels
@@ -33,17 +35,6 @@ class ClassifierConfig:
     live: bool = False  # reference: in a frozen encoder BatchNorm's statistics still move, and dropout and drop-connect stay on
     pos_weight: tuple[float, ...] = ()  # weight on the positives of each label, counted on training rows; () = 1
     unlabelled: str = 'mask'  # labels that are not stated: 'mask' leaves them out; 'negative' counts them as absent (the original)
-    image_encoder: str = 'efficientnet-b2'  # name, hub name or folder, as in Mammo-CLIP
-    image_pretrained: bool = False  # load weights that belong to the name
-    image_weights: str = ''  # file of weights for an EfficientNet
-    image_pooling: str = 'auto'  # for transformers backbones
-    image_mean: float = 0.3089279  # of min-max scaled images
-    image_std: float = 0.25053555408335154  # of min-max scaled images
-    dropout: float | None = None  # on the image feature; None is the architecture's
-    drop_connect: float | None = None  # None is the architecture's
-    bn_momentum: float | None = None  # None is the architecture's
-    padding: str = 'clip'  # EfficientNet's static paddings: clip or detector
-    image_checkpointing: bool = False  # recompute the encoder's activations
 
 # %% ../../nbs/330_methods.classifier.ipynb #edce5f63
 def check_classifier(
@@ -60,71 +51,31 @@ def check_classifier(
     if config.unlabelled not in UNLABELLED: raise ValueError(f'unlabelled={config.unlabelled!r}: choose from {", ".join(UNLABELLED)}')
 
 # %% ../../nbs/330_methods.classifier.ipynb #6fdb1dcf
-class _Network(Method):
-    "Hold encoder and linear layer; keep a frozen encoder frozen."
-    config_class = ClassifierConfig
+@register
+class Classifier(Method):
+    "An image encoder with a linear classification layer. Source: Mammo-CLIP, section 3 (linear probe and fine-tuning)."
+    name, config_class, chunkable, gathered, gathered_batch = 'classifier', ClassifierConfig, True, ('logits',), ('labels',)
 
     def __init__(self,
-        config=None, # ClassifierConfig
-        image_encoder=None, # a module to use instead of building one by name
+        config:ClassifierConfig|None=None, # None: its defaults
+        image_encoder:nn.Module|None=None, # a module to use instead of building one by name
     ):
         super().__init__(config)
         c = self.config
         check_classifier(c)
-        self.image_encoder = self._build() if image_encoder is None else image_encoder
+        self.image_encoder = new_efficientnet(c) if image_encoder is None else image_encoder
         self.classifier = nn.ModuleDict({'classification_head': nn.Linear(self.image_encoder.num_features, len(c.classes) or len(c.labels))})
         self.image_encoder.requires_grad_(not c.frozen)
+        self.image_side = ImageSide(self.image_encoder, partial(normalise_images, mean=c.image_mean, std=c.image_std))
 
-    def _build(self):
-        c = self.config
-        options = dict(padding=c.padding, dropout=c.dropout, drop_connect=c.drop_connect, bn_momentum=c.bn_momentum)
-        return build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing, c.image_pooling,
-                                   **(options if c.image_encoder in EFFICIENTNETS else {}))
+    @property
+    def head(self): return self.classifier['classification_head']
 
     def train(self, mode=True):
         "Change the mode; a frozen encoder stays in evaluation mode, unless it is `live`."
         super().train(mode)
         if self.config.frozen and not self.config.live: self.image_encoder.eval()
         return self
-
-    @property
-    def head(self): return self.classifier['classification_head']
-
-# %% ../../nbs/330_methods.classifier.ipynb #c6441323
-class _Predictions(_Network):
-    "Turn images into features and predictions."
-    def _images(self, images):
-        "(b,1,h,w) or (b,v,1,h,w) -> normalised (b·v,1,h,w)."
-        if images.dim() not in (4, 5) or images.shape[-3] not in (1, 3):
-            raise ValueError(f'images must be (b,1,h,w) or (b,v,1,h,w), not {tuple(images.shape)}')
-        kind = self.head.weight.dtype
-        x = images.flatten(0, -4).to(self.device, kind if kind == torch.float64 else None)
-        return normalise_images(x, self.config.image_mean, self.config.image_std).to(kind)
-
-    def image_features(self, images): # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
-        "Give the encoder's pooled features, (b,f); views are averaged."
-        f = self.image_encoder(self._images(images))
-        return f if images.dim() == 4 else f.unflatten(0, images.shape[:2]).mean(1)
-
-    def feature_maps(self, images, level=-1): # level -1: the last map
-        "Give the encoder's maps, (b,c,h',w')."
-        return self.image_encoder.feature_maps(self._images(images), level)
-
-    def logits(self, images): # (b,1,h,w) or (b,v,1,h,w)
-        "Give the linear layer's outputs, float32 (b,k)."
-        z = self.head(self.image_features(images))
-        return z if z.dtype == torch.float64 else z.float()
-
-    def predict(self, images): # (b,1,h,w) or (b,v,1,h,w)
-        "Give probabilities: of each label (b,k), or of the classes (b,k), rows summing to 1."
-        z = self.logits(images)
-        return z.softmax(-1) if self.config.classes else z.sigmoid()
-
-# %% ../../nbs/330_methods.classifier.ipynb #6aa44a29
-@register
-class Classifier(_Predictions):
-    "An image encoder with a linear classification layer. Source: Mammo-CLIP, section 3 (linear probe and fine-tuning)."
-    name, chunkable, gathered, gathered_batch = 'classifier', True, ('logits',), ('labels',)
 
     def encode(self, batch): # images (b,v,1,h,w)
         "Give `logits` (b,k)."
@@ -144,20 +95,26 @@ class Classifier(_Predictions):
             loss = classification_loss(z, y.to(z.dtype), c.unlabelled, weight)
         return {'loss': loss, 'stated': known.float().mean()}
 
-    def save_assets(self, folder):
-        "Write the configuration of a library encoder; local paths do not leave this machine."
-        config = replace(self.config, image_weights='', image_pretrained=False)
-        if isinstance(self.image_encoder, TransformersVision):
-            self.image_encoder.model.config.save_pretrained(Path(folder) / 'image_encoder')
-            if Path(config.image_encoder).expanduser().is_dir(): config = replace(config, image_encoder='./image_encoder')
-        return config
+    def image_features(self, images): return self.image_side.features(images)
+    def feature_maps(self, images, level=-1): return self.image_side.maps(images, level)
+
+    def predict(self, images): # (b,1,h,w) or (b,v,1,h,w)
+        "Give probabilities: of each label (b,k), or of the classes (b,k), rows summing to 1."
+        z = self.logits(images)
+        return z.softmax(-1) if self.config.classes else z.sigmoid()
+
+    def save_assets(self, folder): return self.image_side.save(folder, self.config)
 
     @classmethod
     def from_assets(cls, config, folder):
-        "Rebuild from a saved folder alone."
-        folder, image = Path(folder) / 'image_encoder', None
-        if folder.is_dir(): image = TransformersVision(load_transformer(folder, False), config.image_pooling, config.image_checkpointing)
-        return cls(config, image)
+        return cls(config, saved_image_encoder(folder, config.image_pooling, config.image_checkpointing))
+
+# %% ../../nbs/330_methods.classifier.ipynb #c6441323
+@patch(Classifier)
+def logits(self: Classifier, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w) -> float32 (b,k)
+    "Give the linear layer's outputs."
+    z = self.head(self.image_features(images))
+    return z if z.dtype == torch.float64 else z.float()
 
 # %% ../../nbs/330_methods.classifier.ipynb #2f3232b0
 IMAGE_FIELDS = ('image_encoder', 'image_pooling', 'image_mean', 'image_std', 'dropout', 'drop_connect', 'bn_momentum', 'padding', 'image_checkpointing')

@@ -9,40 +9,16 @@ __all__ = ['CONVIRT_TRAIN', 'ConVIRTConfig', 'ConVIRT']
 from dataclasses import dataclass
 
 from .base import register
-from .parts.image_text import ImageTextMethod
-from ..models.text import CLINICAL_BERT
+from .parts.image_text import ImageTextConfig, ImageTextMethod
 
 # %% ../../nbs/317_methods.convirt.ipynb #427715e3
 @dataclass
-class ConVIRTConfig:
+class ConVIRTConfig(ImageTextConfig):
     "Configuration of ConVIRT; the defaults are those of LoVT's baseline."
-    image_encoder: str = 'resnet-50'  # resnet-18, -34, -50, -101, -tiny; any other name of build_image_encoder
-    image_pretrained: bool = False  # load weights that belong to the name (hub, folder)
-    image_weights: str = ''  # file of ImageNet weights with torchvision's names
-    image_checkpointing: bool = False  # recompute the image encoder's activations
-    image_mean: float = 0.5  # of the data set's pixels, 0..1: see data.chest_dataset.pixel_statistics
-    image_std: float = 0.25  # of the data set's pixels, 0..1
-    text_encoder: str = CLINICAL_BERT  # hub name, folder, 'minilm', 'tiny', 'bert-base-clinical-config'
-    text_pretrained: bool = True  # load the text encoder's weights, where the name has some
-    text_checkpointing: bool = False  # recompute the text encoder's activations
-    tokenizer: str = ''  # hub name, folder or vocab.txt; '' is the text encoder's own
-    vocab_size: int | None = None  # for text encoders without weights; None: the tokenizer's
-    max_length: int = 512  # tokens of a text at most
-    frozen_layers: int | None = None  # of the text encoder; None: half of a pre-trained one (6 of 12); 0: none
     image_pool: str = 'mean'  # of regions: mean, or max, attention
     text_pool: str = 'max'  # attention, mean, max
     text_over: str = 'tokens'  # what the text pool runs over: sentences or tokens
-    dim: int = 512  # size of the shared space
-    hidden: int = 2048  # of the projections
     projection_norm: str = 'none'  # batch, layer, l2, none
-    temperature: float = 0.1  # of the loss
-    i2t_weight: float = 0.75  # the image looks for its text
-    t2i_weight: float = 0.25  # the text looks for its image
-    same_modality: bool = False  # other images and texts are wrong answers to their own kind too
-    duplicates: str = 'negatives'  # studies with the same sentence: negatives (paper), mask, positives
-    legacy_padded_mean: bool = False  # means divide by the padded length, as the original
-    legacy_padded_norm: bool = False  # padded places enter BatchNorm, as the original
-    probe: tuple = ()  # labels that a linear probe learns to read from the image vector, without touching it
 
 # %% ../../nbs/317_methods.convirt.ipynb #edc09568
 CONVIRT_TRAIN = dict(optimizer='adam', lr=1e-4, weight_decay=1e-6, no_decay=(), batch_size=32, epochs=500, schedule='plateau', plateau_patience=12, plateau_factor=0.5,

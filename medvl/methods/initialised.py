@@ -12,18 +12,13 @@ import torch
 
 from ..core.seed import key_of
 from .base import register
+from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod
 
 # %% ../../nbs/324_methods.initialised.ipynb #04184def
 @dataclass
-class InitialisedConfig:
+class InitialisedConfig(ImageConfig):
     "Configuration of an encoder that is not pre-trained here."
-    image_encoder: str = 'resnet-50'  # name, hub name or folder
-    image_weights: str = ''  # local file, e.g. torchvision's resnet50-….pth; '' = random
-    image_pretrained: bool = False  # load weights that belong to the name
-    image_checkpointing: bool = False  # recompute the encoder's activations, when fine-tuned downstream
-    image_mean: float = 0.5  # of the data set, scale 0..1
-    image_std: float = 0.25  # of the data set, scale 0..1
     seed: int = 0  # of random weights
 
 # %% ../../nbs/324_methods.initialised.ipynb #04b0c168

@@ -15,8 +15,9 @@ from torch import nn
 from ..core.errors import unknown_name
 from ..losses.self_supervised import cell_matches, pixel_consistency, pixel_contrast, regression_loss
 from .base import register
+from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod, probe_features, two_layers, views_of, with_probe
-from .mammoclip import check_samples
+from .parts.guards import check_samples
 from ..models.momentum import follow, momentum_at, teacher_of
 
 # %% ../../nbs/322_methods.pixelpro.ipynb #d0641dfd
@@ -24,14 +25,8 @@ LEVELS, LOSSES = ('conv5', 'pool'), ('pixpro', 'pixcontrast')
 
 
 @dataclass
-class PixelProConfig:
+class PixelProConfig(ImageConfig):
     "Configuration of PixelPro."
-    image_encoder: str = 'resnet-50'  # name, hub name or folder
-    image_pretrained: bool = False  # load weights that belong to the name
-    image_weights: str = ''  # local file to start from; LoVT's baselines start from ImageNet
-    image_checkpointing: bool = False  # recompute the encoder's activations
-    image_mean: float = 0.5  # of the data set, scale 0..1
-    image_std: float = 0.25  # of the data set, scale 0..1
     hidden: int | None = None  # width inside the projector; None is the encoder's
     dim: int = 512  # channels of the projected map
     level: str = 'conv5'  # the map: 'conv5'; 'pool' is one cell, as LoVT's baseline had it
@@ -66,10 +61,23 @@ class Propagation(nn.Module):
     def forward(self, x): # (n,d,h,w) -> same shape
         return torch.einsum('npq,ndq->ndp', self.similarity(x), self.transform(x).flatten(2)).unflatten(2, x.shape[-2:])
 
-# %% ../../nbs/322_methods.pixelpro.ipynb #ccfb6dba
-class _Parts(ImageMethod):
-    "Hold student and teacher, and give their cells."
-    config_class = PixelProConfig
+# %% ../../nbs/322_methods.pixelpro.ipynb #2aa9c7c1
+def unit_places(
+    transforms, # list of float (b,1,3,3): pixel of the image -> pixel of the view
+    size, # (height, width) of the views, pixels
+): # float64 (b,versions,3,3): pixel of the image -> place in a view of one by one
+    "Measure places in views instead of pixels, so that features say all that the loss needs."
+    h, w = size
+    scale = torch.tensor([[1 / w, 0, .5 / w - .5], [0, 1 / h, .5 / h - .5], [0, 0, 1]], dtype=torch.float64, device=transforms[0].device)
+    return torch.stack([scale @ t[:, 0].double() for t in transforms], 1)
+
+# %% ../../nbs/322_methods.pixelpro.ipynb #b5136983
+@register
+class PixelPro(ImageMethod):
+    "Propagate yourself: pixel-level consistency. Source: Xie et al., CVPR 2021."
+    name, config_class = 'pixelpro', PixelProConfig
+    gathered, gathered_batch = ('student_cells', 'teacher_cells', 'places', 'prediction', 'target', 'probe'), ('labels',)
+    advised_batch = 2 # cells are compared inside an image, but BatchNorm over one image is not the recipe's
 
     def __init__(self, config=None, image_encoder=None):
         super().__init__(config, image_encoder)
@@ -96,26 +104,9 @@ class _Parts(ImageMethod):
         if self.config.level == 'pool': maps = pooled[:, :, None, None]
         return networks['projector'](maps), pooled
 
-# %% ../../nbs/322_methods.pixelpro.ipynb #2aa9c7c1
-def unit_places(
-    transforms, # list of float (b,1,3,3): pixel of the image -> pixel of the view
-    size, # (height, width) of the views, pixels
-): # float64 (b,versions,3,3): pixel of the image -> place in a view of one by one
-    "Measure places in views instead of pixels, so that features say all that the loss needs."
-    h, w = size
-    scale = torch.tensor([[1 / w, 0, .5 / w - .5], [0, 1 / h, .5 / h - .5], [0, 0, 1]], dtype=torch.float64, device=transforms[0].device)
-    return torch.stack([scale @ t[:, 0].double() for t in transforms], 1)
-
-# %% ../../nbs/322_methods.pixelpro.ipynb #b5136983
-@register
-class PixelPro(_Parts):
-    "Propagate yourself: pixel-level consistency. Source: Xie et al., CVPR 2021."
-    name, gathered, gathered_batch = 'pixelpro', ('student_cells', 'teacher_cells', 'places', 'prediction', 'target', 'probe'), ('labels',)
-    advised_batch = 2 # cells are compared inside an image, but BatchNorm over one image is not the recipe's
-
     def encode(self, batch): # augmented: 2 × (b,1,1,h,w); transforms: 2 × (b,1,3,3)
         "Give `student_cells` and `teacher_cells` (b,2,d,h',w'), `places` (b,2,3,3)."
-        views, networks = [self._images(v) for v in views_of(batch, by='PixelPro')], self.student
+        views, networks = [self.image_side.scaled(v) for v in views_of(batch, by='PixelPro')], self.student
         if 'transforms' not in batch: raise ValueError('PixelPro needs batch["transforms"]: where each version lies in the image')
         found = [self._cells(networks, v) for v in views]
         student = torch.stack([self.propagation(cells) for cells, _ in found], 1)

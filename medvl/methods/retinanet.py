@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from ..core.errors import DataError, unknown_name
+from ..core.patch import patch
 from ..losses.detection import EMPTY, detection_loss
 from .base import Method, register
-from .mammoclip import normalise_images
+from ..models.scaling import normalise_images
 from ..models.boxes import RATIOS, SCALES, anchor_grid
 from ..models.checkpoints import load_weights
 from ..models.detector import TAPS, Head, Pyramid, encoder_taps, init_detector, select_boxes, tap_channels
@@ -82,9 +83,10 @@ def _check(c):
     if c.height % 32 or c.width % 32: raise ValueError(f'height={c.height} and width={c.width} must be multiples of 32')
 
 
-class _Network(Method):
-    "Hold encoder, pyramid and heads, and keep frozen what is frozen."
-    config_class = RetinaNetConfig
+@register
+class RetinaNet(Method):
+    "RetinaNet on an EfficientNet. Source: Lin et al., ICCV 2017; Ghosh et al., MICCAI 2024."
+    name, config_class, gathered_batch, chunkable = 'retinanet', RetinaNetConfig, (), True
 
     def __init__(self,
                  config=None, # RetinaNetConfig
@@ -120,29 +122,18 @@ class _Network(Method):
         "Local paths do not leave this machine; the weights are stored with the method."
         return replace(self.config, image_weights='', image_pretrained=False)
 
-# %% ../../nbs/335_methods.retinanet.ipynb #e51649f2
-class _Answers(_Network):
-    "Turn images into answers for all anchors."
-    def prepare(self, images): # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
-        "Normalise, resize, pad: (b·v,1,H,W); and the size before padding."
-        if images.dim() not in (4, 5) or images.shape[-3] not in (1, 3): raise ValueError(f'images must be (b,1,h,w) or (b,v,1,h,w), not {tuple(images.shape)}')
-        c, x = self.config, images.flatten(0, -4).to(self.device)
-        if c.height: x = F.interpolate(x.float(), size=(c.height, c.width), mode='bilinear', antialias=True, align_corners=False)
-        x, (h, w) = normalise_images(x, c.image_mean, c.image_std), x.shape[-2:]
-        return F.pad(x, (0, -w % 32, 0, -h % 32), value=-c.image_mean / c.image_std), (h, w)
+    def encode(self, batch): # images (b,v,1,h,w)
+        "Give `scores` (b·v,a,k), logits, and `deltas` (b·v,a,4)."
+        logits, deltas = self.answers(batch['images'])
+        return {'scores': logits, 'deltas': deltas}
 
-    def answers(self, images):
-        "Give logits (b·v,a,k) and deltas (b·v,a,4)."
-        x, _ = self.prepare(images)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.freeze == 'none'): maps = encoder_taps(self.image_encoder, x, self.config.taps)
-        levels = self.pyramid(*maps)
-        return self.classification(levels).float(), self.regression(levels).float()
-
-    def geometry(self, images):
-        "Give the anchors (a,4), the size (h,w) of prepared images before padding, and the factors (4,) from the pixels given to theirs."
-        h, w = (self.config.height, self.config.width) if self.config.height else images.shape[-2:]
-        anchors = anchor_grid(h + -h % 32, w + -w % 32, size=self.config.anchor_size, device=self.device)
-        return anchors, (h, w), torch.tensor([w / images.shape[-1], h / images.shape[-2]] * 2, device=self.device)
+    def losses(self, features, batch, state):
+        "Give the loss and its parts: class, box, positives."
+        c, (anchors, _, scale) = self.config, self.geometry(batch['images'])
+        boxes, labels = self.truth(batch, scale)
+        scores = features['scores'].sigmoid() if c.clamped else features['scores']
+        return detection_loss(scores, features['deltas'], anchors, boxes, labels, c.box_weight, alpha=c.alpha, gamma=c.gamma,
+                              empty=c.empty, force=c.force, clamped=c.clamped)
 
     def feature_maps(self, images, level=-1): # level -1: the last map
         "Give the encoder's maps, (b·v,c,h',w')."
@@ -160,41 +151,51 @@ class _Answers(_Network):
                  for s, d in zip(logits.sigmoid(), deltas)]
         return [{**f, 'boxes': f['boxes'] / scale} for f in found]
 
+# %% ../../nbs/335_methods.retinanet.ipynb #e51649f2
+@patch(RetinaNet)
+def prepare(self: RetinaNet, images): # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
+    "Normalise, resize, pad: (b·v,1,H,W); and the size before padding."
+    if images.dim() not in (4, 5) or images.shape[-3] not in (1, 3): raise ValueError(f'images must be (b,1,h,w) or (b,v,1,h,w), not {tuple(images.shape)}')
+    c, x = self.config, images.flatten(0, -4).to(self.device)
+    if c.height: x = F.interpolate(x.float(), size=(c.height, c.width), mode='bilinear', antialias=True, align_corners=False)
+    x, (h, w) = normalise_images(x, c.image_mean, c.image_std), x.shape[-2:]
+    return F.pad(x, (0, -w % 32, 0, -h % 32), value=-c.image_mean / c.image_std), (h, w)
+
+
+@patch(RetinaNet)
+def answers(self: RetinaNet, images):
+    "Give logits (b·v,a,k) and deltas (b·v,a,4)."
+    x, _ = self.prepare(images)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.freeze == 'none'): maps = encoder_taps(self.image_encoder, x, self.config.taps)
+    levels = self.pyramid(*maps)
+    return self.classification(levels).float(), self.regression(levels).float()
+
+
+@patch(RetinaNet)
+def geometry(self: RetinaNet, images):
+    "Give the anchors (a,4), the size (h,w) of prepared images before padding, and the factors (4,) from the pixels given to theirs."
+    h, w = (self.config.height, self.config.width) if self.config.height else images.shape[-2:]
+    anchors = anchor_grid(h + -h % 32, w + -w % 32, size=self.config.anchor_size, device=self.device)
+    return anchors, (h, w), torch.tensor([w / images.shape[-1], h / images.shape[-2]] * 2, device=self.device)
+
 # %% ../../nbs/335_methods.retinanet.ipynb #2168695f
-@register
-class RetinaNet(_Answers):
-    "RetinaNet on an EfficientNet. Source: Lin et al., ICCV 2017; Ghosh et al., MICCAI 2024."
-    name, gathered_batch, chunkable = 'retinanet', (), True
+@patch(RetinaNet)
+def truth(self: RetinaNet, batch, scale): # boxes: b lists of v arrays (k,4); box_labels: b lists of v lists of names; scale (4,)
+    """Give boxes (g,4) and labels (g,) of every image of a batch.
 
-    def truth(self, batch, scale): # boxes: b lists of v arrays (k,4); box_labels: b lists of v lists of names; scale (4,)
-        """Give boxes (g,4) and labels (g,) of every image of a batch.
-
-        Raises: DataError naming the image of a box without area, or when the batch has no boxes."""
-        if 'boxes' not in batch: raise DataError('the batch has no boxes', fix='Use detection_dataset, or ImageDataset(boxes=True).')
-        number = {n: 0 if self.config.merge else i for i, n in enumerate(self.config.classes)}
-        boxes, labels = [], []
-        for i, (views, names) in enumerate(zip(batch['boxes'], batch['box_labels'])):
-            for b, n in zip(views, names):
-                b = torch.as_tensor(b, dtype=torch.float32, device=scale.device).reshape(-1, 4)
-                if not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()):
-                    raise DataError(f'a box without area in image {batch["sample_id"][i]!r}: {b.tolist()}', fix='DetectionAugment drops boxes that leave the image.')
-                wanted = torch.tensor([name in number for name in n], dtype=torch.bool, device=scale.device)
-                boxes.append(b[wanted] * scale)
-                labels.append(torch.tensor([number[name] for name in n if name in number], dtype=torch.int64, device=scale.device))
-        return boxes, labels
-
-    def encode(self, batch): # images (b,v,1,h,w)
-        "Give `scores` (b·v,a,k), logits, and `deltas` (b·v,a,4)."
-        logits, deltas = self.answers(batch['images'])
-        return {'scores': logits, 'deltas': deltas}
-
-    def losses(self, features, batch, state):
-        "Give the loss and its parts: class, box, positives."
-        c, (anchors, _, scale) = self.config, self.geometry(batch['images'])
-        boxes, labels = self.truth(batch, scale)
-        scores = features['scores'].sigmoid() if c.clamped else features['scores']
-        return detection_loss(scores, features['deltas'], anchors, boxes, labels, c.box_weight, alpha=c.alpha, gamma=c.gamma,
-                              empty=c.empty, force=c.force, clamped=c.clamped)
+    Raises: DataError naming the image of a box without area, or when the batch has no boxes."""
+    if 'boxes' not in batch: raise DataError('the batch has no boxes', fix='Use detection_dataset, or ImageDataset(boxes=True).')
+    number = {n: 0 if self.config.merge else i for i, n in enumerate(self.config.classes)}
+    boxes, labels = [], []
+    for i, (views, names) in enumerate(zip(batch['boxes'], batch['box_labels'])):
+        for b, n in zip(views, names):
+            b = torch.as_tensor(b, dtype=torch.float32, device=scale.device).reshape(-1, 4)
+            if not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()):
+                raise DataError(f'a box without area in image {batch["sample_id"][i]!r}: {b.tolist()}', fix='DetectionAugment drops boxes that leave the image.')
+            wanted = torch.tensor([name in number for name in n], dtype=torch.bool, device=scale.device)
+            boxes.append(b[wanted] * scale)
+            labels.append(torch.tensor([number[name] for name in n if name in number], dtype=torch.int64, device=scale.device))
+    return boxes, labels
 
 # %% ../../nbs/335_methods.retinanet.ipynb #95f9b8cf
 def detector_from(method, # a Method with an EfficientNet `image_encoder`

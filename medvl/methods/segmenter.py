@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..core.errors import DataError, unknown_name
 from ..losses.segmentation import LOSSES, OVER, check_masks, segmentation_loss
 from .base import evaluating, register
-from .parts.dense import DenseStages, dense_from, size_of
+from .parts.dense import DenseMethod, dense_from, size_of
 from ..models.unet import LinearHead, UNet
 
 # %% ../../nbs/336_methods.segmenter.ipynb #75f49407
@@ -41,8 +41,9 @@ class SegmenterConfig:
     image_std: float = 0.25  # of pixels, 0..1 scale
 
 # %% ../../nbs/336_methods.segmenter.ipynb #68c59735
-class _Network(DenseStages):
-    "Encoder and head."
+@register
+class Segmenter(DenseMethod):
+    "A segmentation head on a ResNet. Source: LoVT, section 4."
     name, config_class, gathered = 'segmenter', SegmenterConfig, ('logits', 'masks')
 
     def __init__(self,
@@ -54,7 +55,7 @@ class _Network(DenseStages):
         for kind, value, known in (('head', c.head, HEADS), ('segmentation loss', c.loss, LOSSES), ('grouping of the Dice loss', c.dice_over, OVER)):
             if value not in known: raise ValueError(unknown_name(kind, value, known))
         if c.pos_weight and len(c.pos_weight) != len(c.classes): raise ValueError(f'pos_weight={c.pos_weight}: one weight for each of {", ".join(c.classes)}')
-        channels = self._begin(image_encoder, HEADS[c.head].reads)
+        channels = self.begin(image_encoder, HEADS[c.head].reads)
         self.head = LinearHead(channels, len(c.classes)) if c.head == 'linear' else UNet(channels, len(c.classes), c.width)
         self.train()
 
@@ -63,10 +64,6 @@ class _Network(DenseStages):
         stages = self.stages_of(batch)
         return self.head(stages, size_of(stages)).float()
 
-# %% ../../nbs/336_methods.segmenter.ipynb #c16880f0
-@register
-class Segmenter(_Network):
-    "A segmentation head on a ResNet. Source: LoVT, section 4."
     def encode(self, batch): # images (or taps) and masks uint8 (b,k,h,w)
         "Give `logits` (b,k,h,w), and `masks`."
         if 'masks' not in batch: raise DataError('the batch has no masks', fix='Use a DenseDataset.')

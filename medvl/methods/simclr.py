@@ -12,20 +12,15 @@ import torch
 
 from ..losses.self_supervised import nt_xent
 from .base import register
+from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod, probe_features, two_layers, views_of, with_probe
-from .mammoclip import check_samples
+from .parts.guards import check_samples
 from ..models.heads import unit
 
 # %% ../../nbs/320_methods.simclr.ipynb #7ade6e59
 @dataclass
-class SimCLRConfig:
+class SimCLRConfig(ImageConfig):
     "Configuration of SimCLR."
-    image_encoder: str = 'resnet-50'  # name, hub name or folder
-    image_pretrained: bool = False  # load weights that belong to the name
-    image_weights: str = ''  # local file to start from; LoVT's baselines start from ImageNet
-    image_checkpointing: bool = False  # recompute the encoder's activations
-    image_mean: float = 0.5  # of the data set, scale 0..1
-    image_std: float = 0.25  # of the data set, scale 0..1
     hidden: int | None = None  # width inside the projector; None is the encoder's
     dim: int = 128  # size of the projections
     projector_norm: bool = False  # BatchNorm inside the projector (Google's code has it, LoVT's baseline has not)
@@ -47,7 +42,7 @@ class SimCLR(ImageMethod):
 
     def encode(self, batch): # augmented: 2 × (b,1,1,h,w)
         "Give `z` (b,2,d), unit vectors, and what the probe says of the first version."
-        views = [self._images(v) for v in views_of(batch, by='SimCLR')]
+        views = [self.image_side.scaled(v) for v in views_of(batch, by='SimCLR')]
         h = self.image_encoder(torch.cat(views)).chunk(2) if self.config.together else [self.image_encoder(v) for v in views]
         z = self.projector(torch.cat(h)).chunk(2) if self.config.together else [self.projector(x) for x in h]
         z = unit(torch.stack(list(z), 1))

@@ -15,25 +15,20 @@ from ..core.errors import unknown_name
 from ..data.releases.chexpert_labels import LOVT_FINDINGS
 from ..losses.classification import UNLABELLED, classification_loss, stated
 from .base import register
+from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod, mean_auroc
-from .mammoclip import check_samples
+from .parts.guards import check_samples
 
 # %% ../../nbs/323_methods.supervised.ipynb #970f8f2c
 CHEXPERT_FIVE = LOVT_FINDINGS
 
 
 @dataclass
-class SupervisedConfig:
+class SupervisedConfig(ImageConfig):
     "Configuration of supervised pre-training."
     labels: tuple[str, ...] = CHEXPERT_FIVE  # binary labels that are predicted
     pos_weight: tuple[float, ...] = ()  # weight on the positives of each label; () = 1
     unlabelled: str = 'mask'  # labels that are not stated: 'mask' leaves them out; 'negative' counts them as absent (original)
-    image_encoder: str = 'resnet-50'  # name, hub name or folder
-    image_pretrained: bool = False  # load weights that belong to the name
-    image_weights: str = ''  # local file to start from; LoVT's baselines start from ImageNet
-    image_checkpointing: bool = False  # recompute the encoder's activations
-    image_mean: float = 0.5  # of the data set, scale 0..1
-    image_std: float = 0.25  # of the data set, scale 0..1
 
 # %% ../../nbs/323_methods.supervised.ipynb #5a712e2d
 @register

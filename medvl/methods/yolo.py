@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ..core.patch import patch
 from ..core.errors import DataError, unknown_name
 from ..losses.yolo import REDUCTIONS, yolo_loss
 from .base import evaluating, register
-from .parts.dense import DenseStages, dense_from, size_of
+from .parts.dense import DenseMethod, dense_from, size_of
 from ..models.boxes import LARGEST
 from ..models.yolo import ANCHORS, STRIDES, YoloHead, decode_grid, select_yolo, yolo_anchors
 
@@ -47,8 +48,9 @@ def reference_yolo(**changes, # fields to change
     return {**dict(anchors='reference', reference=True, reduction='cells', scales='all', score_threshold=.2, overlap=.4, top=0), **changes}
 
 # %% ../../nbs/337_methods.yolo.ipynb #f73ebe95
-class _Network(DenseStages):
-    "Turn images into the answers of three grids."
+@register
+class Yolo(DenseMethod):
+    "YOLOv3 on a ResNet. Source: Redmon & Farhadi 2018; LoVT, section 4."
     name, config_class = 'yolo', YoloConfig
 
     def __init__(self,
@@ -59,58 +61,57 @@ class _Network(DenseStages):
         c = self.config
         for kind, value, known in (('anchors', c.anchors, ANCHORS), ('reduction', c.reduction, REDUCTIONS), ('scales', c.scales, ('all', 'best'))):
             if value not in known: raise ValueError(unknown_name(kind, value, known))
-        self.head = YoloHead(self._begin(image_encoder, YoloHead.reads), len(c.classes), c.width)
+        self.head = YoloHead(self.begin(image_encoder, YoloHead.reads), len(c.classes), c.width)
         self.train()
 
     def encode(self, batch): # images (b,1,1,h,w), or taps
         "Give the raw answers of the grids, float32: `raw32`, `raw16`, `raw8`, each (b, 3·(5+k), g, g')."
         return {f'raw{s}': raw.float() for s, raw in zip(STRIDES, self.head(self.stages_of(batch)))}
 
-    def geometry(self, features):
-        "Give raw answers in order, anchors (3,3,2), and the size (h,w) of the images."
-        raws = [features[f'raw{s}'] for s in STRIDES]
-        size = size_of({'conv5': raws[0]})
-        return raws, yolo_anchors(self.config.anchors, size, raws[0].device), size
-
-# %% ../../nbs/337_methods.yolo.ipynb #9ebcd6b1
-class _Answers(_Network):
-    "Turn the answers into boxes."
-    def predict_batch(self, batch): # images (b,1,1,h,w), or taps of a frozen encoder
-        "Find boxes: as `predict`."
-        c = self.config
-        with evaluating(self):
-            raws, anchors, size = self.geometry(self.encode(batch))
-            limit = None if c.reference else LARGEST
-            decoded = torch.cat([decode_grid(r, a, size, limit) for r, a in zip(raws, anchors)], 1)
-            return [select_yolo(d, size, c.score_threshold, c.overlap, c.top, c.reference) for d in decoded]
+    def losses(self, features, batch, state):
+        "Give the loss and its parts: position, size, objectness, class."
+        c, (raws, anchors, size) = self.config, self.geometry(features)
+        return yolo_loss(raws, *self.truth(batch), anchors, size, 'reference' if c.reference else 'clean', c.reduction, c.scales)
 
     def predict(self, images): # (b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255
         "Find boxes: one dict an image with `boxes` (n,4) in its pixels, `scores` (n,), `labels` (n,) numbers in `names`, best first."
         return self.predict_batch({'images': images})
 
+# %% ../../nbs/337_methods.yolo.ipynb #9ebcd6b1
+@patch(Yolo)
+def geometry(self: Yolo, features):
+    "Give raw answers in order, anchors (3,3,2), and the size (h,w) of the images."
+    raws = [features[f'raw{s}'] for s in STRIDES]
+    size = size_of({'conv5': raws[0]})
+    return raws, yolo_anchors(self.config.anchors, size, raws[0].device), size
+
+
+@patch(Yolo)
+def predict_batch(self: Yolo, batch): # images (b,1,1,h,w), or taps of a frozen encoder
+    "Find boxes: as `predict`."
+    c = self.config
+    with evaluating(self):
+        raws, anchors, size = self.geometry(self.encode(batch))
+        limit = None if c.reference else LARGEST
+        decoded = torch.cat([decode_grid(r, a, size, limit) for r, a in zip(raws, anchors)], 1)
+        return [select_yolo(d, size, c.score_threshold, c.overlap, c.top, c.reference) for d in decoded]
+
 # %% ../../nbs/337_methods.yolo.ipynb #c5fe74f6
-@register
-class Yolo(_Answers):
-    "YOLOv3 on a ResNet. Source: Redmon & Farhadi 2018; LoVT, section 4."
-    def truth(self, batch): # boxes: b lists of one array (k,4); box_labels: b lists of one list of names
-        """Give boxes (g,4) and labels (g,) of every image of a batch.
+@patch(Yolo)
+def truth(self: Yolo, batch): # boxes: b lists of one array (k,4); box_labels: b lists of one list of names
+    """Give boxes (g,4) and labels (g,) of every image of a batch.
 
-        Raises: DataError naming the image of a box without area, or when the batch has no boxes."""
-        if 'boxes' not in batch: raise DataError('the batch has no boxes', fix='Use a DenseDataset.')
-        number, boxes, labels = {n: i for i, n in enumerate(self.names)}, [], []
-        for i, ((b,), (names,)) in enumerate(zip(batch['boxes'], batch['box_labels'])):
-            b = torch.as_tensor(b, dtype=torch.float32, device=self.device).reshape(-1, 4)
-            if not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()):
-                raise DataError(f'a box without area in image {batch["sample_id"][i]!r}: {b.tolist()}', fix='Boxes are x0, y0, x1, y1 with x1 > x0 and y1 > y0.')
-            wanted = torch.tensor([n in number for n in names], dtype=torch.bool, device=self.device)
-            boxes.append(b[wanted])
-            labels.append(torch.tensor([number[n] for n in names if n in number], dtype=torch.int64, device=self.device))
-        return boxes, labels
-
-    def losses(self, features, batch, state):
-        "Give the loss and its parts: position, size, objectness, class."
-        c, (raws, anchors, size) = self.config, self.geometry(features)
-        return yolo_loss(raws, *self.truth(batch), anchors, size, 'reference' if c.reference else 'clean', c.reduction, c.scales)
+    Raises: DataError naming the image of a box without area, or when the batch has no boxes."""
+    if 'boxes' not in batch: raise DataError('the batch has no boxes', fix='Use a DenseDataset.')
+    number, boxes, labels = {n: i for i, n in enumerate(self.names)}, [], []
+    for i, ((b,), (names,)) in enumerate(zip(batch['boxes'], batch['box_labels'])):
+        b = torch.as_tensor(b, dtype=torch.float32, device=self.device).reshape(-1, 4)
+        if not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()):
+            raise DataError(f'a box without area in image {batch["sample_id"][i]!r}: {b.tolist()}', fix='Boxes are x0, y0, x1, y1 with x1 > x0 and y1 > y0.')
+        wanted = torch.tensor([n in number for n in names], dtype=torch.bool, device=self.device)
+        boxes.append(b[wanted])
+        labels.append(torch.tensor([number[n] for n in names if n in number], dtype=torch.int64, device=self.device))
+    return boxes, labels
 
 # %% ../../nbs/337_methods.yolo.ipynb #9800930d
 def yolo_from(source, # trained Method with a ResNet, name of an encoder, or file of weights

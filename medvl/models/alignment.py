@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import unknown_name
+from ..core.patch import patch
 from .heads import unit
 from .projection import back_in_place, build_norm, real_rows
 
@@ -34,8 +35,8 @@ def attend(scores, # (b,q,k)
     return p / p.sum(-1, keepdim=True).clamp(min=1e-12)
 
 # %% ../../nbs/208_models.alignment.ipynb #28bd94b0
-class _Maps(nn.Module):
-    "Hold the maps, the temperature and the norm."
+class CrossAttention(nn.Module):
+    "Describe regions by sentences and sentences by regions."
     def __init__(self,
                  dim=512, # of regions and sentences
                  similarity='dot', # 'dot' (scaled by 1/sqrt(dim)) or 'cosine'
@@ -71,40 +72,6 @@ class _Maps(nn.Module):
         if self.symmetric: return getattr(self, f'{"key" if kind == "query" else kind}_projection')
         return getattr(self, f'{kind}_projection_{side}')
 
-# %% ../../nbs/208_models.alignment.ipynb #bdcfab65
-class _Mixing(_Maps):
-    "Compare and mix."
-    def _keys(self, kind, side, x):
-        k = self._of(kind, side)(x)
-        return unit(k) if self.similarity == 'cosine' else k
-
-    def scores(self, regions, sentences): # (b,n,d), (b,m,d)
-        "Give the similarities before the temperature: (b,n,m) for regions that ask, (b,m,n) for sentences that ask."
-        scale = 1 if self.similarity == 'cosine' else regions.shape[-1] ** -.5
-        there = self._keys('query', 'a', regions) @ self._keys('key', 'b', sentences).mT * scale
-        if self.symmetric or not self.projections: return there, there.mT
-        return there, self._keys('query', 'b', sentences) @ self._keys('key', 'a', regions).mT * scale
-
-    def _to_regions(self, p, sentences):
-        "Map the few sentences, then mix."
-        if not self.projections: return p @ sentences
-        value, out = self._of('value', 'b'), self._of('output', 'a')
-        return p @ F.linear(value(sentences), out.weight) + out.bias
-
-    def _to_sentences(self, p, regions):
-        "Mix, then map the few results."
-        mixed = p @ regions
-        if not self.projections: return mixed
-        value, out = self._of('value', 'a'), self._of('output', 'b')
-        return out(F.linear(mixed, value.weight) + value.bias * p.sum(-1, keepdim=True))
-
-    def _normed(self, x, mask):
-        rows, where = real_rows(x, None if self.legacy_padded_norm else mask)
-        return back_in_place(self.norm(rows), where, x.shape)
-
-# %% ../../nbs/208_models.alignment.ipynb #4f3c4d10
-class CrossAttention(_Mixing):
-    "Describe regions by sentences and sentences by regions."
     def forward(self, regions, sentences, mask=None): # (b,n,d), (b,m,d), bool (b,m): real sentences
         "Give a dict: regions (b,n,d) from sentences, sentences (b,m,d) from regions, region_attention (b,n,m), sentence_attention (b,m,n)."
         tau = self.temperature if self.log_temperature is None else self.log_temperature.exp()
@@ -114,3 +81,41 @@ class CrossAttention(_Mixing):
         if mask is not None: q = q * mask.unsqueeze(-1)
         return {'regions': self._normed(self._to_regions(p, sentences), None), 'sentences': self._normed(self._to_sentences(q, regions), mask),
                 'region_attention': p, 'sentence_attention': q}
+
+# %% ../../nbs/208_models.alignment.ipynb #bdcfab65
+@patch(CrossAttention)
+def _keys(self: CrossAttention, kind, side, x):
+    k = self._of(kind, side)(x)
+    return unit(k) if self.similarity == 'cosine' else k
+
+
+@patch(CrossAttention)
+def scores(self: CrossAttention, regions, sentences): # (b,n,d), (b,m,d)
+    "Give the similarities before the temperature: (b,n,m) for regions that ask, (b,m,n) for sentences that ask."
+    scale = 1 if self.similarity == 'cosine' else regions.shape[-1] ** -.5
+    there = self._keys('query', 'a', regions) @ self._keys('key', 'b', sentences).mT * scale
+    if self.symmetric or not self.projections: return there, there.mT
+    return there, self._keys('query', 'b', sentences) @ self._keys('key', 'a', regions).mT * scale
+
+
+@patch(CrossAttention)
+def _to_regions(self: CrossAttention, p, sentences):
+    "Map the few sentences, then mix."
+    if not self.projections: return p @ sentences
+    value, out = self._of('value', 'b'), self._of('output', 'a')
+    return p @ F.linear(value(sentences), out.weight) + out.bias
+
+
+@patch(CrossAttention)
+def _to_sentences(self: CrossAttention, p, regions):
+    "Mix, then map the few results."
+    mixed = p @ regions
+    if not self.projections: return mixed
+    value, out = self._of('value', 'a'), self._of('output', 'b')
+    return out(F.linear(mixed, value.weight) + value.bias * p.sum(-1, keepdim=True))
+
+
+@patch(CrossAttention)
+def _normed(self: CrossAttention, x, mask):
+    rows, where = real_rows(x, None if self.legacy_padded_norm else mask)
+    return back_in_place(self.norm(rows), where, x.shape)
