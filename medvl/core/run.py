@@ -97,8 +97,13 @@ def _judge(started, own):
 def run_events(
     folder, # a run folder
 ) -> list: # dictionaries with `event`, in the order of writing
-    "Read a run's journal; a journal of something else (a preparation keeps one too) has no events."
-    return [e for e in read_jsonl(Path(folder)/'journal.jsonl', damaged='skip') if isinstance(e, dict) and 'event' in e] # one odd line is no end of the run
+    """Read a run's journal; one odd line is passed over. A journal of something else (a preparation keeps one too) has no events.
+
+    Raises: ValueError when not one line is readable and the first is not torn either."""
+    path = Path(folder)/'journal.jsonl'
+    rows = read_jsonl(path, damaged='skip')
+    if not rows and path.exists() and path.read_bytes().strip()[:1] not in (b'', b'{'): raise ValueError(f'{path.name}: not one line can be read')
+    return [e for e in rows if isinstance(e, dict) and 'event' in e]
 
 
 def is_run(
