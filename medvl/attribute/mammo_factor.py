@@ -65,6 +65,7 @@ class MammoFactor(Method):
     "Learn which feature maps answer to which attribute, on a frozen encoder."
     name, config_class, chunkable = 'mammo_factor', MammoFactorConfig, True
     gathered, gathered_batch = ('scores',), ('labels',)
+    measurable = False # its constructor asks the base for the vectors of the prompts
 
     def __init__(self,
         config=None, # MammoFactorConfig

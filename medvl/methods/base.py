@@ -63,6 +63,7 @@ class Method(nn.Module):
     gathered = ()  # features that the losses need from all processes
     gathered_batch = ('text_group',)  # batch entries that the losses need from all processes
     chunkable = False  # may GradCache split `encode`?
+    measurable = True  # can it be built without memory (on torch's meta device)? Not where its constructor runs a network
     least_batch = 1  # samples that `losses` needs at once (of all processes, where it gathers): fewer have nothing to be compared with
     advised_batch = 1  # samples below which training is not what the recipe means, although a loss can be computed
 
@@ -256,11 +257,11 @@ def _stored(folder):
 MOST = {'layer': 1000, 'depth': 1000, '': 10**9}  # largest number in a stored configuration, by a word in its name
 
 
-def _bounded(tree, file, name=''):
+def _bounded(tree, file, name='', limit=10**9):
     "Refuse numbers that no network has: a million layers would be built one by one before their shapes could be compared."
-    if isinstance(tree, dict): return [_bounded(v, file, str(k)) for k, v in tree.items()]
-    if isinstance(tree, list): return [_bounded(v, file, name) for v in tree]
-    most = next(n for word, n in MOST.items() if word in name.lower())
+    if isinstance(tree, dict): return [_bounded(v, file, str(k), limit) for k, v in tree.items()]
+    if isinstance(tree, list): return [_bounded(v, file, name, limit) for v in tree]
+    most = min(limit, next(n for word, n in MOST.items() if word in name.lower()))
     if isinstance(tree, (int, float)) and not abs(tree) <= most: raise DataError(f'{name[:40]} is {tree}: no network is built with that', file=file)
 
 
@@ -305,7 +306,8 @@ def from_pretrained(source: str | Path, # folder of `save_pretrained`, or a hub 
         if nested: return cls.from_assets(config, folder)
         if digest and (folder / WEIGHTS).is_file() and sha256_file(folder / WEIGHTS) != digest:
             raise DataError('the weights are not those that were saved (another checksum)', file=folder / WEIGHTS, fix='Copy or download the folder again.')
-        _fits(cls, config, folder)
+        if cls.measurable: _fits(cls, config, folder)
+        else: _bounded(values, folder / CONFIG, limit=20_000) # small enough to be built before the shapes are compared
         method = cls.from_assets(config, folder)
         method.load_state_dict(load_file(str(folder / WEIGHTS)), strict=True)
     except DataError: raise
