@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from medvl.core.errors import DataError
 from medvl.core.paths import write_json
-from medvl.data.leaks import assert_no_leak, check_leaks, difference_hash, near_pairs, thumbnails, unit_thumbs
+from medvl.data.leaks import assert_no_leak, check_leaks, near_pairs
+from medvl.data.likeness import thumbnails
 from medvl.data.phantom.breast_prepared import with_split
 from medvl.data.prepared import open_prepared, write_table
 from medvl.data.schema import empty
@@ -224,32 +225,6 @@ def test_patient_and_file_leaks(tmp_path):
     with pytest.raises(ValueError, match='5 values'): check_leaks(data, ['train']*5)
     with pytest.raises(DataError, match="'split'"): check_leaks(data, 'spilt')
     with pytest.raises(ValueError, match="'near_duplicate'"): check_leaks(data, by=('near_duplicates',))
-
-
-def test_near_pairs_equals_the_plain_loops():
-    thumbs = thumbnails([breast(i) for i in range(12)] + [COPIES['jpeg'](breast(3)), COPIES['dimmed'](breast(5))])
-    a, b = thumbs[:9], thumbs[9:]
-    bits, unit = difference_hash(thumbs), unit_thumbs(thumbs)
-    plain = []
-    for i in range(9):
-        for j in range(9, 14):
-            distance = sum(bin(int(x) ^ int(y)).count('1') for x, y in zip(bits[i], bits[j]))
-            likeness = np.corrcoef(thumbs[i].ravel(), thumbs[j].ravel())[0, 1]
-            np.testing.assert_allclose(unit[i] @ unit[j], likeness, atol=1e-4)
-            if distance <= 64 and likeness >= (.9 if distance <= 20 else .97): plain.append((i, j - 9))
-    found = near_pairs(a, b, mirror=False, block=4)
-    assert sorted(zip(found.a, found.b)) == plain == [(3, 3), (5, 4)]
-    assert len(near_pairs(a[:0], b)) == 0 and len(near_pairs(a, np.zeros((1, 32, 32), np.float32))) == 0
-
-
-def test_tens_of_thousands():
-    "20 000 against 5 000 images: found in seconds, in bounded memory."
-    rng = np.random.default_rng(0)
-    a, b = (rng.random((n, 32, 32), dtype=np.float32) for n in (20_000, 5_000))
-    b[4321] = a[12_345]*0.9 + 0.01*rng.random((32, 32))
-    start = time.perf_counter()
-    found = near_pairs(a, b, mirror=False)
-    assert found[['a', 'b']].to_numpy().tolist() == [[12_345, 4321]] and time.perf_counter() - start < 60
 
 
 def test_strangers_are_not_accused():

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError
-from ...data.leaks import FINE, assert_no_leak, fine_likeness, near_pairs, stored_thumbnails
+from ...data.leaks import assert_no_leak, near_pairs, said, stored_thumbnails
 from ...data.prepared import Prepared
 from .bootstrap import estimates
 from ..metrics.curves import at_threshold, metric_of, score
@@ -164,8 +164,7 @@ def _assert_not_alike(parts):
     for i, a in enumerate(names):
         for b in names[i + 1:]:
             pairs = near_pairs(thumbs[a], thumbs[b])
-            sure = [fine_likeness(parts[a].image(p.a), parts[b].image(p.b), p.mirrored) >= FINE for p in pairs.itertuples()]
-            pairs = pairs[np.array(sure, bool)].reset_index(drop=True)
             if len(pairs):
                 one, two = parts[a].manifest.image_id[pairs.a[0]], parts[b].manifest.image_id[pairs.b[0]]
-                raise DataError(f'the splits leak: {one} ({a}) and {two} ({b}) look alike, correlation {pairs.correlation[0]:.3f} ({len(pairs)} pairs in all).')
+                how = said(next(pairs.itertuples()))
+                raise DataError(f'the splits leak: {one} ({a}) and {two} ({b}) look alike, {how} ({pairs.pairs.sum()} pairs in all).')
