@@ -42,7 +42,7 @@ class VersionConfig:
 
 # %% ../../../nbs/143_data.augment.chest_versions.ipynb #73b32727
 _SIMCLR = VersionConfig(crop_share=(0.08, 1.0), affine=0.0, jitter=0.8, brightness=(0.2, 1.8), contrast=(0.2, 1.8),
-                     blur=0.5, blur_sigma=(0.1, 2.0))
+                        blur=0.5, blur_sigma=(0.1, 2.0))
 PRESETS = {
     'lovt': VersionConfig(),
     'simclr': _SIMCLR,

@@ -220,7 +220,7 @@ def _file_ids(records):
     if 'image_id' not in records: return frozenset(Path(str(p)).stem for p in records.image_path)
     return frozenset(records.image_id[records.id_from == 'file']) if 'id_from' in records else frozenset()
 
-
+# %% ../../../nbs/114_data.prepare.plan.ipynb #62765e4f
 def make_plan(
     records:pd.DataFrame, # of a builder
     root:Path, # of the files
@@ -258,7 +258,7 @@ def make_plan(
                 tuple(int(s) for s in size or profile.size), settings, names, before, len(records), file_ids,
                 tuple(remarks))
 
-
+# %% ../../../nbs/114_data.prepare.plan.ipynb #01217594
 def plan_jobs(
     plan:Plan, # the run
     limits:Limits, # of a file

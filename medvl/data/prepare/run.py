@@ -248,7 +248,7 @@ def shown_path(
     return hash_id(path, salt) + (m[0].lower() if (m := re.search(r'\.(?:png|jpe?g|pgm|dcm|dicom)$', path, re.I))
                                   else '')
 
-
+# %% ../../../nbs/115_data.prepare.run.ipynb #0c153ce7
 def _whose(plan, path):
     "Patient and exam of a file; of a path that no row names, all those whose ids stand in it."
     if not path or path in plan.names: return plan.names.get(path, ())
