@@ -28,7 +28,7 @@ from medvl.data.text.sentences import (SentenceTokens, crop_sentences, join_sent
                                   swap_sentences)
 from medvl.data.text.sides import swap_sides
 from medvl.data.text.tokens import build_wordpiece, load_tokenizer
-from medvl.data.augment.chest_versions import PRESETS, ChestAugment, MultiView, blur, draw_view, kernel_width, tone, view_config, warp_views
+from medvl.data.augment.chest_versions import PRESETS, ChestAugment, MultiView, blur, draw_version, kernel_width, tone, version_config, warp_versions
 
 quick = settings(max_examples=60, deadline=None)
 TWO = 'FINDINGS: Small left effusion. Heart size is normal. Lungs are clear otherwise.\nIMPRESSION: Left effusion.'
@@ -166,7 +166,7 @@ def batch_of(n=4, h=96, w=96, **more):
 
 def plain_version(image, config, key, size, flip=None):
     "One image, step by step as the recipe reads: crop, resize, mirror, affine, tone, blur."
-    v = draw_view(config, key, image.shape, size, flip)
+    v = draw_version(config, key, image.shape, size, flip)
     (height, width), total = size, np.linalg.inv(v.affine) @ v.matrix
     if v.flip: total = np.array([[-1, 0, width - 1], [0, 1, 0], [0, 0, 1]]) @ total
     w, h = width/total[0, 0], height/total[1, 1]
@@ -190,7 +190,7 @@ def test_against_a_plain_version(preset):
     config, images = PRESETS[preset], np.stack([smooth(260, 240, i) for i in range(6)])
     batch = dict(images=torch.from_numpy(images)[:, None, None], index=torch.arange(6), epoch=2)
     got = ChestAugment(preset, size=224, **({} if preset != 'lovt' else dict(fill=30.0)))(batch, seed=5)['images'][:, 0, 0].numpy()
-    if preset == 'lovt': config = view_config(config, fill=30.0)
+    if preset == 'lovt': config = version_config(config, fill=30.0)
     for i in range(6):
         want = plain_version(images[i], config, (5, 2, i, 0), (224, 224))
         error = np.abs(got[i] - want)
@@ -200,8 +200,8 @@ def test_against_a_plain_version(preset):
 def test_geometry_to_a_fraction_of_a_pixel():
     ramp = np.stack(np.meshgrid(np.arange(200.), np.arange(220.)))[:, None] # x, y as images
     for i in range(12):
-        v = draw_view(PRESETS['lovt'], (0, 0, i, 0), (220, 200), (160, 160))
-        x, y = warp_views(torch.from_numpy(ramp), [v, v], (160, 160))[:, 0].numpy()
+        v = draw_version(PRESETS['lovt'], (0, 0, i, 0), (220, 200), (160, 160))
+        x, y = warp_versions(torch.from_numpy(ramp), [v, v], (160, 160))[:, 0].numpy()
         ys, xs = np.mgrid[:160, :160]
         back = map_points(np.stack([xs, ys], -1), np.linalg.inv(v.matrix))
         edge = map_points(np.stack([xs, ys], -1), np.linalg.inv(v.affine))
@@ -239,11 +239,11 @@ def test_blur_is_a_gaussian_of_that_kernel():
         want = cv2.GaussianBlur(images[i, 0].numpy(), (23, 23), s, borderType=cv2.BORDER_REFLECT_101) if s else images[i, 0].numpy()
         assert np.abs(out[i, 0].numpy() - want).max() < 2e-2
     assert [kernel_width(s) for s in (224, 512, 64, 100)] == [23, 51, 7, 11] and blur(images, sigmas, 1) is images
-    assert torch.equal(tone(images, [draw_view(PRESETS['flip'], (i,), (50, 40), (50, 40)) for i in range(4)]), images)
+    assert torch.equal(tone(images, [draw_version(PRESETS['flip'], (i,), (50, 40), (50, 40)) for i in range(4)]), images)
 
 
 def test_draws_follow_their_distributions():
-    draws = [draw_view(PRESETS['lovt'], (0, 0, i, 0), (224, 224), (224, 224)) for i in range(1500)]
+    draws = [draw_version(PRESETS['lovt'], (0, 0, i, 0), (224, 224), (224, 224)) for i in range(1500)]
     angle = np.rad2deg([np.arctan2(v.affine[1, 0], v.affine[0, 0]) for v in draws])
     scale = np.array([np.sqrt(np.linalg.det(v.affine[:2, :2])) for v in draws])
     shift = np.array([map_points([111.5, 111.5], v.affine) - 111.5 for v in draws])/224
@@ -259,7 +259,7 @@ def test_draws_follow_their_distributions():
 
 
 def test_presets_draw_what_they_say():
-    views = {p: [draw_view(PRESETS[p], (1, 0, i, 0), (512, 512), (224, 224)) for i in range(800)] for p in ('simclr', 'pixelpro', 'none')}
+    views = {p: [draw_version(PRESETS[p], (1, 0, i, 0), (512, 512), (224, 224)) for i in range(800)] for p in ('simclr', 'pixelpro', 'none')}
     area = lambda v: (224/512)**2/abs(np.linalg.det(v.matrix[:2, :2]))
     small = np.array([area(v) for v in views['simclr']])
     assert 0.079 < small.min() < 0.11 and abs(np.mean([v.factors != (1.0, 1.0) for v in views['simclr']]) - 0.8) < 0.06

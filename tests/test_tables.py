@@ -21,7 +21,7 @@ from medvl.data.cells import BIRADS_ORDER, age_years, birads_category, density_l
 from medvl.data.dicom.write import write_dicom
 from medvl.data.releases.folder import read_folder
 from medvl.data.phantom.breast_prepared import with_split
-from medvl.data.prepare.run import prepare, read_entries, without_names
+from medvl.data.prepare.run import prepare, read_journal, without_names
 from medvl.data.releases.release import Part, Release, check_release, find_files, read_table
 from medvl.data.schema import Report, alike_ids, read_csv
 
@@ -294,7 +294,7 @@ def test_an_odd_line_does_not_end_a_folder(tmp_path, pictures, odd):
         for part in ('pixels', 'checksums'): os.replace(out/store/f'{part}.bin', out/store/f'{part}.part')
         (out/store/'store.json').unlink()
         (out/store/'writing.json').write_text(json.dumps(dict(format='medvl-store-1', n=4, height=SIZE[0], width=SIZE[1], dtype='uint8')))
-    assert len(read_entries(out/'journal.jsonl')) == 1 and run(root, out).digest == whole.digest
+    assert len(read_journal(out/'journal.jsonl')) == 1 and run(root, out).digest == whole.digest
 
 
 def test_a_control_character_in_a_header(tmp_path, pictures):

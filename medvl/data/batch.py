@@ -12,7 +12,8 @@ import torch
 from .text.tokens import pad_tokens
 
 # %% ../../nbs/145_data.batch.ipynb #5fd4c2c4
-STACKED = {'images': torch.uint8, 'index': torch.int64, 'text_group': torch.int64, 'flip': torch.bool, 'labels': torch.float32}
+STACKED = {'images': torch.uint8, 'index': torch.int64, 'text_group': torch.int64, 'flip': torch.bool,
+           'labels': torch.float32}
 VERSIONS = ('augmented', 'transforms') # lists of tensors, one a version of the batch
 
 
@@ -20,7 +21,8 @@ def _stack(name, values, samples):
     shapes = {np.shape(v) for v in values}
     if len(shapes) > 1:
         odd = next(s['sample_id'] for s, v in zip(samples, values) if np.shape(v) != np.shape(values[0]))
-        raise ValueError(f'{name} of sample {odd} has another shape than the first ({sorted(shapes)}); a batch needs one shape.')
+        raise ValueError(
+            f'{name} of sample {odd} has another shape than the first ({sorted(shapes)}); a batch needs one shape.')
     dtype = STACKED.get(name, torch.uint8)
     return torch.as_tensor(np.stack(values), dtype=dtype) if np.ndim(values[0]) else torch.tensor(values, dtype=dtype)
 
@@ -48,10 +50,13 @@ def collate(
     batch = {}
     for name in dict.fromkeys([*samples[0], *(['tokens'] if any('tokens' in s for s in samples) else [])]):
         bare = [s['sample_id'] for s in samples if name not in s]
-        if bare: raise ValueError(f'sample {bare[0]} has no {name}, others of its batch have: a batch holds one kind of sample.')
+        if bare:
+            raise ValueError(
+                f'sample {bare[0]} has no {name}, others of its batch have: a batch holds one kind of sample.')
         values = [s[name] for s in samples]
         if name == 'images': batch[name] = _stack_images(values, samples)
-        elif name in STACKED or name == 'masks' and isinstance(values[0], np.ndarray): batch[name] = _stack(name, values, samples)
+        elif name in STACKED or name == 'masks' and isinstance(values[0], np.ndarray):
+            batch[name] = _stack(name, values, samples)
         elif name == 'tokens': batch[name] = _pad_batch(values, pad)
         elif name == 'epoch': batch[name] = int(values[0])
         else: batch[name] = values
@@ -62,8 +67,10 @@ def _stack_images(values, samples):
     "values: b lists of v arrays uint8 (h, w), possibly views of a file; copied once -> (b, v, 1, h, w)"
     shapes = {(len(v), *x.shape) for v in values for x in v}
     if len(shapes) > 1:
-        odd = next(s['sample_id'] for s, v in zip(samples, values) if {(len(v), *x.shape) for x in v} != {(len(values[0]), *values[0][0].shape)})
-        raise ValueError(f'images of sample {odd} have another shape than the first (views, height, width: {sorted(shapes)}).')
+        odd = next(s['sample_id'] for s, v in zip(samples, values)
+                   if {(len(v), *x.shape) for x in v} != {(len(values[0]), *values[0][0].shape)})
+        raise ValueError(
+            f'images of sample {odd} have another shape than the first (views, height, width: {sorted(shapes)}).')
     (v, h, w), = shapes
     deep = values[0][0].dtype != np.uint8 # 16 bits do not fit: float32 in 0..255
     out = torch.empty((len(values), v, 1, h, w), dtype=torch.float32 if deep else torch.uint8)
@@ -82,7 +89,9 @@ def batch_size(
 
 def _each(value, f):
     "Apply `f` to what is per sample: tensors, lists, and dicts of them; numbers and text stay."
-    if isinstance(value, dict): return {k: [f(x) for x in v] if k in VERSIONS and isinstance(v, list) else _each(v, f) for k, v in value.items()}
+    if isinstance(value, dict):
+        return {k: [f(x) for x in v] if k in VERSIONS and isinstance(v, list) else _each(v, f)
+                for k, v in value.items()}
     return f(value) if isinstance(value, (torch.Tensor, list, tuple)) else value
 
 
@@ -92,13 +101,14 @@ def slice_batch(
     stop:int, # behind the last sample
 ) -> dict: # batch of samples start..stop-1 (tensors are views)
     "Cut samples out of a batch."
-    if not 0 <= start < stop <= batch_size(batch): raise ValueError(f'There is no slice {start}:{stop} of a batch of {batch_size(batch)}.')
+    if not 0 <= start < stop <= batch_size(batch):
+        raise ValueError(f'There is no slice {start}:{stop} of a batch of {batch_size(batch)}.')
     return _each(batch, lambda x: x[start:stop])
 
 
 def to_device(
     batch:dict, # a batch
-    device, # where to
+    device:str|torch.device, # where to
     non_blocking:bool=True, # let copies from pinned memory overlap with work
 ) -> dict: # batch whose tensors lie on `device`
     "Move a batch."

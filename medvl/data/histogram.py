@@ -12,10 +12,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ..core.errors import DataError, unknown_name
 from ..core.seed import numpy_rng
+from .prepared import Prepared
 from .splits import patient_number
+from .store import ImageStore
 
 # %% ../../nbs/132_data.histogram.ipynb #48ac8d35
 def grey_counts(
@@ -25,10 +28,12 @@ def grey_counts(
 
     Raises: TypeError for other pixels, ValueError for another shape."""
     images = np.asarray(images)
-    if images.dtype not in (np.uint8, np.uint16): raise TypeError(f'grey values are counted in uint8 or uint16 images, not {images.dtype}')
+    if images.dtype not in (np.uint8, np.uint16):
+        raise TypeError(f'grey values are counted in uint8 or uint16 images, not {images.dtype}')
     if images.ndim != 3: raise ValueError(f'images must be (n, height, width), not {images.shape}')
     size = np.iinfo(images.dtype).max + 1
-    return np.stack([np.bincount(x.ravel(), minlength=size) for x in images]).astype(np.int32) if len(images) else np.zeros((0, size), np.int32)
+    return (np.stack([np.bincount(x.ravel(), minlength=size) for x in images]).astype(np.int32) if len(images)
+            else np.zeros((0, size), np.int32))
 
 # %% ../../nbs/132_data.histogram.ipynb #4b4c8a4f
 QUANTILES = (.01, .1, .25, .5, .75, .9, .99)
@@ -45,7 +50,8 @@ def _quantile(running, values, q, first=0):
     first = np.zeros(len(running), np.int64) + first
     at = q*(running[:, -1] - first - 1)
     low = np.floor(at).astype(np.int64)
-    a, b = _order(running, values, first + low), _order(running, values, np.minimum(first + low + 1, running[:, -1] - 1))
+    a, b = (_order(running, values, first + low),
+            _order(running, values, np.minimum(first + low + 1, running[:, -1] - 1)))
     return a + (at - low)*(b - a)
 
 # %% ../../nbs/132_data.histogram.ipynb #37e19e26
@@ -66,7 +72,8 @@ def numbers_of(
     area = tissue.sum(1)
     some = np.maximum(area, 1)
     middle = np.where(area > 0, _quantile(running, scaled, .5, np.minimum(total - area, total - 1)), 0.)
-    return np.stack([mean, spread, *(_quantile(running, values, q) for q in QUANTILES), (tissue*scaled).sum(1)/some, middle, area/total], 1)
+    return np.stack([mean, spread, *(_quantile(running, values, q) for q in QUANTILES), (tissue*scaled).sum(1)/some,
+                     middle, area/total], 1)
 
 # %% ../../nbs/132_data.histogram.ipynb #9e5b3448
 def _ends(counts):
@@ -98,7 +105,8 @@ def histogram_features(
     "Compute the twelve numbers of one image."
     image = np.asarray(image)
     if callable(normalise) or image.dtype not in (np.uint8, np.uint16): return _own_numbers(image, normalise)
-    return histogram_table(image[None], normalise)[0] if normalise != 'none' else numbers_of(grey_counts(image[None]), np.arange(np.iinfo(image.dtype).max + 1))[0]
+    return (histogram_table(image[None], normalise)[0] if normalise != 'none'
+            else numbers_of(grey_counts(image[None]), np.arange(np.iinfo(image.dtype).max + 1))[0])
 
 
 def _own_numbers(image, normalise):
@@ -110,14 +118,15 @@ def _own_numbers(image, normalise):
 
 # %% ../../nbs/132_data.histogram.ipynb #d2581e85
 def histogram_table(
-    images, # Prepared, or uint8/uint16 (n,h,w)
+    images:Prepared|np.ndarray, # Prepared, or uint8/uint16 (n,h,w)
     normalise:str|Callable='none', # one of NORMALISATIONS, or a function: picture (h,w) -> picture (h,w)
     block:int=64, # images counted at once
 ) -> np.ndarray: # float64 (n,12), as NUMBERS; on the scale 0..255 for a named normalisation
     """Compute the twelve numbers of each image of a prepared folder or an array.
 
     Raises: ValueError for an unknown normalisation."""
-    if not callable(normalise) and normalise not in NORMALISATIONS: raise ValueError(unknown_name('normalisation', normalise, NORMALISATIONS))
+    if not callable(normalise) and normalise not in NORMALISATIONS:
+        raise ValueError(unknown_name('normalisation', normalise, NORMALISATIONS))
     take = images.image if hasattr(images, 'manifest') else np.asarray(images).__getitem__
     out = np.zeros((len(images), len(NUMBERS)))
     for start in range(0, len(images), block):
@@ -158,7 +167,8 @@ def fit_histogram(
     rule = LogisticRegression(C=C, max_iter=3000).fit((numbers - mean)/spread, labels)
     scaled = lambda x: (np.asarray(x) - mean)/spread
     if not classes: return lambda x: rule.decision_function(scaled(x))
-    def probabilities(x): out = np.zeros((len(x), classes)); out[:, rule.classes_.astype(int)] = rule.predict_proba(scaled(x)); return out
+    def probabilities(x):
+        out = np.zeros((len(x), classes)); out[:, rule.classes_.astype(int)] = rule.predict_proba(scaled(x)); return out
     return probabilities
 
 # %% ../../nbs/132_data.histogram.ipynb #e1b9047b
@@ -174,15 +184,18 @@ def _weighted_auroc(scores, labels, weights):
 def patient_interval(
     scores:np.ndarray, # (n,)
     labels:np.ndarray, # (n,) 1 or 0
-    patients, # (n,) ids
+    patients:ArrayLike, # (n,) ids
     n_boot:int=1000, # resamples of patients
     level:float=.95, # of the interval
     seed:int=0, # of the resampling
 ) -> tuple: # AUROC, low, high
     "Give an AUROC and its interval by resampling patients."
-    codes, rng = np.unique(np.asarray(patients).astype(str), return_inverse=True)[1], numpy_rng(seed, 'histogram interval')
+    codes, rng = (np.unique(np.asarray(patients).astype(str), return_inverse=True)[1],
+                  numpy_rng(seed, 'histogram interval'))
     n = codes.max() + 1
-    draws = np.concatenate([_weighted_auroc(scores, labels, rng.multinomial(n, np.full(n, 1/n), size=min(100, n_boot - k))[:, codes]) for k in range(0, n_boot, 100)]) if n_boot else np.zeros(0)
+    times = lambda b: rng.multinomial(n, np.full(n, 1/n), size=b)[:, codes] # how often each image is drawn
+    draws = np.concatenate([_weighted_auroc(scores, labels, times(min(100, n_boot - k)))
+                            for k in range(0, n_boot, 100)]) if n_boot else np.zeros(0)
     draws = draws[np.isfinite(draws)]
     low, high = np.quantile(draws, [(1 - level)/2, (1 + level)/2]) if len(draws) else (np.nan, np.nan)
     return float(_weighted_auroc(scores, labels, np.ones((1, len(labels))))[0]), float(low), float(high)
@@ -195,7 +208,8 @@ def _out_of_patient(numbers, y, parts):
         learn, judge = np.isfinite(y) & ~part, np.isfinite(y) & part
         n = [int(((y == v) & k).sum()) for k in (learn, judge) for v in (1, 0)]
         if min(n[:2]) < LEAST or (len(parts) == 1 and min(n[2:]) < LEAST):
-            return scores, f'too few: {n[0]} with and {n[1]} without to learn from, {n[2]} and {n[3]} to judge on (at least {LEAST} each)'
+            return scores, (f'too few: {n[0]} with and {n[1]} without to learn from, '
+                            f'{n[2]} and {n[3]} to judge on (at least {LEAST} each)')
         if not judge.any(): continue
         found = fit_histogram(numbers[learn], y[learn])(numbers[judge])
         scores[judge] = found - found.mean()*(len(parts) > 1) # rules of different folds have different zeros
@@ -208,14 +222,16 @@ def verdict_of(
     "Say what an AUROC of the histogram means."
     if not np.isfinite(row['low']): return 'no interval'
     if row['low'] > row['limit']: return f'tells: above {row["limit"]:.2f} with its whole interval'
-    return 'may tell: the interval holds more than the limit' if row['auroc'] > row['limit'] else f'not above {row["limit"]:.2f}'
+    return ('may tell: the interval holds more than the limit' if row['auroc'] > row['limit']
+            else f'not above {row["limit"]:.2f}')
 
 
-CONTROL_COLUMNS = ['label', 'auroc', 'low', 'high', 'n', 'positives', 'patients', 'learnt_from', 'normalise', 'limit', 'verdict']
+CONTROL_COLUMNS = ['label', 'auroc', 'low', 'high', 'n', 'positives', 'patients', 'learnt_from', 'normalise', 'limit',
+                   'verdict']
 
 # %% ../../nbs/132_data.histogram.ipynb #72fd5498
 def histogram_control(
-    data, # Prepared; or (images uint8 (n,h,w) or numbers (n,12), manifest with patient_id and label_*)
+    data:Prepared|tuple, # Prepared; or (images uint8 (n,h,w) or numbers (n,12), manifest with patient_id and label_*)
     normalise:str|Callable='none', # as in histogram_table
     labels:list|None=None, # names of labels; None: all
     folds:int=0, # 0: the folder's own test split, or a quarter of the patients; else every patient once, in folds
@@ -229,12 +245,15 @@ def histogram_control(
     Raises: ValueError for an unknown label; DataError without labels."""
     images, manifest = data if isinstance(data, tuple) else (data, data.manifest)
     known = [c[6:] for c in manifest if c.startswith('label_')]
-    if not known: raise DataError('there is no label to predict: no column label_*.', fix='Prepare the data with labels.')
-    if unknown := [name for name in labels or () if name not in known]: raise ValueError(unknown_name('label', unknown[0], known))
+    if not known:
+        raise DataError('there is no label to predict: no column label_*.', fix='Prepare the data with labels.')
+    if unknown := [name for name in labels or () if name not in known]:
+        raise ValueError(unknown_name('label', unknown[0], known))
     given = isinstance(images, np.ndarray) and images.ndim == 2
     numbers, parts = images if given else histogram_table(images, normalise), held_out(manifest, folds, seed)
     own = getattr(normalise, '__name__', 'own') if callable(normalise) else normalise
-    rows = [_control_row(name, numbers, manifest, parts, dict(n_boot=n_boot, level=level, seed=seed), limit) for name in (known if labels is None else labels)]
+    rows = [_control_row(name, numbers, manifest, parts, dict(n_boot=n_boot, level=level, seed=seed), limit)
+            for name in (known if labels is None else labels)]
     return pd.DataFrame([{**row, 'normalise': own} for row in rows]).reindex(columns=CONTROL_COLUMNS)
 
 
@@ -243,7 +262,8 @@ def _control_row(name, numbers, manifest, parts, options, limit):
     y, patients = manifest[f'label_{name}'].to_numpy(float), manifest.patient_id.astype(str).to_numpy()
     scores, reason = _out_of_patient(numbers, y, parts)
     judged = np.isfinite(y) & np.any(parts, axis=0)
-    row = dict(label=name, auroc=np.nan, low=np.nan, high=np.nan, n=int(judged.sum()), positives=int((y[judged] == 1).sum()), patients=len(set(patients[judged])),
+    row = dict(label=name, auroc=np.nan, low=np.nan, high=np.nan, n=int(judged.sum()),
+               positives=int((y[judged] == 1).sum()), patients=len(set(patients[judged])),
                learnt_from=int((np.isfinite(y) & ~parts[0]).sum()), limit=limit, verdict=reason)
     if reason: return row
     row |= dict(zip(('auroc', 'low', 'high'), patient_interval(scores[judged], y[judged], patients[judged], **options)))
@@ -259,19 +279,23 @@ def histogram_line(
     if not len(known): return 'the histogram alone (12 numbers, no place): too few images or patients to say'
     each = [f'{r.label} {r.auroc:.2f} ({r.low:.2f} to {r.high:.2f})' for r in known.head(most).itertuples()]
     more = f' and {len(known) - most} more below' if len(known) > most else ''
-    return f'the histogram alone (12 numbers, no place) predicts on {int(known.patients.max())} held-out patients, AUROC: {"; ".join(each)}{more}'
+    return (f'the histogram alone (12 numbers, no place) predicts on {int(known.patients.max())} held-out patients, '
+            f'AUROC: {"; ".join(each)}{more}')
 
 
 def histogram_facts(
-    images, # uint8 or uint16, read by number
+    images:ImageStore|np.ndarray, # uint8 or uint16, read by number
     manifest:pd.DataFrame, # with row, patient_id and perhaps label_* and split
 ) -> list: # of dict, one a label: what `prepare` writes into dataset.json
     "Sum up what the histogram alone tells, for the record of a prepared folder."
     if not any(c.startswith('label_') for c in manifest): return []
-    enough = any(min((manifest[c] == 1).sum(), (manifest[c] == 0).sum()) >= 2*LEAST for c in manifest if c.startswith('label_'))
-    numbers = np.concatenate([histogram_table(np.stack([images[int(r)] for r in manifest.row[k:k + 64]])) for k in range(0, len(manifest), 64)]) if enough else np.zeros((len(manifest), 12))
+    enough = any(min((manifest[c] == 1).sum(), (manifest[c] == 0).sum()) >= 2*LEAST
+                 for c in manifest if c.startswith('label_'))
+    numbers = np.concatenate([histogram_table(np.stack([images[int(r)] for r in manifest.row[k:k + 64]]))
+                              for k in range(0, len(manifest), 64)]) if enough else np.zeros((len(manifest), 12))
     table = histogram_control((numbers, manifest), n_boot=200)
-    return [{k: None if isinstance(v, float) and v != v else round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in table.to_dict('records')]
+    return [{k: None if isinstance(v, float) and v != v else round(v, 4) if isinstance(v, float) else v
+             for k, v in row.items()} for row in table.to_dict('records')]
 
 
 def judge_histogram(

@@ -8,15 +8,17 @@ __all__ = ['patient_number', 'patient_table', 'allot', 'split_patients', 'small_
 
 # %% ../../nbs/130_data.splits.ipynb #2afc7969
 import hashlib
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ..core.errors import DataError, unknown_name
 
 # %% ../../nbs/130_data.splits.ipynb #d5e5a9a0
 def patient_number(
-    patients, # ids, any order
+    patients:Collection, # ids, any order
     seed:int=0, # another seed, another division
     purpose:str='split', # keeps draws for different purposes apart
 ) -> np.ndarray: # float64 (n,) in [0,1)
@@ -27,7 +29,7 @@ def patient_number(
 # %% ../../nbs/130_data.splits.ipynb #63ae6f71
 def patient_table(
     manifest:pd.DataFrame, # one row an image
-    stratify=(), # names of columns to balance
+    stratify:Sequence[str]=(), # names of columns to balance
     by:str='patient_id', # column that must not be divided
 ) -> pd.DataFrame: # bool, one row a patient (sorted by id), one column an indicator
     """Say for every patient which of the properties to balance she has.
@@ -42,7 +44,8 @@ def patient_table(
     groups = manifest.groupby(ids, sort=False)
     for name in stratify:
         column = manifest[name]
-        if name.startswith('label_') or (pd.api.types.is_numeric_dtype(column) and set(column.dropna().unique()) <= {0, 1}):
+        if name.startswith('label_') or (pd.api.types.is_numeric_dtype(column)
+                                         and set(column.dropna().unique()) <= {0, 1}):
             best = groups[name].max().reindex(order)
             out[f'{name}=1'], out[f'{name}=?'] = (best == 1).to_numpy(), best.isna().to_numpy()
         else:
@@ -57,7 +60,7 @@ def patient_table(
 # %% ../../nbs/130_data.splits.ipynb #64004458
 def allot(
     has:np.ndarray, # bool (patients, properties)
-    shares, # fraction of every part, sums to 1
+    shares:ArrayLike, # fraction of every part, sums to 1
     order:np.ndarray, # int (patients,): in which order they are dealt
 ) -> np.ndarray: # int (patients,): number of the part
     """Deal patients to parts, the rarest property first.
@@ -81,11 +84,11 @@ def allot(
 # %% ../../nbs/130_data.splits.ipynb #99f49437
 def split_patients(
     manifest:pd.DataFrame, # one row an image
-    fractions=(0.7, 0.1, 0.2), # of patients
-    stratify=(), # columns to balance
+    fractions:ArrayLike=(0.7, 0.1, 0.2), # of patients
+    stratify:Sequence[str]=(), # columns to balance
     seed:int=0, # another seed, another division
     by:str='patient_id', # column that must not be divided
-    names=('train', 'valid', 'test'), # of the parts
+    names:Sequence[str]=('train', 'valid', 'test'), # of the parts
 ) -> pd.Series: # name of the part, one an image
     """Divide into parts by patient.
 
@@ -97,7 +100,8 @@ def split_patients(
     number = patient_number(has.index, seed)
     if stratify: part = allot(has.to_numpy(bool).reshape(len(has), -1), fractions, np.argsort(number, kind='stable'))
     else: part = np.searchsorted(np.cumsum(fractions)[:-1], number, side='right')
-    return pd.Series(np.asarray(names, object)[part], has.index).reindex(manifest[by]).set_axis(manifest.index).rename('split')
+    named = pd.Series(np.asarray(names, object)[part], has.index)
+    return named.reindex(manifest[by]).set_axis(manifest.index).rename('split')
 
 # %% ../../nbs/130_data.splits.ipynb #0ee8cfae
 def small_parts(
@@ -108,17 +112,19 @@ def small_parts(
 ) -> list: # of remarks; empty where every part that is wanted has somebody
     "Say which parts of a set have nobody."
     n, there = patients.nunique(), [p for p in names if (split == p).any()]
-    if len(there) == len(names) or n >= len(names) and not drawn and len(there) < 2: return [] # one part alone is somebody's choice
+    # one part alone is somebody's choice
+    if len(there) == len(names) or n >= len(names) and not drawn and len(there) < 2: return []
     lack = ' and '.join(p for p in names if p not in there)
     who = f'{n} patient{"s"*(n != 1)}'
     if not there: return [f'split: {who} cannot be divided into train, valid and test: prepare more patients.']
-    return [f'split: nobody is in {lack}: the set has {who}. Training and evaluation need somebody in train, valid and test: prepare more patients, or fill the column split.']
+    return [f'split: nobody is in {lack}: the set has {who}. Training and evaluation need somebody in train, valid and '
+            'test: prepare more patients, or fill the column split.']
 
 # %% ../../nbs/130_data.splits.ipynb #06753215
 def fold_patients(
     manifest:pd.DataFrame, # one row an image
     k:int=5, # folds
-    stratify=(), # columns to balance
+    stratify:Sequence[str]=(), # columns to balance
     seed:int=0, # another seed, another division
     by:str='patient_id', # column that must not be divided
 ) -> pd.Series: # int, fold 0..k-1, one an image
@@ -133,7 +139,7 @@ def fold_patients(
 
 # %% ../../nbs/130_data.splits.ipynb #6719e6e5
 def deal_groups(
-    sizes, # rows of each group, in the order they are dealt
+    sizes:Sequence[int]|np.ndarray, # rows of each group, in the order they are dealt
     k:int, # folds
 ) -> np.ndarray: # int: fold of each group
     "Give each group to the fold that has the fewest rows so far (the first of equals)."
@@ -145,7 +151,7 @@ def deal_groups(
 
 
 def group_folds(
-    groups, # patient of every row
+    groups:ArrayLike, # patient of every row
     k:int=4, # folds
 ) -> np.ndarray: # int (n,): fold of every row
     """Divide as GroupKFold does, with a fixed order of groups of equal size.
@@ -163,7 +169,7 @@ def group_folds(
 def fraction_patients(
     manifest:pd.DataFrame, # training rows
     fraction:float, # of the patients, (0,1]
-    stratify=(), # columns to balance
+    stratify:Sequence[str]=(), # columns to balance
     seed:int=0, # another seed, another choice
     by:str='patient_id', # column that must not be divided
 ) -> np.ndarray: # bool (n,): rows that stay

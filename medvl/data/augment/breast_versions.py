@@ -7,11 +7,13 @@ __all__ = ['AugmentConfig', 'affine_matrix', 'flip_matrix', 'Draw', 'elastic_fie
            'warp', 'map_boxes', 'map_points', 'Augment']
 
 # %% ../../../nbs/140_data.augment.breast_versions.ipynb #8cc443ab
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 
 from ...core.errors import unknown_name
 from ...core.seed import numpy_rng
@@ -35,7 +37,7 @@ class AugmentConfig:
     brightness: float = 0.1 # shift as a fraction of 255, drawn from ±
     contrast: float = 0.1 # log-contrast about mid-grey drawn from ±
     fill: float = 0.0 # grey value outside the image
-    chunk: int = 0 # images resampled at once, which bounds the memory; 0: one on a CPU (its cache likes it), 16 elsewhere
+    chunk: int = 0 # images resampled at once, which bounds the memory; 0: one on a CPU (for its cache), else 16
 
 # %% ../../../nbs/140_data.augment.breast_versions.ipynb #61739f52
 def _move(x, y): return np.array([[1, 0, x], [0, 1, y], [0, 0, 1]], dtype=np.float64)
@@ -45,15 +47,16 @@ def affine_matrix(
     height:int, # pixels
     width:int, # pixels
     rotate:float=0.0, # degrees, counter-clockwise as seen
-    translate=(0.0, 0.0), # x, y as fractions of width and height
-    scale=(1.0, 1.0), # x, y factors
-    shear=(0.0, 0.0), # x, y degrees
+    translate:Sequence[float]|np.ndarray=(0.0, 0.0), # x, y as fractions of width and height
+    scale:Sequence[float]|np.ndarray=(1.0, 1.0), # x, y factors
+    shear:Sequence[float]|np.ndarray=(0.0, 0.0), # x, y degrees
 ) -> np.ndarray: # float64 (3,3), maps a pixel (x, y, 1) of the image to its place in the output
     "Make the matrix of an affine map about the image's centre."
     a = np.deg2rad(-rotate)
     kx, ky = np.tan(np.deg2rad(shear[0])), np.tan(np.deg2rad(shear[1]))
     rotation = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
-    linear = rotation @ np.array([[1, kx, 0], [0, 1, 0], [0, 0, 1]]) @ np.diag([scale[0], scale[1], 1.0]) @ np.array([[1, 0, 0], [-ky, 1, 0], [0, 0, 1]])
+    shear_x, shear_y = np.array([[1, kx, 0], [0, 1, 0], [0, 0, 1]]), np.array([[1, 0, 0], [-ky, 1, 0], [0, 0, 1]])
+    linear = rotation @ shear_x @ np.diag([scale[0], scale[1], 1.0]) @ shear_y
     cx, cy = (width - 1)/2, (height - 1)/2
     return _move(cx + translate[0]*width, cy + translate[1]*height) @ linear @ _move(-cx, -cy)
 
@@ -75,7 +78,7 @@ def flip_matrix(
 class Draw:
     "What happens to one image."
     matrix: np.ndarray # float64 (3,3): pixel of the stored image -> pixel of the output
-    field: np.ndarray|None = None # float32 (2, gh, gw): displacement x, y in pixels on a coarse grid; None: no elastic part
+    field: np.ndarray|None = None # float32 (2, gh, gw): displacement x, y in pixels on a coarse grid; None: none
     tone: tuple|None = None # gamma, contrast, brightness (grey values); None: unchanged
     exact: tuple|None = None # (horizontal, vertical) when the whole map is this flip; None: it must be resampled
 
@@ -137,12 +140,13 @@ def draw(
     key:tuple, # (seed, epoch, index of the sample, view)
     height:int, # pixels
     width:int, # pixels
-    flip=(False, False), # horizontal, vertical
+    flip:Sequence[bool]=(False, False), # horizontal, vertical
 ) -> Draw: # what happens
     """Draw what happens to one image, as a function of the key alone.
 
     Raises: ValueError for an unknown mode."""
-    if config.mode not in ('random', 'reference', 'none'): raise ValueError(unknown_name('mode', config.mode, ('random', 'reference', 'none')))
+    if config.mode not in ('random', 'reference', 'none'):
+        raise ValueError(unknown_name('mode', config.mode, ('random', 'reference', 'none')))
     rng, matrix, field, tone = numpy_rng('augment', *key), flip_matrix(height, width, *flip), None, None
     affine, elastic, intensity = rng.random(3) < (config.affine, config.elastic, config.intensity)
     if config.mode == 'none': return Draw(matrix, exact=tuple(map(bool, flip)))
@@ -150,7 +154,8 @@ def draw(
     if affine: matrix = _draw_affine(config, rng, height, width) @ matrix
     if elastic and reference: matrix = _three_points(rng, height, width) @ matrix
     if elastic:
-        rms, sigma = (alpha_to_rms(10.0, 15.0), 15.0) if reference else (config.elastic_rms*height, config.elastic_sigma*height)
+        rms, sigma = ((alpha_to_rms(10.0, 15.0), 15.0) if reference
+                      else (config.elastic_rms*height, config.elastic_sigma*height))
         field = elastic_field(rng, height, width, rms, sigma)
     if intensity and not reference:
         g, c, b = rng.uniform(-1, 1, 3)*(config.gamma, config.contrast, config.brightness)
@@ -162,7 +167,7 @@ def sampling_grid(
     draws:list, # n Draws, all with a field of one shape or all without
     height:int, # pixels
     width:int, # pixels
-    device='cpu', # where to
+    device:str|torch.device='cpu', # where to
 ) -> torch.Tensor: # float32 (n, h, w, 2), places in [-1, 1] (corner pixels' centres)
     "Build where each output pixel looks into its image."
     unit = np.array([2/max(width - 1, 1), 2/max(height - 1, 1)])
@@ -191,19 +196,21 @@ def warp(
         dims = [dim for dim, on in zip((-1, -2), draws[i].exact) if on]
         out[i] = images[i].flip(dims) if dims else images[i]
     todo = [i for i in range(n) if draws[i].exact is None]
-    for group in ([i for i in todo if draws[i].field is None], [i for i in todo if draws[i].field is not None]): # each on its own coarse grid
+    # each on its own coarse grid
+    for group in ([i for i in todo if draws[i].field is None], [i for i in todo if draws[i].field is not None]):
         if not group: continue
         source = (images if len(group) == n else images[group]).float()
         grid = sampling_grid([draws[i] for i in group], h, w, images.device)
-        moved = F.grid_sample(source - fill if fill else source, grid, mode='nearest' if nearest else 'bilinear', padding_mode='zeros', align_corners=True)
+        moved = F.grid_sample(source - fill if fill else source, grid, mode='nearest' if nearest else 'bilinear',
+                              padding_mode='zeros', align_corners=True)
         if len(group) == n: return moved + fill if fill else moved
         out[group] = moved + fill if fill else moved
     return out
 
 # %% ../../../nbs/140_data.augment.breast_versions.ipynb #76868168
 def map_boxes(
-    boxes, # (k, 4) x0, y0, x1, y1 in pixels, edges (x1, y1 exclusive)
-    matrix, # (3,3) of `transforms`
+    boxes:ArrayLike, # (k, 4) x0, y0, x1, y1 in pixels, edges (x1, y1 exclusive)
+    matrix:ArrayLike, # (3,3) of `transforms`
     height:int, # pixels
     width:int, # pixels
 ) -> tuple: # float64 (k,4) moved and cut to the image; float64 (k,) share of the area that is left
@@ -218,8 +225,8 @@ def map_boxes(
 
 
 def map_points(
-    points, # (..., 2) x, y in pixels, centres of pixels at whole numbers
-    matrix, # (3,3) of `transforms`
+    points:ArrayLike, # (..., 2) x, y in pixels, centres of pixels at whole numbers
+    matrix:ArrayLike, # (3,3) of `transforms`
 ) -> np.ndarray: # float64 (..., 2)
     "Move points with an image."
     m = np.asarray(matrix, dtype=np.float64)
@@ -231,14 +238,17 @@ def _tone(images, draws):
     for i, d in enumerate(draws):
         if d.tone:
             gamma, contrast, brightness = d.tone
-            images[i] = ((images[i].clamp(0, 255)/255).pow(gamma).sub(0.5).mul(contrast).add(0.5).mul(255).add(brightness)).clamp(0, 255)
+            toned = (images[i].clamp(0, 255)/255).pow(gamma).sub(0.5).mul(contrast).add(0.5)
+            images[i] = toned.mul(255).add(brightness).clamp(0, 255)
     return images
 
 
 def _with_boxes(boxes, d, height, width): return map_boxes(boxes, d.matrix, height, width)[0].astype(np.float32)
 
 
-def _with_mask(mask, d): return None if mask is None else warp(torch.from_numpy(np.array(mask))[None, None], [d], nearest=True)[0, 0].numpy().astype(np.uint8)
+def _with_mask(mask, d):
+    if mask is None: return None
+    return warp(torch.from_numpy(np.array(mask))[None, None], [d], nearest=True)[0, 0].numpy().astype(np.uint8)
 
 # %% ../../../nbs/140_data.augment.breast_versions.ipynb #301e0bd0
 class Augment:
@@ -257,7 +267,8 @@ class Augment:
         b, v, _, h, w = batch['images'].shape
         epoch = batch.get('epoch', 0) if epoch is None else epoch
         flip = batch['flip'].tolist() if 'flip' in batch else [[(False, False)]*v]*b
-        return [[draw(self.config, (seed, epoch, index, j), h, w, flip[i][j]) for j in range(v)] for i, index in enumerate(batch['index'].tolist())]
+        return [[draw(self.config, (seed, epoch, index, j), h, w, flip[i][j]) for j in range(v)]
+                for i, index in enumerate(batch['index'].tolist())]
 
     def __call__(self,
         batch:dict, # `images` uint8 (b,v,1,h,w), `index`, `flip`
@@ -268,7 +279,9 @@ class Augment:
         images, draws = batch['images'], self.draws(batch, seed, epoch)
         flat = [d for row in draws for d in row]
         out = {**batch, 'images': _tone(self._warp(images, flat, self.config.fill), flat).view(images.shape)}
-        if 'boxes' in batch: out['boxes'] = [[_with_boxes(b, d, *images.shape[-2:]) for b, d in zip(*r)] for r in zip(batch['boxes'], draws)]
+        if 'boxes' in batch:
+            out['boxes'] = [[_with_boxes(b, d, *images.shape[-2:]) for b, d in zip(*r)]
+                            for r in zip(batch['boxes'], draws)]
         if 'masks' in batch: out['masks'] = [[_with_mask(m, d) for m, d in zip(*r)] for r in zip(batch['masks'], draws)]
         matrices = torch.from_numpy(np.stack([d.matrix for d in flat]).astype(np.float32))
         out['transforms'] = matrices.view(*images.shape[:2], 3, 3).to(images.device)
@@ -278,5 +291,6 @@ class Augment:
         flat = images.flatten(0, 1)
         out = torch.empty(flat.shape, dtype=torch.float32, device=images.device)
         chunk = self.config.chunk or (1 if images.device.type == 'cpu' else 16)
-        for i in range(0, len(flat), chunk): out[i:i + chunk] = warp(flat[i:i + chunk], draws[i:i + chunk], fill, nearest)
+        for i in range(0, len(flat), chunk):
+            out[i:i + chunk] = warp(flat[i:i + chunk], draws[i:i + chunk], fill, nearest)
         return out

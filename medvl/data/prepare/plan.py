@@ -26,13 +26,13 @@ from ..cells import quoted
 from ..dicom.header import Limits, hash_id
 from ..prepared import table_digest
 from ..pixels.profiles import Profile, get_profile
-from ..schema import alike_ids, check_columns, empty, sort_out
+from ..schema import Report, alike_ids, check_columns, empty, sort_out
 from ..store import make_folder
 from .job import Job
 
 # %% ../../../nbs/114_data.prepare.plan.ipynb #8f5b479c
 def project_salt(
-    path=None, # file of the salt; default: $MEDVL_SALT, else `salt.txt` among the outputs
+    path:str|Path|None=None, # file of the salt; default: $MEDVL_SALT, else `salt.txt` among the outputs
 ) -> str: # 64 hexadecimal digits when made by us
     """Read the project's salt; make it, mode 600, when there is none.
 
@@ -40,8 +40,12 @@ def project_salt(
     path = Path(path or os.environ.get('MEDVL_SALT') or outputs_path('salt.txt'))
     if not path.exists(): _make_salt(path)
     try: salt = path.read_text(encoding='utf-8').strip()
-    except (OSError, UnicodeDecodeError) as e: raise DataError(f'the salt cannot be read ({getattr(e, "strerror", "no text")}).', file=str(path), fix='See who may read it, or restore it from a backup.') from e
-    if len(salt) < 8: raise DataError(f'the salt has {len(salt)} characters, at least 8 are needed.', file=str(path), fix='Restore it from a backup.')
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f'the salt cannot be read ({getattr(e, "strerror", "no text")}).', file=str(path),
+                        fix='See who may read it, or restore it from a backup.') from e
+    if len(salt) < 8:
+        raise DataError(f'the salt has {len(salt)} characters, at least 8 are needed.', file=str(path),
+                        fix='Restore it from a backup.')
     return salt
 
 
@@ -80,7 +84,7 @@ class Plan:
     remarks:tuple = () # what the screen says: known words and numbers only
 
     @property
-    def digest(self):
+    def digest(self) -> str:
         tables = [table_digest(t) for t in (self.records, self.boxes, self.sentences)]
         return digest([tables, asdict(self.profile), list(self.size), self.settings])
 
@@ -96,16 +100,19 @@ def leaves(
 
 
 def why_not(
-    path, # of a file
+    path:str|Path, # of a file
 ) -> str: # why it cannot be opened; '' where nothing speaks against it
     "Look for a file without opening it: one odd name or folder is a reason, not the end."
     try: mode = os.stat(path).st_mode
     except ValueError: return 'its name holds a character that no file name can have. Correct image_path in the table.'
     except OSError as e:
         if e.errno in (errno.ENOENT, errno.ENOTDIR): return 'the file is absent. Check image_path in the table.'
-        if e.errno == errno.ENAMETOOLONG: return 'its name is longer than a name can be on this disk. Check image_path in the table.'
-        return f'the file cannot be looked at ({e.strerror}). See who may read its folder, and whether the disk is well.'
-    return '' if stat.S_ISREG(mode) else 'the file is absent: its name is that of a folder or a device. Check image_path in the table.'
+        if e.errno == errno.ENAMETOOLONG:
+            return 'its name is longer than a name can be on this disk. Check image_path in the table.'
+        return (f'the file cannot be looked at ({e.strerror}). '
+                'See who may read its folder, and whether the disk is well.')
+    return ('' if stat.S_ISREG(mode)
+            else 'the file is absent: its name is that of a folder or a device. Check image_path in the table.')
 
 
 def clean_masks(
@@ -114,7 +121,8 @@ def clean_masks(
     "Keep an image whose mask lies elsewhere, without the mask."
     if 'mask_path' not in records: return records, []
     out = records.mask_path.map(leaves).astype(bool)
-    rows = [dict(file=m, image_id=i, reason=f'mask_path {OUTSIDE}', stage='mask') for m, i in zip(records.mask_path[out], records.image_id[out])]
+    rows = [dict(file=m, image_id=i, reason=f'mask_path {OUTSIDE}', stage='mask')
+            for m, i in zip(records.mask_path[out], records.image_id[out])]
     return records.assign(mask_path=records.mask_path.where(~out, '')), rows
 
 # %% ../../../nbs/114_data.prepare.plan.ipynb #38351bde
@@ -122,40 +130,50 @@ def sort_records(
     records:pd.DataFrame, # of a builder
     root:Path, # of the files
 ) -> tuple: # (records in order, list of rejects)
-    """Set aside rows that break a rule, ids that are there twice, paths that leave the folder, and files that are absent.
+    """Set aside rows that break a rule, ids that are there twice, paths that leave the folder, and absent files.
 
     Raises: DataError for missing or mistyped columns."""
     check_columns(records, 'records')
     records = records.reset_index(drop=True)
-    if 'image_id' not in records: records = records.assign(image_id=[Path(p).stem for p in records.image_path.astype(str)], id_from='file')
+    if 'image_id' not in records:
+        records = records.assign(image_id=[Path(p).stem for p in records.image_path.astype(str)], id_from='file')
     odd = _unwritable(records)
-    rows = [dict(file='', image_id='', reason=f'image_path or an id holds letters that are no Unicode text (record {i}). Rename the file, or write another id.', stage='table') for i in np.flatnonzero(odd)]
+    rows = [dict(file='', image_id='', reason='image_path or an id holds letters that are no Unicode text (record '
+                                              f'{i}). '
+                                              'Rename the file, or write another id.', stage='table')
+            for i in np.flatnonzero(odd)]
     every, records = len(records), records[~odd].reset_index(drop=True)
     good, problems = sort_out(records, 'records')
     reason = {}
-    for p in problems.itertuples(): reason[p.row] = '; '.join(filter(None, [reason.get(p.row), f'{p.column} {quoted(p.value)}: {p.problem}']))
+    for p in problems.itertuples():
+        reason[p.row] = '; '.join(filter(None, [reason.get(p.row), f'{p.column} {quoted(p.value)}: {p.problem}']))
     twice = good.image_id.duplicated(keep=False) | good.image_id.isin(records.image_id.astype(str)[list(reason)])
     reason |= {i: 'image_id: there twice' for i in good.index[twice]}
     reason |= {i: f'image_path {OUTSIDE}' for i in good.index[good.image_path.map(leaves).astype(bool)]}
-    rows += [dict(file=str(records.image_path[i]), image_id=str(records.image_id[i]), reason=r, stage='table') for i, r in sorted(reason.items())]
+    rows += [dict(file=str(records.image_path[i]), image_id=str(records.image_id[i]), reason=r, stage='table')
+             for i, r in sorted(reason.items())]
     good = good[~good.index.isin(reason)]
     absent = good.image_path.map(lambda p: why_not(root/p)).astype(object)
-    rows += [dict(file=p, image_id=i, reason=why, stage='file') for p, i, why in zip(good.image_path, good.image_id, absent) if why]
+    rows += [dict(file=p, image_id=i, reason=why, stage='file')
+             for p, i, why in zip(good.image_path, good.image_id, absent) if why]
     good, masks = clean_masks(good[(absent == '').astype(bool)].reset_index(drop=True))
-    if len(good) + len(rows) != every: raise AssertionError(f'{every} records, {len(good)} in order, {len(rows)} set aside: some are lost.')
+    if len(good) + len(rows) != every:
+        raise AssertionError(f'{every} records, {len(good)} in order, {len(rows)} set aside: some are lost.')
     return good, rows + masks
 
 
 def _unwritable(table):
     "Rows whose path or ids no UTF-8 file can hold (half pairs of UTF-16, as names of another system leave them)."
-    columns = [table[c] for c in ('image_path', 'image_id', 'patient_id', 'exam_id', 'mask_path') if c in table and table[c].dtype == object] # other types hold none
+    # other types hold none
+    columns = [table[c] for c in ('image_path', 'image_id', 'patient_id', 'exam_id', 'mask_path')
+               if c in table and table[c].dtype == object]
     odd = lambda text: re.search('[\ud800-\udfff]', str(text)) is not None
     return np.logical_or.reduce([np.zeros(len(table), bool), *([odd(t) for t in c] for c in columns)])
 
 # %% ../../../nbs/114_data.prepare.plan.ipynb #dfdee131
 def sort_boxes(
     boxes:pd.DataFrame|None, # of a builder
-    known, # ids of images in the plan
+    known:set, # ids of images in the plan
 ) -> tuple: # (boxes that have an area, numbered by image; list of rejects)
     """Number the boxes of each image and set aside those that are none.
 
@@ -163,18 +181,25 @@ def sort_boxes(
     if boxes is None or not len(boxes): return empty('boxes').assign(number=pd.Series(dtype='int64')), []
     boxes = boxes.reset_index(drop=True)
     good, problems = sort_out(boxes, 'boxes')
-    good['number'] = (boxes.number if 'number' in boxes else boxes.groupby('image_id').cumcount())[good.index].astype('int64')
-    rows = [dict(file='', image_id=str(boxes.image_id[p.row]), reason=f'box: {p.column} {quoted(p.value)}: {p.problem}', stage='box') for p in problems.itertuples()]
+    good['number'] = (boxes.number if 'number' in boxes
+                      else boxes.groupby('image_id').cumcount())[good.index].astype('int64')
+    rows = [dict(file='', image_id=str(boxes.image_id[p.row]), reason=f'box: {p.column} {quoted(p.value)}: {p.problem}',
+                 stage='box') for p in problems.itertuples()]
     stray = ~good.image_id.isin(known)
-    rows += [dict(file='', image_id=i, reason='box of an image that is not there', stage='box') for i in good.image_id[stray]]
+    rows += [dict(file='', image_id=i, reason='box of an image that is not there', stage='box')
+             for i in good.image_id[stray]]
     good = good[~stray].sort_values(['image_id', 'number'], kind='stable').reset_index(drop=True)
     return good, rows
 
 
-def path_names(records):
+def path_names(
+    records:pd.DataFrame, # with image_path, and perhaps mask_path, patient_id, exam_id
+) -> dict: # path -> (patient, exam)
     "Tell for every path whose it is."
-    text = lambda name: records[name].astype(object).where(records[name].notna(), '').map(str) if name in records else ['']*len(records)
-    return {path: (patient, exam) for name in ('image_path', 'mask_path') for path, patient, exam in zip(text(name), text('patient_id'), text('exam_id')) if path}
+    text = lambda name: (records[name].astype(object).where(records[name].notna(), '').map(str) if name in records
+                         else ['']*len(records))
+    return {path: (patient, exam) for name in ('image_path', 'mask_path')
+            for path, patient, exam in zip(text(name), text('patient_id'), text('exam_id')) if path}
 
 # %% ../../../nbs/114_data.prepare.plan.ipynb #4c208f23
 def hash_file_ids(
@@ -195,25 +220,45 @@ def _file_ids(records):
     if 'image_id' not in records: return frozenset(Path(str(p)).stem for p in records.image_path)
     return frozenset(records.image_id[records.id_from == 'file']) if 'id_from' in records else frozenset()
 
-
-def make_plan(records, root, boxes, sentences, profile, size, dtype, settings, report=None, salt='') -> Plan:
+# %% ../../../nbs/114_data.prepare.plan.ipynb #62765e4f
+def make_plan(
+    records:pd.DataFrame, # of a builder
+    root:Path, # of the files
+    boxes:pd.DataFrame|None, # in pixels of the files
+    sentences:pd.DataFrame|None, # linked to boxes
+    profile:str|Profile, # by name, or itself
+    size:tuple|None, # (height, width); None takes the profile's
+    dtype:str|None, # of the store; None or '' takes the profile's
+    settings:dict, # what else decides the result
+    report:Report|None=None, # of the builder
+    salt:str='', # the project's
+) -> Plan:
     "Check the tables and lay down the run; with a salt, image ids that are file names are hashed."
     profile = get_profile(profile)
     if dtype: profile = get_profile(replace(profile, dtype=str(dtype)))
     good, rejects = sort_records(records, root)
     boxes, bad_boxes = sort_boxes(boxes, set(good.image_id))
     sentences = empty('sentences') if sentences is None else sentences.reset_index(drop=True)
-    good_sentences, problems = sort_out(sentences, 'sentences') if len(sentences) else (sentences, empty('boxes').assign(row=[], problem=[]))
-    rejects += bad_boxes + [dict(file='', image_id=str(sentences.image_id[p.row]), reason=f'sentence: {p.column}: {p.problem}', stage='sentence') for p in problems.itertuples()]
-    if not len(good): raise DataError(f'no record can be prepared; {len(rejects)} problems, the first: {rejects[0]["reason"] if rejects else "the table has no rows"}')
+    good_sentences, problems = (sort_out(sentences, 'sentences') if len(sentences)
+                                else (sentences, empty('boxes').assign(row=[], problem=[])))
+    rejects += bad_boxes + [dict(file='', image_id=str(sentences.image_id[p.row]),
+                                 reason=f'sentence: {p.column}: {p.problem}', stage='sentence')
+                            for p in problems.itertuples()]
+    if not len(good):
+        raise DataError(f'no record can be prepared; {len(rejects)} problems, the first: '
+                        f'{rejects[0]["reason"] if rejects else "the table has no rows"}')
     sound = records[~_unwritable(records)].reset_index(drop=True)
     names, before, remarks, file_ids = path_names(sound), (), [], _file_ids(sound)
-    if report is not None: names, before, remarks, file_ids = report.names | names, tuple(report.rejects.to_dict('records')), list(report.remarks), file_ids | report.file_ids
+    if report is not None:
+        names, before, remarks, file_ids = (report.names | names, tuple(report.rejects.to_dict('records')),
+                                            list(report.remarks), file_ids | report.file_ids)
     remarks += [r for r in alike_ids(sound) if r.partition(':')[0] not in {s.partition(':')[0] for s in remarks}]
     if salt: good, (boxes, good_sentences) = hash_file_ids(good, [boxes, good_sentences], salt)
-    return Plan(good, boxes, good_sentences.reset_index(drop=True), rejects, Path(root), profile, tuple(int(s) for s in size or profile.size), settings, names, before, len(records), file_ids, tuple(remarks))
+    return Plan(good, boxes, good_sentences.reset_index(drop=True), rejects, Path(root), profile,
+                tuple(int(s) for s in size or profile.size), settings, names, before, len(records), file_ids,
+                tuple(remarks))
 
-
+# %% ../../../nbs/114_data.prepare.plan.ipynb #01217594
 def plan_jobs(
     plan:Plan, # the run
     limits:Limits, # of a file
@@ -226,6 +271,9 @@ def plan_jobs(
     text = lambda name: r[name].astype(str).tolist() if name in r else ['']*len(r)
     spacing = list(zip(r.spacing_y, r.spacing_x)) if {'spacing_y', 'spacing_x'} <= set(r) else [(np.nan, np.nan)]*len(r)
     root = Path(os.path.abspath(plan.root)) # workers live on, wherever the caller goes
-    return [Job(n, str(root/path), plan.profile, plan.size, boxes.get(image), str(root/mask) if mask else '', side if check_side else '',
-                None if np.isnan(space).any() else tuple(map(float, space)), limits, colour, mask_bits=bool(plan.settings.get('mask_bits')), accept=tuple(plan.settings.get('accept', ())))
-            for n, (path, image, mask, side, space) in enumerate(zip(r.image_path, r.image_id, text('mask_path'), r.laterality, spacing))]
+    return [Job(n, str(root/path), plan.profile, plan.size, boxes.get(image), str(root/mask) if mask else '',
+                side if check_side else '',
+                None if np.isnan(space).any() else tuple(map(float, space)), limits, colour,
+                mask_bits=bool(plan.settings.get('mask_bits')), accept=tuple(plan.settings.get('accept', ())))
+            for n, (path, image, mask, side, space)
+            in enumerate(zip(r.image_path, r.image_id, text('mask_path'), r.laterality, spacing))]

@@ -13,6 +13,7 @@ import torch
 
 from ...core.config import config_dict
 from ...core.errors import DataError
+from ...core.patch import patch
 from ...core.paths import append_jsonl, digest, read_jsonl, sha256_file
 from ...core.progress import progress as bar
 from ...core.seed import key_of
@@ -34,13 +35,16 @@ class BackTranslateConfig:
     seed: int = 42 # of the sampling
 
 
-def check_backtranslate(config): # BackTranslateConfig
+def check_backtranslate(
+    config:BackTranslateConfig, # options
+) -> BackTranslateConfig: # the same
     """Refuse options that make no sense.
 
     Raises: ValueError naming the option."""
     for name in ('num_beams', 'max_tokens', 'batch_size'):
         if getattr(config, name) < 1: raise ValueError(f'{name} must be at least 1, not {getattr(config, name)}.')
-    if config.do_sample and not config.temperature > 0: raise ValueError(f'temperature must be above 0, not {config.temperature}.')
+    if config.do_sample and not config.temperature > 0:
+        raise ValueError(f'temperature must be above 0, not {config.temperature}.')
     return config
 
 # %% ../../../nbs/127_data.text.backtranslate.ipynb #1a0280a6
@@ -52,32 +56,42 @@ def _load_pair(name): # hub name or folder -> tokeniser, model
         raise DataError('there is no folder of a translation model.', file=name)
     try:
         with torch.random.fork_rng(devices=[]): # building a model draws weights, before they are replaced
-            return [c.from_pretrained(str(name), local_files_only=local) for c in (AutoTokenizer, AutoModelForSeq2SeqLM)]
+            return [c.from_pretrained(str(name), local_files_only=local)
+                    for c in (AutoTokenizer, AutoModelForSeq2SeqLM)]
     except (OSError, ValueError, ImportError) as e:
         raise DataError(f'the translation model cannot be loaded ({type(e).__name__}: {str(e)[:150]})', file=name,
-                        fix='Give a folder of a seq2seq model, or a hub name in reach; Marian models also need `pip install sentencepiece`.') from e
+                        fix='Give a folder of a seq2seq model, or a hub name in reach; Marian models also need `pip '
+                            'install sentencepiece`.') from e
 
 # %% ../../../nbs/127_data.text.backtranslate.ipynb #f5c493f7
 class Translator:
     "Translate sentences with one model."
     def __init__(self,
-        name, # hub name or folder
+        name:str|Path, # hub name or folder
         device:str='cpu', # where to
     ):
         self.tokenizer, model = _load_pair(name)
         self.device, self.model = device, model.to(device).eval()
 
-    def fits(self, sentence, limit): return len(self.tokenizer(sentence).input_ids) <= min(limit, getattr(self.model.config, 'max_position_embeddings', limit))
+    def fits(self,
+        sentence:str, # one
+        limit:int, # tokens
+    ) -> bool:
+        "Tell whether a sentence is short enough for the model, and for the limit."
+        most = min(limit, getattr(self.model.config, 'max_position_embeddings', limit))
+        return len(self.tokenizer(sentence).input_ids) <= most
 
     @torch.no_grad()
     def __call__(self,
-        sentences, # list of str
-        config, # BackTranslateConfig
-        key, # 63-bit number
+        sentences:list, # of str
+        config:BackTranslateConfig, # options
+        key:int, # 63-bit number
     ) -> list: # of str
         "Translate a batch."
-        inputs = self.tokenizer(sentences, return_tensors='pt', padding=True, truncation=True, max_length=config.max_tokens).to(self.device)
-        how = dict(num_beams=config.num_beams, do_sample=config.do_sample, max_length=config.max_tokens, max_new_tokens=None)
+        inputs = self.tokenizer(sentences, return_tensors='pt', padding=True, truncation=True,
+                                max_length=config.max_tokens).to(self.device)
+        how = dict(num_beams=config.num_beams, do_sample=config.do_sample, max_length=config.max_tokens,
+                   max_new_tokens=None)
         if config.do_sample: how['temperature'] = config.temperature
         with torch.random.fork_rng(devices=[self.model.device] if self.model.device.type == 'cuda' else []):
             torch.manual_seed(key)
@@ -86,8 +100,8 @@ class Translator:
 
 # %% ../../../nbs/127_data.text.backtranslate.ipynb #ec511d0f
 def toy_translator(
-    folder, # where to
-    texts, # list of str: their words are its vocabulary
+    folder:str|Path, # where to
+    texts:list, # of str: their words are its vocabulary
     seed:int=0, # of the weights
 ) -> Path: # of the folder
     "Write a tiny Marian model with random weights, for demonstrations and tests."
@@ -98,10 +112,10 @@ def toy_translator(
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing(single='$A </s>', special_tokens=[('</s>', 1)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token='<pad>', eos_token='</s>', unk_token='<unk>')
-    config = MarianConfig(vocab_size=len(words), d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-                          decoder_attention_heads=2, encoder_ffn_dim=16,
-                          decoder_ffn_dim=16, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
-                          forced_eos_token_id=1)
+    config = MarianConfig(vocab_size=len(words), d_model=16, encoder_layers=1, decoder_layers=1,
+                          encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+                          decoder_ffn_dim=16, max_position_embeddings=64, pad_token_id=0, eos_token_id=1,
+                          decoder_start_token_id=0, forced_eos_token_id=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MarianMTModel(config)
@@ -115,10 +129,10 @@ def _identity(name):
     return [(p.name, sha256_file(p)) for p in sorted(Path(name).iterdir()) if p.is_file()]
 
 # %% ../../../nbs/127_data.text.backtranslate.ipynb #ae2d8c44
-class _Kept:
-    "What has been translated, in memory and on disk."
+class BackTranslator:
+    "Reword reports by translating them and back; what has been translated is kept in memory and on disk."
     def __init__(self,
-        folder, # where finished sentences are kept
+        folder:str|Path, # where finished sentences are kept
         config:BackTranslateConfig|None=None, # options
         device:str|None=None, # default: the GPU if there is one
     ):
@@ -131,48 +145,56 @@ class _Kept:
         for line in read_jsonl(self.path) if self.path.exists() else ():
             for before, after in line['sentences']: self.known.setdefault(before, after)
 
-# %% ../../../nbs/127_data.text.backtranslate.ipynb #f04df9c7
-class _Journey(_Kept):
-    "Send sentences there and back."
     @property
-    def digest(self): return digest([self.made_by, self.config.keep_facts])
+    def digest(self) -> str: return digest([self.made_by, self.config.keep_facts])
 
-    def __repr__(self): return f'BackTranslator({Path(self.config.forward).name}, {Path(self.config.backward).name}; {len(self.known)} sentences known)'
+    def __repr__(self):
+        return (f'BackTranslator({Path(self.config.forward).name}, {Path(self.config.backward).name}; '
+                f'{len(self.known)} sentences known)')
 
-    def _batch(self, sentences):
-        "Translate a batch there and back; sentences that are too long stay."
-        if self.models is None: self.models = [Translator(n, self.device) for n in (self.config.forward, self.config.backward)]
-        there, back = self.models
-        fits = [s for s in sentences if there.fits(s, self.config.max_tokens)]
-        if not fits: return dict(zip(sentences, sentences))
-        key = key_of('backtranslate', self.config.seed, digest(sentences))
-        abroad = there(fits, self.config, key)
-        home = back([a or '.' for a in abroad], self.config, key_of(key, 'back'))
-        return dict(zip(sentences, sentences)) | {s: h.strip() or s for s, h in zip(fits, home)}
+# %% ../../../nbs/127_data.text.backtranslate.ipynb #f04df9c7
+@patch(BackTranslator)
+def _batch(self: BackTranslator, sentences):
+    "Translate a batch there and back; sentences that are too long stay."
+    if self.models is None:
+        self.models = [Translator(n, self.device) for n in (self.config.forward, self.config.backward)]
+    there, back = self.models
+    fits = [s for s in sentences if there.fits(s, self.config.max_tokens)]
+    if not fits: return dict(zip(sentences, sentences))
+    key = key_of('backtranslate', self.config.seed, digest(sentences))
+    abroad = there(fits, self.config, key)
+    home = back([a or '.' for a in abroad], self.config, key_of(key, 'back'))
+    return dict(zip(sentences, sentences)) | {s: h.strip() or s for s, h in zip(fits, home)}
 
-    def sentences(self, sentences, progress=True):
-        "Translate all that are not known, batch by batch, each kept at once."
-        todo = sorted(set(sentences), key=lambda s: (len(s), s))
-        batches = [todo[i:i + self.config.batch_size] for i in range(0, len(todo), self.config.batch_size)]
-        left = [b for b in batches if any(s not in self.known for s in b)]
-        if left: self.folder.mkdir(parents=True, exist_ok=True)
-        for batch in bar(left, desc='back-translation', unit='batch') if progress else left:
-            done = self._batch(batch)
-            append_jsonl(self.path, {'sentences': list(done.items())})
-            for before, after in done.items(): self.known.setdefault(before, after)
+
+@patch(BackTranslator)
+def sentences(self: BackTranslator,
+    sentences:list, # of str
+    progress:bool=True, # show a bar
+) -> None:
+    "Translate all that are not known, batch by batch, each kept at once."
+    todo = sorted(set(sentences), key=lambda s: (len(s), s))
+    batches = [todo[i:i + self.config.batch_size] for i in range(0, len(todo), self.config.batch_size)]
+    left = [b for b in batches if any(s not in self.known for s in b)]
+    if left: self.folder.mkdir(parents=True, exist_ok=True)
+    for batch in bar(left, desc='back-translation', unit='batch') if progress else left:
+        done = self._batch(batch)
+        append_jsonl(self.path, {'sentences': list(done.items())})
+        for before, after in done.items(): self.known.setdefault(before, after)
 
 # %% ../../../nbs/127_data.text.backtranslate.ipynb #e0c3f436
-class BackTranslator(_Journey):
-    "Reword reports by translating them and back."
-    def __call__(self,
-        reports, # list of str
-        progress=True, # show a bar
-    ) -> list: # of str: the same reports in other words, headings and line breaks as they were
-        "Translate reports there and back."
-        cut = [sentence_pieces(as_text(r)) for r in reports]
-        self.sentences([p for pieces in cut for p, spoken in pieces if spoken], progress)
-        return [''.join(self._home(p) if spoken else p for p, spoken in pieces) for pieces in cut]
+@patch(BackTranslator)
+def __call__(self: BackTranslator,
+    reports:list, # of str
+    progress:bool=True, # show a bar
+) -> list: # of str: the same reports in other words, headings and line breaks as they were
+    "Translate reports there and back."
+    cut = [sentence_pieces(as_text(r)) for r in reports]
+    self.sentences([p for pieces in cut for p, spoken in pieces if spoken], progress)
+    return [''.join(self._home(p) if spoken else p for p, spoken in pieces) for pieces in cut]
 
-    def _home(self, sentence):
-        after = self.known[sentence]
-        return after if not self.config.keep_facts or same_facts(sentence, after) else sentence
+
+@patch(BackTranslator)
+def _home(self: BackTranslator, sentence):
+    after = self.known[sentence]
+    return after if not self.config.keep_facts or same_facts(sentence, after) else sentence

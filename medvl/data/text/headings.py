@@ -12,33 +12,51 @@ from typing import NamedTuple
 
 # %% ../../../nbs/120a_data.text.headings.ipynb #6b31d9d8
 SECTIONS = { # name of the section: headings found in practice; the earlier section gives its name to a joined heading
-    'findings': ('findings', 'finding', 'report', 'description', 'observations', 'observation', 'result', 'results', 'interpretation'),
-    'impression': ('impression', 'impressions', 'impresion', 'conclusion', 'conclusions', 'opinion', 'summary', 'diagnosis'),
-    'assessment': ('assessment', 'assesment', 'assessment category', 'bi-rads', 'bi-rads category', 'bi-rads assessment',
-                   'bi-rads score', 'acr category', 'category'),
-    'recommendation': ('recommendation', 'recommendations', 'recommendation(s)', 'recomendation', 'recomendations', 'management', 'advice', 'plan', 'follow-up'),
-    'comparison': ('comparison', 'comparisons', 'comparison study', 'comparison studies', 'prior studies', 'prior study', 'prior exams'),
-    'indication': ('indication', 'indications', 'clinical indication', 'clinical information', 'clinical data', 'clinical details', 'clinical diagnosis',
-                   'provisional diagnosis', 'clinical impression', 'clinical question', 'reason for exam', 'reason for examination', 'reason for study'),
-    'history': ('history', 'clinical history', 'patient history', 'family history', 'personal history', 'history of present illness'),
-    'technique': ('technique', 'techniques', 'procedure', 'examination', 'exam', 'exam type', 'study', 'views', 'protocol', 'modality'),
-    'composition': ('breast composition', 'breast compositions', 'composition', 'breast density', 'density', 'tissue density',
-                    'breast tissue', 'parenchymal pattern', 'acr', 'acr density', 'acr breast density'),
-    'addendum': ('addendum', 'addenda'), 'signature': ('electronically signed by', 'signed by', 'dictated by', 'radiologist'),
+    'findings': ('findings', 'finding', 'report', 'description', 'observations', 'observation', 'result', 'results',
+                 'interpretation'),
+    'impression': ('impression', 'impressions', 'impresion', 'conclusion', 'conclusions', 'opinion', 'summary',
+                   'diagnosis'),
+    'assessment': ('assessment', 'assesment', 'assessment category', 'bi-rads', 'bi-rads category',
+                   'bi-rads assessment', 'bi-rads score', 'acr category', 'category'),
+    'recommendation': ('recommendation', 'recommendations', 'recommendation(s)', 'recomendation', 'recomendations',
+                       'management', 'advice', 'plan', 'follow-up'),
+    'comparison': ('comparison', 'comparisons', 'comparison study', 'comparison studies', 'prior studies',
+                   'prior study', 'prior exams'),
+    'indication': ('indication', 'indications', 'clinical indication', 'clinical information', 'clinical data',
+                   'clinical details', 'clinical diagnosis', 'provisional diagnosis', 'clinical impression',
+                   'clinical question', 'reason for exam', 'reason for examination', 'reason for study'),
+    'history': ('history', 'clinical history', 'patient history', 'family history', 'personal history',
+                'history of present illness'),
+    'technique': ('technique', 'techniques', 'procedure', 'examination', 'exam', 'exam type', 'study', 'views',
+                  'protocol', 'modality'),
+    'composition': ('breast composition', 'breast compositions', 'composition', 'breast density', 'density',
+                    'tissue density', 'breast tissue', 'parenchymal pattern', 'acr', 'acr density',
+                    'acr breast density'),
+    'addendum': ('addendum', 'addenda'),
+    'signature': ('electronically signed by', 'signed by', 'dictated by', 'radiologist'),
 }
 NAME_OF = {heading: name for name, headings in SECTIONS.items() for heading in headings}
 BIRADS = r'bi[\s\-‐-―_]{0,2}(?:r[ae]ds?|ards)[®™]?'
-_WEAK = ('report', 'description', 'result', 'results', 'category', 'plan', 'study', 'exam', 'examination', 'views', 'acr', 'density', 'advice', 'management',
-         'diagnosis', 'finding', 'breast tissue', 'procedure', 'bi-rads') # too common as words to be headings without a colon
+_WEAK = ('report', 'description', 'result', 'results', 'category', 'plan', 'study', 'exam', 'examination', 'views',
+         'acr', 'density', 'advice', 'management',
+         # too common as words to be headings without a colon
+         'diagnosis', 'finding', 'breast tissue', 'procedure', 'bi-rads')
 
 # %% ../../../nbs/120a_data.text.headings.ipynb #1da37fff
-FOREIGN = frozenset('''indicacion indicaciones indicacao indicatie indicatii indicazione indicazioni indikation indikationen indikasjon indikace impresion impresiones impressao impressie impressione
-    conclusie conclusies conclusiones conclusione conclusioni conclusao conclusoes concluzie concluzii konklusion konklusjon resultado resultados resultat resultate resultats resultaten resultati risultato
-    risultati comparacion comparacao comparaison comparaisons comparatie tecnica tecnicas technik techniek teknik teknikk historia historial histoire historie storia interpretacion interpretacao
-    interpretatie interpretazione interpretatii observaciones observacion observacoes observacao observatie observaties observazioni recomendacion recomendaciones recomendacao recomendacoes
-    recommandation recommandations diagnostico diagnose diagnosi diagnostic diagnoza densidad densidade densite densita densitate densitas composicion composicao compositie composizione categoria
-    categorie kategorie kategoria procedimiento procedura procedures descripcion descricao descriptie descrizione protocolo protocole protokoll protokol modalidad modalidade modalite modalita
-    modaliteit opinie opinione reporte rapport opinion resumen addenda addendo radiologo radiologe radiologue radioloog examen examenes'''.split()) - {'opinion', 'addenda', 'procedures', 'diagnostic', 'impresion'}
+FOREIGN = frozenset('''
+    indicacion indicaciones indicacao indicatie indicatii indicazione indicazioni indikation indikationen indikasjon
+    indikace impresion impresiones impressao impressie impressione conclusie conclusies conclusiones conclusione
+    conclusioni conclusao conclusoes concluzie concluzii konklusion konklusjon resultado resultados resultat
+    resultate resultats resultaten resultati risultato risultati comparacion comparacao comparaison comparaisons
+    comparatie tecnica tecnicas technik techniek teknik teknikk historia historial histoire historie storia
+    interpretacion interpretacao interpretatie interpretazione interpretatii observaciones observacion observacoes
+    observacao observatie observaties observazioni recomendacion recomendaciones recomendacao recomendacoes
+    recommandation recommandations diagnostico diagnose diagnosi diagnostic diagnoza densidad densidade densite
+    densita densitate densitas composicion composicao compositie composizione categoria categorie kategorie
+    kategoria procedimiento procedura procedures descripcion descricao descriptie descrizione protocolo protocole
+    protokoll protokol modalidad modalidade modalite modalita modaliteit opinie opinione reporte rapport opinion
+    resumen addenda addendo radiologo radiologe radiologue radioloog examen examenes
+    '''.split()) - {'opinion', 'addenda', 'procedures', 'diagnostic', 'impresion'}
 
 
 def _distance(a, b):
@@ -58,7 +76,8 @@ def alike(
     h:str, # in small letters
 ) -> str|None: # its section
     "Name the section whose heading this is, typing errors allowed."
-    near = [] if not h.isascii() or h in FOREIGN else [(d, k) for k, c in enumerate(NAME_OF) if min(len(h), len(c)) > 5
+    near = [] if not h.isascii() or h in FOREIGN else [
+        (d, k) for k, c in enumerate(NAME_OF) if min(len(h), len(c)) > 5
             and abs(len(h) - len(c)) < 3 and (d := _distance(h, c)) <= 1 + (min(len(h), len(c)) > 8)]
     return list(NAME_OF.values())[min(near)[1]] if near else None
 
@@ -72,12 +91,16 @@ def _either(headings):
 
 
 _SIDE = frozenset('left right lt rt l r bilateral both left-sided right-sided'.split())
-_KIND = frozenset('mammographic mammography mammogram mammo ultrasound sonographic sonography us tomosynthesis dbt mri mr ct x-ray xray breast imaging final overall chest radiographic '
+_KIND = frozenset('mammographic mammography mammogram mammo ultrasound sonographic sonography us tomosynthesis dbt mri '
+                  'mr ct x-ray xray breast imaging final overall chest radiographic '
                   'radiological radiologic radiology diagnostic screening preliminary digital medical'.split())
-_ADJECTIVES = frozenset('mammographic sonographic radiographic radiologic radiological imaging final overall preliminary'.split())
-_PLACE = frozenset('breasts axilla axillary lung lungs side sided hemithorax thorax nipple cc mlo view views and & of the in on for'.split())
+_ADJECTIVES = frozenset(
+    'mammographic sonographic radiographic radiologic radiological imaging final overall preliminary'.split())
+_PLACE = frozenset('breasts axilla axillary lung lungs side sided hemithorax thorax nipple cc mlo view views and & of '
+                   'the in on for'.split())
 _GLUE = frozenset('and & of the in on for'.split())
-_NO_LABEL = frozenset('no not none is are was were be been has have there this that with without seen noted a an or to from by at'.split())
+_NO_LABEL = frozenset('no not none is are was were be been has have there this that with without seen noted a an or to '
+                      'from by at'.split())
 _JOIN = r'(?:[ \t]*(?:&|/|\+|,(?:[ \t]*and\b)?)[ \t]*|[ \t]+(?:and|AND|And)[ \t]+)'
 _KINDS = rf'(?:(?:{"|".join(sorted(_KIND))})[ \t]+)*'
 
@@ -100,12 +123,16 @@ def section_of(
 
 # %% ../../../nbs/120a_data.text.headings.ipynb #03eb9b6d
 _ANY = _either(NAME_OF)
-_SIDES = r'(?:the[ \t]+)?(?:left|right|lt\.?|rt\.?|bilateral|both|[lr])(?:[ \t]+(?:breasts?|axillae?|axilla|lungs?|side|chest))?'
-_READ = re.compile(rf'(?P<before>(?:[^\s()]+[ \t]+)*?)(?P<core>{_ANY}(?P<more>(?:{_JOIN}{_KINDS}{_ANY})*(?-i:(?:[ \t]*[&/+][ \t]*|[ \t]+AND[ \t]+)(?!LEFT|RIGHT|BOTH)[A-Z]{{3,}}(?:[ \t]+[A-Z]+){{0,2}})?))'
-                   rf'(?P<after>(?:[ \t]*[-,][ \t]*|[ \t]+(?:(?:of|for|in|on)[ \t]+)?){_SIDES}|[ \t]*\([^)\n]{{0,40}}\)|[ \t]+(?:continued|contd?\.?))?', re.I)
+_SIDES = (r'(?:the[ \t]+)?(?:left|right|lt\.?|rt\.?|bilateral|both|[lr])(?:[ \t]+(?:breasts?|axillae?|axilla|lungs?'
+          r'|side|chest))?')
+_READ = re.compile(rf'(?P<before>(?:[^\s()]+[ \t]+)*?)(?P<core>{_ANY}(?P<more>(?:{_JOIN}{_KINDS}{_ANY})*'
+                   r'(?-i:(?:[ \t]*[&/+][ \t]*|[ \t]+AND[ \t]+)(?!LEFT|RIGHT|BOTH)[A-Z]{3,}(?:[ \t]+[A-Z]+){0,2})?))'
+                   rf'(?P<after>(?:[ \t]*[-,][ \t]*|[ \t]+(?:(?:of|for|in|on)[ \t]+)?){_SIDES}'
+                   r'|[ \t]*\([^)\n]{0,40}\)|[ \t]+(?:continued|contd?\.?))?', re.I)
 
 # %% ../../../nbs/120a_data.text.headings.ipynb #1c35db16
-_BARE = re.compile(_either([h for name in SECTIONS if name not in ('addendum', 'signature') for h in SECTIONS[name] if h not in _WEAK]), re.I)
+_BARE = re.compile(_either([h for name in SECTIONS if name not in ('addendum', 'signature') for h in SECTIONS[name]
+                            if h not in _WEAK]), re.I)
 
 
 class Heading(NamedTuple):
@@ -121,7 +148,8 @@ class Heading(NamedTuple):
 def _bare(word): return re.sub(r'^([lr]t?)\.$', r'\1', word.lower()) # Rt. is a side, "CT." the end of a sentence
 
 
-def _own_words(words): return any(_bare(w) in _SIDE for w in words) or all(w.lower() in _ADJECTIVES for w in words) # … of the heading, in mid-line
+# words of the heading, in mid-line
+def _own_words(words): return any(_bare(w) in _SIDE for w in words) or all(w.lower() in _ADJECTIVES for w in words)
 
 
 def _label(words, titled):
@@ -130,13 +158,15 @@ def _label(words, titled):
     if not words or all(w in _KIND for w in low): return ''
     own = [w for w in low if w not in _GLUE]
     if own and all(w in _SIDE or w in _KIND or w in _PLACE for w in own) and low[0] not in _GLUE: return ' '.join(words)
-    fits = titled and len(words) < 4 and not _NO_LABEL & set(low) and all(re.fullmatch(r"[^\W\d_][\w'/&-]*", w) for w in words)
+    fits = (titled and len(words) < 4 and not _NO_LABEL & set(low)
+            and all(re.fullmatch(r"[^\W\d_][\w'/&-]*", w) for w in words))
     return ' '.join(words) if fits and not _BARE.search(' '.join(words)) else None
 
 # %% ../../../nbs/120a_data.text.headings.ipynb #521a2e42
 @lru_cache(8192)
 def _read(typed, place, colon=True):
-    "(section, label, other words) of what may be a heading: at the start of a 'line', behind a 'sentence', 'inline', or in an 'open' phrase; None."
+    """(section, label, other words) of what may be a heading: at the start of a 'line', behind a 'sentence', 'inline',
+    or in an 'open' phrase; None."""
     if place in ('inline', 'open') and not typed[0].isupper(): return None
     titled = all(w[0].isupper() or w.lower() in _GLUE for w in re.findall(r"[^\W\d_][\w'-]*", typed))
     m = _READ.fullmatch(typed)
@@ -145,7 +175,9 @@ def _read(typed, place, colon=True):
     label = _label(before.split(), titled and place == 'line' and colon)
     known = _label(before.split(), False) is not None
     if not known and colon and place == 'line' and (near := _misspelt(typed)): return near
-    if label is None or before and (place == 'open' or place == 'inline' and not (titled and _own_words(before.split()))): return None
+    if label is None or before and (place == 'open' or place == 'inline'
+                                    and not (titled and _own_words(before.split()))):
+        return None
     if not colon and (not _BARE.match(m['core']) or after and not typed.isupper()): return None
     rest = m['core'] if label else f"{before} {m['core']}"
     if not re.search(rf'(?<!\w){_SIDES}(?!\w)', after, re.I): rest += after
@@ -160,24 +192,28 @@ def _misspelt(typed):
     words = typed.split()
     k = next((k for k, w in enumerate(words) if _bare(w) not in _SIDE | _KIND | _PLACE), len(words))
     label, rest = _label(words[:k], False), ' '.join(words[k:])
-    section = section_of(rest, near=True) if label is not None and re.fullmatch(r'[^\W\d_]+(?:[ &/,+-]+[^\W\d_]+)*', rest) and len(rest) < 50 else ''
+    section = (section_of(rest, near=True) if label is not None
+               and re.fullmatch(r'[^\W\d_]+(?:[ &/,+-]+[^\W\d_]+)*', rest) and len(rest) < 50 else '')
     return (section, label, rest if label else typed) if section else None
 
 # %% ../../../nbs/120a_data.text.headings.ipynb #c4cdf789
 _MARK = re.compile(r'[ \t>*#_•\-|]*(?:(?:\d{1,2}|[A-Z])[.)][ \t*_]*)?')
 _TITLE = re.compile(rf'{_MARK.pattern}{_KINDS}(?:report|wet[ ]?read)[ \t*_#]*', re.I) # FINAL REPORT, over a report
 _COLON = re.compile(r':(?:\*\*|__)?')
-_OPEN = re.compile(r'(?<!\w)(?:in|of|the|on|for|to|at|and|with|from|near|below|above|a|no)[ \t]+\Z', re.I) # before these words a side belongs to the sentence
+# before these words a side belongs to the sentence
+_OPEN = re.compile(r'(?<!\w)(?:in|of|the|on|for|to|at|and|with|from|near|below|above|a|no)[ \t]+\Z', re.I)
 _WORD_START = re.compile(r'(?<![^\W_])(?<![&/\-])[^\W\d_]')
 _LINE = re.compile(rf'^{_MARK.pattern}(?P<h>[^\W\d_][^\n:.;]{{2,70}}?)[ \t*_#|]*$', re.M)
 _CAPITALS = re.compile(rf'(?:^{_MARK.pattern}|(?<=[.;!?)\]])[ ]+)(?P<h>[A-Z][A-Z])', re.M)
 _GAP = re.compile(r'[ \t]+-[ \t]+|[ \t]{2,}|[ \t](?=(?:[A-Z][a-z ]|\d))')
-_LOOKS = str.maketrans({'‐': '-', '‑': '-', '‒': '-', '–': '-', '—': '-', '―': '-', '−': '-', '：': ':', '\u00a0': ' ', '\u202f': ' ', '\u2009': ' ', '\x0b': '\n', '\x0c': '\n', '\x85': '\n',
+_LOOKS = str.maketrans({'‐': '-', '‑': '-', '‒': '-', '–': '-', '—': '-', '―': '-', '−': '-', '：': ':', '\u00a0': ' ',
+                        '\u202f': ' ', '\u2009': ' ', '\x0b': '\n', '\x0c': '\n', '\x85': '\n',
                         '\u2028': '\n', '\u2029': '\n'})
 
 # %% ../../../nbs/120a_data.text.headings.ipynb #c6b07f8a
 def _place(look, i):
-    "Where look[i:] begins, and from where its number or bullet does: at a 'line', behind a 'sentence', 'inline', or ''."
+    """Where look[i:] begins, and from where its number or bullet does: at a 'line', behind a 'sentence',
+    'inline', or ''."""
     line = look.rfind('\n', 0, i) + 1
     if i - line < 30 and _MARK.fullmatch(look, line, i): return 'line', line
     before = look[max(line, i - 9):i]
@@ -215,7 +251,8 @@ def _without_colon(look):
         start, best = m.start('h'), None
         for gap in _GAP.finditer(look, start, start + 74):
             typed = look[start:gap.start()]
-            if typed.isupper() and (read := _read(typed, 'line', False)): best = _place(look, start)[1], start, gap.start(), gap.end(), *read
+            if typed.isupper() and (read := _read(typed, 'line', False)):
+                best = _place(look, start)[1], start, gap.start(), gap.end(), *read
         if best: yield best
 
 
@@ -236,6 +273,7 @@ def find_headings(
     "Find the section headings of a report."
     look, found, taken = _plain(text), [], bytearray(len(text))
     for start, first, stop, end, section, label, rest in [*_before_colons(look), *_without_colon(look)]:
-        if not any(taken[start:end]): found.append(Heading(start, end, section, text[first:stop], label, f'{text[start:first]}{rest}'.strip()))
+        if not any(taken[start:end]):
+            found.append(Heading(start, end, section, text[first:stop], label, f'{text[start:first]}{rest}'.strip()))
         taken[start:end] = b'\1'*(end - start)
     return sorted(found)

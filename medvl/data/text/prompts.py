@@ -7,27 +7,33 @@ __all__ = ['SLOTS', 'NORMAL', 'PLACES', 'IN_VIEW', 'DEPTHS', 'LEADS', 'CERTAIN',
            'DETAILS', 'prompt_bank', 'bank_counts', 'check_bank', 'check_findings', 'choose_sentences', 'write_report']
 
 # %% ../../../nbs/124_data.text.prompts.ipynb #87311e93
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from itertools import product
+
+import numpy as np
 
 from ...core.errors import DataError, unknown_name
 
 # %% ../../../nbs/124_data.text.prompts.ipynb #aa8a074f
 SLOTS = ('pos_right', 'pos_left', 'neg_right', 'neg_left') # sign and side, in the order of the finding lists
 NORMAL = 'No Finding'
-PLACES = ('', 'upper', 'lower', 'inner', 'outer', 'upper outer', 'upper inner', 'lower outer', 'lower inner', 'retroareolar')
+PLACES = ('', 'upper', 'lower', 'inner', 'outer', 'upper outer', 'upper inner', 'lower outer', 'lower inner',
+          'retroareolar')
 IN_VIEW = {'CC': ('', 'inner', 'outer', 'retroareolar'), 'MLO': ('', 'upper', 'lower', 'retroareolar')}
 DEPTHS = ('', ', anterior third', ', middle third', ', posterior third')
 LEADS = {
-    'Mass': ('', 'suspicious', 'possible', 'questionable', 'indistinct', 'indeterminate', 'irregular', 'spiculated', 'microlobulated',
-             'new'),
-    'Architectural Distortion': ('', 'suspicious', 'possible', 'subtle', 'questionable', 'marked', 'indeterminate', 'localised',
-                                 'spiculated', 'new'),
+    'Mass': ('', 'suspicious', 'possible', 'questionable', 'indistinct', 'indeterminate', 'irregular', 'spiculated',
+             'microlobulated', 'new'),
+    'Architectural Distortion': ('', 'suspicious', 'possible', 'subtle', 'questionable', 'marked', 'indeterminate',
+                                 'localised', 'spiculated', 'new'),
     'Global Asymmetry': ('', 'possible', 'new', 'questionable'),
     'Focal Asymmetry': ('', 'possible', 'new', 'questionable', 'suspicious', 'developing'),
     'Asymmetry': ('', 'possible', 'new', 'questionable', 'suspicious', 'developing', 'indeterminate'),
-    'Suspicious Lymph Node': ('suspicious', 'enlarged', 'rounded', 'abnormal', 'dense', 'thickened', 'possibly abnormal'),
-    'Skin Retraction': ('', 'subtle', 'marked'), 'Skin Thickening': ('', 'subtle', 'marked', 'diffuse', 'new', 'possible')}
+    'Suspicious Lymph Node': ('suspicious', 'enlarged', 'rounded', 'abnormal', 'dense', 'thickened',
+                              'possibly abnormal'),
+    'Skin Retraction': ('', 'subtle', 'marked'),
+    'Skin Thickening': ('', 'subtle', 'marked', 'diffuse', 'new', 'possible')}
 CERTAIN = ('suspicious', 'possibly suspicious', 'highly suspicious', 'indeterminate', 'concerning', 'questionable')
 PATTERNS = ('', 'new', 'grouped', 'clustered', 'segmental', 'linear')
 
@@ -58,24 +64,25 @@ def _present(finding, side, places, depths, full):
         spots = (f'in the {side} breast', f'in the {side} axilla', f'in the axillary tail of the {side} breast')
         return tuple(f'{_a(n)} {s}' for n, s in product(named('lymph node'), spots if full else spots[1:2]))
     if finding == 'Nipple Retraction':
-        forms = ('the {} nipple is retracted', 'retraction of the {} nipple', 'the {} nipple is drawn in', 'inversion of the {} nipple',
-                 'new retraction of the {} nipple')
+        forms = ('the {} nipple is retracted', 'retraction of the {} nipple', 'the {} nipple is drawn in',
+                 'inversion of the {} nipple', 'new retraction of the {} nipple')
         return tuple(f.format(side) for f in forms[:5 if full else 1])
     if finding in ('Skin Retraction', 'Skin Thickening'):
-        spots = [_where(p, side).replace('in the', 'over the', 1).replace('behind the nipple', 'around the nipple') for p in places]
-        return tuple(f'{n} {s}' for n, s in product(named(finding.lower()), [*spots, f'over the {side} areola'] if full else spots[:1]))
+        spots = [_where(p, side).replace('in the', 'over the', 1).replace('behind the nipple', 'around the nipple')
+                 for p in places]
+        spots = [*spots, f'over the {side} areola'] if full else spots[:1]
+        return tuple(f'{n} {s}' for n, s in product(named(finding.lower()), spots))
     return _spread([_a(n) for n in named(finding.lower())], places, side, depths)
 
 # %% ../../../nbs/124_data.text.prompts.ipynb #1c784f37
-FINDINGS = ('Mass', 'Suspicious Calcification', 'Architectural Distortion', 'Global Asymmetry', 'Focal Asymmetry', 'Asymmetry',
-            'Suspicious Lymph Node',
-            'Nipple Retraction', 'Skin Retraction', 'Skin Thickening')
+FINDINGS = ('Mass', 'Suspicious Calcification', 'Architectural Distortion', 'Global Asymmetry', 'Focal Asymmetry',
+            'Asymmetry', 'Suspicious Lymph Node', 'Nipple Retraction', 'Skin Retraction', 'Skin Thickening')
 DENIALS = ('no {} in the {} breast', 'there is no {} on the {}', 'the {1} breast is free of {0}')
 BENIGN = {
-    'Mass': ('a benign appearing mass', 'a stable oval circumscribed mass', 'a fat containing benign mass', 'a simple cyst',
-             'a calcified fibroadenoma', 'a benign lymph node'),
-    'Suspicious Calcification': ('vascular calcifications', 'coarse popcorn calcifications', 'round benign calcifications',
-                                 'rim calcifications', 'milk of calcium',
+    'Mass': ('a benign appearing mass', 'a stable oval circumscribed mass', 'a fat containing benign mass',
+             'a simple cyst', 'a calcified fibroadenoma', 'a benign lymph node'),
+    'Suspicious Calcification': ('vascular calcifications', 'coarse popcorn calcifications',
+                                 'round benign calcifications', 'rim calcifications', 'milk of calcium',
                                  'large rod-like calcifications', 'dystrophic calcifications', 'skin calcifications',
                                  'suture calcifications', 'stable scattered calcifications',
                                  'punctate benign calcifications', 'a biopsy marker', 'lucent-centred calcifications')}
@@ -91,11 +98,13 @@ def _absent(finding, side, places, depths, full):
 # %% ../../../nbs/124_data.text.prompts.ipynb #0000be81
 def _normal(side, places, depths, full):
     "Sentences for an image without any finding; many (as in the paper's second bank) where `full` is 'many'."
-    few = (f'no abnormality in the {side} breast', f'the {side} breast is unremarkable', f'no sign of malignancy in the {side} breast',
-           f'normal appearance of the {side} breast')
+    few = (f'no abnormality in the {side} breast', f'the {side} breast is unremarkable',
+           f'no sign of malignancy in the {side} breast', f'normal appearance of the {side} breast')
     if full != 'many': return few
-    things = ('no mass', 'no suspicious calcifications', 'no architectural distortion', 'no asymmetry', 'normal tissue', 'no abnormality')
-    return tuple(dict.fromkeys(few + _spread((*things, *BENIGN['Mass'], *BENIGN['Suspicious Calcification']), places, side, depths)))
+    things = ('no mass', 'no suspicious calcifications', 'no architectural distortion', 'no asymmetry', 'normal tissue',
+              'no abnormality')
+    return tuple(dict.fromkeys(few + _spread((*things, *BENIGN['Mass'], *BENIGN['Suspicious Calcification']), places,
+                                             side, depths)))
 
 
 DETAILS = ('full', 'plain', 'many')
@@ -104,7 +113,7 @@ DETAILS = ('full', 'plain', 'many')
 @lru_cache(16)
 def prompt_bank(
     view:str='', # 'CC' or 'MLO': only places that this view can show; '': all
-    detail:str='full', # 'full' (all factors), 'plain' (what the label says), 'many' (full, and many sentences for images without finding)
+    detail:str='full', # 'full' (all factors), 'plain' (what the label says), 'many' (more for images without finding)
 ) -> dict: # {finding: {pos_right, pos_left, neg_right, neg_left: tuple of sentences}}
     """Make the bank of sentences (shared between callers: copy it before you change it).
 
@@ -114,8 +123,8 @@ def prompt_bank(
     full = detail != 'plain'
     places, depths = (IN_VIEW.get(view, PLACES), DEPTHS) if full else (('',), ('',))
     sides = ('right', 'left')
-    bank = {f: {f'{sign}_{s}': make(f, s, places, depths,
-                                    full) for sign, make in (('pos', _present), ('neg', _absent)) for s in sides} for f in FINDINGS}
+    bank = {f: {f'{sign}_{s}': make(f, s, places, depths, full)
+                for sign, make in (('pos', _present), ('neg', _absent)) for s in sides} for f in FINDINGS}
     bank[NORMAL] = {f'pos_{s}': _normal(s, places, depths, detail) for s in sides} | {'neg_right': (), 'neg_left': ()}
     return bank
 
@@ -129,7 +138,7 @@ def bank_counts(
 # %% ../../../nbs/124_data.text.prompts.ipynb #809df9f4
 def check_bank(
     bank:dict, # {finding: {slot: sentences}}
-    findings=(), # findings that it must have
+    findings:Iterable[str]=(), # findings that it must have
 ) -> dict: # the same
     """Check the form of a bank.
 
@@ -138,17 +147,21 @@ def check_bank(
         if f not in bank: raise DataError(unknown_name('finding', f, bank), fix='Add its sentences to the bank.')
     for f, slots in bank.items():
         for slot in SLOTS:
-            if slot not in slots: raise DataError(f'{f!r} has no {slot}.', column=f,
-                                                  fix=f'Give a list of sentences for each of {", ".join(SLOTS)}; it may be empty.')
-            bad = [s for s in slots[slot] if not isinstance(s, str) or not any(c.isalnum() for c in s)] if not isinstance(slots[slot], str) else [slots[slot]]
-            if bad: raise DataError(f'{bad[0]!r} in {slot} of {f!r} is no sentence.', column=f, fix='Give a list of texts with words.')
+            if slot not in slots:
+                raise DataError(f'{f!r} has no {slot}.', column=f,
+                                fix=f'Give a list of sentences for each of {", ".join(SLOTS)}; it may be empty.')
+            bad = ([s for s in slots[slot] if not isinstance(s, str) or not any(c.isalnum() for c in s)]
+                   if not isinstance(slots[slot], str) else [slots[slot]])
+            if bad:
+                raise DataError(f'{bad[0]!r} in {slot} of {f!r} is no sentence.', column=f,
+                                fix='Give a list of texts with words.')
     return bank
 
 # %% ../../../nbs/124_data.text.prompts.ipynb #87291ff6
 def check_findings(
-    findings, # four lists of findings
+    findings:Collection, # four lists of findings
     bank:dict, # that must know them
-    name='', # sample, for messages
+    name:str='', # sample, for messages
 ) -> tuple: # the four lists, as they count: no negatives beside `No Finding`
     """Check the four lists of an image.
 
@@ -163,10 +176,10 @@ def check_findings(
 
 # %% ../../../nbs/124_data.text.prompts.ipynb #92397215
 def choose_sentences(
-    findings, # four lists: present right, present left, absent right, absent left
+    findings:Collection, # four lists: present right, present left, absent right, absent left
     bank:dict, # of `prompt_bank`
-    rng=None, # has integers(n) and permutation(n); None: the first sentence each, in order
-    name='', # sample, for messages
+    rng:np.random.Generator|None=None, # has integers(n) and permutation(n); None: the first sentence each, in order
+    name:str='', # sample, for messages
 ) -> list: # sentences, without repetitions
     "Draw the sentences of a report."
     chosen = []
@@ -178,6 +191,11 @@ def choose_sentences(
     return chosen if rng is None else [chosen[i] for i in rng.permutation(len(chosen))]
 
 
-def write_report(findings, bank, rng=None, name=''):
+def write_report(
+    findings:Collection, # four lists: present right, present left, absent right, absent left
+    bank:dict, # of `prompt_bank`
+    rng:np.random.Generator|None=None, # draws and shuffles; None: the first sentence each, in order
+    name:str='', # sample, for messages
+) -> str:
     "Write a report: the sentences of `choose_sentences`, joined by spaces."
     return ' '.join(choose_sentences(findings, bank, rng, name))

@@ -15,8 +15,8 @@ from .headings import BIRADS, find_headings, title_of
 
 # %% ../../../nbs/120_data.text.reports.ipynb #59452ad9
 def as_text(
-    value, # a report as a table gives it: str, None or NaN
-    row=None, # row of the table, for the message
+    value:str|float|None, # a report as a table gives it: str, None or NaN
+    row:int|str|None=None, # row of the table, for the message
     column:str='report', # column of the table, for the message
 ) -> str: # the text, '' where there is none
     """Turn a table's cell into text.
@@ -29,37 +29,55 @@ def as_text(
 
 # %% ../../../nbs/120_data.text.reports.ipynb #1c9c0ab8
 _NOTHING = re.compile(r'[\W_]*(?:(?:n\W?a\W?|nan|nat|null|nill?|none|missing|empty|blank|undefined|unavailable|unknown'
-                      r'|(?:no|not|none|nothing)\s+(?:(?:yet|currently)\s+)?(?:available|applicable|provided|given|stated|recorded|entered|specified|reported|reports?|text|data|value|information)'
-                      r'|no\s+(?:report|text)\s+(?:is\s+)?(?:available|provided|given)|(?:report|text)\s+(?:is\s+)?(?:not\s+|un)(?:available|provided))[\W_]*)?', re.I)
+                      r'|(?:no|not|none|nothing)\s+(?:(?:yet|currently)\s+)?(?:available|applicable|provided|given'
+                      r'|stated|recorded|entered|specified|reported|reports?|text|data|value|information)'
+                      r'|no\s+(?:report|text)\s+(?:is\s+)?(?:available|provided|given)'
+                      r'|(?:report|text)\s+(?:is\s+)?(?:not\s+|un)(?:available|provided))[\W_]*)?', re.I)
 
 
 def no_report(
-    text, # a cell, a report or a section
+    text:str|float|None, # a cell, a report or a section
 ) -> bool: # True for '', '-', N/A, null, none, nil, not available …
     "Tell whether a text only says that there is none."
     return len(as_text(text)) < 60 and bool(_NOTHING.fullmatch(as_text(text)))
 
 # %% ../../../nbs/120_data.text.reports.ipynb #0421fa32
 _RADS_LINE = re.compile(BIRADS, re.I)
-_STATED = ('findings', 'impression', 'assessment', 'recommendation', 'composition', 'preamble') # sections where 'none' says nothing
+# sections where 'none' says nothing
+_STATED = ('findings', 'impression', 'assessment', 'recommendation', 'composition', 'preamble')
 _PARAGRAPH = re.compile(r'\s*\S[^\n]*(?:\n(?![ \t]*\n)[^\n]*)*')
 _OTHER = re.compile(r"(?:^[ \t>*#_•\-]*|(?<=[.!?])[ \t]+)(?P<h>[^\W\d_][^\n:.;!?\d]{2,40}?)[ \t*_]*:", re.M)
-_OF_PATIENT = r"hist\w*|hx|palp\w*|lumps?|pains?|painful|complain\w*|symptom\w*|screening|biops\w*|surg\w*|patient\w*|allerg\w*|indication|reason|years?"
-_OF_STUDY = r"perform\w*|obtain\w*|acqui\w*|administ\w*|available|dated?|review\w*|views?|projections?|no(?:\s+\w+)?\s+(?:prior|previous|comparison|old|earlier|recent)\w*"
+_OF_PATIENT = (r"hist\w*|hx|palp\w*|lumps?|pains?|painful|complain\w*|symptom\w*|screening|biops\w*|surg\w*|patient\w*"
+               r"|allerg\w*|indication|reason|years?")
+_OF_STUDY = (r"perform\w*|obtain\w*|acqui\w*|administ\w*|available|dated?|review\w*|views?|projections?"
+             r"|no(?:\s+\w+)?\s+(?:prior|previous|comparison|old|earlier|recent)\w*")
 _OF_PAST = r"priors?|previous\w*|past|compar\w*|s/p|status\s+post"
-_KEEPS = {name: re.compile(rf'\b(?:{words})\b', re.I) for name, words in { # a sentence with these belongs to its heading
-    'comparison': _OF_STUDY, 'technique': _OF_STUDY, 'composition': f'{_OF_PATIENT}|{_OF_PAST}|\\w*dens\\w*|fibro\\w*|fatty|parenchym\\w*|tissue|glandular',
+# a sentence with these belongs to its heading
+_KEEPS = {name: re.compile(rf'\b(?:{words})\b', re.I) for name, words in {
+    'comparison': _OF_STUDY, 'technique': _OF_STUDY,
+    'composition': f'{_OF_PATIENT}|{_OF_PAST}|\\w*dens\\w*|fibro\\w*|fatty|parenchym\\w*|tissue|glandular',
     **dict.fromkeys(('history', 'indication'), f'{_OF_PATIENT}|{_OF_STUDY}|{_OF_PAST}')}.items()}
-_ABOUT = re.compile(rf"\b(?:age|sex|gender|name|date|mrn|accession|dob|birth|time|id|ref\w*|physician|doctor|number|hospital|department|clinic\w*|medication\w*|menopaus\w*|hormon\w*|parity|risk|"
-                    rf"contrast|dose|device|machine|scanner|quality|status|order\w*|comment\w*|admit\w*|exams?|{_OF_PATIENT}|{_OF_STUDY}|{_OF_PAST})\b", re.I) # unknown headings that bring no findings
+# unknown headings that bring no findings
+_ABOUT = re.compile(r"\b(?:age|sex|gender|name|date|mrn|accession|dob|birth|time|id|ref\w*|physician|doctor|number"
+                    r"|hospital|department|clinic\w*|medication\w*|menopaus\w*|hormon\w*|parity|risk|"
+                    r"contrast|dose|device|machine|scanner|quality|status|order\w*|comment\w*|admit\w*|exams?"
+                    rf"|{_OF_PATIENT}|{_OF_STUDY}|{_OF_PAST})\b", re.I)
 _OF = {name: re.compile(rf'\b(?:{words})\b', re.I) for name, words in { # a list of studies, or how one was made
-    'comparison': r'none|x{4}|\d+|stud\w*|films?|exam\w*|radiograph\w*|x-?rays?|ct|mri?|ultrasound|mammogra\w*|sonogra\w*|pet|prior|outside|available|dated?',
-    'technique': r'\w*views?|project\w*|images?|imaging|digital\w*|tomo\w*|cad|comput\w*|detect\w*|contrast|dose|obtain\w*|perform\w*|acqui\w*|administ\w*|position\w*|techni\w*|compress\w*|pa|ap|lateral\w*|portable|'
-                 r'upright|supine|frontal|slices?|axial|coronal|sagittal|mlo|cc|films?|screen\w*|protocol\w*|m[lg]|iv|gadolin\w*|mammogra\w*|ultrasound|sonogra\w*|radiograph\w*|x-?rays?|ct|mri?|scan\w*|used?|using'}.items()}
+    'comparison': r'none|x{4}|\d+|stud\w*|films?|exam\w*|radiograph\w*|x-?rays?|ct|mri?|ultrasound|mammogra\w*'
+                  r'|sonogra\w*|pet|prior|outside|available|dated?',
+    'technique': r'\w*views?|project\w*|images?|imaging|digital\w*|tomo\w*|cad|comput\w*|detect\w*|contrast|dose'
+                 r'|obtain\w*|perform\w*|acqui\w*|administ\w*|position\w*|techni\w*|compress\w*|pa|ap|lateral\w*'
+                 r'|portable|upright|supine|frontal|slices?|axial|coronal|sagittal|mlo|cc|films?|screen\w*'
+                 r'|protocol\w*|m[lg]|iv|gadolin\w*|mammogra\w*|ultrasound|sonogra\w*|radiograph\w*|x-?rays?|ct'
+                 r'|mri?|scan\w*|used?|using'}.items()}
 _SENTENCE = re.compile(r'(?:^\s*|(?<=[.!?])\s+|\n[ \t]*(?=[A-Z]))(?P<s>\S.*?)(?=[.!?](?:\s|$)|\n[ \t]*[A-Z]|$)', re.S)
-_STATES = re.compile(rf"\bthere (?:is|are)\b|^no (?:evidence|suspicious|mass|focal|acute|pleural|new|significant|abnormal|dominant|other|definite)|{BIRADS}|"
-                     r"\b(?:is|are) (?:seen|noted|identified|visuali[sz]ed|unremarkable|clear|normal|demonstrated|evident|present)\b|\b(?:lungs?|heart|mediastin\w+) (?:is|are)\b", re.I)
-_STAYS = re.compile(r'\b(?:remains?|appears?|shows?|demonstrates?|unchanged|stable|increased|decreased|improved)\b|^no\b', re.I) # said of what is seen, unless of a patient
+_STATES = re.compile(r"\bthere (?:is|are)\b|^no (?:evidence|suspicious|mass|focal|acute|pleural|new|significant"
+                     rf"|abnormal|dominant|other|definite)|{BIRADS}|"
+                     r"\b(?:is|are) (?:seen|noted|identified|visuali[sz]ed|unremarkable|clear|normal|demonstrated"
+                     r"|evident|present)\b|\b(?:lungs?|heart|mediastin\w+) (?:is|are)\b", re.I)
+# said of what is seen, unless of a patient
+_STAYS = re.compile(
+    r'\b(?:remains?|appears?|shows?|demonstrates?|unchanged|stable|increased|decreased|improved)\b|^no\b', re.I)
 
 # %% ../../../nbs/120_data.text.reports.ipynb #3e28b88b
 def _states(name, sentence, first):
@@ -70,7 +88,8 @@ def _states(name, sentence, first):
 
 
 def _own(name, body):
-    "How far what stands under a heading such as HISTORY belongs to it in a report without findings: the rest are findings."
+    """How far what stands under a heading such as HISTORY belongs to it in a report without findings:
+    the rest are findings."""
     paragraph = _PARAGRAPH.match(body)
     if not paragraph: return len(body)
     end, first = paragraph.end(), len(body) - len(body.lstrip())
@@ -78,7 +97,8 @@ def _own(name, body):
         if all(w[0].isupper() for w in re.findall(r"[^\W\d_][\w'-]*", m['h'])) and not _ABOUT.search(m['h']):
             end = m.start('h')
             break
-    return next((m.start('s') for m in _SENTENCE.finditer(body[:end].rstrip()) if _states(name, m['s'], m.start('s') <= first)), end)
+    return next((m.start('s') for m in _SENTENCE.finditer(body[:end].rstrip())
+                 if _states(name, m['s'], m.start('s') <= first)), end)
 
 # %% ../../../nbs/120_data.text.reports.ipynb #ad3319b4
 def _pieces(text):
@@ -86,7 +106,8 @@ def _pieces(text):
     heads = find_headings(text)
     stops = [*(h.start for h in heads[1:]), len(text)]
     headed = any(h.section == 'findings' for h in heads)
-    stated = any(h.section == 'findings' and len(re.findall(r'\w+', text[h.end:stop])) > 2 for h, stop in zip(heads, stops))
+    stated = any(h.section == 'findings' and len(re.findall(r'\w+', text[h.end:stop])) > 2
+                 for h, stop in zip(heads, stops))
     preface = text[:heads[0].start] if heads else text
     title = title_of(preface)
     yield 'headings', '', title
@@ -94,7 +115,8 @@ def _pieces(text):
     back = 'findings'
     for h, stop in zip(heads, stops):
         body = text[h.end:stop]
-        if h.section == 'assessment' and _RADS_LINE.search(h.heading): # one line, kept with its heading, which gives the number its meaning
+        # one line, kept with its heading, which gives the number its meaning
+        if h.section == 'assessment' and _RADS_LINE.search(h.heading):
             line = re.match(r'\s*[^\n]*', body).group()
             typed = text[h.start:h.end].index(h.heading.split()[0])
             yield 'headings', '', text[h.start:h.start + typed]
@@ -109,8 +131,8 @@ def _pieces(text):
 
 # %% ../../../nbs/120_data.text.reports.ipynb #8cdd89d9
 def split_sections(
-    text, # the report, or what a table has in its place
-    row=None, # row of the table, for messages
+    text:str|float|None, # the report, or what a table has in its place
+    row:int|str|None=None, # row of the table, for messages
     rest:bool=False, # give also the words of no section: 'headings', and 'placeholders' such as N/A
 ) -> dict: # {section: text}, in the order of appearance, empty sections left out
     """Cut a report into its sections.
@@ -123,13 +145,17 @@ def split_sections(
         elif name in _STATED and no_report(body): others.setdefault('placeholders', []).append(f'{label} {body}')
         else: sections.setdefault(name, []).append(f'{label}: {body}' if label else body)
     left = {name: ' '.join(' '.join(words).split()) for name, words in others.items()} if rest else {}
-    return {name: '\n'.join(bodies) for name, bodies in sections.items()} | {name: words for name, words in left.items() if words}
+    return ({name: '\n'.join(bodies) for name, bodies in sections.items()}
+            | {name: words for name, words in left.items() if words})
 
 # %% ../../../nbs/120_data.text.reports.ipynb #7bbe7fd1
-_ABBREVIATIONS = frozenset('dr mr mrs ms prof vs approx fig figs e.g i.e eg ie st jr sr inc hx pt dept et al resp lt rt ca cf incl ref '
-                           'tel ext min max med lat a.m p.m p.o sup inf'.split())
-_GRADED = re.compile(rf'(?:{BIRADS}|category|cat|acr|grade|type|class|density|score|stage|level|birads|composition)[\s:#.,(\-]*$', re.I)
-_JOINING = re.compile(rf'(?:\b(?:of|the|a|an|and|or|with|in|at|to|for|from|by|is|are|was|no|on|than|this|that|{BIRADS}|category|acr|grade|measuring)|[,:\-/(])[ \t]*$', re.I)
+_ABBREVIATIONS = frozenset(
+    'dr mr mrs ms prof vs approx fig figs e.g i.e eg ie st jr sr inc hx pt dept et al resp lt rt ca cf incl ref '
+    'tel ext min max med lat a.m p.m p.o sup inf'.split())
+_GRADED = re.compile(
+    rf'(?:{BIRADS}|category|cat|acr|grade|type|class|density|score|stage|level|birads|composition)[\s:#.,(\-]*$', re.I)
+_JOINING = re.compile(rf'(?:\b(?:of|the|a|an|and|or|with|in|at|to|for|from|by|is|are|was|no|on|than|this|that|{BIRADS}'
+                      r'|category|acr|grade|measuring)|[,:\-/(])[ \t]*$', re.I)
 
 
 def _list_numbers(text):
@@ -138,8 +164,9 @@ def _list_numbers(text):
     for m in re.finditer(r'(?<![\w.,/\-])(\d{1,2})[.)](?=\s*[A-Za-z])', text):
         before = text[:m.start()].rstrip(' \t')[-40:]
         fresh = not before or before[-1] in '\n.;:!?)'
-        if int(m[1]) == expected and not _GRADED.search(before) and (fresh or expected > 1 and m[0][-1] == '.' and text[m.end():].lstrip()[:1].isupper()
-                                                                   and not _JOINING.search(before)):
+        goes_on = expected > 1 and m[0][-1] == '.' and text[m.end():].lstrip()[:1].isupper()
+        if (int(m[1]) == expected and not _GRADED.search(before)
+                and (fresh or goes_on and not _JOINING.search(before))):
             heads.add(m.start())
             expected += 1
     return heads
@@ -164,24 +191,27 @@ def _ends(text, i, j):
     word = re.search(r'([\w.]*\w)\s*$', before)
     word = word[1].lower() if word else ''
     if not after.strip(): return True
-    if after[0].isdigit() and (not before or before[-1].isdigit() or before[-1].isspace() or not before[-1].isalnum()): return False
+    if after[0].isdigit() and (not before or before[-1].isdigit() or before[-1].isspace() or not before[-1].isalnum()):
+        return False
     if j - i > 1: return True
     if word in _ABBREVIATIONS or (word == 'no' and after.lstrip()[:1].isdigit()): return False
     stem = before[:len(before.rstrip()) - len(word)] if word else before
     if len(word) == 1 and word.isalpha(): return bool(_GRADED.search(stem))
     if after[0].isspace(): return True
-    if after[0].isalpha(): return word.isdigit() or len(word) > 2 and '.' not in word or after[0].isupper() and '.' not in word
+    if after[0].isalpha():
+        return word.isdigit() or len(word) > 2 and '.' not in word or after[0].isupper() and '.' not in word
     return not (after[0].isdigit() and word[-1:].isdigit()) and after[0] not in ',;:)]'
 
 # %% ../../../nbs/120_data.text.reports.ipynb #cf52017e
 def split_sentences(
-    text, # a report or a section
+    text:str|float|None, # a report or a section
 ) -> list: # sentences, each with its closing mark, white space collapsed
     "Split a text into sentences; no character but white space and bullets is lost."
     sentences = []
     for line in _unwrap(as_text(text).replace('\r\n', '\n').replace('\r', '\n')).split('\n'):
         lists, start = _list_numbers(line), 0
-        cuts = sorted(lists | {m.end() for m in re.finditer(r'[.!?]+', line) if ('.' not in m[0] or _ends(line, m.start(), m.end()))
+        cuts = sorted(lists | {m.end() for m in re.finditer(r'[.!?]+', line)
+                               if ('.' not in m[0] or _ends(line, m.start(), m.end()))
                                and not any(m.start() - 2 <= n < m.start() for n in lists)})
         for cut in [*cuts, len(line)]:
             piece = line[start:cut].strip()
@@ -192,8 +222,10 @@ def split_sentences(
 
 # %% ../../../nbs/120_data.text.reports.ipynb #12abd00c
 _ROMAN = {'i': '1', 'ii': '2', 'iii': '3', 'iv': '4', 'v': '5', 'vi': '6', 'o': '0'}
-_CATEGORY = r'(?:(?:4 [abcABC](?=\s*(?:[.,;:)/]|$|\n))|[0-6][abcABC])(?![\w%])|[0-6](?![\w%]|[.,]\d|\s?(?:mm|cm)\b)|(?:VI|IV|V|III|II|I|vi|iv|v|iii|ii)\b)'
-_BIRADS_OF = re.compile(rf'\b{BIRADS}[\s\-:#=.,(®™]*(?:(?:final|overall|assessment|category|categories|cat|code|score|grade|class|is|of|mammography|no)\b[\s:.#=(\-]*)*'
+_CATEGORY = (r'(?:(?:4 [abcABC](?=\s*(?:[.,;:)/]|$|\n))|[0-6][abcABC])(?![\w%])|[0-6](?![\w%]|[.,]\d|\s?(?:mm|cm)\b)'
+             r'|(?:VI|IV|V|III|II|I|vi|iv|v|iii|ii)\b)')
+_BIRADS_OF = re.compile(rf'\b{BIRADS}[\s\-:#=.,(®™]*(?:(?:final|overall|assessment|category|categories|cat|code|score'
+                        r'|grade|class|is|of|mammography|no)\b[\s:.#=(\-]*)*'
                         rf'(?P<c>{_CATEGORY}(?:\s*(?:,|/|-|–|and|or|to|&)\s*{_CATEGORY})*)', re.I)
 
 
@@ -203,7 +235,7 @@ def _no_marks(text):
 
 
 def birads_of(
-    text, # any text
+    text:str|float|None, # any text
 ) -> list: # categories in order of appearance, e.g. ['4A', '2']; [] where none is named
     """Read the BI-RADS categories that a text names.
 
@@ -216,13 +248,15 @@ def birads_of(
     return found
 
 # %% ../../../nbs/120_data.text.reports.ipynb #6732b667
-_DENSITY_LETTER = re.compile(r'\b(?:acr|density|composition|category|type)(?:\s+(?:breast|density|category|type|class|composition))*[\s:.(\-]*([a-d])\b(?!\s+(?:mass|few|small|new|large))', re.I)
-_DENSITY_WORDS = (('D', r'extremely\s+dense'), ('C', r'heterogen[eo]+usly\s+dense'), ('B', r'scattered\s+(?:areas\s+of\s+)?fibro-?\s?glandular'),
+_DENSITY_LETTER = re.compile(r'\b(?:acr|density|composition|category|type)(?:\s+(?:breast|density|category|type|class'
+                             r'|composition))*[\s:.(\-]*([a-d])\b(?!\s+(?:mass|few|small|new|large))', re.I)
+_DENSITY_WORDS = (('D', r'extremely\s+dense'), ('C', r'heterogen[eo]+usly\s+dense'),
+                  ('B', r'scattered\s+(?:areas\s+of\s+)?fibro-?\s?glandular'),
                   ('A', r'(?:almost|predominantly|entirely)\s+(?:entirely\s+)?fat(?:ty)?'))
 
 
 def density_of(
-    text, # any text
+    text:str|float|None, # any text
 ) -> str: # 'A' to 'D', '' where the text does not say
     "Read the breast density that a text names: the ACR letter first, else the lexicon's words."
     text = as_text(text)
@@ -252,8 +286,9 @@ def paper_sentences(
     return [' '.join(t) for t in tokens if len(t) >= shortest]
 
 # %% ../../../nbs/120_data.text.reports.ipynb #f0a09dd1
-_PLAIN = str.maketrans({'‐': '-', '‑': '-', '‒': '-', '–': '-', '—': '-', '―': '-', '−': '-', '‘': "'", '’': "'", '“': '"', '”': '"', '`': "'", '´': "'",
-                        '®': '', '™': '', '\ufffd': ' ', '×': 'x', '\u200b': '', '\ufeff': '', '…': '.'})
+_PLAIN = str.maketrans({'‐': '-', '‑': '-', '‒': '-', '–': '-', '—': '-', '―': '-', '−': '-', '‘': "'", '’': "'",
+                        '“': '"', '”': '"', '`': "'", '´': "'", '®': '', '™': '', '\ufffd': ' ', '×': 'x',
+                        '\u200b': '', '\ufeff': '', '…': '.'})
 
 
 def _medvl_normalise(text):
@@ -266,9 +301,9 @@ def _medvl_normalise(text):
 
 # %% ../../../nbs/120_data.text.reports.ipynb #3946ad87
 def normalise(
-    text, # a report or a section
+    text:str|float|None, # a report or a section
     mode:str='medvl', # 'medvl' (nothing lost), 'paper' (Mammo-CLIP's), 'legacy' (its older cleaner), 'none' (as it is)
-    row=None, # row of the table, for messages
+    row:int|str|None=None, # row of the table, for messages
 ) -> str: # '' where there is no text
     """Normalise a text for the tokeniser.
 
@@ -284,7 +319,7 @@ def normalise(
 # %% ../../../nbs/120_data.text.reports.ipynb #31d0eedb
 def normalise_section(
     name:str, # section
-    text, # its text
+    text:str|float|None, # its text
     mode:str='medvl', # as in `normalise`
 ) -> str: # normalised text
     "Normalise a section; in the paper's modes the impression writes BIRADS without its hyphen first."

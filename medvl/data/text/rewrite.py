@@ -10,6 +10,8 @@ __all__ = ['SYNONYMS', 'facts', 'same_facts', 'replace_synonyms', 'turn_sentence
 import re
 from dataclasses import dataclass
 
+import numpy as np
+
 from ...core.config import config_dict
 from ...core.paths import digest
 from ...core.seed import numpy_rng
@@ -17,14 +19,21 @@ from .reports import as_text, split_sections
 
 # %% ../../../nbs/126_data.text.rewrite.ipynb #c19f9d5d
 _FACTS = {
-    'side': r"left\w*|right\w*|bilateral\w*|unilateral\w*|ipsilateral\w*|contralateral\w*|both|either|other|lt|rt|(?-i:[LR])(?=[\s.)-]|CC|MLO)",
-    'place': r"upper\w*|lower\w*|inner\w*|outer\w*|medial\w*|lateral\w*|superior\w*|inferior\w*|superolateral|superomedial|inferolateral|inferomedial|central\w*|\w*areolar|areola"
-             r"|axill\w*|anterior\w*|middle|posterior\w*|uoq|uiq|loq|liq|cc|mlo|craniocaudal|mediolateral|o\s?['’]?\s?clock|quadrants?|nipples?|skin",
-    'negation': r"no|not|non|none|nor|neither|never|without|cannot|\w+n['’]t|absen\w+|negative\w*|den(?:y|ies|ied)|free|exclud\w+|rul\w+ out|lack\w*|fail\w*|un\w*remarkable|except\w*|but",
-    'number': r"\d+(?:[.,:/]\d+)*%?|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|first|second|third|single|solitary|double|several|few|multiple|many|numerous|half|once|twice",
+    'side': r"left\w*|right\w*|bilateral\w*|unilateral\w*|ipsilateral\w*|contralateral\w*|both|either|other|lt|rt"
+            r"|(?-i:[LR])(?=[\s.)-]|CC|MLO)",
+    'place': r"upper\w*|lower\w*|inner\w*|outer\w*|medial\w*|lateral\w*|superior\w*|inferior\w*|superolateral"
+             r"|superomedial|inferolateral|inferomedial|central\w*|\w*areolar|areola"
+             r"|axill\w*|anterior\w*|middle|posterior\w*|uoq|uiq|loq|liq|cc|mlo|craniocaudal|mediolateral"
+             r"|o\s?['’]?\s?clock|quadrants?|nipples?|skin",
+    'negation': r"no|not|non|none|nor|neither|never|without|cannot|\w+n['’]t|absen\w+|negative\w*|den(?:y|ies|ied)|free"
+                r"|exclud\w+|rul\w+ out|lack\w*|fail\w*|un\w*remarkable|except\w*|but",
+    'number': r"\d+(?:[.,:/]\d+)*%?|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|first|second"
+              r"|third|single|solitary|double|several|few|multiple|many|numerous|half|once|twice",
     'birads': r"bi[\s‐-―_-]{0,2}(?:r[ae]ds?|ards)\W{0,3}(?:(?:category|assessment|score)\W{0,3})?\w?|acr|category",
-    'certainty': r"possibl\w+|probabl\w+|likely|unlikely|suspicious\w*|suspicion|questionabl\w+|equivocal|indeterminate|definite\w*|may|might|could|should|must|malign\w+|benign\w*|cancer\w*|carcinoma\w*"
-                 r"|known|new|old|increas\w+|decreas\w+|larger|smaller|growing|mm|cm|fatty|dense|scattered|heterogeneous\w*|extremely|almost|entirely"}
+    'certainty': r"possibl\w+|probabl\w+|likely|unlikely|suspicious\w*|suspicion|questionabl\w+|equivocal|indeterminate"
+                 r"|definite\w*|may|might|could|should|must|malign\w+|benign\w*|cancer\w*|carcinoma\w*"
+                 r"|known|new|old|increas\w+|decreas\w+|larger|smaller|growing|mm|cm|fatty|dense|scattered"
+                 r"|heterogeneous\w*|extremely|almost|entirely"}
 _FACT = {kind: re.compile(rf'(?<![\w-])(?:{pattern})(?!\w)', re.I) for kind, pattern in _FACTS.items()}
 
 
@@ -32,29 +41,33 @@ def facts(
     text:str, # any text
 ) -> dict: # kind -> tuple of words, lower case, in order
     "List what a rewording must keep."
-    return {kind: tuple(' '.join(m[0].lower().split()) for m in pattern.finditer(text)) for kind, pattern in _FACT.items()}
+    return {kind: tuple(' '.join(m[0].lower().split()) for m in pattern.finditer(text))
+            for kind, pattern in _FACT.items()}
 
 
-def same_facts(before, after): return facts(before) == facts(after)
+def same_facts(
+    before:str, # any text
+    after:str, # another
+) -> bool:
+    "Tell whether two texts agree in all that must be kept."
+    return facts(before) == facts(after)
 
 # %% ../../../nbs/126_data.text.rewrite.ipynb #bd059457
 SYNONYMS = (
     ('is seen', 'is noted', 'is identified', 'is visible', 'is present'),
     ('are seen', 'are noted', 'are identified', 'are visible', 'are present'),
     ('demonstrates', 'shows', 'reveals'), ('demonstrate', 'show', 'reveal'), ('concerning for', 'worrisome for'),
-    ('consistent with', 'compatible with'),
-    ('approximately', 'about', 'roughly'), ('previous', 'prior', 'earlier'), ('unchanged', 'stable'), ('additional', 'further'),
-    ('recommended', 'advised'),
-    ('examinations', 'studies'), ('adjacent to', 'next to'), ('grouped', 'clustered'), ('oval', 'ovoid'), ('round', 'rounded'),
-    ('margin', 'border'),
-    ('margins', 'borders'), ('evidence of', 'sign of'), ('compared with', 'in comparison with', 'compared to'), ('obtained', 'acquired'),
-    ('performed', 'carried out'), ('breast tissue', 'breast parenchyma'), ('entire', 'whole'), ('adequate', 'sufficient'),
-    ('situated', 'located'),
-    ('tissue sampling', 'biopsy'), ('large', 'sizeable'), ('measuring', 'with a size of'), ('measures', 'has a size of'),
-    ('usual', 'customary'),
+    ('consistent with', 'compatible with'), ('approximately', 'about', 'roughly'), ('previous', 'prior', 'earlier'),
+    ('unchanged', 'stable'), ('additional', 'further'), ('recommended', 'advised'),
+    ('examinations', 'studies'), ('adjacent to', 'next to'), ('grouped', 'clustered'), ('oval', 'ovoid'),
+    ('round', 'rounded'), ('margin', 'border'), ('margins', 'borders'), ('evidence of', 'sign of'),
+    ('compared with', 'in comparison with', 'compared to'), ('obtained', 'acquired'),
+    ('performed', 'carried out'), ('breast tissue', 'breast parenchyma'), ('entire', 'whole'),
+    ('adequate', 'sufficient'), ('situated', 'located'), ('tissue sampling', 'biopsy'), ('large', 'sizeable'),
+    ('measuring', 'with a size of'), ('measures', 'has a size of'), ('usual', 'customary'),
     ('available', 'at hand'), ('physician', 'doctor'), ('unusual', 'uncommon'), ('is again seen', 'is again noted'),
-    ('are again seen', 'are again noted'),
-    ('microcalcifications', 'fine calcifications'), ('therefore', 'for this reason'), ('in addition', 'furthermore', 'moreover'))
+    ('are again seen', 'are again noted'), ('microcalcifications', 'fine calcifications'),
+    ('therefore', 'for this reason'), ('in addition', 'furthermore', 'moreover'))
 
 # %% ../../../nbs/126_data.text.rewrite.ipynb #bd6f41d5
 def _cased(word, example):
@@ -65,9 +78,9 @@ def _cased(word, example):
 
 def replace_synonyms(
     text:str, # a sentence
-    rng, # numpy generator
+    rng:np.random.Generator, # numpy generator
     strength:float=0.7, # probability of each change
-    groups=SYNONYMS, # tuples of phrases
+    groups:tuple=SYNONYMS, # tuples of phrases
 ) -> str: # the sentence, perhaps in other words
     "Exchange phrases for others of their group."
     group_of = {phrase: group for group in groups for phrase in group}
@@ -80,18 +93,21 @@ def replace_synonyms(
     return re.sub(rf'(?<![\w-])(?:{pattern})(?![\w-])', one, text, flags=re.I)
 
 # %% ../../../nbs/126_data.text.rewrite.ipynb #302fb0bd
-_THING = r'(?P<thing>(?:no|an?|several|multiple|suspicious|benign|scattered|grouped|clustered)\b(?:(?! in the | on the | at the | behind the ).)+?)'
+_THING = (r'(?P<thing>(?:no|an?|several|multiple|suspicious|benign|scattered|grouped|clustered)\b'
+          r'(?:(?! in the | on the | at the | behind the ).)+?)')
 _PLACE = r'(?P<place> (?:in|on|at|behind) the [^,;:]+?)?'
 _SEEN = r'(?:seen|noted|identified|visible|present|found)'
 _FORMS = (re.compile(rf'there (?P<be>is|are) {_THING}{_PLACE}(?P<end>[.;!]?)', re.I),
           re.compile(rf'{_THING} (?P<be>is|are) {_SEEN}{_PLACE}(?P<end>[.;!]?)', re.I),
-          re.compile(rf'(?P<place>(?:in|on|at|behind) the [^,;:]+?),? there (?P<be>is|are) {_THING}(?P<end>[.;!]?)', re.I))
-_CLAUSES = re.compile(r'[,;:()/]|\b(?:and|or|but|which|that|who|with no|without|however|although|because|since|if|when|while)\b', re.I)
+          re.compile(rf'(?P<place>(?:in|on|at|behind) the [^,;:]+?),? there (?P<be>is|are) {_THING}(?P<end>[.;!]?)',
+                     re.I))
+_CLAUSES = re.compile(
+    r'[,;:()/]|\b(?:and|or|but|which|that|who|with no|without|however|although|because|since|if|when|while)\b', re.I)
 
 
 def turn_sentence(
     text:str, # a sentence
-    rng, # numpy generator
+    rng:np.random.Generator, # numpy generator
 ) -> str: # the same in another order, or as it is
     "Say a sentence of one clause in another of its three forms."
     found = next((m for form in _FORMS if (m := form.fullmatch(text.strip()))), None)
@@ -119,10 +135,15 @@ def sentence_pieces(
     text:str, # a report
 ) -> list: # (piece, whether it is a sentence): together they are the text; headings and white space are no sentences
     "Cut a report so that it can be put together again."
-    return [(p, i % 2 == 0 and not p.endswith(':') and any(c.isalpha() for c in p)) for i, p in enumerate(_PIECES.split(text)) if p]
+    return [(p, i % 2 == 0 and not p.endswith(':') and any(c.isalpha() for c in p))
+            for i, p in enumerate(_PIECES.split(text)) if p]
 
 # %% ../../../nbs/126_data.text.rewrite.ipynb #462f204a
-def rewrite_sentence(sentence, rng, config): # str, generator, RewriteConfig -> str
+def rewrite_sentence(
+    sentence:str, # of a report
+    rng:np.random.Generator, # of the sentence
+    config:RewriteConfig, # options
+) -> str:
     "Reword one sentence, or leave it."
     turned = turn_sentence(sentence, rng) if rng.random() < config.turn else sentence
     for out in (replace_synonyms(turned, rng, config.strength), replace_synonyms(sentence, rng, config.strength)):
@@ -131,13 +152,13 @@ def rewrite_sentence(sentence, rng, config): # str, generator, RewriteConfig -> 
 
 
 def rewrite(
-    text, # a report
+    text:str|float|None, # a report
     config:RewriteConfig|None=None, # options
 ) -> str: # the report in other words
     "Reword a report; what a diagnosis rests on stays."
     text, config = as_text(text), config or RewriteConfig()
-    words = [rewrite_sentence(p, numpy_rng('rewrite', config.seed, i, p),
-                              config) if spoken else p for i, (p, spoken) in enumerate(sentence_pieces(text))]
+    words = [rewrite_sentence(p, numpy_rng('rewrite', config.seed, i, p), config) if spoken else p
+             for i, (p, spoken) in enumerate(sentence_pieces(text))]
     out = ''.join(words)
     return out if same_facts(text, out) and list(split_sections(text)) == list(split_sections(out)) else text
 
@@ -148,13 +169,13 @@ class Rewriter:
         self.config = config or RewriteConfig()
 
     def __call__(self,
-        reports, # list of str
-        progress=True, # there for other writers: rules take no time
+        reports:list, # list of str
+        progress:bool=True, # there for other writers: rules take no time
     ) -> list: # of str
         "Reword each report."
         return [rewrite(r, self.config) for r in reports]
 
     @property
-    def digest(self): return digest(['rewrite', config_dict(self.config), SYNONYMS])
+    def digest(self) -> str: return digest(['rewrite', config_dict(self.config), SYNONYMS])
 
     def __repr__(self): return f'Rewriter({len(SYNONYMS)} groups of synonyms, {len(_FORMS)} sentence forms)'

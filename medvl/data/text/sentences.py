@@ -8,6 +8,9 @@ __all__ = ['RULES', 'OVERFLOW', 'report_sections', 'report_sentences', 'count_wo
 
 # %% ../../../nbs/144_data.text.sentences.ipynb #694a991e
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +18,8 @@ from ...core.errors import DataError, unknown_name
 from .mimic_sections import lovt_sections
 from .reports import as_text, no_report, normalise, split_sections, split_sentences
 from .tokens import TokenCache, pad_tokens
+
+if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
 
 # %% ../../../nbs/144_data.text.sentences.ipynb #d52e43a1
 RULES = ('auto', 'medvl', 'mimic', 'official')
@@ -24,9 +29,9 @@ _JOINED = re.compile(r'(?:FINDINGS: (?P<findings>.*?))?(?:(?:\A|\s)IMPRESSION: (
 
 
 def report_sections(
-    text, # a report
-    sections=('findings', 'impression'), # wanted, in this order
-    rules:str='auto', # 'mimic' (LoVT's), 'official' (the same with its mistake), 'medvl' (data.reports), or 'auto': what the report looks like
+    text:str|float|None, # a report
+    sections:tuple=('findings', 'impression'), # wanted, in this order
+    rules:str='auto', # 'mimic' (LoVT's), 'official' (with its mistake), 'medvl' (data.text.reports), 'auto' (by looks)
 ) -> dict: # {section: text}; a section that is absent is left out
     """Take the wanted sections from a report.
 
@@ -35,16 +40,18 @@ def report_sections(
     text = as_text(text).replace('\r\n', '\n')
     named = rules in ('mimic', 'official')
     if named and text.startswith(('FINDINGS: ', 'IMPRESSION: ')): found = _JOINED.fullmatch(text).groupdict(default='')
-    elif named or rules == 'auto' and _MIMIC.search(text) and not _SIDED.search(text): found = lovt_sections(text, official=rules == 'official')
+    elif named or rules == 'auto' and _MIMIC.search(text) and not _SIDED.search(text):
+        found = lovt_sections(text, official=rules == 'official')
     else: found = split_sections(text)
-    return {name: found[name] for name in sections if found.get(name, '').strip() and (rules == 'official' or not no_report(found[name]))}
+    return {name: found[name] for name in sections
+            if found.get(name, '').strip() and (rules == 'official' or not no_report(found[name]))}
 
 # %% ../../../nbs/144_data.text.sentences.ipynb #4635939b
 def report_sentences(
-    text, # a report
-    sections=('findings', 'impression'), # wanted, in this order
+    text:str|float|None, # a report
+    sections:tuple=('findings', 'impression'), # wanted, in this order
     rules:str='auto', # see `report_sections`
-    splitter=None, # callable(text) -> list of str, e.g. around Stanza; None: medvl's
+    splitter:Callable|None=None, # callable(text) -> list of str, e.g. around Stanza; None: medvl's
     normalisation:str='none', # of each sentence: 'none' (white space only, as LoVT), or one of data.reports
 ) -> list: # sentences, white space collapsed
     "List the sentences of a report."
@@ -55,7 +62,7 @@ def report_sentences(
 
 
 def count_words(
-    sentences, # list of str
+    sentences:list, # list of str
 ) -> int: # words and marks
     "Count words and punctuation marks of sentences."
     return sum(len(re.findall(r'\w+|[^\w\s]', s)) for s in sentences)
@@ -108,11 +115,12 @@ def join_sentences(
     sep:int=102, # token that closes it
     max_length:int=512, # tokens at most, special ones among them
     overflow:str='skip', # see OVERFLOW
-    name=None, # of the sample, for messages
+    name:str|None=None, # of the sample, for messages
 ) -> dict: # input_ids, sentence: int32 (n,); kept: numbers of the sentences in the row
     """Join sentences into one row of tokens.
 
-    Raises: ValueError for an unknown overflow or no room, DataError without sentences, or when 'error' is asked for and one does not fit."""
+    Raises: ValueError for an unknown overflow or no room, DataError without sentences, or when 'error' is asked for
+        and one does not fit."""
     if overflow not in OVERFLOW: raise ValueError(unknown_name('overflow', overflow, OVERFLOW))
     if max_length < 3: raise ValueError(f'max_length {max_length} leaves no room for words beside 2 special tokens.')
     kept, parts, room = [], [], max_length - 2
@@ -122,13 +130,17 @@ def join_sentences(
         if len(part) > room and overflow == 'reference': break
         if len(part) and len(part) <= room: kept.append(i), parts.append(part)
         room -= len(part) if kept and kept[-1] == i else 0
-    if not kept: raise DataError('a report without sentences.', row=name, column='report', fix='Leave the sample out, or train on labels.')
+    if not kept:
+        raise DataError('a report without sentences.', row=name, column='report',
+                        fix='Leave the sample out, or train on labels.')
     numbers = np.repeat(np.arange(1, len(parts) + 1), [len(p) for p in parts])
-    return dict(input_ids=np.concatenate([[cls], *parts, [sep]]).astype(np.int32), sentence=np.concatenate([[0], numbers, [0]]).astype(np.int32), kept=kept)
+    return dict(input_ids=np.concatenate([[cls], *parts, [sep]]).astype(np.int32),
+                sentence=np.concatenate([[0], numbers, [0]]).astype(np.int32), kept=kept)
 
 
 def _too_long(rows, max_length, name):
-    raise DataError(f'the sentences have {sum(map(len, rows))} tokens or more, {max_length - 2} fit.', row=name, column='report',
+    raise DataError(f'the sentences have {sum(map(len, rows))} tokens or more, {max_length - 2} fit.', row=name,
+                    column='report',
                     fix="Raise max_length, or use overflow='skip' to leave out what does not fit.")
 
 # %% ../../../nbs/144_data.text.sentences.ipynb #3a466c68
@@ -146,30 +158,35 @@ def pad_sentences(
 class SentenceTokens:
     "Turns lists of sentences into rows of tokens: `tokens(sentences)`."
     def __init__(self,
-        tokenizer, # a fast transformers tokeniser
-        folder=None, # folder of the token cache; None: memory only
+        tokenizer:'PreTrainedTokenizerFast', # a fast transformers tokeniser
+        folder:str|Path|None=None, # folder of the token cache; None: memory only
         max_length:int=512, # tokens of a row at most
         overflow:str='skip', # 'skip', 'reference', 'error'
     ):
-        if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None: raise ValueError('The tokeniser has no [CLS] or [SEP]; sentences are joined between them.')
+        if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+            raise ValueError('The tokeniser has no [CLS] or [SEP]; sentences are joined between them.')
         if overflow not in OVERFLOW: raise ValueError(unknown_name('overflow', overflow, OVERFLOW))
         self.tokenizer, self.max_length, self.overflow = tokenizer, max_length, overflow
         self.cache = TokenCache(tokenizer, folder, max_length + 1)
 
-    def rows(self, sentences, name=None):
+    def rows(self,
+        sentences:list, # of one report
+        name:str|None=None, # of the sample, for messages
+    ) -> list: # int32 arrays
         "Tokens of each sentence, without special tokens, cut behind `max_length - 1`."
         return [row[1:-1] for row in self.cache(list(sentences), None if name is None else [name]*len(sentences))]
 
     def __call__(self,
         sentences:list, # of one report
-        name=None, # of the sample, for messages
+        name:str|None=None, # of the sample, for messages
     ) -> dict: # of `join_sentences`
         "Join the tokens of one report's sentences."
-        return join_sentences(self.rows(sentences, name), self.tokenizer.cls_token_id, self.tokenizer.sep_token_id, self.max_length, self.overflow, name)
+        return join_sentences(self.rows(sentences, name), self.tokenizer.cls_token_id, self.tokenizer.sep_token_id,
+                              self.max_length, self.overflow, name)
 
     def batch(self,
         reports:list, # b lists of sentences
-        names=None, # names of the samples, for messages
+        names:list|None=None, # names of the samples, for messages
     ) -> dict: # input_ids, attention_mask, sentence: int64 arrays (b, L)
         "Tokens of several reports, padded."
         rows = [self(s, None if names is None else names[i]) for i, s in enumerate(reports)]

@@ -13,30 +13,36 @@ from .reports import as_text
 
 # %% ../../../nbs/122_data.text.sides.ipynb #7435cac3
 _BREAST = ('', 'l', 'r') # a quadrant's abbreviation may begin with its side: UOQ, LUOQ, RUOQ
-SIDES = (('left', 'right'), ('lt', 'rt'), ('leftward', 'rightward'), ('leftwards', 'rightwards'), ('leftsided', 'rightsided'), ('leftside', 'rightside'),
+SIDES = (('left', 'right'), ('lt', 'rt'), ('leftward', 'rightward'), ('leftwards', 'rightwards'),
+         ('leftsided', 'rightsided'), ('leftside', 'rightside'),
          ('luq', 'ruq'), ('llq', 'rlq'), *((f'l{q}', f'r{q}') for q in ('uoq', 'uiq', 'loq', 'liq')))
-UPPER_LOWER = (('upper', 'lower'), ('superior', 'inferior'), ('superiorly', 'inferiorly'), ('upward', 'downward'), ('upwards', 'downwards'), ('supero', 'infero'),
-               ('uppermost', 'lowermost'), *((f'supero{p}', f'infero{p}') for p in ('lateral', 'medial', 'laterally', 'medially')),
+UPPER_LOWER = (('upper', 'lower'), ('superior', 'inferior'), ('superiorly', 'inferiorly'), ('upward', 'downward'),
+               ('upwards', 'downwards'), ('supero', 'infero'),
+               ('uppermost', 'lowermost'),
+               *((f'supero{p}', f'infero{p}') for p in ('lateral', 'medial', 'laterally', 'medially')),
                *((f'{d}superior', f'{d}inferior') for d in ('antero', 'postero')), ('luq', 'llq'), ('ruq', 'rlq'),
                *((f'{s}u{p}q', f'{s}l{p}q') for s in _BREAST for p in 'oi'))
 INNER_OUTER = (('inner', 'outer'), ('medial', 'lateral'), ('medially', 'laterally'), ('innermost', 'outermost'),
-               *((f'{d}medial{e}', f'{d}lateral{e}') for d in ('supero', 'infero', 'antero', 'postero') for e in ('', 'ly')),
+               *((f'{d}medial{e}', f'{d}lateral{e}') for d in ('supero', 'infero', 'antero', 'postero')
+                 for e in ('', 'ly')),
                *((f'{s}{h}oq', f'{s}{h}iq') for s in _BREAST for h in 'ul'))
 
 # %% ../../../nbs/122_data.text.sides.ipynb #b07111fc
-_NOT_A_PLACE = (r'(?!\s+(?:away|now|after|angle|hand(?:ed)?|as\s+is)\b)', r'(?!\s+(?:limits?|than|resolution|case|grade|extremit\w+)\b)',
+_NOT_A_PLACE = (r'(?!\s+(?:away|now|after|angle|hand(?:ed)?|as\s+is)\b)',
+                r'(?!\s+(?:limits?|than|resolution|case|grade|extremit\w+)\b)',
                 r'(?!\s+(?:views?|projections?|oblique|spot|magnification|radiograph|images?|films?)\b)'
                 r'(?<!medio-medial)(?<!medio-lateral)(?<!latero-medial)(?<!latero-lateral)')
 
 
 def _like(word, example):
     "Write `word` in the case of `example`."
-    return word.upper() if example.isupper() and len(example) > 1 else word.capitalize() if example[0].isupper() else word
+    return (word.upper() if example.isupper() and len(example) > 1
+            else word.capitalize() if example[0].isupper() else word)
 
 
 def swap_words(
     text:str, # any text
-    table, # pairs of lower-case words
+    table:tuple, # pairs of lower-case words
     keep:str='', # look-ahead pattern: where it fails, the word stays
 ) -> str: # the text with each word of a pair replaced by the other
     "Exchange the words of each pair, keeping their case; twice is the identity."
@@ -52,16 +58,24 @@ _HOUR = r'(?:1[0-2]|[1-9])'
 _JOIN = r'\s?(?:-|–|to|/|and)\s?'
 _OCLOCK = r"\s?o\s?['’]?\s?clock"
 _CLOCK = re.compile(rf"(?<![\d:.])(?P<said>(?:{_HOUR}(?::[0-5]\d)?{_JOIN})?{_HOUR}(?::[0-5]\d)?(?={_OCLOCK}))"
-                    rf"|(?<![\d:./])(?P<bare>(?:{_HOUR}:[0-5]\d{_JOIN})?{_HOUR}:[0-5]\d(?![\d:])|{_HOUR}(?=\s?h\b))", re.I)
+                    rf"|(?<![\d:./])(?P<bare>(?:{_HOUR}:[0-5]\d{_JOIN})?{_HOUR}:[0-5]\d(?![\d:])|{_HOUR}(?=\s?h\b))",
+                    re.I)
 _FILL = r"(?:[\s.,:;(~-]|the\b|about\b|approximately\b)*$"
-_NAMED = re.compile(rf"(?<!\w)(?:left|right|lt|rt|[lr]|breast|axilla|nipple|positions?|clock){_FILL}", re.I) # before a position
-_PLACED = re.compile(rf"(?:(?<!\w)(?:at|between|from|near|around)\b|@){_FILL}", re.I) # before a position, or a time of day
-_FOLLOWS = re.compile(r"(?:\s?h\b)?[\s,(-]*(?:positions?\b|axis\b|radi(?:an|us|al)\b|(?:in|of|within)\s+(?:the\s+)?(?:left|right|lt|rt)\b|(?:left|right|lt|rt|[lr])\.?\s(?:breast|axilla)"
-                      r"|\d+(?:\.\d+)?\s?[cm]m\s(?:from|fn|deep)|(?:anterior|middle|mid|posterior)\s(?:depth|third))", re.I)
-_TIME = re.compile(r"\s?(?:[ap]\.?\s?m\b|(?:hours?|hrs?|est|pst|gmt|utc)\b|on\s+(?:\d|mon|tue|wed|thu|fri|sat|sun))", re.I)
+# before a position
+_NAMED = re.compile(rf"(?<!\w)(?:left|right|lt|rt|[lr]|breast|axilla|nipple|positions?|clock){_FILL}", re.I)
+# before a position, or a time of day
+_PLACED = re.compile(rf"(?:(?<!\w)(?:at|between|from|near|around)\b|@){_FILL}", re.I)
+_FOLLOWS = re.compile(r"(?:\s?h\b)?[\s,(-]*(?:positions?\b|axis\b|radi(?:an|us|al)\b"
+                      r"|(?:in|of|within)\s+(?:the\s+)?(?:left|right|lt|rt)\b"
+                      r"|(?:left|right|lt|rt|[lr])\.?\s(?:breast|axilla)"
+                      r"|\d+(?:\.\d+)?\s?[cm]m\s(?:from|fn|deep)|(?:anterior|middle|mid|posterior)\s(?:depth|third))",
+                      re.I)
+_TIME = re.compile(r"\s?(?:[ap]\.?\s?m\b|(?:hours?|hrs?|est|pst|gmt|utc)\b|on\s+(?:\d|mon|tue|wed|thu|fri|sat|sun))",
+                   re.I)
 _SPAN = re.compile(r"\b(?:in|after|for|within|every|per|last|past|over|of|than|next)\s+$", re.I) # before a duration
 _LATER = re.compile(r"\s?h(?:\d|\s*(?:/|post|later|ago|after|delay|follow|old))", re.I)
-_EVENT = re.compile(r"(?:perform|dictat|sign|call|discuss|notif|communicat|report|arriv|approv|acquir|scan|start|complet|verif|finali|transcri|page|inform|spoke|time)", re.I)
+_EVENT = re.compile(r"(?:perform|dictat|sign|call|discuss|notif|communicat|report|arriv|approv|acquir|scan|start"
+                    r"|complet|verif|finali|transcri|page|inform|spoke|time)", re.I)
 
 
 def _is_position(m):
@@ -88,42 +102,44 @@ def swap_clock(
 
 # %% ../../../nbs/122_data.text.sides.ipynb #c65618b7
 _BESIDE = rf"(?:breast|axill|nipple|mammo|(?:x?ccl?|mlo|ml|lm)\b|[ul][oi]?q\b|{_HOUR}(?::[0-5]\d|{_OCLOCK}|\s?h\b))"
-_LETTER = re.compile(rf"(?:(?<![\w-])(?:([LlRr])(?=[\s./-]{{1,2}}(?i:{_BESIDE}))|(?<=\()([LR])(?=\))|([LR])(?=(?:X?CCL?|MLO|ML|LM)\b)|([lr])(?=(?:cc|mlo)\b))"
+_LETTER = re.compile(rf"(?:(?<![\w-])(?:([LlRr])(?=[\s./-]{{1,2}}(?i:{_BESIDE}))|(?<=\()([LR])(?=\))"
+                     r"|([LR])(?=(?:X?CCL?|MLO|ML|LM)\b)|([lr])(?=(?:cc|mlo)\b))"
                      r"|(?:(?<=CC[\s/-])|(?<=MLO[\s/-]))([LR])(?!\w))")
 _OTHER_LETTER = {'L': 'R', 'R': 'L', 'l': 'r', 'r': 'l'}
 
 
 def swap_sides(
-    text, # a report or sentence
+    text:str|float|None, # a report or sentence
 ) -> str: # the text as it reads for the mirrored image
-    "Exchange left and right: words, abbreviations, letters before a view or organ, clock positions. Twice is the identity."
+    """Exchange left and right: words, abbreviations, letters before a view or organ, clock positions. Twice is the
+    identity."""
     text = swap_words(as_text(text), SIDES, _NOT_A_PLACE[0])
     return swap_clock(_LETTER.sub(lambda m: _OTHER_LETTER[m[0]], text), 720)
 
 # %% ../../../nbs/122_data.text.sides.ipynb #5400b03b
 def swap_upper_lower(
-    text, # a report or sentence
+    text:str|float|None, # a report or sentence
 ) -> str: # the text for an image turned upside down, as an MLO view shows it
     "Exchange upper and lower: words, quadrants, clock positions. Twice is the identity."
     return swap_clock(swap_words(as_text(text), UPPER_LOWER, _NOT_A_PLACE[1]), 360)
 
 
 def swap_inner_outer(
-    text, # a report or sentence
+    text:str|float|None, # a report or sentence
 ) -> str: # the text for a CC view turned upside down
     "Exchange inner and outer: words, quadrants, clock positions. Twice is the identity."
     return swap_clock(swap_words(as_text(text), INNER_OUTER, _NOT_A_PLACE[2]), 720)
 
 
 def swap_vertical(
-    text, # a report or sentence
+    text:str|float|None, # a report or sentence
 ) -> str: # the text for CC and MLO views turned upside down together
     "Exchange upper and lower, inner and outer. Twice is the identity."
     return swap_inner_outer(swap_upper_lower(text))
 
 # %% ../../../nbs/122_data.text.sides.ipynb #01894775
 def flip_text(
-    text, # a report or sentence
+    text:str|float|None, # a report or sentence
     horizontal:bool, # the images are mirrored
     vertical:bool, # the images are turned upside down
 ) -> str: # the text that fits the flipped images
@@ -133,7 +149,7 @@ def flip_text(
 
 
 def names_side(
-    text, # a report or sentence
+    text:str|float|None, # a report or sentence
     vertical:bool=False, # ask about upper/lower and inner/outer instead of left/right
 ) -> bool: # whether flipping the image would make the text wrong
     "Tell whether a text names a side."

@@ -13,19 +13,23 @@ import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...core.errors import DataError
 from ...core.paths import atomic_path
 
+if TYPE_CHECKING: from transformers import BertTokenizer, PreTrainedTokenizerFast
+
 # %% ../../../nbs/121_data.text.tokens.ipynb #87d6030d
 SPECIAL = ('[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]')
 
 
 def read_vocab(
-    path, # text file, one word piece a line, UTF-8
+    path:str|Path, # text file, one word piece a line, UTF-8
 ) -> dict: # {piece: token}
     """Read a BERT vocabulary.
 
@@ -34,7 +38,8 @@ def read_vocab(
     except UnicodeDecodeError as e: raise DataError(f'the vocabulary is not UTF-8 text ({e.reason}).', file=path) from e
     vocab = {}
     for i, piece in enumerate(line.rstrip('\r') for line in lines):
-        if piece in vocab: raise DataError(f'the piece {piece!r} occurs twice (first in row {vocab[piece]}).', file=path, row=i)
+        if piece in vocab:
+            raise DataError(f'the piece {piece!r} occurs twice (first in row {vocab[piece]}).', file=path, row=i)
         vocab[piece] = i
     lacking = [s for s in SPECIAL if s not in vocab]
     if lacking: raise DataError(f'the vocabulary lacks {", ".join(lacking)}.', file=path, fix='Give a BERT vocab.txt.')
@@ -45,7 +50,7 @@ def wordpiece(
     vocab:dict, # {piece: token}
     lower_case:bool=True, # fold case and accents before looking words up
     max_length:int=512, # longest text the encoder takes, in tokens
-): # transformers BertTokenizer (fast)
+) -> 'BertTokenizer': # transformers BertTokenizer (fast)
     "Make a BERT tokeniser from a vocabulary."
     from transformers import BertTokenizer
     return BertTokenizer(vocab=dict(vocab), do_lower_case=lower_case, model_max_length=max_length)
@@ -55,11 +60,11 @@ _WORD = re.compile(r'[^\W_]+|[^\w\s]|_', re.UNICODE)
 
 
 def build_wordpiece(
-    texts, # list of str
+    texts:Iterable[str], # list of str
     size:int=512, # pieces at most; raised when the characters alone need more
     lower_case:bool=True, # fold case and accents
     max_length:int=512, # longest text the encoder takes, in tokens
-): # transformers BertTokenizer (fast)
+) -> 'BertTokenizer': # transformers BertTokenizer (fast)
     """Build a small word-piece tokeniser from texts, the same at every run and in any order of the texts.
 
     Raises: ValueError when the texts hold no word."""
@@ -84,7 +89,7 @@ def _name_says(*names):
 
 
 def lower_cases(
-    tokenizer, # a fast transformers tokeniser
+    tokenizer:'PreTrainedTokenizerFast', # a fast transformers tokeniser
 ) -> bool: # whether it folds case
     "Tell whether a tokeniser lower-cases its texts."
     return 'Ab' not in getattr(tokenizer.backend_tokenizer.normalizer, 'normalize_str', str)('Ab')
@@ -98,15 +103,21 @@ def _tell_contradictions(tokenizer, folder):
     if 'lowercase' in normalizer: says['its tokenizer.json'] = normalizer['lowercase']
     for what, said in says.items():
         if said is not None and said != lower:
-            warnings.warn(f'The tokeniser of {folder.name} reads texts {"in small letters" if lower else "with capitals"}, as transformers does without a do_lower_case in tokenizer_config.json '
-                          f'or by it; {what} says the opposite. lower_case={said} changes it.', stacklevel=4)
+            warnings.warn(f'The tokeniser of {folder.name} reads texts '
+                          f'{"in small letters" if lower else "with capitals"}, as transformers does without a '
+                          f'do_lower_case in tokenizer_config.json or by it; {what} says the opposite. '
+                          f'lower_case={said} changes it.', stacklevel=4)
 
 # %% ../../../nbs/121_data.text.tokens.ipynb #0c861886
 def _checked(tokenizer, source):
     "Refuse a tokeniser that knows no word, or is not of the fast kind."
-    if not getattr(tokenizer, 'is_fast', False): raise DataError(f'a {type(tokenizer).__name__} is not a fast tokeniser.', file=source, fix='Save it with a tokenizer.json.')
+    if not getattr(tokenizer, 'is_fast', False):
+        raise DataError(f'a {type(tokenizer).__name__} is not a fast tokeniser.', file=source,
+                        fix='Save it with a tokenizer.json.')
     special = {*tokenizer.all_special_tokens, *tokenizer.added_tokens_encoder}
-    if set(tokenizer.get_vocab()) <= special: raise DataError(f'the vocabulary has {len(tokenizer)} special pieces and no word.', file=source, fix='Put the vocabulary of the text encoder (vocab.txt or tokenizer.json) beside it.')
+    if set(tokenizer.get_vocab()) <= special:
+        raise DataError(f'the vocabulary has {len(tokenizer)} special pieces and no word.', file=source,
+                        fix='Put the vocabulary of the text encoder (vocab.txt or tokenizer.json) beside it.')
     return tokenizer
 
 
@@ -114,12 +125,16 @@ def _from_folder(folder, lower_case, max_length):
     "Read a folder as transformers does; without a configuration as a BERT."
     from transformers import AutoTokenizer, BertTokenizer
     if not any(_HOLDS_WORDS.fullmatch(p.name) for p in folder.iterdir() if p.is_file()):
-        raise DataError('the folder has no vocabulary.', file=folder, fix="Put the text encoder's vocab.txt or tokenizer.json into it, or give a tokeniser of your own.")
+        raise DataError('the folder has no vocabulary.', file=folder,
+                        fix="Put the text encoder's vocab.txt or tokenizer.json into it, or give a tokeniser "
+                            "of your own.")
     options = dict(local_files_only=True, **({} if lower_case is None else {'do_lower_case': lower_case}))
     bare = (folder/'vocab.txt').is_file() and not (folder/'tokenizer.json').is_file()
     try: tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **options)
     except Exception as e: # no kind of model in its configuration; what else is wrong is said below
-        if not bare: raise DataError(f'the tokeniser cannot be read ({type(e).__name__}).', file=folder, fix='Save it again with save_pretrained.') from e
+        if not bare:
+            raise DataError(f'the tokeniser cannot be read ({type(e).__name__}).', file=folder,
+                            fix='Save it again with save_pretrained.') from e
         read_vocab(folder/'vocab.txt')
         tokenizer = BertTokenizer.from_pretrained(str(folder), **options)
     if bare and isinstance(tokenizer, BertTokenizer): read_vocab(folder/'vocab.txt')
@@ -132,13 +147,14 @@ BIOCLINICALBERT = 'emilyalsentzer/Bio_ClinicalBERT'
 
 
 def load_tokenizer(
-    name, # hub name, folder, or path of a vocab.txt; a tokeniser is passed through
-    lower_case:bool|None=None, # fold case; None: as transformers reads the folder; for a bare vocabulary as its name says
+    name:'str|Path|PreTrainedTokenizerFast', # hub name, folder, or path of a vocab.txt; a tokeniser is passed through
+    lower_case:bool|None=None, # fold case; None: as transformers reads the folder, or a bare vocabulary's name says
     max_length:int=512, # longest text in tokens, where the tokeniser does not say
-): # a fast transformers tokeniser
+) -> 'PreTrainedTokenizerFast': # a fast transformers tokeniser
     """Load a tokeniser.
 
-    Raises: FileNotFoundError for a path that is not there, OSError when a hub name cannot be fetched, DataError for a bad vocabulary or none."""
+    Raises: FileNotFoundError for a path that is not there, OSError when a hub name cannot be fetched, DataError for
+        a bad vocabulary or none."""
     if hasattr(name, 'convert_ids_to_tokens'): return name
     from transformers import AutoTokenizer
     path = Path(name).expanduser()
@@ -146,16 +162,19 @@ def load_tokenizer(
     if path.is_file():
         around = path.resolve().parent
         lower = _name_says(path.name) if lower_case is None else lower_case
-        if lower is None and path.name == 'vocab.txt' and (around/'tokenizer_config.json').is_file(): return _from_folder(around, None, max_length)
+        if lower is None and path.name == 'vocab.txt' and (around/'tokenizer_config.json').is_file():
+            return _from_folder(around, None, max_length)
         if lower is None: lower = _name_says(around.name) is not False
         return _checked(wordpiece(read_vocab(path), lower, max_length), path)
-    if path.suffix or path.is_absolute() or str(name).startswith('.'): raise FileNotFoundError(f'There is no tokeniser at {name}.')
+    if path.suffix or path.is_absolute() or str(name).startswith('.'):
+        raise FileNotFoundError(f'There is no tokeniser at {name}.')
     options = {} if lower_case is None else {'do_lower_case': lower_case}
     try: return _checked(AutoTokenizer.from_pretrained(str(name), trust_remote_code=False, **options), name)
     except DataError: raise
     except Exception as e:
-        raise OSError(f'The tokeniser {str(name)!r} could not be fetched ({type(e).__name__}). Without a hub give a folder or a vocab.txt '
-                      '(BioClinicalBERT has the vocabulary of bert-base-cased), or build one with build_wordpiece(texts).') from e
+        raise OSError(f'The tokeniser {str(name)!r} could not be fetched ({type(e).__name__}). Without a hub give a '
+                      'folder or a vocab.txt (BioClinicalBERT has the vocabulary of bert-base-cased), or build one '
+                      'with build_wordpiece(texts).') from e
 
 # %% ../../../nbs/121_data.text.tokens.ipynb #dc5ffcbb
 UNKNOWN_LIMIT, UNKNOWN_NOTICE = 0.5, 0.05 # share of [UNK] among the tokens of texts: refused, told
@@ -163,13 +182,14 @@ _ENOUGH = 50 # tokens to judge by
 
 
 def unknown_share(
-    tokenizer, # a transformers tokeniser
-    rows, # int arrays: tokens of texts
+    tokenizer:'PreTrainedTokenizerFast', # a transformers tokeniser
+    rows:list, # int arrays: tokens of texts
 ) -> float: # 0 to 1; 0 for tokenisers that spell every word
     "Give the share of unknown pieces among the tokens of texts, special tokens aside."
     if tokenizer.unk_token_id is None: return 0.0
     ids = np.concatenate([np.asarray(r, dtype=np.int64) for r in rows]) if len(rows) else np.zeros(0, dtype=np.int64)
-    aside = [i for i in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id) if i is not None and i != tokenizer.unk_token_id]
+    aside = [i for i in (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+             if i is not None and i != tokenizer.unk_token_id]
     ids = ids[~np.isin(ids, aside)]
     return float((ids == tokenizer.unk_token_id).mean()) if len(ids) else 0.0
 
@@ -179,35 +199,45 @@ def _know(tokenizer, rows):
     n = sum(map(len, rows))
     if n < _ENOUGH or (share := unknown_share(tokenizer, rows)) <= UNKNOWN_NOTICE: return
     told = f'{share:.0%} of {n:,} tokens are {tokenizer.unk_token}'
-    if share > UNKNOWN_LIMIT: raise DataError(f'the tokeniser knows almost none of the words of these texts: {told}.', fix="Give the text encoder's own vocabulary, in the case and language of the reports.")
-    warnings.warn(f'The tokeniser does not know many words of these texts: {told}. Is it of their case and language?', stacklevel=4)
+    if share > UNKNOWN_LIMIT:
+        raise DataError(f'the tokeniser knows almost none of the words of these texts: {told}.',
+                        fix="Give the text encoder's own vocabulary, in the case and language of the reports.")
+    warnings.warn(f'The tokeniser does not know many words of these texts: {told}. Is it of their case and language?',
+                  stacklevel=4)
 
 # %% ../../../nbs/121_data.text.tokens.ipynb #9d7ea857
 def fit_tokenizer(
-    tokenizer, # a transformers tokeniser
+    tokenizer:'PreTrainedTokenizerFast', # a transformers tokeniser
     rows:int, # embeddings that the text encoder has
-): # the tokeniser
+) -> 'PreTrainedTokenizerFast': # the tokeniser
     """Make sure that a tokeniser belongs to a text encoder.
 
     Raises: ValueError when it has more tokens than the encoder has embeddings."""
-    if len(tokenizer) > rows: raise ValueError(f'the tokenizer has {len(tokenizer)} tokens, the text encoder {rows}: set vocab_size or take its own tokenizer')
-    if rows - len(tokenizer) > 1024: warnings.warn(f'The tokenizer has {len(tokenizer):,} tokens and the text encoder {rows:,} embeddings: is it the tokenizer of another model?', stacklevel=3)
+    if len(tokenizer) > rows:
+        raise ValueError(f'the tokenizer has {len(tokenizer)} tokens, the text encoder {rows}: set vocab_size or take '
+                         'its own tokenizer')
+    if rows - len(tokenizer) > 1024:
+        warnings.warn(f'The tokenizer has {len(tokenizer):,} tokens and the text encoder {rows:,} embeddings: is it '
+                      'the tokenizer of another model?', stacklevel=3)
     return tokenizer
 
 # %% ../../../nbs/121_data.text.tokens.ipynb #ef3af182
 def tokenise(
-    tokenizer, # a transformers tokeniser
-    texts, # list of str
+    tokenizer:'PreTrainedTokenizerFast', # a transformers tokeniser
+    texts:list, # list of str
     max_length:int=256, # tokens at most, [CLS] and [SEP] among them
-    names=None, # names of the samples, for the message
+    names:list|None=None, # names of the samples, for the message
 ) -> list: # int32 arrays, one a text
     """Turn texts into tokens.
 
-    Raises: DataError for a text that leaves no token, naming its sample, and when almost all words are unknown; ValueError for a length that leaves no room."""
+    Raises: DataError for a text that leaves no token, naming its sample, and when almost all words are unknown;
+        ValueError for a length that leaves no room."""
     special = tokenizer.num_special_tokens_to_add()
-    if max_length <= special: raise ValueError(f'max_length {max_length} leaves no room for words beside {special} special tokens.')
+    if max_length <= special:
+        raise ValueError(f'max_length {max_length} leaves no room for words beside {special} special tokens.')
     if not len(texts): return []
-    rows = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False, return_attention_mask=False).input_ids
+    rows = tokenizer(list(texts), truncation=True, max_length=max_length, padding=False,
+                     return_attention_mask=False).input_ids
     _know(tokenizer, rows)
     for i, row in enumerate(rows):
         if len(row) <= special:
@@ -217,7 +247,7 @@ def tokenise(
 
 
 def pad_tokens(
-    rows, # list of int arrays
+    rows:list, # list of int arrays
     pad:int=0, # token to fill up with
     multiple:int=8, # the width is a multiple of this
     width:int|None=None, # fixed width; None: from the longest row
@@ -232,13 +262,14 @@ def pad_tokens(
 
 # %% ../../../nbs/121_data.text.tokens.ipynb #d0b7106a
 def tokenizer_digest(
-    tokenizer, # a fast transformers tokeniser
+    tokenizer:'PreTrainedTokenizerFast', # a fast transformers tokeniser
     max_length:int=256, # tokens at most
 ) -> str: # 32 hexadecimal digits
     "Hash everything that decides which tokens a text becomes."
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop('truncation', None), state.pop('padding', None)
-    sides = (tokenizer.truncation_side, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id, int(max_length))
+    sides = (tokenizer.truncation_side, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id,
+             int(max_length))
     return hashlib.blake2b(json.dumps([state, sides], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -270,15 +301,15 @@ def _read_shard(shard):
 class TokenCache:
     "Tokens of texts, made once: in memory, and on disk where a folder is given."
     def __init__(self,
-        tokenizer, # a fast transformers tokeniser
-        folder=None, # folder of the cache; None: memory only
+        tokenizer:'PreTrainedTokenizerFast', # a fast transformers tokeniser
+        folder:str|Path|None=None, # folder of the cache; None: memory only
         max_length:int=256, # tokens at most
     ):
         self.tokenizer, self.max_length = tokenizer, max_length
         self.folder = None if folder is None else Path(folder)/tokenizer_digest(tokenizer, max_length)
         self.load()
 
-    def load(self):
+    def load(self) -> None:
         "Read what is on disk, leaving damaged shards out with a warning."
         self.known, self.new = {}, {}
         for shard in sorted(self.folder.glob('shard-*')) if self.folder else ():
@@ -287,20 +318,21 @@ class TokenCache:
                 warnings.warn(f'The token cache {shard.name} is damaged ({e}); its texts are cut again.', stacklevel=2)
 
     def __call__(self,
-        texts, # list of str
-        names=None, # names of the samples, for messages
+        texts:list, # list of str
+        names:list|None=None, # names of the samples, for messages
     ) -> list: # int32 arrays, one a text
         "Tokens of `texts`; those not seen before are cut and remembered."
         keys = [_text_key(t) for t in texts]
         fresh = {k: i for i, k in enumerate(keys) if k not in self.known}
         if fresh:
             places = list(fresh.values())
-            rows = tokenise(self.tokenizer, [texts[i] for i in places], self.max_length, None if names is None else [names[i] for i in places])
+            rows = tokenise(self.tokenizer, [texts[i] for i in places], self.max_length,
+                            None if names is None else [names[i] for i in places])
             new = dict(zip(fresh, rows))
             self.known.update(new), self.new.update(new)
         return [self.known[k] for k in keys]
 
-    def save(self):
+    def save(self) -> None:
         "Write what is new as one more shard; without a folder nothing happens."
         if self.folder is not None and self.new:
             self.folder.mkdir(parents=True, exist_ok=True)

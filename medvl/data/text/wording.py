@@ -7,6 +7,7 @@ __all__ = ['FOLDER', 'report_key', 'augment_reports', 'with_wording']
 
 # %% ../../../nbs/128_data.text.wording.ipynb #e75c92d1
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -27,53 +28,58 @@ def report_key(
 
 
 def _place(prepared, name, folder):
-    if not name or any(c in name for c in '/\\.'): raise ValueError(f'{name!r} cannot name a wording: use letters, digits, - and _.')
+    if not name or any(c in name for c in '/\\.'):
+        raise ValueError(f'{name!r} cannot name a wording: use letters, digits, - and _.')
     return Path(folder or prepared.folder/FOLDER)/f'{name}.parquet'
 
 # %% ../../../nbs/128_data.text.wording.ipynb #f39fb863
 def augment_reports(
     prepared:Prepared, # its reports are reworded, each distinct one once
-    writer, # callable: list of reports -> list of as many texts; may have `digest`
+    writer:Callable, # callable: list of reports -> list of as many texts; may have `digest`
     name:str='rewrite', # of this wording
-    folder=None, # where it is kept; default: wordings/ in the prepared folder
+    folder:str|Path|None=None, # where it is kept; default: wordings/ in the prepared folder
 ) -> Path: # of the Parquet file
     """Reword the reports of a data set and keep the result; what is there from the same writer is kept.
 
     Raises: DataError when there is no report, or the writer does not give one text a report."""
     path, made_by = _place(prepared, name, folder), str(getattr(writer, 'digest', ''))
     reports = sorted({r for r in prepared.manifest.report if isinstance(r, str) and r.strip()})
-    if not reports: raise DataError('the data set has no report.', file=prepared.folder/'manifest.parquet', column='report')
+    if not reports:
+        raise DataError('the data set has no report.', file=prepared.folder/'manifest.parquet', column='report')
     old = pd.read_parquet(path) if path.is_file() else None
     known = dict(zip(old.report, old.text)) if old is not None and made_by and (old.made_by == made_by).all() else {}
     left = [r for r in reports if report_key(r) not in known]
     texts = list(writer(left)) if left else []
-    if len(texts) != len(left): raise DataError(f'{len(texts)} texts came back for {len(left)} reports.',
-                                                fix='The writer must give one text a report, in order.')
+    if len(texts) != len(left):
+        raise DataError(f'{len(texts)} texts came back for {len(left)} reports.',
+                        fix='The writer must give one text a report, in order.')
     bad = next((i for i, t in enumerate(texts) if not isinstance(t, str)), None)
     if bad is not None: raise DataError(f'a wording must be text, not {type(texts[bad]).__name__}.', row=bad)
     known |= {report_key(r): t for r, t in zip(left, texts)}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as temporary: pd.DataFrame({'report': list(known), 'text': list(known.values()),
-                                                       'made_by': made_by}).to_parquet(temporary, index=False)
+    table = pd.DataFrame({'report': list(known), 'text': list(known.values()), 'made_by': made_by})
+    with atomic_path(path) as temporary: table.to_parquet(temporary, index=False)
     return path
 
 # %% ../../../nbs/128_data.text.wording.ipynb #e97705ea
 def with_wording(
     prepared:Prepared, # a data set
     name:str='rewrite', # of a wording made by `augment_reports`
-    folder=None, # where it is kept
+    folder:str|Path|None=None, # where it is kept
     column:str='report_augmented', # of the manifest
 ) -> Prepared: # the same images, one more column
     """Add a wording to a data set, in memory.
 
     Raises: DataError when there is none of that name, or it belongs to other reports."""
     path = _place(prepared, name, folder)
-    if not path.is_file(): raise DataError(unknown_name('wording', name, [p.stem for p in path.parent.glob('*.parquet')]), file=path,
-                                           fix='Make it with augment_reports.')
+    if not path.is_file():
+        raise DataError(unknown_name('wording', name, [p.stem for p in path.parent.glob('*.parquet')]), file=path,
+                        fix='Make it with augment_reports.')
     table = pd.read_parquet(path)
     texts = dict(zip(table.report, table.text))
     found = [texts.get(report_key(r), '') if isinstance(r, str) and r.strip() else '' for r in prepared.manifest.report]
-    if not any(found): raise DataError('no report of this data set has a wording here: the reports are others.', file=path,
-                                       fix='Make it again with augment_reports.')
-    return Prepared(prepared.folder, prepared.info, prepared.images, prepared.masks, prepared.manifest.assign(**{column: found}),
-                    prepared.boxes, prepared.sentences)
+    if not any(found):
+        raise DataError('no report of this data set has a wording here: the reports are others.', file=path,
+                        fix='Make it again with augment_reports.')
+    return Prepared(prepared.folder, prepared.info, prepared.images, prepared.masks,
+                    prepared.manifest.assign(**{column: found}), prepared.boxes, prepared.sentences)
