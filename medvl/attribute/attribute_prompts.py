@@ -6,6 +6,7 @@
 __all__ = ['ATTRIBUTES', 'OTHERS', 'PLACES', 'attribute_prompts']
 
 # %% ../../nbs/609_attribute.attribute_prompts.ipynb #dafd7c29
+from collections.abc import Sequence
 from itertools import product
 
 from ..core.errors import unknown_name
@@ -23,7 +24,7 @@ PLACES = ('', 'upper ', 'lower ', 'inner ', 'outer ', 'central ')
 def attribute_prompts(
     name:str, # label: one of ATTRIBUTES, of OTHERS, or any other with `leads`
     limit:int|None=None, # keep so many, spread evenly; None: all
-    leads=None, # what is seen, for labels that have no sentences here
+    leads: Sequence[str] | None = None, # what is seen, for labels that have no sentences here
 ) -> list: # of str
     """List the sentences of an attribute.
 

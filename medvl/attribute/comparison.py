@@ -6,6 +6,8 @@
 __all__ = ['HITS', 'paper_table', 'paired_differences', 'attribute_figure']
 
 # %% ../../nbs/622_attribute.comparison.ipynb #e3256696
+from collections.abc import Callable, Sequence
+from matplotlib.figure import Figure
 import numpy as np
 import pandas as pd
 import torch
@@ -14,6 +16,7 @@ from .factor_protocol import at_size, boxes_of
 from .localisation import mean_estimate
 from .maps import scale_01
 from ..core.errors import unknown_name
+from ..data.prepared import Prepared
 from ..show.exam import draw_view
 from ..show.style import figure
 
@@ -25,7 +28,7 @@ def _as_text(e): return f'{e.value:.2f} ({e.low:.2f} to {e.high:.2f})' if np.isf
 
 def paper_table(
     scores:pd.DataFrame, # from `localise`
-    metrics=HITS, # score columns
+    metrics: Sequence[str] = HITS, # score columns
     n_boot:int=2000, seed:int=0, # of the bootstrap over patients
 ) -> pd.DataFrame: # a row a method, columns (attribute, metric), text
     """Lay hit rates out as the paper does.
@@ -56,7 +59,7 @@ def _pairs(scores, reference, metric):
 def paired_differences(
     scores:pd.DataFrame, # from `localise`, several methods on the same maps
     reference:str='mammo_factor', # method that the others are compared with
-    metrics=(*HITS, 'pointing'), # score columns
+    metrics: Sequence[str] = (*HITS, 'pointing'), # score columns
     n_boot:int=2000, seed:int=0, # of the bootstrap over patients
 ) -> pd.DataFrame: # a row an attribute, method and metric: reference_value, other_value, difference with interval, better, worse
     """Say by how much the reference beats each other method.
@@ -77,13 +80,13 @@ def paired_differences(
 
 # %% ../../nbs/622_attribute.comparison.ipynb #31896755
 def attribute_figure(
-    data, # Prepared
-    rows, # rows of the data to show
-    attributes, # attributes in the order of the columns
-    make, # function (row, attribute) -> heat; or {name: function} to compare methods on one attribute each
+    data: Prepared, # Prepared
+    rows: Sequence[int], # rows of the data to show
+    attributes: Sequence[str], # attributes in the order of the columns
+    make: Callable | dict, # function (row, attribute) -> heat; or {name: function} to compare methods on one attribute each
     box_labels:dict|None=None, # attribute -> labels of boxes that count
     width:float=1.5, # of a panel, inches
-): # figure
+) -> Figure: # figure
     """Draw image, boxes and maps side by side.
 
     Raises: ValueError when there is no row to show."""

@@ -10,6 +10,7 @@ __all__ = ['THINGS', 'TAILS', 'LIKELY', 'CARD', 'unrelated', 'phrase_vectors', '
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +18,9 @@ from torch import Tensor
 from .similarity import similarity_map
 from ..core.errors import DataError
 from ..core.paths import read_json
-from ..methods.base import evaluating
+from ..methods.base import Method, evaluating
+from .mammo_factor import Explainer
+from ..data.prepared import Prepared
 
 # %% ../../nbs/603_attribute.evidence.ipynb #67c78b84
 THINGS = """bicycle kettle violin river cheese tractor umbrella mountain carpet candle airplane lemon guitar penguin harbour pencil football castle sandwich lantern rocket camel piano
@@ -38,7 +41,7 @@ def unrelated(
 # %% ../../nbs/603_attribute.evidence.ipynb #ded1299f
 @torch.no_grad()
 def phrase_vectors(
-    method, # with `project_text`
+    method: Method, # with `project_text`
     phrases:list, # of texts
 ) -> Tensor: # float32 (n,d), unit rows
     "Project phrases, each for itself."
@@ -47,7 +50,7 @@ def phrase_vectors(
 
 @torch.no_grad()
 def best_cells(
-    method, # as in `similarity_map`
+    method: Method, # as in `similarity_map`
     image:Tensor, # (1,1,h,w)
     vectors:Tensor, # unit (n,d)
 ) -> np.ndarray: # float (n,): cosine of the cell that answers best
@@ -57,7 +60,7 @@ def best_cells(
 
 @torch.no_grad()
 def best_channels(
-    explainer, # Explainer of a trained mapper
+    explainer: Explainer, # Explainer of a trained mapper
     image:Tensor, # (1,1,h,w)
     vectors:Tensor, # unit (n,d)
 ) -> np.ndarray: # float (n,): cosine of the channel that answers best, of the head nearest to each text
@@ -92,7 +95,7 @@ CARD = 'card.json'
 
 
 def trained_on(
-    data, # Prepared: the training part
+    data: Prepared, # Prepared: the training part
 ) -> str:
     "Say in a line what a model was trained on."
     sources = data.manifest['source'].dropna().unique() if 'source' in data.manifest else []
@@ -100,7 +103,7 @@ def trained_on(
 
 
 def pointing_rows(
-    table, # DataFrame of `localisation_table`: method, attribute, metric, value, low, high, n, patients
+    table: pd.DataFrame, # DataFrame of `localisation_table`: method, attribute, metric, value, low, high, n, patients
     method:str, # whose maps
     data:str, # on what they were scored
 ) -> list: # of dicts for the card
@@ -112,7 +115,7 @@ def pointing_rows(
 
 # %% ../../nbs/603_attribute.evidence.ipynb #1eb0eeef
 def read_card(
-    folder, # of a model
+    folder: str | Path, # of a model
 ) -> dict: # trained_on, pointing; {} where the folder has no card
     """Read what a model's folder says about it.
 

@@ -7,11 +7,13 @@ __all__ = ['compute_maps', 'FeatureMaps', 'boxes_of', 'factor_heat', 'at_size', 
            'localise']
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #dec05400
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from .localisation import box_mask, brightness_map, map_scores, random_map
 from .mammo_factor import Explainer
@@ -20,13 +22,15 @@ from ..core.errors import DataError, unknown_name
 from ..core.paths import atomic_path, digest
 from ..core.progress import progress
 from ..core.seed import numpy_rng
+from ..data.prepared import Prepared
 from ..evaluate.protocols.embeddings import weights_digest
+from ..methods.base import Method
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #acbbe9c4
 @torch.no_grad()
 def compute_maps(
-    base, # frozen method with `feature_maps`
-    data, # Prepared: n images
+    base: Method, # frozen method with `feature_maps`
+    data: Prepared, # Prepared: n images
     file:Path, # where the array goes
     batch_size:int=8, # images encoded at once
 ) -> np.ndarray: # float16 (n,c,h,w), memory-mapped
@@ -47,10 +51,10 @@ def compute_maps(
 class FeatureMaps:
     "Cached feature maps with their labels: the data set that trains a `MammoFactor`."
     def __init__(self,
-        base, # frozen method with `feature_maps`
-        data, # Prepared
-        attributes, # names of labels, in the mapper's order
-        folder, # where the maps are cached
+        base: Method, # frozen method with `feature_maps`
+        data: Prepared, # Prepared
+        attributes: Sequence[str], # names of labels, in the mapper's order
+        folder: str | Path, # where the maps are cached
         batch_size:int=8, # images encoded at once
         only_stated:bool=True, # leave out images on which no attribute is stated
     ):
@@ -74,32 +78,32 @@ class FeatureMaps:
                 'patient_id': record.patient_id, 'index': i, 'epoch': epoch}
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #2c3c44f9
-def boxes_of(data, image_id, attribute, box_labels=None):
+def boxes_of(data: Prepared, image_id: str, attribute: str, box_labels: dict | None = None) -> np.ndarray:
     "Give the true boxes of an attribute on an image, float (n,4)."
     wanted = (box_labels or {}).get(attribute, [attribute])
     found = data.boxes[(data.boxes.image_id == image_id) & data.boxes.label.isin(wanted)]
     return found[['x0', 'y0', 'x1', 'y1']].to_numpy(float)
 
 
-def factor_heat(explainer, maps, attribute):
+def factor_heat(explainer: Explainer, maps: np.ndarray, attribute: str) -> Tensor:
     "Draw one map on the encoder's grid, float (h',w')."
     return explainer.attribute({'maps': torch.from_numpy(np.array(maps))[None]}, attribute)[0]
 
 
-def at_size(heat, size):
+def at_size(heat: np.ndarray | Tensor, size: tuple[int, int]) -> np.ndarray:
     "Stretch a map to image size, float32 (h,w)."
     heat = torch.as_tensor(heat).float()
     return (heat if tuple(heat.shape) == tuple(size) else upsample(heat, size)).cpu().numpy()
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #5b26ac38
-def heat_of(explainer, maps, attribute, size):
+def heat_of(explainer: Explainer, maps: np.ndarray, attribute: str, size: tuple[int, int]) -> np.ndarray:
     "Draw one map at image size, float32 (h,w)."
     return at_size(factor_heat(explainer, maps, attribute), size)
 
 
 def scorable(
-    data, # Prepared
-    attributes, # names
+    data: Prepared, # Prepared
+    attributes: Sequence[str], # names
     box_labels:dict|None=None, # attribute -> labels of boxes that count; default: the attribute's own name
 ) -> list: # of (row, attribute, boxes)
     """List the images that show an attribute and have a box of it.
@@ -113,7 +117,7 @@ def scorable(
     return found
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #a9706ea6
-def mask_in(data, i, boxes):
+def mask_in(data: Prepared, i: int, boxes: np.ndarray) -> np.ndarray | None:
     "Give the part of an image's mask that lies in the boxes, bool (h,w); None where there is none."
     mask = data.mask(i) if data.masks is not None else None
     inside = None if mask is None else (np.asarray(mask) > 0) & box_mask(boxes, np.shape(mask))
@@ -123,7 +127,7 @@ def mask_in(data, i, boxes):
 def drawers(
     explainer:Explainer|None, # trained mapper, or None
     dataset:FeatureMaps, # the maps of the images
-    baselines=('random', 'brightness'), # which baselines to draw too
+    baselines: Sequence[str] = ('random', 'brightness'), # which baselines to draw too
     seed:int=0, # of the random maps
     makers:dict|None=None, # further methods: name -> function (row of the data, attribute) -> heat (h',w') of any size
 ) -> dict: # name -> function (row of the data, attribute) -> heat float32 (h,w) at image size
@@ -143,9 +147,9 @@ def drawers(
 def localise(
     explainer:Explainer|None, # trained mapper; None: only baselines and `makers`
     dataset:FeatureMaps, # the maps of the images to score
-    attributes=None, # default: all of the data set
+    attributes: Sequence[str] | None = None, # default: all of the data set
     box_labels:dict|None=None, # attribute -> labels of boxes that count
-    baselines=('random', 'brightness'), # which baselines to score too
+    baselines: Sequence[str] = ('random', 'brightness'), # which baselines to score too
     quantile:float=0.95, # share of pixels below the threshold of a box
     seed:int=0, # of the random maps
     makers:dict|None=None, # further methods: name -> function (row of the data, attribute) -> heat (h',w') of any size

@@ -6,20 +6,22 @@
 __all__ = ['KINDS', 'caught', 'sentence_score', 'map_gradients', 'grad_cams', 'grad_cam']
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #20e9dea8
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .similarity import text_vector
 from ..core.errors import unknown_name
+from ..methods.base import Method
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #637e5aa6
 @contextlib.contextmanager
 def caught(
-    method, # Method
-    layer=None, # module, or its dotted name; None: the encoder's last map
-):
+    method: Method, # Method
+    layer: nn.Module | str | None = None, # module, or its dotted name; None: the encoder's last map
+) -> Iterator[list]:
     """Catch a map during a forward pass and make it a leaf that collects gradients.
 
     Raises: ValueError for a layer that the method does not have."""
@@ -48,10 +50,10 @@ def caught(
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #46ab4c1b
 def sentence_score(
-    method, # with `project_text` or `encode_text`
-    sentences, # one sentence, or a list of one meaning; or a text vector (d,)
-    against=None, # sentences that must not explain it, e.g. 'no mass'
-): # callable: unit image vectors (b,d) -> scores (b,)
+    method: Method, # with `project_text` or `encode_text`
+    sentences: str | Sequence[str] | Tensor, # one sentence, or a list of one meaning; or a text vector (d,)
+    against: str | Sequence[str] | Tensor | None = None, # sentences that must not explain it, e.g. 'no mass'
+) -> Callable: # callable: unit image vectors (b,d) -> scores (b,)
     "Score images by their cosine with a sentence."
     vector = lambda s: s if isinstance(s, Tensor) else text_vector(method, s)
     direction = vector(sentences) - (0 if against is None else vector(against))
@@ -69,10 +71,10 @@ def _still(method):
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #4d948c7c
 def map_gradients(
-    method, # with `encode_image`
+    method: Method, # with `encode_image`
     images:Tensor, # (b,1,h,w) uint8 or float 0..255
-    scores, # list of a callables, as `sentence_score` makes them
-    layer=None, # as for `caught`
+    scores: Sequence[Callable], # list of a callables, as `sentence_score` makes them
+    layer: nn.Module | str | None = None, # as for `caught`
 ) -> tuple: # maps (b,c,h',w'), gradients (b,a,c,h',w'), values of the scores (b,a)
     """Differentiate scores by a map; parameters and their gradients are not touched.
 
@@ -102,11 +104,11 @@ KINDS = {
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #443878ce
 def grad_cams(
-    method, # with `encode_image`, and `project_text` for sentences
+    method: Method, # with `encode_image`, and `project_text` for sentences
     images:Tensor, # (b,1,h,w) uint8 or float 0..255
-    targets, # list of a: sentences, lists of sentences of one meaning, text vectors, or callables
+    targets: Sequence, # list of a: sentences, lists of sentences of one meaning, text vectors, or callables
     kind:str='grad_cam', # a key of KINDS
-    layer=None, # as for `caught`
+    layer: nn.Module | str | None = None, # as for `caught`
     positive:bool=True, # only what speaks for the target
 ) -> Tensor: # heat, float32 (b,a,h',w') on the layer's grid
     """Draw the maps of several targets with one pass of the encoder.
@@ -119,6 +121,6 @@ def grad_cams(
     return heat.relu() if positive else heat
 
 
-def grad_cam(method, images, target, kind='grad_cam', layer=None, positive=True):
+def grad_cam(method: Method, images: Tensor, target: str | Sequence[str] | Tensor | Callable, kind: str = 'grad_cam', layer: nn.Module | str | None = None, positive: bool = True) -> Tensor:
     "Draw the maps of one target, (b,h',w'); arguments as for `grad_cams`."
     return grad_cams(method, images, [target], kind, layer, positive)[:, 0]

@@ -6,6 +6,7 @@
 __all__ = ['SCORES', 'box_iou', 'box_mask', 'map_scores', 'random_map', 'brightness_map', 'mean_estimate', 'localisation_table']
 
 # %% ../../nbs/601_attribute.localisation.ipynb #7bd30302
+from collections.abc import Sequence
 import cv2
 import numpy as np
 import pandas as pd
@@ -66,7 +67,7 @@ def map_scores(
 # %% ../../nbs/601_attribute.localisation.ipynb #380ba88d
 def random_map(
     size:tuple[int, int], # (height, width)
-    rng, # NumPy generator, keyed by sample
+    rng: np.random.Generator, # NumPy generator, keyed by sample
     grid:tuple[int, int]=(8, 5), # cells of the noise
 ) -> np.ndarray: # float32 (h,w), >= 0
     "Stretch positive noise over the image."
@@ -82,8 +83,8 @@ def brightness_map(
 
 # %% ../../nbs/601_attribute.localisation.ipynb #290543f9
 def mean_estimate(
-    values, # float (n,): one score a map
-    patients, # (n,): the patient of each map
+    values: Sequence | np.ndarray | pd.Series, # float (n,): one score a map
+    patients: Sequence | np.ndarray | pd.Series, # (n,): the patient of each map
     n_boot:int=2000, # bootstrap replicates
     seed:int=0, # seed of the draws
     unit:str='map', # what a row is
@@ -105,8 +106,8 @@ SCORES = ('pointing', 'energy', 'region_iou', 'best_iou', 'hit@0.25', 'hit@0.5',
 
 def localisation_table(
     scores:pd.DataFrame, # one row a map: patient_id, the scores, and the columns of `by`
-    by=('method', 'attribute'), # columns that make the rows of the table
-    metrics=SCORES, # score columns
+    by: Sequence[str] = ('method', 'attribute'), # columns that make the rows of the table
+    metrics: Sequence[str] = SCORES, # score columns
     n_boot:int=2000, # bootstrap replicates
     seed:int=0, # seed of the draws
 ) -> pd.DataFrame: # by..., metric, value, low, high, unit, n, patients, ...

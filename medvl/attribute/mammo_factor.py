@@ -6,6 +6,7 @@
 __all__ = ['RegionMapper', 'MammoFactorConfig', 'MammoFactor', 'Explainer']
 
 # %% ../../nbs/610_attribute.mammo_factor.ipynb #5ed165a2
+from pathlib import Path
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .maps import weighted_map
 from ..core.errors import unknown_name
 from ..losses.mapping import best_channel_loss, channel_scores
-from ..methods.base import Method, from_pretrained, register, require, save_pretrained
+from ..methods.base import Method, StepState, from_pretrained, register, require, save_pretrained
 
 # %% ../../nbs/610_attribute.mammo_factor.ipynb #ee409273
 class RegionMapper(nn.Module):
@@ -67,8 +68,8 @@ class MammoFactor(Method):
     gathered, gathered_batch = ('scores',), ('labels',)
 
     def __init__(self,
-        config=None, # MammoFactorConfig
-        base=None, # a method with `feature_maps` and `project_text`
+        config: MammoFactorConfig | None = None, # MammoFactorConfig
+        base: Method | None = None, # a method with `feature_maps` and `project_text`
     ):
         super().__init__(config)
         if base is None: raise TypeError('MammoFactor needs the trained method it explains: MammoFactor(config, base=...)')
@@ -92,7 +93,7 @@ class MammoFactor(Method):
         return F.normalize(self.base.project_text(list(prompts)).float().mean(0), dim=0)
 
     @torch.no_grad()
-    def maps_of(self, batch):
+    def maps_of(self, batch: dict) -> Tensor:
         "Give the frozen feature maps of a batch: cached ones, or fresh from its images (b,1,1,h,w)."
         if 'maps' in batch: # one tensor, or a list of (c,h,w) as `collate` leaves it
             maps = batch['maps'] if isinstance(batch['maps'], Tensor) else torch.stack([torch.as_tensor(m) for m in batch['maps']])
@@ -108,22 +109,22 @@ class MammoFactor(Method):
         "Score every channel for every attribute."
         return channel_scores(self.mapper(maps), self.vectors if vectors is None else vectors, self.config.temperature)
 
-    def encode(self, batch):
+    def encode(self, batch: dict) -> dict:
         return {'scores': self.channel_scores(self.maps_of(batch)).amax(1)}
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         labels, scores = batch['labels'].to(features['scores']), features['scores']
         n = (labels == 1).sum()
         # a batch in which nothing is present teaches nothing: its gradient is zero, and `positives` in the log says so
         loss = best_channel_loss(scores, labels, self.config.positives) if n else scores.sum() * 0
         return {'loss': loss, 'positives': n.float()}
 
-    def save_assets(self, folder):
+    def save_assets(self, folder: Path) -> MammoFactorConfig:
         save_pretrained(self.base, folder/'base')
         return self.config
 
     @classmethod
-    def from_assets(cls, config, folder): return cls(config, base=from_pretrained(folder/'base'))
+    def from_assets(cls, config: MammoFactorConfig, folder: Path) -> 'MammoFactor': return cls(config, base=from_pretrained(folder/'base'))
 
 # %% ../../nbs/610_attribute.mammo_factor.ipynb #16277ae0
 class Explainer:
@@ -135,12 +136,12 @@ class Explainer:
     ):
         self.factor, self.top_k, self.positive = factor.eval(), top_k, positive
 
-    def head_of(self, vector):
+    def head_of(self, vector: Tensor) -> int:
         "Give the number of the attribute nearest to a text vector."
         return int((self.factor.vectors @ vector).argmax())
 
     @torch.no_grad()
-    def weights(self, maps, vector, head):
+    def weights(self, maps: Tensor, vector: Tensor, head: int) -> Tensor:
         "Give the cosine of every channel with a text vector, float (b,c)."
         regions = self.factor.mapper(maps)
         return channel_scores(regions[:, :, [min(head, regions.shape[2] - 1)]], vector[None], 1.0)[..., 0]

@@ -6,9 +6,11 @@
 __all__ = ['map_boxes', 'map_precision']
 
 # %% ../../nbs/612_attribute.map_ap.ipynb #a87b930e
+from collections.abc import Callable, Sequence
 import pandas as pd
 
-from .factor_protocol import drawers, scorable
+from .factor_protocol import FeatureMaps, drawers, scorable
+from .mammo_factor import Explainer
 from .maps import boxes_from_map
 from ..core.errors import unknown_name
 from ..core.progress import progress
@@ -27,10 +29,10 @@ def _looked_at(data, attribute, among, box_labels):
 
 
 def map_boxes(
-    dataset, # FeatureMaps: the maps of the images
+    dataset: FeatureMaps, # FeatureMaps: the maps of the images
     attribute:str, # a label with boxes
     rows:list, # rows of the data to draw
-    draw, # function (row, attribute) -> heat (h,w), one of `drawers`
+    draw: Callable, # function (row, attribute) -> heat (h,w), one of `drawers`
     quantile:float=0.95, # share of pixels below the threshold of a box
     max_boxes:int|None=10, # of an image
 ) -> pd.DataFrame: # image_id, label, score (mean heat inside), x0, y0, x1, y1
@@ -43,15 +45,15 @@ def map_boxes(
 
 # %% ../../nbs/612_attribute.map_ap.ipynb #fc13b842
 def map_precision(
-    explainer, # Explainer of a trained mapper; None: only baselines and `makers`
-    dataset, # FeatureMaps: the maps of the images
-    attributes=None, # default: all of the data set
+    explainer: Explainer | None, # Explainer of a trained mapper; None: only baselines and `makers`
+    dataset: FeatureMaps, # FeatureMaps: the maps of the images
+    attributes: Sequence[str] | None = None, # default: all of the data set
     box_labels:dict|None=None, # attribute -> labels of boxes that count; default: the attribute's own name
-    baselines=('random', 'brightness'), # which baselines to judge too
+    baselines: Sequence[str] = ('random', 'brightness'), # which baselines to judge too
     makers:dict|None=None, # name -> function (row of the data, attribute) -> heat (h',w') of any size
     among:str='all', # 'all' images with a stated label, or those where it is 'shown'
     quantile:float=0.95, # share of pixels below the threshold of a box
-    thresholds=(.25, .5), # IoU that makes a hit
+    thresholds: Sequence[float] = (.25, .5), # IoU that makes a hit
     n_boot:int=2000, # bootstrap replicates over patients
     seed:int=0, # of the draws and of the random maps
 ) -> pd.DataFrame: # method, attribute, among, metric (AP25, AP50), value, low, high, unit, n, n_positive (true boxes), patients …

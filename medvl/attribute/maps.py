@@ -49,7 +49,7 @@ def scale_01(
 
 # %% ../../nbs/600_attribute.maps.ipynb #545c64b1
 def boxes_from_map(
-    heat, # array or tensor (h,w), any scale
+    heat: np.ndarray | Tensor, # array or tensor (h,w), any scale
     quantile:float=0.95, # share of pixels below the threshold, 0..1
     min_area:int=1, # smallest region, in pixels
     max_boxes:int|None=None, # keep only the best

@@ -7,9 +7,11 @@ __all__ = ['MEASURES', 'rank_similarity', 'structural_similarity', 'randomise', 
            'sanity_table', 'plot_sanity']
 
 # %% ../../nbs/625_attribute.sanity.ipynb #99bb59c0
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 
 import cv2
+from matplotlib.figure import Figure
 import numpy as np
 import pandas as pd
 import torch
@@ -57,7 +59,7 @@ def randomise(
     module:nn.Module, # its parameters are replaced in place
     *key, # of the random numbers
     how:str='shuffle', # or 'init'
-):
+) -> None:
     """Destroy what a module has learnt.
 
     Raises: ValueError for an unknown way, or a module that cannot initialise itself."""
@@ -81,7 +83,7 @@ def randomise(
 @contextlib.contextmanager
 def restored(
     *modules:nn.Module, # what may be changed
-):
+) -> Iterator[None]:
     "Put parameters and buffers back when the context ends."
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     kept = [t.detach().clone() for t in tensors]
@@ -113,7 +115,7 @@ def stages_of(
 
 # %% ../../nbs/625_attribute.sanity.ipynb #fda89e6e
 def cascade(
-    draw, # function () -> maps (n,h,w) of the same n images with the weights as they are now; or a dict of such functions
+    draw: Callable | dict, # function () -> maps (n,h,w) of the same n images with the weights as they are now; or a dict of such functions
     stages:list, # from `stages_of`
     seed:int=0, # of the random weights
     how:str='shuffle', # as for `randomise`
@@ -139,7 +141,7 @@ MEASURES = {'spearman': rank_similarity, 'ssim': structural_similarity}
 
 def sanity_table(
     maps:dict, # from `cascade`
-    patients, # (n,): the patient of each image
+    patients: Sequence | np.ndarray | pd.Series, # (n,): the patient of each image
     n_boot:int=2000, seed:int=0, # of the bootstrap over patients
 ) -> pd.DataFrame: # method, step, stage, metric, value, low, high, n, patients, note, constant
     "Measure how much of the intact map is left at every stage."
@@ -161,7 +163,7 @@ def sanity_table(
 def plot_sanity(
     table:pd.DataFrame, # from `sanity_table`
     metric:str='spearman', # or 'ssim'
-): # figure
+) -> Figure: # figure
     """Draw similarity to the intact map along the cascade.
 
     Raises: ValueError for an unknown metric."""

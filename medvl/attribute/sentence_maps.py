@@ -7,27 +7,31 @@ __all__ = ['BASELINES', 'SENTENCE_SCORES', 'sentence_places', 'map_kinds', 'sent
            'evaluate_sentence_maps', 'sentence_table', 'draw_sentence_maps']
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #cbeb1f47
+from collections.abc import Sequence
+from matplotlib.figure import Figure
 import textwrap
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from .localisation import localisation_table, map_scores, mean_estimate, random_map
 from .maps import upsample
 from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
 from ..core.seed import numpy_rng
-from ..methods.base import evaluating
+from ..data.prepared import Prepared
+from ..methods.base import Method, evaluating
 from ..models.heads import unit
 from ..show.exam import draw_view
 from ..show.style import figure
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #de51efbd
 def sentence_places(
-    data, # Prepared with places of sentences
-    image_id, # which image
-): # DataFrame: sentence, region, x0, y0, x1, y1, share of the image; report order, each sentence once
+    data: Prepared, # Prepared with places of sentences
+    image_id: str, # which image
+) -> pd.DataFrame: # DataFrame: sentence, region, x0, y0, x1, y1, share of the image; report order, each sentence once
     """List the sentences of an image and their places.
 
     Raises: DataError when the data set has no places of sentences."""
@@ -39,7 +43,7 @@ def sentence_places(
     return pd.concat([s[['sentence', 'region']].fillna({'region': ''}), box, share.rename('share')], axis=1).reset_index(drop=True)
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #6a92c955
-def map_kinds(method): # list of names
+def map_kinds(method: Method) -> list[str]: # list of names
     "List the kinds of maps a method can draw."
     local = callable(getattr(method, 'attention_maps', None)) and getattr(method, 'local', True)
     return (['attention', 'cosine'] if local else []) + (['global'] if callable(getattr(method, 'image_projection', None)) and callable(getattr(method, 'read_images', None)) else [])
@@ -47,11 +51,11 @@ def map_kinds(method): # list of names
 
 @torch.no_grad()
 def sentence_maps(
-    method, # with the kind asked for
-    image, # (1,h,w), uint8 or float 0..255
-    sentences, # list of str: a report
-    kind='attention', # 'attention', 'cosine', 'global'
-): # float32 (m,h',w')
+    method: Method, # with the kind asked for
+    image: Tensor, # (1,h,w), uint8 or float 0..255
+    sentences: Sequence[str], # list of str: a report
+    kind: str = 'attention', # 'attention', 'cosine', 'global'
+) -> Tensor: # float32 (m,h',w')
     """Give a map of each sentence over the regions.
 
     Raises: ValueError for a kind that the method does not have; DataError when the report is too long."""
@@ -72,9 +76,9 @@ BASELINES = ('another sentence', 'centre', 'random')
 
 
 def centre_map(
-    size, # (h,w)
-    spread=.25, # standard deviation as a share of each side
-): # float32 (h,w)
+    size: tuple[int, int], # (h,w)
+    spread: float = .25, # standard deviation as a share of each side
+) -> np.ndarray: # float32 (h,w)
     "Draw a hill in the middle."
     y, x = (np.exp(-.5 * ((np.arange(n) + .5 - n / 2) / (n * spread)) ** 2) for n in size)
     return np.outer(y, x).astype(np.float32)
@@ -87,12 +91,12 @@ def _another(regions, i, chosen):
 
 
 def score_sentences(
-    heat, # (m,h',w'): maps of the sentences of `places`
-    places, # of `sentence_places`
-    size, # (h,w) of the image
-    rng, # NumPy generator, keyed by image
-    largest=.5, # places above this share of the image are not scored
-): # list of dicts: map_of, sentence, region, pointing, energy, energy_gain, chance
+    heat: Tensor, # (m,h',w'): maps of the sentences of `places`
+    places: pd.DataFrame, # of `sentence_places`
+    size: tuple[int, int], # (h,w) of the image
+    rng: np.random.Generator, # NumPy generator, keyed by image
+    largest: float = .5, # places above this share of the image are not scored
+) -> list[dict]: # list of dicts: map_of, sentence, region, pointing, energy, energy_gain, chance
     "Score the maps of one image, and what they must beat."
     chosen = places.index[(places.region != '') & (places.share > 0) & (places.share <= largest)].to_numpy()
     full, rows = upsample(heat, size).numpy(), []
@@ -108,13 +112,13 @@ def score_sentences(
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #4cfcb86d
 def evaluate_sentence_maps(
-    method, # with maps of `kind`
-    data, # Prepared with places of sentences
-    kind='attention', # see `sentence_maps`
-    largest=.5, # share of the image
-    limit=None, # images at most
-    seed=0, # of the random maps
-): # DataFrame: one row a sentence and map, with patient_id and image_id
+    method: Method, # with maps of `kind`
+    data: Prepared, # Prepared with places of sentences
+    kind: str = 'attention', # see `sentence_maps`
+    largest: float = .5, # share of the image
+    limit: int | None = None, # images at most
+    seed: int = 0, # of the random maps
+) -> pd.DataFrame: # DataFrame: one row a sentence and map, with patient_id and image_id
     "Score the sentences of all images. Raises: DataError when no sentence has a place."
     rows, size = [], tuple(data.images.shape[1:])
     for r in progress(list(data.manifest.head(limit or len(data)).itertuples()), desc='sentence maps', unit='image'):
@@ -131,9 +135,9 @@ SENTENCE_SCORES = ('pointing', 'energy', 'energy_gain', 'chance')
 
 
 def sentence_table(
-    scores, # of `evaluate_sentence_maps`
-    n_boot=1000, seed=0, # resamples of patients
-): # DataFrame: map_of, metric, value, low, high, n, patients, and the difference to the sentence's own map
+    scores: pd.DataFrame, # of `evaluate_sentence_maps`
+    n_boot: int = 1000, seed: int = 0, # resamples of patients
+) -> pd.DataFrame: # DataFrame: map_of, metric, value, low, high, n, patients, and the difference to the sentence's own map
     "Average scores, and pair each baseline with the map itself."
     out = localisation_table(scores, ('map_of',), SENTENCE_SCORES, n_boot, seed)[['map_of', 'metric', 'value', 'low', 'high', 'n', 'patients']]
     keys, mine, rows = ['image_id', 'sentence'], scores[scores.map_of == 'sentence'], []
@@ -146,12 +150,12 @@ def sentence_table(
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #ed980d5d
 def draw_sentence_maps(
-    image, # (h,w)
-    places, # of `sentence_places`
-    heat, # (m,h',w'), one a row of `places`
-    chosen=None, # rows to show; None: the first six with a place that is not the whole image
-    columns=3, # panels in a row
-): # figure
+    image: np.ndarray, # (h,w)
+    places: pd.DataFrame, # of `sentence_places`
+    heat: np.ndarray | Tensor, # (m,h',w'), one a row of `places`
+    chosen: Sequence[int] | None = None, # rows to show; None: the first six with a place that is not the whole image
+    columns: int = 3, # panels in a row
+) -> Figure: # figure
     "Draw maps of sentences with the places they speak of."
     size = image.shape
     chosen = places.index[(places.region != '') & (places.share <= .5)][:6] if chosen is None else chosen

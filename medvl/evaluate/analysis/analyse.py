@@ -6,12 +6,14 @@
 __all__ = ['read_batch', 'smoothness', 'patient_intervals', 'Analysis', 'analyse', 'paired_analysis']
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #772deba4
+from collections.abc import Sequence
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ...core.errors import DataError
 from ...core.progress import progress
@@ -20,7 +22,7 @@ from .alignment import SampleNumbers, attention_statistics, global_alignment, lo
 from ..stats.bootstrap import BLOCK, patient_counts, settled
 from .spread import GlobalSpread, LocalSpread
 from ...losses.local import grid_distances
-from ...methods.base import capabilities, evaluating, require
+from ...methods.base import Method, capabilities, evaluating, require
 from ...models.heads import unit
 from ...train.feed import make_loader
 
@@ -45,9 +47,9 @@ def _texts_of(method, batch, out):
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #768eadd5
 def read_batch(
-    method, # with feature_maps and image_features
-    batch, # of the batch contract, on the method's device
-): # dict: local (b,n,d) and global (b,d) vectors, weights, mask, attention, grid
+    method: Method, # with feature_maps and image_features
+    batch: dict, # of the batch contract, on the method's device
+) -> dict: # dict: local (b,n,d) and global (b,d) vectors, weights, mask, attention, grid
     "Ask a method for its vectors of a batch, whatever it has."
     image = _images_of(method, batch['images'])
     out = dict(region_features=image['regions'], image_features=unit(image['pooled']), grid=image['grid'])
@@ -59,9 +61,9 @@ def read_batch(
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #ec78004c
 def smoothness(
-    regions, # (b,n,d)
-    grid, # (h',w') with h'·w' = n
-): # distances (k,) in regions, cosine (b,k)
+    regions: Tensor, # (b,n,d)
+    grid: tuple[int, int], # (h',w') with h'·w' = n
+) -> tuple[np.ndarray, np.ndarray]: # distances (k,) in regions, cosine (b,k)
     "Average the cosine of region pairs by their distance on the grid."
     distances, place = torch.unique(grid_distances(*grid, relative=False).round(decimals=6), return_inverse=True)
     chosen = torch.nn.functional.one_hot(place.flatten(), len(distances)).double()
@@ -70,13 +72,13 @@ def smoothness(
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #71179888
 def patient_intervals(
-    values, # (n,k): NaN where a sample has no number
-    patients, # (n,)
-    n_boot=1000, # resamples; 0: no intervals
-    seed=0, # of the draws
-    level=.95, # confidence
-    shares=None, # bool (k,): columns that lie within 0..1; None: unknown
-): # DataFrame, k rows: value, low, high, sd, n, patients
+    values: np.ndarray, # (n,k): NaN where a sample has no number
+    patients: Sequence | np.ndarray | pd.Series, # (n,)
+    n_boot: int = 1000, # resamples; 0: no intervals
+    seed: int = 0, # of the draws
+    level: float = .95, # confidence
+    shares: np.ndarray | None = None, # bool (k,): columns that lie within 0..1; None: unknown
+) -> pd.DataFrame: # DataFrame, k rows: value, low, high, sd, n, patients
     "Average columns, with intervals from a bootstrap over patients; where all agree, an exact bound for shares and none for others."
     x = np.asarray(values, np.float64).reshape(len(patients), -1)
     known, codes = ~np.isnan(x), np.unique(np.asarray(patients), return_inverse=True)[1]
@@ -189,7 +191,7 @@ class Analysis:
     maps: dict = field(default_factory=dict) # 'image' (h,w), 'pooling weight' (h',w'): means
     smooth: pd.DataFrame | None = None # space, distance, cosine: one row a sample and distance
 
-    def value(self, space, metric): # float
+    def value(self, space: str, metric: str) -> float: # float
         "Look one number up. Raises: ValueError when it is not there."
         row = self.table[(self.table.space == space) & (self.table.metric == metric)]
         if not len(row): raise ValueError(f'{self.name} has no {metric!r} of {space!r}; its spaces: {", ".join(self.table.space.unique())}')
@@ -208,14 +210,14 @@ def _finite(f, batch):
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #c215353d
 def analyse(
-    method, # with feature_maps and image_features; more where it has more
+    method: Method, # with feature_maps and image_features; more where it has more
     dataset, # ChestReportDataset(train=False), ChestImageDataset, or any of the batch contract
-    batch_size=16, # never changes a number
-    name='', # of the model, for tables
-    n_boot=1000, # resamples of patients
-    seed=0, # of the draws
-    workers=0, # loader processes
-): # Analysis
+    batch_size: int = 16, # never changes a number
+    name: str = '', # of the model, for tables
+    n_boot: int = 1000, # resamples of patients
+    seed: int = 0, # of the draws
+    workers: int = 0, # loader processes
+) -> Analysis: # Analysis
     "Measure embeddings in one pass. Raises: TypeError for a method without maps; DataError for no sample, or a vector that is not finite."
     require(method, 'feature_maps', 'image_features', by='analyse')
     if not len(dataset): raise DataError('no sample to analyse')
@@ -245,8 +247,8 @@ def _finish(c, name, ids, patients, labels, label_names, n_boot, seed):
 def paired_analysis(
     a:Analysis, # one model
     b:Analysis, # another, of the same samples in the same order
-    n_boot=1000, seed=0, # resamples of patients
-): # DataFrame: space, metric, difference a - b, low, high, n, patients
+    n_boot: int = 1000, seed: int = 0, # resamples of patients
+) -> pd.DataFrame: # DataFrame: space, metric, difference a - b, low, high, n, patients
     """Compare two models number by number.
 
     Raises: DataError when the samples differ."""

@@ -7,6 +7,8 @@ __all__ = ['ALIGNMENT', 'plot_spread', 'plot_alignment', 'plot_assignment', 'plo
            'find_evaluations', 'collect_runs', 'plot_learning', 'plot_shared']
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #44972eb0
+from collections.abc import Sequence
+from matplotlib.figure import Figure
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pandas as pd
 
 from ...core.errors import DataError
 from ...core.paths import read_json
+from .analyse import Analysis
 from ..localized.run import read_localized
 from ...show.curves import read_curves
 from ...show.style import PALETTE, figure
@@ -35,9 +38,9 @@ def _bars(ax, analyses, rows, scale=lambda r: 1., sign=1):
 
 
 def plot_spread(
-    analyses, # list of Analysis
-    local='region_features', whole='image_features', # spaces
-): # figure
+    analyses: Sequence[Analysis], # list of Analysis
+    local: str = 'region_features', whole: str = 'image_features', # spaces
+) -> Figure: # figure
     "Draw standard deviations times sqrt(d), and uniformities."
     fig, axes = figure(1, 2, height=1.3 + .35 * len(analyses) * 2)
     _bars(axes[0], analyses, [('all', local, 'std'), ('within samples', local, 'std_within'), ('between samples', local, 'std_between'), ('pooled', whole, 'std')], lambda r: float(r['dim']) ** .5)
@@ -53,7 +56,7 @@ def plot_spread(
 ALIGNMENT = {'images;texts/distance': 'image to report', 'regions;attended/rmse': 'regions to what reports say', 'sentences;attended/rmse': 'sentences to what they find'}
 
 
-def plot_alignment(analyses): # list of Analysis: figure
+def plot_alignment(analyses: Sequence[Analysis]) -> Figure: # list of Analysis: figure
     "Draw box plots of distances over samples. Raises: DataError when no model compares images with texts."
     shown = [k for k in ALIGNMENT if any(k in a.samples for a in analyses)]
     if not shown: raise DataError('none of these methods compares images with texts', fix='Analyse an image-text method on a ChestReportDataset.')
@@ -69,7 +72,7 @@ def plot_alignment(analyses): # list of Analysis: figure
     return fig
 
 
-def plot_assignment(analyses): # list of Analysis: figure
+def plot_assignment(analyses: Sequence[Analysis]) -> Figure: # list of Analysis: figure
     "Draw how well regions and sentences can be told apart."
     fig, ax = figure(1, 1, width=4.5, height=1 + .35 * len(analyses))
     _bars(ax, analyses, [('regions', 'regions||sentences', 'assignment_a'), ('sentences', 'regions||sentences', 'assignment_b')])
@@ -80,9 +83,9 @@ def plot_assignment(analyses): # list of Analysis: figure
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #b20bc42f
 def plot_smoothness(
-    analyses, # list of Analysis
-    space='region_features', # or 'regions'
-): # figure
+    analyses: Sequence[Analysis], # list of Analysis
+    space: str = 'region_features', # or 'regions'
+) -> Figure: # figure
     "Draw the cosine of region pairs against their distance: median and middle half of samples."
     fig, ax = figure(1, 1, width=4.5)
     for a, colour in zip(analyses, PALETTE * 9):
@@ -97,7 +100,7 @@ def plot_smoothness(
     return fig
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #7c365f48
-def plot_weights(analyses): # list of Analysis: figure
+def plot_weights(analyses: Sequence[Analysis]) -> Figure: # list of Analysis: figure
     "Draw the mean pooling weight of each region over the mean image; 1 is an equal share."
     shown = [a for a in analyses if 'pooling weight' in a.maps]
     if not shown: raise DataError('none of these methods weighs regions', fix='Attention pooling gives weights; means do not.')
@@ -112,7 +115,7 @@ def plot_weights(analyses): # list of Analysis: figure
     return fig
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #e598f9c7
-def name_of(run): # folder of a run: short name for legends
+def name_of(run: str | Path) -> str: # folder of a run: short name for legends
     "Name a run by what it trained, else by its folder."
     folder = Path(run)
     try: params = read_json(folder/'params.json')
@@ -121,15 +124,15 @@ def name_of(run): # folder of a run: short name for legends
     return ' '.join([*parts, f'({folder.name})']) if parts else folder.name
 
 
-def find_evaluations(run): # folder: list of folders of localized evaluations in it
+def find_evaluations(run: str | Path) -> list[Path]: # folder: list of folders of localized evaluations in it
     "Find localized evaluations in a run, or the folder itself."
     return sorted(p.parent for p in Path(run).rglob('about.json') if (p.parent/'localized.json').exists())
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #a888e6bf
 def collect_runs(
-    runs, # folders of runs
-    names=None, # names for legends; None: from the runs
-): # dict: curves (run, step, name, value), results (model, task, ...), evaluations {model: LocalizedEvaluation}
+    runs: Sequence[str | Path], # folders of runs
+    names: Sequence[str] | None = None, # names for legends; None: from the runs
+) -> dict: # dict: curves (run, step, name, value), results (model, task, ...), evaluations {model: LocalizedEvaluation}
     """Read trainings and evaluations of several run folders.
 
     Raises: DataError for a folder with neither, or two of one name."""
@@ -149,10 +152,10 @@ def collect_runs(
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #4c5969fe
 def plot_learning(
-    curves, # run, step, name, value
-    names=('loss', 'valid_loss'), # metrics, a panel each
-    columns=2, # panels in a row
-): # figure
+    curves: pd.DataFrame, # run, step, name, value
+    names: Sequence[str] = ('loss', 'valid_loss'), # metrics, a panel each
+    columns: int = 2, # panels in a row
+) -> Figure: # figure
     """Draw learning curves of several runs over each other.
 
     Raises: DataError when no run logged one of them."""
@@ -170,9 +173,9 @@ def plot_learning(
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #5635ca18
 def plot_shared(
-    results, # model, task, value, low, high: one row each
-    title='', # what it shows
-): # figure
+    results: pd.DataFrame, # model, task, value, low, high: one row each
+    title: str = '', # what it shows
+) -> Figure: # figure
     "Draw all tasks and models in one panel, with intervals."
     tasks, models = list(dict.fromkeys(results.task)), list(dict.fromkeys(results.model))
     fig, ax = figure(1, 1, height=1.1 + (.16 * len(models) + .12) * len(tasks))

@@ -7,18 +7,20 @@ __all__ = ['REFERENCE_LOCAL', 'REFERENCE_GLOBAL', 'prepare_places', 'masked_mean
            'batch_pairs', 'off_diagonal', 'batch_sd', 'GlobalSpread', 'LocalSpread']
 
 # %% ../../../nbs/550_evaluate.analysis.spread.ipynb #21625d39
+from collections.abc import Sequence
 import math
 from collections import defaultdict
 
 import torch
+from torch import Tensor
 
 from ...models.heads import unit
 
 # %% ../../../nbs/550_evaluate.analysis.spread.ipynb #39554e80
 def prepare_places(
-    vectors, # (b,n,d) regions or sentences
-    mask=None, # bool (b,n): real places; None: all
-): # float64 unit vectors (b,n,d), bool mask (b,n)
+    vectors: Tensor, # (b,n,d) regions or sentences
+    mask: Tensor | None = None, # bool (b,n): real places; None: all
+) -> tuple[Tensor, Tensor]: # float64 unit vectors (b,n,d), bool mask (b,n)
     """Scale vectors to length 1, and complete the mask.
 
     Raises: ValueError for shapes that do not fit, or a sample without a real place."""
@@ -29,7 +31,7 @@ def prepare_places(
     return unit(vectors.detach().double()), mask
 
 
-def masked_mean(values, mask): # (b,n), bool (b,n) -> (b,)
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor: # (b,n), bool (b,n) -> (b,)
     "Average over real places."
     return (values * mask).sum(1) / mask.sum(1)
 
@@ -53,11 +55,11 @@ def _centred(x, mask, reference):
 
 
 def local_spread(
-    vectors, # (b,n,d)
-    mask=None, # bool (b,n): real places
-    weights=None, # (b,n): how much a place counts, sum 1
-    reference=False, # count as the original does
-): # dict name -> (b,)
+    vectors: Tensor, # (b,n,d)
+    mask: Tensor | None = None, # bool (b,n): real places
+    weights: Tensor | None = None, # (b,n): how much a place counts, sum 1
+    reference: bool = False, # count as the original does
+) -> dict: # dict name -> (b,)
     "Measure how far the places of each sample spread. Source: LoVT, supplement."
     x, mask = prepare_places(vectors, mask)
     centre, away, free = _centred(x, mask, reference)
@@ -74,9 +76,9 @@ def local_spread(
 
 # %% ../../../nbs/550_evaluate.analysis.spread.ipynb #393a0c5e
 def pair_statistics(
-    vectors, # (n,d)
-    block=1024, # rows compared at once
-): # (uniformity, mean distance) over distinct pairs; NaN for fewer than two
+    vectors: Tensor, # (n,d)
+    block: int = 1024, # rows compared at once
+) -> tuple[float, float]: # (uniformity, mean distance) over distinct pairs; NaN for fewer than two
     "Compare all samples with each other, in blocks. Source: Wang and Isola, ICML 2020, equation 2."
     x, n = vectors.double(), len(vectors)
     if n < 2: return math.nan, math.nan
@@ -92,13 +94,13 @@ def pair_statistics(
     return math.log(closeness / pairs) if closeness > 0 else -math.inf, distance / pairs
 
 
-def batch_pairs(x): # (b,d): (mean of exp(-2 d²), mean distance), self-pairs included, as the original
+def batch_pairs(x: Tensor) -> tuple[Tensor, Tensor]: # (b,d): (mean of exp(-2 d²), mean distance), self-pairs included, as the original
     "Compare the samples of one batch."
     d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
     return (-2 * d.square()).exp().mean(), d.mean()
 
 
-def off_diagonal(c): # (d,d): sum of squares / d
+def off_diagonal(c: Tensor) -> float: # (d,d): sum of squares / d
     "Sum the squares beside the diagonal."
     return float((c.square().sum() - c.diagonal().square().sum()) / len(c))
 
@@ -111,7 +113,7 @@ def _sd(x):
     return float(x.std()) if len(x) > 1 else math.nan
 
 
-def batch_sd(parts): # list of (b,): the original's pooling of batches
+def batch_sd(parts: Sequence[Tensor]) -> float: # list of (b,): the original's pooling of batches
     "Pool the variance within batches with that of their means."
     means, variances = torch.stack([p.mean() for p in parts]), torch.stack([p.var() for p in parts])
     return float((variances.mean() + means.var()).sqrt() if len(parts) > 1 else variances.mean().sqrt())
@@ -119,19 +121,19 @@ def batch_sd(parts): # list of (b,): the original's pooling of batches
 # %% ../../../nbs/550_evaluate.analysis.spread.ipynb #156db1bb
 class GlobalSpread:
     "Spread of a space with one vector a sample. It keeps these vectors, (n,d)."
-    def __init__(self, reference=False): # count as the original does
+    def __init__(self, reference: bool = False): # count as the original does
         self.reference, self.parts, self.pairs = reference, [], []
 
-    def update(self, vectors): # (b,d); scaled to length 1 by the caller where that is wanted
+    def update(self, vectors: Tensor) -> None: # (b,d); scaled to length 1 by the caller where that is wanted
         "Take a batch."
         x = vectors.detach().double().cpu()
         self.parts.append(x)
         if self.reference: self.pairs.append(batch_pairs(x))
 
     @property
-    def vectors(self): return torch.cat(self.parts) # float64 (n,d)
+    def vectors(self) -> Tensor: return torch.cat(self.parts) # float64 (n,d)
 
-    def compute(self): # dict: std, uniformity, distance_between, covariance
+    def compute(self) -> dict: # dict: std, uniformity, distance_between, covariance
         "Give the numbers."
         x = self.vectors
         uniformity, distance = self._batchwise() if self.reference else pair_statistics(x)
@@ -168,10 +170,10 @@ class _Places:
 class LocalSpread(_Places):
     "Spread of a space with several vectors a sample. It keeps centroids (n,d), numbers a sample, and one (d,d) sum."
     @property
-    def samples(self): # dict name -> float64 (n,)
+    def samples(self) -> dict: # dict name -> float64 (n,)
         return {k: torch.cat(v) for k, v in self.numbers.items()}
 
-    def compute(self): # dict name -> float; `…__sd` is the deviation between samples
+    def compute(self) -> dict: # dict name -> float; `…__sd` is the deviation between samples
         "Give the numbers."
         c, between = self.centres.vectors, self.centres.compute()
         within, many = self.within / self.several if self.several else torch.full_like(c[0], math.nan), len(c) > 1

@@ -6,7 +6,9 @@
 __all__ = ['t_interval', 'values_of', 'ranks', 'paired_differences', 'verdict_of', 'plot_tasks', 'plot_ranks']
 
 # %% ../../../nbs/547_evaluate.localized.compare.ipynb #84085f49
+from collections.abc import Sequence
 import math
+from matplotlib.figure import Figure
 import textwrap
 
 import numpy as np
@@ -18,7 +20,7 @@ from ...show.style import PALETTE, figure
 
 # %% ../../../nbs/547_evaluate.localized.compare.ipynb #728a7a4e
 def t_interval(
-    values, # (n,) one value a run
+    values: Sequence | np.ndarray | pd.Series, # (n,) one value a run
     level:float=.95, # confidence level
 ) -> tuple: # mean, low, high, standard deviation; NaN where there are too few values, or all agree
     "Give the mean of some runs and its t interval."
@@ -67,8 +69,8 @@ def _paired(a, b, level):
 
 
 def paired_differences(
-    a, # runs of one model: DataFrame with task, run, value
-    b, # runs of the other
+    a: pd.DataFrame, # runs of one model: DataFrame with task, run, value
+    b: pd.DataFrame, # runs of the other
     draws_a:dict|None=None, # task -> (n_boot,) mean over runs in each draw of patients
     draws_b:dict|None=None, # the same of the other, of the same draws
     level:float=.95, # confidence level
@@ -108,7 +110,7 @@ def plot_tasks(
     table:pd.DataFrame, # task, model, value, low, high
     columns:int=6, # panels in a row
     unit:str='', # of the axis
-): # figure
+) -> Figure: # figure
     "Draw every task as bars with intervals."
     tasks, models = list(dict.fromkeys(table.task)), list(dict.fromkeys(table.model))
     rows = -(-len(tasks) // columns)
@@ -131,7 +133,7 @@ def plot_tasks(
 def plot_ranks(
     found:pd.DataFrame, # of `ranks`
     title:str='Rank on each task', # of the figure
-): # figure
+) -> Figure: # figure
     "Draw ranks as a heat map, the best model on top."
     tasks = [c for c in found.columns if c not in ('average', 'first')]
     fig, ax = figure(1, 1, height=1.2 + .24 * len(found))

@@ -8,7 +8,9 @@ __all__ = ['OVERLAPS', 'arrange_localized', 'hits_of', 'average_precisions', 'po
            'show_found']
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #b58305e8
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from matplotlib.figure import Figure
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,10 +18,11 @@ import pandas as pd
 
 from ...core.errors import DataError
 from ..stats.bootstrap import BLOCK, patient_counts
-from ..metrics.coco import BOX, _average, arrange, average_precision_of, candidate_pairs, match, score_ends
+from ..metrics.coco import BOX, Scene, _average, arrange, average_precision_of, candidate_pairs, match, score_ends
 from ..protocols.detector import OUTCOME
 from ..metrics.froc import RATES, _mean, _points, _ranking, _wrap
 from ..metrics.segmentation import predictions
+from ...methods.base import Method
 from ...show.exam import draw_view
 from ...show.style import figure
 
@@ -27,31 +30,31 @@ from ...show.style import figure
 OVERLAPS = tuple(round(.4 + .05 * i, 2) for i in range(8)) # .4, .45 … .75
 
 
-def arrange_localized(truth, # DataFrame image_id, label, x0, y0, x1, y1 (pixels)
-                      found, # DataFrame image_id, label, score, x0, y0, x1, y1
-                      images, # DataFrame image_id, patient_id: all images, or a list of ids
-                      labels=None, # classes; None: all that occur
-                      plus_one=True, # one pixel more on every side, as the original
+def arrange_localized(truth: pd.DataFrame, # DataFrame image_id, label, x0, y0, x1, y1 (pixels)
+                      found: pd.DataFrame, # DataFrame image_id, label, score, x0, y0, x1, y1
+                      images: pd.DataFrame | Sequence, # DataFrame image_id, patient_id: all images, or a list of ids
+                      labels: Sequence[str] | None = None, # classes; None: all that occur
+                      plus_one: bool = True, # one pixel more on every side, as the original
                       ties:str='together', # equal scores, as in `arrange`; 'listed': as the original
-                      ): # Scene; all detections are kept
+                      ) -> Scene: # Scene; all detections are kept
     "Sort truth and detections into arrays. Raises: as `arrange`."
     scene = arrange(truth, found, images, labels, 10**9, ties)
     longer = np.array([0., 0., 1., 1.]) if plus_one else 0.
     return replace(scene, boxes=scene.boxes + longer, found=scene.found + longer)
 
 
-def hits_of(scene, # Scene
-            thresholds, # overlaps
-            ): # bool (t,d): detection is right
+def hits_of(scene: Scene, # Scene
+            thresholds: Sequence[float], # overlaps
+            ) -> np.ndarray: # bool (t,d): detection is right
     "Match detections with true boxes of a larger overlap than each threshold."
     above = np.nextafter(np.asarray(thresholds, float), 2)
     return match(scene, candidate_pairs(scene, above.min()), above)[:, 0] >= 0
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #6ff6655b
-def average_precisions(scene, # Scene
-                       hit, # bool (t,d), of `hits_of`
-                       among=None, # bool (images,): use these images only
-                       ): # float (k,t); NaN for a class without true box
+def average_precisions(scene: Scene, # Scene
+                       hit: np.ndarray, # bool (t,d), of `hits_of`
+                       among: np.ndarray | None = None, # bool (images,): use these images only
+                       ) -> np.ndarray: # float (k,t); NaN for a class without true box
     "Compute average precision of each class at each overlap."
     keep = None if among is None else among[scene.found_group % scene.n_images]
     out = []
@@ -63,15 +66,15 @@ def average_precisions(scene, # Scene
     return np.stack(out)
 
 
-def positive_images(scene): # Scene -> bool (images,)
+def positive_images(scene: Scene) -> np.ndarray: # Scene -> bool (images,)
     "Say which images have a true box."
     out = np.zeros(scene.n_images, bool)
     out[scene.group % scene.n_images] = True
     return out
 
 
-def localized_map(truth, found, images, labels=None, plus_one=True, ties='together', # as in `arrange_localized`
-                  ): # Series: mAP, mAP@0.5, mAP@0.75, pos_mAP, and <class>_mAP
+def localized_map(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFrame | Sequence, labels: Sequence[str] | None = None, plus_one: bool = True, ties: str = 'together', # as in `arrange_localized`
+                  ) -> pd.Series: # Series: mAP, mAP@0.5, mAP@0.75, pos_mAP, and <class>_mAP
     "Compute LoVT's mean average precision, without intervals: for validation."
     scene = arrange_localized(truth, found, images, labels, plus_one, ties)
     hit = hits_of(scene, OVERLAPS)
@@ -80,9 +83,9 @@ def localized_map(truth, found, images, labels=None, plus_one=True, ties='togeth
     return pd.Series({'mAP': _mean(ap).item(), **at, 'pos_mAP': _mean(pos).item(), **{f'{n}_mAP': v for n, v in zip(scene.labels, ap.mean(1))}}, name='value')
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #eca6033e
-def marks_of(scene, # Scene (plain boxes: plus_one=False)
-             k=0, # number of the class
-             ): # gain int (d,): true boxes hit first by this mark; false bool (d,); patient (d,); in order of confidence
+def marks_of(scene: Scene, # Scene (plain boxes: plus_one=False)
+             k: int = 0, # number of the class
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # gain int (d,): true boxes hit first by this mark; false bool (d,); patient (d,); in order of confidence
     "Say for each mark of a class what it adds."
     closed = replace(scene, boxes=np.concatenate([scene.boxes[:, :2], np.nextafter(scene.boxes[:, 2:], np.inf)], 1))
     each, other, _ = candidate_pairs(closed, .5, 'centre')
@@ -100,12 +103,12 @@ def marks_of(scene, # Scene (plain boxes: plus_one=False)
     return gain, false, scene.patient_of(scene.found_group[here])
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #ba2da723
-def froc_value(gain, # int (d,), in order of confidence
-               false, # bool (d,)
-               n_boxes, # true boxes
-               n_images, # images looked at
-               rates=RATES, # false marks an image
-               ): # float: mean sensitivity
+def froc_value(gain: np.ndarray, # int (d,), in order of confidence
+               false: np.ndarray, # bool (d,)
+               n_boxes: int, # true boxes
+               n_images: int, # images looked at
+               rates: Sequence[float] = RATES, # false marks an image
+               ) -> float: # float: mean sensitivity
     "Compute the mean sensitivity at given numbers of false marks an image, as the Object-CXR challenge."
     found = np.cumsum(gain) / n_boxes if n_boxes else np.ones(len(gain))
     reached = np.searchsorted(np.cumsum(false), np.asarray(rates) * n_images - 1e-9)
@@ -161,12 +164,12 @@ def _map_rows(scene, n_boot, seed): # scene of plain boxes
     return rows
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #c9f6392c
-def localized_table(truth, found, images, labels=None, # as in `arrange_localized`; images with patient_id
-                    rates=RATES, # of fROC
-                    n_boot=1000, # resamples of patients
-                    seed=0, # of the draws
+def localized_table(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFrame, labels: Sequence[str] | None = None, # as in `arrange_localized`; images with patient_id
+                    rates: Sequence[float] = RATES, # of fROC
+                    n_boot: int = 1000, # resamples of patients
+                    seed: int = 0, # of the draws
                     ties:str='together', # equal scores, as in `arrange`
-                    ): # DataFrame task (class; 'mean' over classes), metric, value, low, high, unit, n, n_positive (true boxes), patients …
+                    ) -> pd.DataFrame: # DataFrame task (class; 'mean' over classes), metric, value, low, high, unit, n, n_positive (true boxes), patients …
     """Estimate mAP, mAP@0.5, mAP@0.75, pos_mAP (overlap with the added pixel), mAP_plain (without) and froc.
 
     Raises: DataError for a box without area, or no true box at all."""
@@ -184,11 +187,11 @@ def localized_table(truth, found, images, labels=None, # as in `arrange_localize
     return pd.DataFrame(rows + [dict(task='mean', metric='froc', **_wrap(*both, scene, total, range(len(scene.labels))).row())])
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #c148097f
-def find_boxes(method, # Method with `predict` and `names`
+def find_boxes(method: Method, # Method with `predict` and `names`
                dataset, # samples with boxes and box_labels
-               classes=None, # names; None: the method's
-               batch_size=16, # images at once
-               ): # truth, found, images: the three tables of `arrange_localized`
+               classes: Sequence[str] | None = None, # names; None: the method's
+               batch_size: int = 16, # images at once
+               ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]: # truth, found, images: the three tables of `arrange_localized`
     "Ask a detector about all images. Raises: DataError when samples have no boxes or one is without area, or there is no sample."
     classes, truth, found, images = tuple(classes or method.names), [], [], []
     for batch, answers in predictions(method, dataset, batch_size):
@@ -212,7 +215,7 @@ class LocalizedResult:
     images: pd.DataFrame # image_id, patient_id
     table: pd.DataFrame # task, metric, value, low, high, n, n_positive, patients …
 
-    def value(self, metric='mAP', task='mean'): # one number of the table
+    def value(self, metric: str = 'mAP', task: str = 'mean') -> float: # one number of the table
         return float(self.table[(self.table.metric == metric) & (self.table.task == task)].value.iloc[0])
 
     def __repr__(self): return f'LocalizedResult({len(self.found)} detections, {len(self.truth)} true boxes, {len(self.images)} images: mAP {self.value():.3f}, fROC {self.value("froc"):.3f})'
@@ -220,12 +223,12 @@ class LocalizedResult:
     def _repr_html_(self): return self.table[['task', 'metric', 'value', 'low', 'high', 'n', 'n_positive', 'patients']].round(3).to_html(index=False)
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #be8394c8
-def detection_scores(source, # Method with `predict` and `names`, or a DataFrame of detections
+def detection_scores(source: Method | pd.DataFrame, # Method with `predict` and `names`, or a DataFrame of detections
                      dataset, # samples with boxes; or (truth, images) tables with a DataFrame as source
-                     classes=None, # names; None: the method's, or all that occur
-                     batch_size=16, # images at once
-                     n_boot=1000, seed=0, # resamples of patients, key of the draws
-                     ): # LocalizedResult
+                     classes: Sequence[str] | None = None, # names; None: the method's, or all that occur
+                     batch_size: int = 16, # images at once
+                     n_boot: int = 1000, seed: int = 0, # resamples of patients, key of the draws
+                     ) -> LocalizedResult: # LocalizedResult
     "Score a detector on a data set. Raises: as `find_boxes` and `localized_table`."
     truth, found, images = (dataset[0], source, dataset[1]) if isinstance(source, pd.DataFrame) else find_boxes(source, dataset, classes, batch_size)
     labels = list(classes or getattr(source, 'names', None) or sorted({*truth.label, *found.label}))
@@ -233,9 +236,9 @@ def detection_scores(source, # Method with `predict` and `names`, or a DataFrame
 
 
 def localized_validation(dataset, # validation samples with boxes
-                         classes=None, # None: the method's
-                         batch_size=16, # images at once
-                         ): # callable(method, state) -> {'valid_map', 'valid_map50', 'valid_froc'}
+                         classes: Sequence[str] | None = None, # None: the method's
+                         batch_size: int = 16, # images at once
+                         ) -> Callable: # callable(method, state) -> {'valid_map', 'valid_map50', 'valid_froc'}
     "Make the callable that scores boxes of validation patients during training."
     def validate(method, state):
         tables, labels = find_boxes(method, dataset, classes, batch_size), list(classes or method.names)
@@ -246,12 +249,12 @@ def localized_validation(dataset, # validation samples with boxes
     return validate
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #c3bd0ee6
-def show_found(result, # LocalizedResult
-               images, # {image_id: (h,w)}
-               score=.3, # detections shown score more
-               overlap=.4, # a hit overlaps by more
-               columns=4, # images beside each other
-               ): # figure
+def show_found(result: LocalizedResult, # LocalizedResult
+               images: dict, # {image_id: (h,w)}
+               score: float = .3, # detections shown score more
+               overlap: float = .4, # a hit overlaps by more
+               columns: int = 4, # images beside each other
+               ) -> Figure: # figure
     "Draw images with true boxes, hits and false marks."
     shown = result.found[result.found.score > score]
     rows = -(-len(images) // columns)

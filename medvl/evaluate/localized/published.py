@@ -7,13 +7,14 @@ __all__ = ['PUBLISHED_MODELS', 'ABLATIONS', 'LOCALIZED_REMARKS', 'PROTOCOL', 'pu
            'beside_published', 'ranks_among_published']
 
 # %% ../../../nbs/548_evaluate.localized.published.ipynb #6b695186
+from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from ...core.errors import DataError, unknown_name
 from ...data.releases.lovt_splits import LOVT_SETS
-from .tasks import ABSENT, TASKS, select_tasks
+from .tasks import ABSENT, LocalizedTask, TASKS, select_tasks
 from .compare import ranks
 
 # %% ../../../nbs/548_evaluate.localized.published.ipynb #d5b1ca8e
@@ -63,8 +64,8 @@ LOCALIZED_REMARKS = {
 
 # %% ../../../nbs/548_evaluate.localized.published.ipynb #6dd04e48
 def published_localized(
-    tasks=None, # LocalizedTasks; None: all 18
-    models=None, # names of PUBLISHED_MODELS; None: all 16
+    tasks: Sequence[LocalizedTask] | None = None, # LocalizedTasks; None: all 18
+    models: Sequence[str] | None = None, # names of PUBLISHED_MODELS; None: all 16
     interval:str='printed', # 'printed': 1.96 s/sqrt(5); 't': lengthened to 2.776
 ) -> pd.DataFrame: # number, task, metric, model, value, low, high (shares, 0..1)
     """Give the paper's results as a tidy table.
@@ -88,7 +89,7 @@ PROTOCOL = dict(scheme='reference', split='lovt', size=224, encoder='resnet-50',
 
 
 def differences_of(
-    row, # of a results table: task; scheme, split, size, encoder, runs, changed, n_train, n_test where known
+    row: dict | pd.Series, # of a results table: task; scheme, split, size, encoder, runs, changed, n_train, n_test where known
 ) -> list: # sentences
     "Name what was not as in the paper."
     found = []
@@ -115,7 +116,7 @@ def _verdict(row, paper):
 def beside_published(
     results:pd.DataFrame, # ours: task, value, low, high, phantom, and what PROTOCOL names
     model:str='LoVT 100', # the published model to stand beside
-    tasks=None, # LocalizedTasks; None: all 18
+    tasks: Sequence[LocalizedTask] | None = None, # LocalizedTasks; None: all 18
 ) -> pd.DataFrame: # number, task, metric, published, low, high, ours, ours_low, ours_high, verdict
     """Lay one model's results beside a published model's; tasks that were not run say so.
 
@@ -134,7 +135,7 @@ def beside_published(
 # %% ../../../nbs/548_evaluate.localized.published.ipynb #b2130223
 def ranks_among_published(
     results:pd.DataFrame, # ours: task, model, value, phantom; one row a task and model
-    models=None, # names of PUBLISHED_MODELS; None: all 16
+    models: Sequence[str] | None = None, # names of PUBLISHED_MODELS; None: all 16
 ) -> pd.DataFrame: # of `ranks`, with the column `ours`
     """Rank our models among the published ones on the tasks that ours ran.
 

@@ -7,6 +7,7 @@ __all__ = ['carrier', 'head_maker', 'task_features', 'choose_lr', 'run_task', 'r
            'read_localized']
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #410331db
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,32 +19,32 @@ from ...core.paths import atomic_path, digest, read_json, write_csv, write_json
 from ...core.progress import progress
 from ...core.provenance import provenance
 from ...data.samples.chest import pixel_statistics
-from ...data.prepared import open_prepared
+from ...data.prepared import Prepared, open_prepared
 from ..stats.bootstrap import settled
-from .tasks import ABSENT, TASKS, availability, select_tasks, task_parts
+from .tasks import ABSENT, LocalizedTask, TASKS, availability, select_tasks, task_parts
 from .unit import LocalizedConfig, changed, final_units, run_unit, tuning_units, unit_data
 from .compare import t_interval
-from .taps import bytes_of, encoder_digest, fill_taps
-from ...methods.base import evaluating
+from .taps import Taps, bytes_of, encoder_digest, fill_taps
+from ...methods.base import Method, evaluating
 from ...methods.segmenter import segmenter_from
 from ...methods.yolo import yolo_from
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #7449dbec
 def carrier(
-    source, # trained Method with a ResNet `image_encoder`, name of an encoder, or file of weights
+    source: Method | str | Path, # trained Method with a ResNet `image_encoder`, name of an encoder, or file of weights
     seed:int=0, # of an encoder that is only named
     prefix:str='', # of the weights in a file
     **changes, # image_encoder of a file, image_mean, image_std
-): # Method that holds the encoder
+) -> Method: # Method that holds the encoder
     "Load the encoder once. Raises: as `medvl.methods.parts.dense.encoder_of`."
     return segmenter_from(source, 'any', seed=seed, prefix=prefix, **changes).eval()
 
 
 def head_maker(
-    source, # of `carrier`
-    prepared, # Prepared: the data set of the task
+    source: Method, # of `carrier`
+    prepared: Prepared, # Prepared: the data set of the task
     config:LocalizedConfig, # statistics, width
-): # callable(task, head_warmup, seed) -> Method with a fresh head
+) -> Callable: # callable(task, head_warmup, seed) -> Method with a fresh head
     "Say how heads of a data set are made."
     own = pixel_statistics(prepared, 'train') if config.statistics == 'data' else {}
     facts = {k: own[k] for k in ('image_mean', 'image_std') if k in own}
@@ -56,12 +57,12 @@ def head_maker(
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #064f09b3
 def task_features(
-    task, # LocalizedTask
-    method, # a head of it, with `features`
-    prepared, # Prepared
-    folder, # of all caches
+    task: LocalizedTask, # LocalizedTask
+    method: Method, # a head of it, with `features`
+    prepared: Prepared, # Prepared
+    folder: str | Path, # of all caches
     config:LocalizedConfig, # features, features_gb
-): # Taps, or None: the encoder learns, or the maps would not fit
+) -> Taps | None: # Taps, or None: the encoder learns, or the maps would not fit
     "Store what a frozen encoder says about the images of a task."
     if not task.frozen or not config.features_gb: return None
     parts = task_parts(task, prepared, config.scheme, config.seed, config.min_images)
@@ -102,7 +103,7 @@ def _same(folder, identity):
 
 
 def choose_lr(
-    task, # LocalizedTask
+    task: LocalizedTask, # LocalizedTask
     tried:list, # results of its tuning units
 ) -> float: # learning rate
     "Take the candidate with the best validation metric, the first of equals; the only one needs no choice."
@@ -116,13 +117,13 @@ def _done(home, units): # results of all units, or None
 
 
 def run_task(
-    task, # LocalizedTask
-    source, # of `carrier`
-    prepared, # Prepared
-    folder, # of the evaluation
+    task: LocalizedTask, # LocalizedTask
+    source: Method, # of `carrier`
+    prepared: Prepared, # Prepared
+    folder: str | Path, # of the evaluation
     config:LocalizedConfig, # settings
     split:str='lovt', # which split the data have
-    features=None, # folder of caches; None: in `folder`
+    features: str | Path | None = None, # folder of caches; None: in `folder`
 ) -> list: # results of all units
     "Tune, run and test one task, or go on with it. Raises: DataError when the folder holds another task."
     folder = Path(folder)
@@ -163,17 +164,17 @@ def _attempt(task, *args): # of `run_task`
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #350d9651
 def run_localized(
-    source, # trained Method with a ResNet, name of an encoder, file of weights, or a `carrier`
-    tasks='all', # names, numbers, data sets: see `select_tasks`
-    data=None, # dict: name of data set -> Prepared, or folder of a prepared data set
-    folder='outputs/localized', # gets a folder a task, and the tables
+    source: Method | str | Path, # trained Method with a ResNet, name of an encoder, file of weights, or a `carrier`
+    tasks: str | int | Sequence = 'all', # names, numbers, data sets: see `select_tasks`
+    data: dict | None = None, # dict: name of data set -> Prepared, or folder of a prepared data set
+    folder: str | Path = 'outputs/localized', # gets a folder a task, and the tables
     config:LocalizedConfig|None=None, # None: the paper's protocol
     model:str='', # name in the tables
     phantom:bool=False, # the data are a phantom: the tables say so
-    split='lovt', # which split the data have: one name, or a dict by data set
-    features=None, # folder of feature caches, to share between evaluations
+    split: str | dict = 'lovt', # which split the data have: one name, or a dict by data set
+    features: str | Path | None = None, # folder of feature caches, to share between evaluations
     encoder:dict|None=None, # prefix, image_encoder, image_mean … of `carrier`
-): # LocalizedEvaluation
+) -> LocalizedEvaluation: # LocalizedEvaluation
     "Run tasks, or go on with them; those without data are listed as absent. Raises: as `select_tasks`, `carrier`, `run_task`."
     config, tasks, folder = config or LocalizedConfig(), select_tasks(tasks), Path(folder)
     table = availability(tasks, data or {})
@@ -222,13 +223,13 @@ class LocalizedEvaluation:
     about: dict = field(default_factory=dict)  # model, encoder, settings, provenance
 
     @property
-    def draws(self): # task -> (n_boot,) mean over runs in each draw of patients
+    def draws(self) -> dict: # task -> (n_boot,) mean over runs in each draw of patients
         return {t: _draws(self.folder/t, g.to_dict('records')) for t, g in self.runs.groupby('task', sort=False)} if len(self.runs) else {}
 
     @property
-    def done(self): return self.results[self.results.runs > 0]
+    def done(self) -> pd.DataFrame: return self.results[self.results.runs > 0]
 
-    def save(self):
+    def save(self) -> None:
         "Write the tables: results.csv, runs.csv, runs.parquet, tuning.csv, localized.json."
         for name in ('results', 'runs', 'tuning'):
             write_csv(getattr(self, name), self.folder/f'{name}.csv')
@@ -245,7 +246,7 @@ class LocalizedEvaluation:
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #2491169f
 def read_localized(
-    folder, # of `run_localized`
+    folder: str | Path, # of `run_localized`
 ) -> LocalizedEvaluation:
     """Read what an evaluation left behind, finished or not.
 

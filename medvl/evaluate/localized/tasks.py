@@ -7,6 +7,7 @@ __all__ = ['CLASSES', 'HEAD_LR', 'TASKS', 'ABSENT', 'LocalizedTask', 'tasks_tabl
            'availability']
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #368e75ec
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,10 +35,10 @@ class LocalizedTask:
     metric: str  # 'mAP', 'froc', 'dice' or 'avg_dice'
 
     @property
-    def kind(self): return 'detection' if self.head == 'yolo' else 'segmentation'
+    def kind(self) -> str: return 'detection' if self.head == 'yolo' else 'segmentation'
 
     @property
-    def classes(self): return CLASSES[self.dataset]
+    def classes(self) -> tuple: return CLASSES[self.dataset]
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #93f69d20
 CLASSES = {
@@ -67,7 +68,7 @@ TASKS = tuple(LocalizedTask(*row) for row in (
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #ac942733
 def tasks_table(
-    tasks=TASKS, # LocalizedTasks
+    tasks: Sequence[LocalizedTask] = TASKS, # LocalizedTasks
 ) -> pd.DataFrame: # one row a task
     "Show tasks as a table."
     rows = [dict(number=t.number, task=t.key, dataset=t.dataset, head=t.head, encoder='frozen' if t.frozen else 'fine-tuned', share=f'{t.fraction:.0%}', batch=t.batch,
@@ -76,7 +77,7 @@ def tasks_table(
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #22a41943
 def select_tasks(
-    names='all', # text or number, or a list of them: 'all', 'basic', 'extended', a task, a data set or a number
+    names: str | int | Sequence = 'all', # text or number, or a list of them: 'all', 'basic', 'extended', a task, a data set or a number
 ) -> tuple: # LocalizedTasks in the order of their numbers, none twice
     """Find tasks by name.
 
@@ -96,7 +97,7 @@ def select_tasks(
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #eafc6ce3
 def share_rows(
-    patients, # (n,) patient of each row, in the order of the split file
+    patients: Sequence | np.ndarray | pd.Series, # (n,) patient of each row, in the order of the split file
     fraction:float, # share in (0, 1]
     scheme:str='reference', # 'reference': the first rows; 'nested': the first patients of a seeded order
     seed:int=0, # of the order
@@ -140,8 +141,8 @@ ABSENT = 'data absent, not run'
 
 
 def availability(
-    tasks, # LocalizedTasks
-    data, # names of the data sets that are here, or a dict by name
+    tasks: Sequence[LocalizedTask], # LocalizedTasks
+    data: Sequence[str] | dict, # names of the data sets that are here, or a dict by name
 ) -> pd.DataFrame: # number, task, dataset, status: 'ready' or 'data absent, not run'
     """Say which tasks can run.
 

@@ -7,25 +7,28 @@ __all__ = ['MONITOR', 'LocalizedConfig', 'changed', 'unit_config', 'truth_of', '
            'detection_draws', 'judge', 'main_value', 'Unit', 'tuning_units', 'final_units', 'run_unit']
 
 # %% ../../../nbs/546a_evaluate.localized.unit.ipynb #a97afbe7
+from collections.abc import Callable, Sequence
 import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ...core.errors import DataError
 from ...core.paths import append_jsonl, atomic_path, read_json, write_csv, write_json
 from ...core.seed import key_of
+from ...data.prepared import Prepared
 from ...data.samples.dense import DenseDataset
 from ..stats.bootstrap import BLOCK, patient_counts
 from .detection import (OVERLAPS, _ap_draws, _froc_draws, _mean, arrange_localized, find_boxes, hits_of,
                                                 localized_table, localized_validation, marks_of)
 from .tasks import HEAD_LR, LocalizedTask, task_parts
-from ..metrics.segmentation import _mean_of, _values, count_dataset, dice_validation, patient_sums, segmentation_table
-from .taps import WithTaps
-from ...methods.base import evaluating, from_pretrained
+from ..metrics.segmentation import PixelCounts, _mean_of, _values, count_dataset, dice_validation, patient_sums, segmentation_table
+from .taps import Taps, WithTaps
+from ...methods.base import Method, evaluating, from_pretrained
 from ...train.loop import train
 from ...train.settings import TrainConfig
 
@@ -87,16 +90,16 @@ def unit_config(
                        valid_samples=task.batch, log_every=max(1, n_train // batch // 4), cpu=config.cpu)
 
 # %% ../../../nbs/546a_evaluate.localized.unit.ipynb #c2c991c3
-def truth_of(task): # LocalizedTask
+def truth_of(task: LocalizedTask) -> str: # LocalizedTask
     "Say where the truth of a task lies: NIH's classes overlap and are drawn from boxes; detection needs only boxes."
     return 'boxes' if task.kind == 'detection' or task.dataset == 'nih' else 'mask'
 
 
 def unit_data(
     task:LocalizedTask, # the task
-    prepared, # Prepared: its data set, with splits
+    prepared: Prepared, # Prepared: its data set, with splits
     config:LocalizedConfig, # scheme and seed of the shares
-    taps=None, # Taps of all these images, or None
+    taps: Taps | None = None, # Taps of all these images, or None
 ) -> dict: # 'train', 'valid', 'test' -> dataset
     "Make the datasets of a task."
     parts = task_parts(task, prepared, config.scheme, config.seed, config.min_images)
@@ -104,7 +107,7 @@ def unit_data(
     return {k: WithTaps(d, taps) for k, d in found.items()} if taps is not None else found
 
 # %% ../../../nbs/546a_evaluate.localized.unit.ipynb #a3c56f4c
-def validator(task, dataset, config): # callable(method, state) -> metrics of validation images
+def validator(task: LocalizedTask, dataset, config: LocalizedConfig) -> Callable: # callable(method, state) -> metrics of validation images
     "Make the judge that chooses epochs and learning rates."
     make = localized_validation if task.kind == 'detection' else dice_validation
     return make(dataset, task.classes, config.eval_batch)
@@ -113,13 +116,13 @@ def validator(task, dataset, config): # callable(method, state) -> metrics of va
 def _blocks(p, n_boot, seed): return (patient_counts(p, b, seed, min(BLOCK, n_boot - b * BLOCK)) for b in range(-(-n_boot // BLOCK)))
 
 
-def dice_draws(found, n_boot, seed): # PixelCounts
+def dice_draws(found: PixelCounts, n_boot: int, seed: int) -> np.ndarray: # PixelCounts
     "Mean Dice over classes in each draw of patients, (n_boot,)."
     sums = patient_sums(found)
     return np.concatenate([_mean_of(_values(sums @ w.astype(float)))[0] for w in _blocks(sums.shape[2], n_boot, seed)] or [np.zeros(0)])
 
 
-def detection_draws(tables, labels, metric, n_boot, seed): # truth, found, images
+def detection_draws(tables: tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame], labels: Sequence[str], metric: str, n_boot: int, seed: int) -> np.ndarray: # truth, found, images
     "mAP or fROC in each draw of patients, (n_boot,)."
     scene = arrange_localized(*tables, labels, plus_one=metric == 'mAP')
     if metric == 'mAP': return _mean(_ap_draws(scene, hits_of(scene, OVERLAPS), np.ones(scene.n_images, bool), n_boot, seed))
@@ -132,7 +135,7 @@ def detection_draws(tables, labels, metric, n_boot, seed): # truth, found, image
 # %% ../../../nbs/546a_evaluate.localized.unit.ipynb #12618e48
 def judge(
     task:LocalizedTask, # the task
-    method, # trained head
+    method: Method, # trained head
     dataset, # test images
     config:LocalizedConfig, # n_boot, seed, eval_batch
 ) -> tuple: # (table of all metrics, draws (n_boot,), {name: table of every image or box})
@@ -146,7 +149,7 @@ def judge(
     return segmentation_table(found, n, seed), dice_draws(found, n, seed), {'counts': found.images.assign(**each)}
 
 
-def main_value(task, table): # LocalizedTask, table of `judge`
+def main_value(task: LocalizedTask, table: pd.DataFrame) -> tuple[float, float, float]: # LocalizedTask, table of `judge`
     "Take the task's metric out of the table of all metrics: value, low, high."
     metric = 'dice' if task.kind == 'segmentation' else task.metric
     row = table[(table.metric == metric) & (table.task == 'mean')].iloc[0]
@@ -163,13 +166,13 @@ class Unit:
     test: bool  # whether it counts: only then are test images looked at
 
 
-def tuning_units(task, config): # LocalizedTask, LocalizedConfig
+def tuning_units(task: LocalizedTask, config: LocalizedConfig) -> list: # LocalizedTask, LocalizedConfig
     "List the trainings that try the candidates; none where there is one candidate."
     lrs = task.lrs[:config.max_lrs or None]
     return [Unit(task, f'lr-{lr:g}', lr, key_of(config.seed, 'tuning') % 10 ** 9, False) for lr in lrs] if len(lrs) > 1 else []
 
 
-def final_units(task, lr, config): # LocalizedTask, learning rate, LocalizedConfig
+def final_units(task: LocalizedTask, lr: float, config: LocalizedConfig) -> list: # LocalizedTask, learning rate, LocalizedConfig
     "List the runs that count, each with its own seed."
     return [Unit(task, f'run-{i}', lr, key_of(config.seed, 'run', i) % 10 ** 9, True) for i in range(config.runs)]
 
@@ -186,9 +189,9 @@ def _trained(unit, make_head, data, folder, config):
 # %% ../../../nbs/546a_evaluate.localized.unit.ipynb #5a9214a8
 def run_unit(
     unit:Unit, # what to train
-    make_head, # callable(task, head_warmup) -> Method with a fresh head; it may draw from torch's generator
+    make_head: Callable, # callable(task, head_warmup) -> Method with a fresh head; it may draw from torch's generator
     data:dict, # 'train', 'valid', 'test' -> dataset
-    folder, # of this unit
+    folder: str | Path, # of this unit
     config:LocalizedConfig, # settings
 ) -> dict: # result.json
     "Train one unit and, if it counts, test it; or read what a finished one left."

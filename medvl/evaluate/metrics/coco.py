@@ -7,6 +7,7 @@ __all__ = ['BOX', 'TIES', 'RECALLS', 'THRESHOLDS', 'AREAS', 'Scene', 'arrange', 
            'average_precision_of', 'coco_map']
 
 # %% ../../../nbs/535_evaluate.metrics.coco.ipynb #96173a86
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,17 +47,17 @@ class Scene:
     patient: np.ndarray; patients: int  # patient of each image, and their number
     ties: str = 'together'  # 'together': equal scores are one point of the ranking; 'listed': they rank as the tables list them
 
-    def label_of(self, group): return group // self.n_images
-    def patient_of(self, group): return self.patient[group % self.n_images]
+    def label_of(self, group: np.ndarray) -> np.ndarray: return group // self.n_images
+    def patient_of(self, group: np.ndarray) -> np.ndarray: return self.patient[group % self.n_images]
 
 # %% ../../../nbs/535_evaluate.metrics.coco.ipynb #681b7fb6
-def arrange(truth, # DataFrame image_id, label, x0, y0, x1, y1
-            found, # DataFrame image_id, label, score, x0, y0, x1, y1
-            images, # DataFrame image_id, patient_id: all images, or a list of ids (each its own patient)
-            labels=None, # classes to score; None: those of the truth and of the detections
-            max_detections=100, # of a class in an image
+def arrange(truth: pd.DataFrame, # DataFrame image_id, label, x0, y0, x1, y1
+            found: pd.DataFrame, # DataFrame image_id, label, score, x0, y0, x1, y1
+            images: pd.DataFrame | Sequence, # DataFrame image_id, patient_id: all images, or a list of ids (each its own patient)
+            labels: Sequence[str] | None = None, # classes to score; None: those of the truth and of the detections
+            max_detections: int = 100, # of a class in an image
             ties:str='together', # equal scores: 'together', whatever the order of rows and images; 'listed', as pycocotools
-            ): # Scene
+            ) -> Scene: # Scene
     """Sort truth and detections into arrays.
 
     Raises: DataError for a box without area or no true box at all; ValueError for names that are unknown."""
@@ -88,10 +89,10 @@ def _within(group):
     return np.arange(len(group)) - np.searchsorted(group, group)
 
 # %% ../../../nbs/535_evaluate.metrics.coco.ipynb #7df48c5d
-def candidate_pairs(scene, # Scene
-                    lowest, # smallest overlap of interest
-                    criterion='iou', # 'iou', or 'centre': the centre of the detection lies in the true box
-                    ): # detection (p,), true box (p,), overlap (p,)
+def candidate_pairs(scene: Scene, # Scene
+                    lowest: float, # smallest overlap of interest
+                    criterion: str = 'iou', # 'iou', or 'centre': the centre of the detection lies in the true box
+                    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # detection (p,), true box (p,), overlap (p,)
     "List the pairs of detection and true box that may match, by detection, then true box."
     start, stop = (np.searchsorted(scene.group, scene.found_group, side=s) for s in ('left', 'right'))
     each = np.repeat(np.arange(len(scene.found)), stop - start)
@@ -109,11 +110,11 @@ def candidate_pairs(scene, # Scene
     return each[keep], other[keep], overlap[keep]
 
 # %% ../../../nbs/535_evaluate.metrics.coco.ipynb #2ca74ac7
-def match(scene, # Scene
-          pairs, # of `candidate_pairs`
-          thresholds, # (t,) overlaps
-          ignored=None, # bool (r,g): true boxes that do not count, for each of r size ranges; None: none
-          ): # int64 (t,r,d): true box of each detection, -1 for none
+def match(scene: Scene, # Scene
+          pairs: tuple[np.ndarray, np.ndarray, np.ndarray], # of `candidate_pairs`
+          thresholds: Sequence[float] | np.ndarray, # (t,) overlaps
+          ignored: np.ndarray | None = None, # bool (r,g): true boxes that do not count, for each of r size ranges; None: none
+          ) -> np.ndarray: # int64 (t,r,d): true box of each detection, -1 for none
     "Match detections with true boxes."
     each, other, overlap = pairs
     ignored = np.zeros((1, len(scene.boxes)), bool) if ignored is None else ignored
@@ -152,20 +153,20 @@ def _average(tp, fp, n, points='coco'): # (..., m) running sums at each true pos
     return np.where(n > 0, (best * np.diff(done, axis=-1, prepend=0)).sum(-1), np.nan)
 
 
-def score_ends(score, # float (d,), descending
+def score_ends(score: np.ndarray, # float (d,), descending
                ties:str='together', # 'listed': every place is one
-               ): # int (e,): places after which a threshold can lie
+               ) -> np.ndarray: # int (e,): places after which a threshold can lie
     "Find the last of equal scores."
     last = np.append(score[1:] != score[:-1], True)[:len(score)]
     return np.flatnonzero(last | (ties == 'listed'))
 
 
-def average_precision_of(hit, # bool (...,d): right, in order of score
-                         counts, # bool (...,d): counts at all (False: ignored)
-                         n, # float (...,): true boxes
-                         points='coco', # 'coco': 101 recalls; 'all': the whole area (VOC 2010, the original)
-                         ends=None, # int (e,): places of the last of equal scores, from `score_ends`; None: every place is a point
-                         ): # float (...), NaN without true boxes
+def average_precision_of(hit: np.ndarray, # bool (...,d): right, in order of score
+                         counts: np.ndarray, # bool (...,d): counts at all (False: ignored)
+                         n: float | np.ndarray, # float (...,): true boxes
+                         points: str = 'coco', # 'coco': 101 recalls; 'all': the whole area (VOC 2010, the original)
+                         ends: np.ndarray | None = None, # int (e,): places of the last of equal scores, from `score_ends`; None: every place is a point
+                         ) -> np.ndarray: # float (...), NaN without true boxes
     "Compute average precision of rankings."
     hit, counts = np.atleast_2d(hit & counts), np.atleast_2d(counts)
     tp, fp = np.cumsum(hit, -1, dtype=float), np.cumsum(counts & ~hit, -1, dtype=float)
@@ -182,13 +183,13 @@ def _outside(boxes, areas):
     return np.stack([(size < low) | (size > high) for low, high in areas.values()])
 
 # %% ../../../nbs/535_evaluate.metrics.coco.ipynb #f54c045e
-def coco_map(truth, found, images, # tables as in `arrange`
-             labels=None, # classes; None: all that occur
-             thresholds=THRESHOLDS, # overlaps that are averaged
-             areas=AREAS, # {name: (smallest, largest area, square pixels)}; 'all' first
-             max_detections=(1, 10, 100), # of a class in an image, for the recalls; the last one for the precisions
+def coco_map(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFrame | Sequence, # tables as in `arrange`
+             labels: Sequence[str] | None = None, # classes; None: all that occur
+             thresholds: Sequence[float] | np.ndarray = THRESHOLDS, # overlaps that are averaged
+             areas: dict = AREAS, # {name: (smallest, largest area, square pixels)}; 'all' first
+             max_detections: Sequence[int] = (1, 10, 100), # of a class in an image, for the recalls; the last one for the precisions
              ties:str='together', # equal scores: 'together'; 'listed' as pycocotools, whose numbers depend on the order of rows and images
-             ): # DataFrame, a row a class and 'mean' last: AP, AP50, AP75, AP_small …, AR_1 …, AR_small …, boxes
+             ) -> pd.DataFrame: # DataFrame, a row a class and 'mean' last: AP, AP50, AP75, AP_small …, AR_1 …, AR_small …, boxes
     "Compute COCO's detection metrics; equal to pycocotools where scores differ, and everywhere with `ties='listed'`."
     thresholds, last = np.asarray(thresholds, float), max(max_detections)
     scene = arrange(truth, found, images, labels, last, ties)

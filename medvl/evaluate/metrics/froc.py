@@ -6,6 +6,8 @@
 __all__ = ['RATES', 'detection_table', 'froc_table', 'froc_curve', 'plot_froc', 'reference_map']
 
 # %% ../../../nbs/535a_evaluate.metrics.froc.ipynb #23261f24
+from collections.abc import Sequence
+from matplotlib.figure import Figure
 import numpy as np
 import pandas as pd
 
@@ -60,15 +62,15 @@ def _wrap(value, draws, scene, n_boxes, labels=None, level=.95, share=True):
     return Estimate(float(value), low, high, **facts, method=how or 'percentile', n_failed=failed, note='; '.join(notes))
 
 # %% ../../../nbs/535a_evaluate.metrics.froc.ipynb #1288dc69
-def detection_table(truth, found, images, # tables as in `arrange`; images with patient_id
-                    labels=None, # classes
-                    thresholds=(.5,), # overlaps reported one by one
-                    coco=True, # and COCO's average over .5, .55 … .95
-                    max_detections=100, # of a class in an image
-                    n_boot=1000, # resamples of patients
-                    seed=0, # of the draws
+def detection_table(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFrame, # tables as in `arrange`; images with patient_id
+                    labels: Sequence[str] | None = None, # classes
+                    thresholds: Sequence[float] = (.5,), # overlaps reported one by one
+                    coco: bool = True, # and COCO's average over .5, .55 … .95
+                    max_detections: int = 100, # of a class in an image
+                    n_boot: int = 1000, # resamples of patients
+                    seed: int = 0, # of the draws
                     ties:str='together', # equal scores, as in `arrange`
-                    ): # DataFrame task, metric, value, low, high, unit, n, n_positive (true boxes), patients …; task 'mean' last
+                    ) -> pd.DataFrame: # DataFrame task, metric, value, low, high, unit, n, n_positive (true boxes), patients …; task 'mean' last
     "Estimate average precision of every class and their mean, with intervals."
     wanted = np.unique([*thresholds, *(THRESHOLDS if coco else ())])
     scene = arrange(truth, found, images, labels, max_detections, ties)
@@ -129,15 +131,15 @@ def _prepare(scene, k, hit, counts):
     return score_ends(score), ranked[0][keep], patient[keep], boxes_of, np.bincount(scene.patient, minlength=scene.patients), score
 
 # %% ../../../nbs/535a_evaluate.metrics.froc.ipynb #37925c5a
-def froc_table(truth, found, images, # tables as in `arrange`; images with patient_id
-               labels=None, # classes
-               rates=RATES, # false marks an image
-               overlap=.25, # from which a mark hits (criterion 'iou')
-               criterion='iou', # or 'centre'
-               duplicates='ignore', # further marks on a lesion: 'ignore' or 'false'
-               max_detections=100, # of a class in an image
-               n_boot=1000, seed=0, # resamples of patients, key of the draws
-               ): # DataFrame task, metric ('sensitivity@0.5' …, 'mean_sensitivity'), value, low, high …; task 'all': all classes together
+def froc_table(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFrame, # tables as in `arrange`; images with patient_id
+               labels: Sequence[str] | None = None, # classes
+               rates: Sequence[float] = RATES, # false marks an image
+               overlap: float = .25, # from which a mark hits (criterion 'iou')
+               criterion: str = 'iou', # or 'centre'
+               duplicates: str = 'ignore', # further marks on a lesion: 'ignore' or 'false'
+               max_detections: int = 100, # of a class in an image
+               n_boot: int = 1000, seed: int = 0, # resamples of patients, key of the draws
+               ) -> pd.DataFrame: # DataFrame task, metric ('sensitivity@0.5' …, 'mean_sensitivity'), value, low, high …; task 'all': all classes together
     "Estimate sensitivity at given numbers of false marks an image, with intervals."
     scene, rows = arrange(truth, found, images, labels, max_detections), []
     overlap = .5 if criterion == 'centre' else overlap
@@ -153,7 +155,7 @@ def froc_table(truth, found, images, # tables as in `arrange`; images with patie
     return pd.DataFrame(rows)
 
 # %% ../../../nbs/535a_evaluate.metrics.froc.ipynb #ef6d8236
-def froc_curve(truth, found, images, labels=None, overlap=.25, criterion='iou', duplicates='ignore', max_detections=100): # as in `froc_table`
+def froc_curve(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFrame, labels: Sequence[str] | None = None, overlap: float = .25, criterion: str = 'iou', duplicates: str = 'ignore', max_detections: int = 100) -> pd.DataFrame: # as in `froc_table`
     "Give every point of the FROC curves: DataFrame task, threshold, false_marks (an image), sensitivity."
     scene, out = arrange(truth, found, images, labels, max_detections), []
     hit, counts = _marks(scene, .5 if criterion == 'centre' else overlap, criterion, duplicates)
@@ -165,10 +167,10 @@ def froc_curve(truth, found, images, labels=None, overlap=.25, criterion='iou', 
     return pd.concat(out, ignore_index=True)
 
 # %% ../../../nbs/535a_evaluate.metrics.froc.ipynb #971291b3
-def plot_froc(curve, # DataFrame of `froc_curve`
-              table=None, # DataFrame of `froc_table`, for the intervals
-              limit=8.0, # largest number of false marks shown
-              ): # figure
+def plot_froc(curve: pd.DataFrame, # DataFrame of `froc_curve`
+              table: pd.DataFrame | None = None, # DataFrame of `froc_table`, for the intervals
+              limit: float = 8.0, # largest number of false marks shown
+              ) -> Figure: # figure
     "Draw sensitivity against false marks an image."
     fig, ax = figure(1, 1, width=4.6, height=3.2)
     for colour, (name, c) in zip(PALETTE, curve.groupby('task', sort=False)):
@@ -183,13 +185,13 @@ def plot_froc(curve, # DataFrame of `froc_curve`
     return fig
 
 # %% ../../../nbs/535a_evaluate.metrics.froc.ipynb #d630b492
-def reference_map(truth, found, images, # tables as in `arrange`
-                  labels=None, # classes
-                  score=.05, # detections score more
-                  overlap=.5, # from which a detection is right
-                  top=100, # detections of an image
+def reference_map(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFrame | Sequence, # tables as in `arrange`
+                  labels: Sequence[str] | None = None, # classes
+                  score: float = .05, # detections score more
+                  overlap: float = .5, # from which a detection is right
+                  top: int = 100, # detections of an image
                   ties:str='together', # equal scores, as in `arrange`; 'listed': as the original's code, whose numbers depend on the order
-                  ): # Series: average precision of each class (0 for a class without a true box, as there), and 'mean'
+                  ) -> pd.Series: # Series: average precision of each class (0 for a class without a true box, as there), and 'mean'
     "Compute average precision as Mammo-CLIP's detector code does, but for ties."
     found = found[found.score > score].reset_index(drop=True)
     keys = ['score'] if ties == 'listed' else ['score', 'label', *BOX]

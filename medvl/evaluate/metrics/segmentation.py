@@ -7,27 +7,30 @@ __all__ = ['METRICS', 'count_masks', 'PixelCounts', 'predictions', 'count_datase
            'SegmentationResult', 'segmentation_scores', 'dice_validation', 'show_masks']
 
 # %% ../../../nbs/540_evaluate.metrics.segmentation.ipynb #27686434
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from matplotlib.figure import Figure
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ...core.errors import DataError, unknown_name
 from ...core.progress import progress
 from ..stats.bootstrap import BLOCK, Estimate, settled, patient_counts
 from .rank import ratio
 from ...losses.segmentation import check_masks
-from ...methods.base import evaluating, require
+from ...methods.base import Method, evaluating, require
 from ...show.exam import draw_view
 from ...show.style import figure
 from ...train.feed import make_loader
 
 # %% ../../../nbs/540_evaluate.metrics.segmentation.ipynb #a1bad014
-def count_masks(probabilities, # float (b,k,h,w), 0..1
-                masks, # (b,k,h,w), 1 or 0
-                threshold=.5, # found from here on
-                ): # int64 (b,k,3): tp, fp, fn, pixels
+def count_masks(probabilities: Tensor, # float (b,k,h,w), 0..1
+                masks: Tensor, # (b,k,h,w), 1 or 0
+                threshold: float = .5, # found from here on
+                ) -> Tensor: # int64 (b,k,3): tp, fp, fn, pixels
     """Count pixels of each image and class.
 
     Raises: DataError when masks have another size or other classes."""
@@ -49,11 +52,11 @@ class PixelCounts:
     def __repr__(self): return f'PixelCounts({len(self.images)} images, {self.images.patient_id.nunique()} patients; {", ".join(self.labels)})'
 
 # %% ../../../nbs/540_evaluate.metrics.segmentation.ipynb #d5fc9cb3
-def predictions(method, # Method with `predict`
+def predictions(method: Method, # Method with `predict`
                 dataset, # samples with images, sample_id, patient_id
-                batch_size=16, # images at once
-                workers=0, # loader processes
-                ): # yields (batch, what the method says about it)
+                batch_size: int = 16, # images at once
+                workers: int = 0, # loader processes
+                ) -> Iterator[tuple]: # yields (batch, what the method says about it)
     "Go through a data set once."
     require(method, 'predict', by='a localized evaluation')
     keys = [[(0, i) for i in range(a, min(a + batch_size, len(dataset)))] for a in range(0, len(dataset), batch_size)]
@@ -70,12 +73,12 @@ def _chosen(wanted, dataset):
     return [there.index(n) for n in wanted]
 
 # %% ../../../nbs/540_evaluate.metrics.segmentation.ipynb #a5aa4527
-def count_dataset(source, # Method with `predict` and `names`; or probabilities (n,k,h,w) in the order of the data set
+def count_dataset(source: Method | np.ndarray | Tensor, # Method with `predict` and `names`; or probabilities (n,k,h,w) in the order of the data set
                   dataset, # samples with masks, and `classes`
-                  classes=None, # names of the k classes; None: the method's, or the data set's
-                  batch_size=16, # images at once
-                  threshold=.5, # a pixel counts as found from here on
-                  ): # PixelCounts
+                  classes: Sequence[str] | None = None, # names of the k classes; None: the method's, or the data set's
+                  batch_size: int = 16, # images at once
+                  threshold: float = .5, # a pixel counts as found from here on
+                  ) -> PixelCounts: # PixelCounts
     """Count the pixels of all images of a data set.
 
     Raises: DataError for an empty data set, or masks that are absent or of another size; ValueError for a class the data set lacks."""
@@ -112,8 +115,8 @@ def _mean_of(x): # (metrics,k,b) -> (metrics,b): mean over the classes that exis
     return np.where(there.any(1), np.where(there, x, 0).sum(1) / np.maximum(there.sum(1), 1), np.nan)
 
 
-def patient_sums(found, # PixelCounts
-                 ): # float64 (q,k,p): tp, fp, fn, sum of image Dice over positive images, positive images, of each patient
+def patient_sums(found: PixelCounts, # PixelCounts
+                 ) -> np.ndarray: # float64 (q,k,p): tp, fp, fn, sum of image Dice over positive images, positive images, of each patient
     "Add up what every metric needs, patient by patient."
     tp, fp, fn = np.moveaxis(found.counts.astype(float), 2, 0)
     positive = tp + fn > 0
@@ -124,11 +127,11 @@ def patient_sums(found, # PixelCounts
     return out
 
 # %% ../../../nbs/540_evaluate.metrics.segmentation.ipynb #653086d4
-def segmentation_table(found, # PixelCounts
-                       n_boot=1000, # resamples of patients
-                       seed=0, # of the draws
-                       level=.95, # of the intervals
-                       ): # DataFrame task (class, 'mean' last), metric, value, low, high, unit, n, n_positive, patients …
+def segmentation_table(found: PixelCounts, # PixelCounts
+                       n_boot: int = 1000, # resamples of patients
+                       seed: int = 0, # of the draws
+                       level: float = .95, # of the intervals
+                       ) -> pd.DataFrame: # DataFrame task (class, 'mean' last), metric, value, low, high, unit, n, n_positive, patients …
     """Estimate all metrics of each class and their mean over classes.
 
     Raises: DataError when no image shows any of the classes."""
@@ -162,7 +165,7 @@ class SegmentationResult:
     found: PixelCounts # counts of every image
     table: pd.DataFrame # task, metric, value, low, high, n, n_positive, patients …
 
-    def value(self, metric='dice', task='mean'):
+    def value(self, metric: str = 'dice', task: str = 'mean') -> float:
         "Give one number of the table."
         rows = self.table[(self.table.metric == metric) & (self.table.task == task)]
         if not len(rows): raise ValueError(unknown_name('metric and task', f'{metric} of {task}', [f'{m} of {t}' for t, m in zip(self.table.task, self.table.metric)]))
@@ -173,21 +176,21 @@ class SegmentationResult:
     def _repr_html_(self): return self.table[['task', 'metric', 'value', 'low', 'high', 'n', 'n_positive', 'patients']].round(3).to_html(index=False)
 
 
-def segmentation_scores(source, # Method with `predict` and `names`, or probabilities (n,k,h,w)
+def segmentation_scores(source: Method | np.ndarray | Tensor, # Method with `predict` and `names`, or probabilities (n,k,h,w)
                         dataset, # samples with masks
-                        classes=None, # None: the method's, or the data set's
-                        batch_size=16, threshold=.5, # as in `count_dataset`
-                        n_boot=1000, seed=0, # resamples of patients, key of the draws
-                        ): # SegmentationResult
+                        classes: Sequence[str] | None = None, # None: the method's, or the data set's
+                        batch_size: int = 16, threshold: float = .5, # as in `count_dataset`
+                        n_boot: int = 1000, seed: int = 0, # resamples of patients, key of the draws
+                        ) -> SegmentationResult: # SegmentationResult
     "Score masks on a data set. Raises: as `count_dataset` and `segmentation_table`."
     found = count_dataset(source, dataset, classes, batch_size, threshold)
     return SegmentationResult(found, segmentation_table(found, n_boot, seed))
 
 # %% ../../../nbs/540_evaluate.metrics.segmentation.ipynb #b48abdcd
 def dice_validation(dataset, # validation samples with masks
-                    classes=None, # None: the method's
-                    batch_size=16, # images at once
-                    ): # callable(method, state) -> {'valid_dice', 'valid_image_dice', 'valid_dice_<class>'}
+                    classes: Sequence[str] | None = None, # None: the method's
+                    batch_size: int = 16, # images at once
+                    ) -> Callable: # callable(method, state) -> {'valid_dice', 'valid_image_dice', 'valid_dice_<class>'}
     "Make the callable that scores masks of validation patients during training."
     def validate(method, state):
         found = count_dataset(method, dataset, classes, batch_size)
@@ -198,12 +201,12 @@ def dice_validation(dataset, # validation samples with masks
     return validate
 
 # %% ../../../nbs/540_evaluate.metrics.segmentation.ipynb #54fb81a0
-def show_masks(images, # (n,h,w) or tensor (n,1,1,h,w)
-               probabilities, # (n,h,w), of one class
-               masks, # (n,h,w), of that class
-               titles=(), # one each
-               columns=4, # images beside each other
-               ): # figure
+def show_masks(images: np.ndarray | Tensor, # (n,h,w) or tensor (n,1,1,h,w)
+               probabilities: np.ndarray | Tensor, # (n,h,w), of one class
+               masks: np.ndarray | Tensor, # (n,h,w), of that class
+               titles: Sequence[str] = (), # one each
+               columns: int = 4, # images beside each other
+               ) -> Figure: # figure
     "Draw predicted masks over images, with the true outlines."
     pixels, heat, truth = (np.asarray(torch.as_tensor(x).cpu()).reshape(-1, *x.shape[-2:]) for x in (images, probabilities, masks))
     if not len(pixels) == len(heat) == len(truth): raise ValueError(f'{len(pixels)} images, {len(heat)} predictions and {len(truth)} masks: they must be as many')

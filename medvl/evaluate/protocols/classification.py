@@ -6,6 +6,7 @@
 __all__ = ['predict_images', 'scored_predictions', 'Validator', 'ClassificationResult', 'classification', 'out_of_fold']
 
 # %% ../../../nbs/525_evaluate.protocols.classification.ipynb #3fbc35b9
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,11 +25,11 @@ from ..stats.scored import Scored, scored_at
 from ..stats.selection import assert_apart, splits_of
 from ..stats.tables import METRICS_BINARY, Evaluation, evaluate_scored, wide
 from .zero_shot import scores_frame
-from ...methods.base import evaluating, require
+from ...methods.base import Method, evaluating, require
 
 # %% ../../../nbs/525_evaluate.protocols.classification.ipynb #0b7a5d3d
 def predict_images(
-    method,             # Method with `predict`
+    method: Method,             # Method with `predict`
     prepared: Prepared, # data set
     batch_size: int = 16,
     precision: str = 'fp32', # fp32, bf16 or fp16 (autocast on the method's device)
@@ -52,7 +53,7 @@ def predict_images(
 
 # %% ../../../nbs/525_evaluate.protocols.classification.ipynb #051eebbe
 def scored_predictions(
-    method,             # Method with `predict`; its config names labels and classes
+    method: Method,             # Method with `predict`; its config names labels and classes
     prepared: Prepared, # images of one split
     split: str,         # train, valid or test
     unit: str = 'image', how: str = 'mean', # image, breast, exam or patient; mean or max
@@ -70,14 +71,14 @@ class Validator:
     "Validation metrics of a classifier, for `train(validate=...)`; monitor 'valid_auroc' or 'valid_accuracy', mode 'max'."
     def __init__(self,
         prepared: Prepared, # validation images
-        labels, classes=(), # as the method has them
+        labels: Sequence[str], classes: Sequence[str] = (), # as the method has them
         unit: str = 'image', how: str = 'mean', batch_size: int = 16, # as in `scored_predictions`
     ):
         check_targets({'validation': prepared}, labels, classes)
         self.prepared, self.options, self.classes = prepared, dict(unit=unit, how=how, batch_size=batch_size), tuple(classes)
 
     @property
-    def monitor(self): return 'valid_accuracy' if self.classes else 'valid_auroc'
+    def monitor(self) -> str: return 'valid_accuracy' if self.classes else 'valid_auroc'
 
     def __call__(self, method, state=None): # dict of floats
         found = scored_predictions(method, self.prepared, 'valid', **self.options)
@@ -104,10 +105,10 @@ class ClassificationResult:
 
 
 def classification(
-    method,              # Method with `predict`
-    prepared,            # Prepared with a split column, or {'train': ..., 'valid': ..., 'test': ...}
+    method: Method,              # Method with `predict`
+    prepared: Prepared | dict,            # Prepared with a split column, or {'train': ..., 'valid': ..., 'test': ...}
     unit: str = 'image', how: str = 'mean', # what is judged, and how images are combined
-    metrics=METRICS_BINARY, by=None, # metrics of binary labels; subgroup columns (None: those that say something)
+    metrics: Sequence[str] = METRICS_BINARY, by: Sequence[str] | None = None, # metrics of binary labels; subgroup columns (None: those that say something)
     n_boot: int = 2000, level: float = .95, seed: int = 0, # of the intervals
     batch_size: int = 16, precision: str = 'fp32', check: bool = True, # of the predictions; compare the splits for leaks first
     baseline: bool = True, # also judge what the training images' histograms tell
@@ -128,7 +129,7 @@ def classification(
 # %% ../../../nbs/525_evaluate.protocols.classification.ipynb #27c5e891
 def out_of_fold(
     results: dict,       # fold -> ClassificationResult, each judged on its own test fold
-    metrics=METRICS_BINARY, n_boot: int = 2000, level: float = .95, seed: int = 0, # as in `classification`
+    metrics: Sequence[str] = METRICS_BINARY, n_boot: int = 2000, level: float = .95, seed: int = 0, # as in `classification`
 ) -> tuple: # Evaluation of all folds together; DataFrame of the folds' own values
     """Pool the test folds of a rotation.
 

@@ -6,7 +6,9 @@
 __all__ = ['OUTCOME', 'detect', 'DetectionResult', 'evaluate_detections', 'map_validation', 'outcomes', 'show_detections']
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #0ed5f123
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from matplotlib.figure import Figure
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,18 +16,19 @@ import pandas as pd
 import torch
 
 from ...core.progress import progress
+from ...data.prepared import Prepared
 from ...data.samples.boxes import truth_table
 from ..metrics.coco import BOX, arrange, candidate_pairs, coco_map, match
 from ..metrics.froc import detection_table, froc_curve, froc_table, reference_map
-from ...methods.base import require
+from ...methods.base import Method, require
 from ...show.exam import draw_view
 from ...show.style import BRIGHT, figure
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #2f17fb0c
-def detect(method, # Method with `predict` and `names`, e.g. RetinaNet
-           prepared, # Prepared: images to search
-           batch_size=8, # images at once
-           ): # DataFrame image_id, label, score, x0, y0, x1, y1 (pixels of the store), best first within an image
+def detect(method: Method, # Method with `predict` and `names`, e.g. RetinaNet
+           prepared: Prepared, # Prepared: images to search
+           batch_size: int = 8, # images at once
+           ) -> pd.DataFrame: # DataFrame image_id, label, score, x0, y0, x1, y1 (pixels of the store), best first within an image
     "Search all images of a data set."
     require(method, 'predict', by='detection')
     rows, parts = prepared.manifest[['row', 'image_id']], []
@@ -59,14 +62,14 @@ class DetectionResult:
         return rows[['task', 'metric', 'value', 'low', 'high', 'n', 'n_positive', 'patients']].round(3).to_html(index=False)
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #9198e651
-def evaluate_detections(found, # DataFrame of `detect`
-                        prepared, # Prepared: the images that were searched
-                        classes, # names of the findings
-                        merge=False, # all findings are one, 'finding'
-                        thresholds=(.25, .5), # overlaps reported one by one
-                        n_boot=1000, seed=0, # resamples of patients, key of the draws
+def evaluate_detections(found: pd.DataFrame, # DataFrame of `detect`
+                        prepared: Prepared, # Prepared: the images that were searched
+                        classes: Sequence[str], # names of the findings
+                        merge: bool = False, # all findings are one, 'finding'
+                        thresholds: Sequence[float] = (.25, .5), # overlaps reported one by one
+                        n_boot: int = 1000, seed: int = 0, # resamples of patients, key of the draws
                         **froc, # overlap, criterion, duplicates, rates of `froc_table`
-                        ): # DetectionResult
+                        ) -> DetectionResult: # DetectionResult
     """Score detections against the boxes of a data set.
 
     Raises: DataError when no image has a true box of the classes."""
@@ -78,11 +81,11 @@ def evaluate_detections(found, # DataFrame of `detect`
     return DetectionResult(found, truth, images, table, coco_map(*tables), reference_map(*tables), froc_curve(*tables, **marks))
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #cc9ffc6f
-def map_validation(prepared, # Prepared: validation patients
-                   classes, # names of the findings
-                   merge=False, # all findings are one
-                   batch_size=8, # images at once
-                   ): # callable(method, state) -> {'valid_map', 'valid_map50'}
+def map_validation(prepared: Prepared, # Prepared: validation patients
+                   classes: Sequence[str], # names of the findings
+                   merge: bool = False, # all findings are one
+                   batch_size: int = 8, # images at once
+                   ) -> Callable: # callable(method, state) -> {'valid_map', 'valid_map50'}
     "Make the callable that scores a detector on validation patients during training."
     truth, images = truth_table(prepared, classes)
     if merge: truth, classes = truth.assign(label='finding'), ('finding',)
@@ -97,10 +100,10 @@ def map_validation(prepared, # Prepared: validation patients
 OUTCOME = {'truth': BRIGHT[6], 'hit': BRIGHT[3], 'false mark': BRIGHT[5]}
 
 
-def outcomes(result, # DetectionResult
-             score=.3, # detections shown score more
-             overlap=.25, # from which a detection is a hit
-             ): # DataFrame of true boxes and detections with `outcome`: hit, false mark, truth; `found` for the truth
+def outcomes(result: DetectionResult, # DetectionResult
+             score: float = .3, # detections shown score more
+             overlap: float = .25, # from which a detection is a hit
+             ) -> pd.DataFrame: # DataFrame of true boxes and detections with `outcome`: hit, false mark, truth; `found` for the truth
     "Say for each box what became of it."
     shown = result.found[result.found.score > score]
     scene = arrange(result.truth, shown, result.images, sorted({*result.truth.label, *result.found.label}))
@@ -115,13 +118,13 @@ def outcomes(result, # DetectionResult
     return pd.concat([p for p in parts if len(p)], ignore_index=True)
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #f87bb3e7
-def show_detections(result, # DetectionResult
-                    prepared, # Prepared, as searched
-                    count=4, # images
-                    score=.3, # detections shown score more
-                    overlap=.25, # from which a detection is a hit
-                    order='worst', # 'worst', 'first', or a list of image ids
-                    ): # figure
+def show_detections(result: DetectionResult, # DetectionResult
+                    prepared: Prepared, # Prepared, as searched
+                    count: int = 4, # images
+                    score: float = .3, # detections shown score more
+                    overlap: float = .25, # from which a detection is a hit
+                    order: str | Sequence[str] = 'worst', # 'worst', 'first', or a list of image ids
+                    ) -> Figure: # figure
     "Draw images with true boxes, hits and false marks."
     table = outcomes(result, score, overlap)
     missed = table[table.found.eq(False)].groupby('image_id').size()

@@ -6,20 +6,26 @@
 __all__ = ['LabelEfficiency', 'label_efficiency', 'plot_label_efficiency']
 
 # %% ../../../nbs/526_evaluate.protocols.label_efficiency.ipynb #973c7dfc
+from collections.abc import Sequence
+from pathlib import Path
 from dataclasses import dataclass, field
+from matplotlib.figure import Figure
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ...data.histogram import histogram_table
+from ...data.prepared import Prepared
 from ...data.splits import fraction_patients
 from ..stats.bootstrap import _estimate, _exact, settled, resample
 from .linear_probe import CS, _one_fit, _plan, _scored, targets_of
 from ..metrics.curves import METRICS, Evaluator
+from .embeddings import Embeddings
 from ..stats.scored import unit_keys
 from ..stats.selection import assert_apart, splits_of
 from .zero_shot import _vectors_of
-from ...methods.base import require
+from ...methods.base import Method, require
 from ...show.style import PALETTE, figure
 
 # %% ../../../nbs/526_evaluate.protocols.label_efficiency.ipynb #3f05275f
@@ -36,13 +42,13 @@ class LabelEfficiency:
 
     def _repr_html_(self): return self.wide().to_html()
 
-    def wide(self): # DataFrame
+    def wide(self) -> pd.DataFrame: # DataFrame
         "Lay the first metric of each task out: a row a task, a column a share."
         c = pd.concat([t.drop_duplicates(['task', 'fraction']) for t in (self.curve, self.histogram.assign(task=self.histogram.task + ' (histogram)') if len(self.histogram) else self.histogram) if len(t)])
         text = [f'{r.mean:.3f} [{r.least:.3f}, {r.most:.3f}]' + (f' ({r.fits}/{r.draws})' if r.fits < r.draws else '') if r.fits else 'not computable' for r in c.itertuples()]
         return c.assign(text=text, share=c.fraction.map('{:.0%}'.format)).pivot_table(index=['task', 'metric'], columns='share', values='text', aggfunc='first', sort=False)
 
-    def plot(self, tasks=None): # figure
+    def plot(self, tasks: Sequence[str] | None = None) -> Figure: # figure
         "Draw the first metric of each task against the number of training patients."
         return plot_label_efficiency(self.curve, tasks)
 
@@ -110,17 +116,17 @@ def _curve(table, found, level):
 
 # %% ../../../nbs/526_evaluate.protocols.label_efficiency.ipynb #bdfc4920
 def label_efficiency(
-    method,              # Method with image_features (what='feature') or encode_image (what='image'); None with embeddings
-    prepared,            # Prepared with a split column, or {'train': ..., 'valid': ..., 'test': ...}
-    labels=None,         # names; None: all labels, and density if stated
-    fractions=(.01, .1, .5, 1.), seeds=(0, 1, 2, 3, 4), # shares of the training patients, and draws of each share
+    method: Method | None,              # Method with image_features (what='feature') or encode_image (what='image'); None with embeddings
+    prepared: Prepared | dict,            # Prepared with a split column, or {'train': ..., 'valid': ..., 'test': ...}
+    labels: str | Sequence[str] | None = None,         # names; None: all labels, and density if stated
+    fractions: Sequence[float] = (.01, .1, .5, 1.), seeds: Sequence[int] = (0, 1, 2, 3, 4), # shares of the training patients, and draws of each share
     what: str = 'feature', # 'feature' = pooled backbone features, 'image' = projected embeddings
     unit: str = 'image', how: str = 'mean', # what is judged, and how images are combined
     class_weight: str | None = None, # None, or 'balanced' (weighted cross-entropy, from the rows of each subset)
-    Cs=CS, choose_by: str = 'auroc', # strengths of the regularisation; metric on validation
-    embeddings=None, folder=None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
-    metrics=('auroc', 'average_precision'), n_boot: int = 1000, level: float = .95, seed: int = 0, # of the tables
-    device='cpu', check: bool = True, # of the fits; compare the splits for leaks first
+    Cs: Sequence[float] = CS, choose_by: str = 'auroc', # strengths of the regularisation; metric on validation
+    embeddings: Embeddings | None = None, folder: str | Path | None = None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
+    metrics: Sequence[str] = ('auroc', 'average_precision'), n_boot: int = 1000, level: float = .95, seed: int = 0, # of the tables
+    device: str | torch.device = 'cpu', check: bool = True, # of the fits; compare the splits for leaks first
     baseline: bool = True, # the same for what the images' histograms tell
 ) -> LabelEfficiency:
     """Fit and judge probes for every label, share and draw, on one pass over the images.
@@ -146,9 +152,9 @@ def label_efficiency(
 # %% ../../../nbs/526_evaluate.protocols.label_efficiency.ipynb #2f085535
 def plot_label_efficiency(
     curve: pd.DataFrame, # `LabelEfficiency.curve`; a column `model` draws several in one panel
-    tasks=None,          # which to draw; None: all
+    tasks: Sequence[str] | None = None,          # which to draw; None: all
     columns: int = 3,    # panels beside each other
-): # figure
+) -> Figure: # figure
     "Draw the first metric of each task against the number of training patients."
     c = curve.assign(model=curve['model'] if 'model' in curve else '').drop_duplicates(['task', 'fraction', 'model'])
     tasks = [t for t in dict.fromkeys(c.task) if tasks is None or t in tasks]

@@ -7,12 +7,16 @@ __all__ = ['CLASSES', 'CS', 'Target', 'targets_of', 'Probe', 'standardiser', 'fi
            'LinearProbeResult', 'linear_probe']
 
 # %% ../../../nbs/520_evaluate.protocols.linear_probe.ipynb #dbedb08e
+from collections.abc import Sequence
+from pathlib import Path
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ...core.errors import DataError, unknown_name
+from ...data.prepared import Prepared
 from ...data.splits import fraction_patients
 from .embeddings import Embeddings
 from ..stats.histogram_baseline import beside_histogram, histogram_baseline
@@ -22,7 +26,7 @@ from ..stats.scored import scored_at
 from ..stats.selection import assert_apart, choose, splits_of
 from ..stats.tables import METRICS_BINARY, Evaluation, evaluate_scored, not_computable, wide
 from .zero_shot import _vectors_of, scores_frame
-from ...methods.base import require
+from ...methods.base import Method, require
 
 # %% ../../../nbs/520_evaluate.protocols.linear_probe.ipynb #98ceeb6d
 CLASSES = {'density': ('A', 'B', 'C', 'D'), 'birads': ('1', '2', '3', '4', '5')}
@@ -42,7 +46,7 @@ class Target:
 # %% ../../../nbs/520_evaluate.protocols.linear_probe.ipynb #f4d4f0e7
 def targets_of(
     manifest: pd.DataFrame, # prepared manifest
-    labels=None,            # names of labels, 'density', 'birads'; None: all labels, and density if stated
+    labels: str | Sequence[str] | None = None,            # names of labels, 'density', 'birads'; None: all labels, and density if stated
 ) -> list: # of Target
     """List what to probe.
 
@@ -96,7 +100,7 @@ def fit_candidates(
     features: np.ndarray,    # (n, f) training embeddings
     manifest: pd.DataFrame,  # n training rows
     targets: list,           # of Target
-    Cs=CS, class_weight: str | None = None, device='cpu', tolerance: float = 1e-6,
+    Cs: Sequence[float] = CS, class_weight: str | None = None, device: str | torch.device = 'cpu', tolerance: float = 1e-6,
 ) -> dict: # target name -> list of Probe, one a strength; a reason (str) where it cannot be fitted
     "Fit every target with every strength."
     mean, scale = standardiser(features)
@@ -197,16 +201,16 @@ def _plan(fractions, seeds):
 
 # %% ../../../nbs/520_evaluate.protocols.linear_probe.ipynb #4a236300
 def linear_probe(
-    method,              # Method with image_features (what='feature') or encode_image (what='image'); None with embeddings
-    prepared,            # Prepared with a split column, or {'train': ..., 'valid': ..., 'test': ...}
-    labels=None,         # names; None: all labels, and density if stated
+    method: Method | None,              # Method with image_features (what='feature') or encode_image (what='image'); None with embeddings
+    prepared: Prepared | dict,            # Prepared with a split column, or {'train': ..., 'valid': ..., 'test': ...}
+    labels: str | Sequence[str] | None = None,         # names; None: all labels, and density if stated
     what: str = 'feature', # 'feature' = pooled backbone features, 'image' = projected embeddings
     unit: str = 'image', how: str = 'mean', # what is judged, and how images are combined
-    fractions=(1.,), seeds=(0,), # of training patients
-    Cs=CS, class_weight: str | None = None, choose_by: str = 'auroc', # strengths; None or 'balanced'; metric on validation
-    embeddings: Embeddings = None, folder=None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
-    metrics=METRICS_BINARY, by=None, n_boot: int = 2000, level: float = .95, seed: int = 0, # of the tables
-    device='cpu', check: bool = True, # of the fit; compare the splits for leaks first
+    fractions: Sequence[float] = (1.,), seeds: Sequence[int] = (0,), # of training patients
+    Cs: Sequence[float] = CS, class_weight: str | None = None, choose_by: str = 'auroc', # strengths; None or 'balanced'; metric on validation
+    embeddings: Embeddings = None, folder: str | Path | None = None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
+    metrics: Sequence[str] = METRICS_BINARY, by: Sequence[str] | None = None, n_boot: int = 2000, level: float = .95, seed: int = 0, # of the tables
+    device: str | torch.device = 'cpu', check: bool = True, # of the fit; compare the splits for leaks first
     baseline: bool = True, # also judge what the training images' histograms tell
 ) -> LinearProbeResult:
     """Train probes on frozen embeddings and judge them on test.

@@ -6,7 +6,7 @@
 __all__ = ['Solution', 'minimise', 'binary_objective', 'row_weights', 'fit_binary', 'softmax_objective', 'fit_softmax']
 
 # %% ../../../nbs/515_evaluate.protocols.logistic.ipynb #d1bcf59d
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,11 +123,11 @@ def row_weights(
 
 # %% ../../../nbs/515_evaluate.protocols.logistic.ipynb #c17187b4
 def fit_binary(
-    features,            # (n, f)
-    labels,              # (n, k) 1/0/NaN
-    Cs=(1.,),            # strengths; larger = weaker penalty
+    features: np.ndarray,            # (n, f)
+    labels: np.ndarray,              # (n, k) 1/0/NaN
+    Cs: Sequence[float] = (1.,),            # strengths; larger = weaker penalty
     class_weight: str | None = None, # None or 'balanced'
-    device='cpu', tolerance: float = 1e-9, max_steps: int = 2000,
+    device: str | torch.device = 'cpu', tolerance: float = 1e-9, max_steps: int = 2000,
 ) -> tuple: # weight (k, c, f), bias (k, c), Solution; NaN where a label has one class only
     "Fit every label with every strength."
     features, labels = np.asarray(features, np.float64), np.asarray(labels, np.float64)
@@ -144,7 +144,7 @@ def fit_binary(
     return theta[..., :-1], theta[..., -1], solution
 
 # %% ../../../nbs/515_evaluate.protocols.logistic.ipynb #f3f2b897
-def softmax_objective(x, y, C, k): # (n,f) float64, (n,) int64, (p,) float64, number of classes
+def softmax_objective(x: Tensor, y: Tensor, C: Tensor, k: int) -> Callable: # (n,f) float64, (n,) int64, (p,) float64, number of classes
     "Make the objective of p softmax regressions that differ in strength."
     n, f = x.shape
     def objective(theta, which):
@@ -159,10 +159,10 @@ def softmax_objective(x, y, C, k): # (n,f) float64, (n,) int64, (p,) float64, nu
 
 # %% ../../../nbs/515_evaluate.protocols.logistic.ipynb #0294c1d1
 def fit_softmax(
-    features,   # (n, f)
-    classes,    # (n,) class numbers, NaN not stated
+    features: np.ndarray,   # (n, f)
+    classes: np.ndarray,    # (n,) class numbers, NaN not stated
     k: int,     # number of classes
-    Cs=(1.,), device='cpu', tolerance: float = 1e-9, max_steps: int = 2000, # as in `fit_binary`
+    Cs: Sequence[float] = (1.,), device: str | torch.device = 'cpu', tolerance: float = 1e-9, max_steps: int = 2000, # as in `fit_binary`
 ) -> tuple: # weight (c, k, f), bias (c, k), Solution
     """Fit one softmax regression with every strength; classes that never occur get a low intercept and no weight.
 

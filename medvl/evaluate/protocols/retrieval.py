@@ -6,6 +6,8 @@
 __all__ = ['DIRECTIONS', 'chance_recall', 'texts_of_units', 'recall_table', 'RetrievalResult', 'retrieval_protocol']
 
 # %% ../../../nbs/512_evaluate.protocols.retrieval.ipynb #d43fe717
+from collections.abc import Sequence
+from pathlib import Path
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +24,7 @@ from .export import embed_texts, refuse_other_model
 from ..metrics.recall import retrieval_ranks
 from ..stats.scored import unit_keys
 from ..stats.selection import assert_apart, splits_of
-from ...methods.base import require
+from ...methods.base import Method, require
 
 # %% ../../../nbs/512_evaluate.protocols.retrieval.ipynb #8c6822cf
 def chance_recall(
@@ -39,7 +41,7 @@ def chance_recall(
 def texts_of_units(
     manifest: pd.DataFrame, # prepared manifest
     unit: str = 'breast',   # image, breast or exam
-    sections=('findings', 'impression'), # of the reports
+    sections: Sequence[str] = ('findings', 'impression'), # of the reports
 ) -> tuple: # codes (n,) of the images' units, frame (u rows: keys, patient_id, text; '' where there is none)
     """Give every unit the text of its report.
 
@@ -70,8 +72,8 @@ def recall_table(
     ranks: np.ndarray,    # (q,) rank of the first match
     matches: np.ndarray,  # (q,) matches of each query
     n_candidates: int,    # size of the gallery
-    patients,             # (q,) patient of each query
-    ks=(1, 5, 10, 15),    # cut-offs
+    patients: Sequence | np.ndarray | pd.Series,             # (q,) patient of each query
+    ks: Sequence[int] = (1, 5, 10, 15),    # cut-offs
     unit: str = 'breast', # what a query is
     n_boot: int = 2000, level: float = .95, seed: int = 0, # of the bootstrap over patients
 ) -> pd.DataFrame: # a row a metric: value, low, high, chance, ...
@@ -164,15 +166,15 @@ def _directions(x, t, frame, n_texts, ks, options):
 
 # %% ../../../nbs/512_evaluate.protocols.retrieval.ipynb #2362f3ef
 def retrieval_protocol(
-    method,                # Method with encode_image and encode_text (or project_text)
+    method: Method,                # Method with encode_image and encode_text (or project_text)
     prepared: Prepared,    # data set with reports
     split: str | None = 'test', # split to judge on; None: all rows, as an external test set
     unit: str = 'breast',  # image, breast or exam
     reports: str = 'all',  # 'unique': only units whose text no other exam has
-    ks=(1, 5, 10, 15),     # cut-offs; the original's
-    sections=('findings', 'impression'), # of the reports
+    ks: Sequence[int] = (1, 5, 10, 15),     # cut-offs; the original's
+    sections: Sequence[str] = ('findings', 'impression'), # of the reports
     embeddings: Embeddings = None, # made before by `embed`, or read from a file
-    folder=None, batch_size: int = 16, # of `embed` and `embed_texts`
+    folder: str | Path | None = None, batch_size: int = 16, # of `embed` and `embed_texts`
     n_boot: int = 2000, level: float = .95, seed: int = 0, # of the intervals
     check: bool = True,    # compare the splits for leaks first
 ) -> RetrievalResult:

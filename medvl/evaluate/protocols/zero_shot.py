@@ -7,6 +7,8 @@ __all__ = ['TASKS', 'Task', 'bank_tasks', 'tasks_of', 'class_probabilities', 'cl
            'zero_shot']
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #b30012b2
+from collections.abc import Sequence
+from pathlib import Path
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +23,7 @@ from ..stats.histogram_baseline import beside_histogram, histogram_baseline
 from ..stats.scored import scored_at
 from ..stats.selection import assert_apart, splits_of
 from ..stats.tables import METRICS_BINARY, Evaluation, evaluate_scored, not_computable, wide
-from ...methods.base import capabilities, evaluating, require
+from ...methods.base import Method, capabilities, evaluating, require
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #d8b78fe8
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ TASKS |= {
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #1659cd2d
 def bank_tasks(
-    findings=FINDINGS,     # names of the bank
+    findings: Sequence[str] = FINDINGS,     # names of the bank
     detail: str = 'full',  # 'full': hundreds of sentences a class; 'plain': a few
 ) -> list: # of Task
     """Ask for findings with all sentences of the bank.
@@ -112,7 +114,7 @@ TASKS['bank'] = tuple(bank_tasks(detail='plain'))
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #c50ac2fb
 def tasks_of(
-    tasks, # name in TASKS, a Task, a list of either, or {label: (absent prompts, present prompts)}
+    tasks: str | Task | Sequence | dict, # name in TASKS, a Task, a list of either, or {label: (absent prompts, present prompts)}
 ) -> list: # of Task
     """Turn what was asked into tasks.
 
@@ -147,7 +149,7 @@ def class_probabilities(
     return e / e.sum(1, keepdims=True)
 
 def class_vectors(
-    method,      # Method with project_text or encode_text
+    method: Method,      # Method with project_text or encode_text
     task: Task,
 ) -> np.ndarray: # (k, d) unit rows, float64
     "Embed the prompts of each class and average them."
@@ -221,14 +223,14 @@ def _vectors_of(parts, prepared, method, embeddings, what, folder, batch_size, p
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #2fa7a129
 def zero_shot(
-    method,                # Method with encode_image and encode_text (or project_text)
-    prepared,              # Prepared, or {'test': Prepared, 'valid': Prepared, ...}
-    tasks='mammo',         # a set's name, Tasks, or {label: (absent prompts, present prompts)}
+    method: Method,                # Method with encode_image and encode_text (or project_text)
+    prepared: Prepared | dict,              # Prepared, or {'test': Prepared, 'valid': Prepared, ...}
+    tasks: str | Task | Sequence | dict = 'mammo',         # a set's name, Tasks, or {label: (absent prompts, present prompts)}
     split: str | None = 'test', # split to judge on; None: all rows, as an external test set (the model must have seen none of them)
     unit: str = 'image', how: str = 'mean', # image, breast, exam or patient; mean or max of its images' scores
     embeddings: Embeddings = None, # made before by `embed`
-    folder=None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
-    metrics=METRICS_BINARY, by=None, # of binary tasks; subgroup columns
+    folder: str | Path | None = None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
+    metrics: Sequence[str] = METRICS_BINARY, by: Sequence[str] | None = None, # of binary tasks; subgroup columns
     n_boot: int = 2000, level: float = .95, seed: int = 0, # of the intervals
     check: bool = True,    # compare the splits for leaks first, near-duplicates included
     baseline: bool = True, # also judge what the training images' histograms tell
