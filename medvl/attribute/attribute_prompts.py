@@ -33,7 +33,11 @@ def attribute_prompts(
     if name in ATTRIBUTES and leads is None:
         slots = prompt_bank(detail='full')[FINDINGS[ATTRIBUTES.index(name)]]
         found = [s for pair in zip(slots['pos_left'], slots['pos_right']) for s in pair]
-    elif leads: found = [f'{lead} in the {place}{side} breast' for lead, place, side in product(leads, PLACES, ('left', 'right'))]
-    else: raise ValueError(unknown_name('attribute', name, (*ATTRIBUTES, *OTHERS)) + ' Give `leads` for a label of your own.')
+    elif leads:
+        found = [f'{lead} in the {place}{side} breast'
+                 for lead, place, side in product(leads, PLACES, ('left', 'right'))]
+    else:
+        raise ValueError(unknown_name('attribute', name, (*ATTRIBUTES, *OTHERS))
+                         + ' Give `leads` for a label of your own.')
     found = list(dict.fromkeys(found))
     return found if limit is None or limit >= len(found) else [found[i * len(found) // limit] for i in range(limit)]

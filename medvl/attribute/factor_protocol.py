@@ -40,9 +40,13 @@ def compute_maps(
             out = None
             for start in progress(range(0, len(data), batch_size), desc='feature maps', unit='batch'):
                 images = np.stack([data.image(i) for i in range(start, min(start + batch_size, len(data)))])
-                maps = base.feature_maps(torch.from_numpy(images)[:, None].to(next(base.parameters()).device)).half().cpu().numpy()
-                if not np.isfinite(maps).all(): raise ValueError(f'Feature maps of images {start} to {start + len(images) - 1} are not finite in half precision.')
-                if out is None: out = np.lib.format.open_memmap(temporary, 'w+', np.float16, (len(data), *maps.shape[1:]))
+                maps = base.feature_maps(
+                    torch.from_numpy(images)[:, None].to(next(base.parameters()).device)).half().cpu().numpy()
+                if not np.isfinite(maps).all():
+                    raise ValueError(f'Feature maps of images {start} to {start + len(images) - 1} are not finite in '
+                                     'half precision.')
+                if out is None:
+                    out = np.lib.format.open_memmap(temporary, 'w+', np.float16, (len(data), *maps.shape[1:]))
                 out[start:start + len(maps)] = maps
             out.flush(); del out
     return np.load(file, mmap_mode='r')
@@ -59,10 +63,12 @@ class FeatureMaps:
         only_stated:bool=True, # leave out images on which no attribute is stated
     ):
         for a in attributes:
-            if a not in data.labels: raise DataError(unknown_name('label', a, data.labels), file=str(data.folder/'manifest.parquet'))
+            if a not in data.labels:
+                raise DataError(unknown_name('label', a, data.labels), file=str(data.folder/'manifest.parquet'))
         labels = data.manifest[[f'label_{a}' for a in attributes]].to_numpy(np.float32)
         keep = ~np.isnan(labels).all(1) if only_stated else np.ones(len(labels), bool)
-        if not keep.any(): raise DataError(f'no image states any of {list(attributes)}.', file=str(data.folder/'manifest.parquet'))
+        if not keep.any():
+            raise DataError(f'no image states any of {list(attributes)}.', file=str(data.folder/'manifest.parquet'))
         self.data, self.attributes, self.labels, self.rows = data, list(attributes), labels, np.flatnonzero(keep)
         self.digest = digest([weights_digest(base), data.digest, self.attributes, self.rows.tolist()])
         key = digest([weights_digest(base), data.digest])[:16]
@@ -74,8 +80,8 @@ class FeatureMaps:
         epoch, i = key if isinstance(key, tuple) else (0, key)
         row = int(self.rows[i])
         record = self.data.manifest.iloc[row]
-        return {'maps': torch.from_numpy(np.array(self.maps[row])), 'labels': self.labels[row], 'sample_id': record.image_id,
-                'patient_id': record.patient_id, 'index': i, 'epoch': epoch}
+        return {'maps': torch.from_numpy(np.array(self.maps[row])), 'labels': self.labels[row],
+                'sample_id': record.image_id, 'patient_id': record.patient_id, 'index': i, 'epoch': epoch}
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #2c3c44f9
 def boxes_of(data: Prepared, image_id: str, attribute: str, box_labels: dict | None = None) -> np.ndarray:
@@ -109,11 +115,14 @@ def scorable(
     """List the images that show an attribute and have a box of it.
 
     Raises: DataError when there is none."""
-    found = [(i, a, boxes_of(data, r.image_id, a, box_labels)) for a in attributes for i, r in enumerate(data.manifest.itertuples())
+    found = [(i, a, boxes_of(data, r.image_id, a, box_labels)) for a in attributes
+             for i, r in enumerate(data.manifest.itertuples())
              if getattr(r, f'label_{a}', np.nan) == 1]
     found = [(i, a, b) for i, a, b in found if len(b)]
-    if not found: raise DataError(f'no image has a box of {list(attributes)}; boxes are labelled {sorted(data.boxes.label.unique())}.',
-                                  fix='Name the labels in box_labels.')
+    if not found:
+        raise DataError(
+            f'no image has a box of {list(attributes)}; boxes are labelled {sorted(data.boxes.label.unique())}.',
+                        fix='Name the labels in box_labels.')
     return found
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #a9706ea6
@@ -139,7 +148,8 @@ def drawers(
     own = {} if explainer is None else {'mammo_factor': lambda i, a: factor_heat(explainer, dataset.maps[i], a)}
     twice = sorted({*own, *baselines} & set(makers or {}))
     if twice: raise ValueError(f'the name {twice[0]!r} is taken: call your map maker otherwise')
-    floor = {'random': lambda i, a: random_map(size(i), numpy_rng(seed, 'random map', ids.iloc[i])), 'brightness': lambda i, a: brightness_map(data.image(i))}
+    floor = {'random': lambda i, a: random_map(size(i), numpy_rng(seed, 'random map', ids.iloc[i])),
+             'brightness': lambda i, a: brightness_map(data.image(i))}
     stretched = {n: (lambda i, a, f=f: at_size(f(i, a), size(i))) for n, f in {**own, **(makers or {})}.items()}
     return stretched | {b: floor[b] for b in baselines}
 
@@ -153,14 +163,16 @@ def localise(
     quantile:float=0.95, # share of pixels below the threshold of a box
     seed:int=0, # of the random maps
     makers:dict|None=None, # further methods: name -> function (row of the data, attribute) -> heat (h',w') of any size
-    against:str='boxes', # 'boxes', or 'masks': pixel-wise scores use the part of the image's mask inside the attribute's boxes
+    # 'boxes', or 'masks': pixel-wise scores use the part of the image's mask inside the attribute's boxes
+    against:str='boxes',
 ) -> pd.DataFrame: # one row a map: image_id, patient_id, attribute, method, scores
     """Score the maps of all images that have a box (and, against masks, a mask in it).
 
     Raises: DataError when no image has a box of any attribute."""
     if against not in ('boxes', 'masks'): raise ValueError(unknown_name('truth', against, ('boxes', 'masks')))
     data, rows, drawn = dataset.data, [], drawers(explainer, dataset, baselines, seed, makers)
-    for i, attribute, boxes in progress(scorable(data, attributes or dataset.attributes, box_labels), desc='maps', unit='map'):
+    for i, attribute, boxes in progress(scorable(data, attributes or dataset.attributes, box_labels),
+                                        desc='maps', unit='map'):
         truth = None if against == 'boxes' else mask_in(data, i, boxes)
         if against == 'masks' and truth is None: continue
         record = data.manifest.iloc[i]

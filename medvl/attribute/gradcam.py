@@ -32,11 +32,14 @@ def caught(
     if layer is not None:
         modules = dict(method.named_modules())
         if isinstance(layer, str) and layer not in modules: raise ValueError(unknown_name('layer', layer, modules))
-        handle = (modules[layer] if isinstance(layer, str) else layer).register_forward_hook(lambda module, inputs, out: leaf(out))
+        handle = (modules[layer] if isinstance(layer, str) else layer).register_forward_hook(
+            lambda module, inputs, out: leaf(out))
         try: yield found
         finally: handle.remove()
         return
-    owner = next((o for o in (getattr(method, 'image_encoder', None), method) if callable(getattr(o, 'feature_maps', None))), None)
+    owner = next(
+        (o for o in (getattr(method, 'image_encoder', None), method) if callable(getattr(o, 'feature_maps', None))),
+        None)
     if owner is None: raise ValueError(f'{type(method).__name__} has no feature_maps: name a layer')
     original, own = owner.feature_maps, vars(owner).get('feature_maps')
     def feature_maps(*args, **kwargs):
@@ -81,12 +84,15 @@ def map_gradients(
     Raises: ValueError when the map takes no part in the embedding, or is not (b,c,h',w')."""
     with _still(method), torch.enable_grad(), caught(method, layer) as found:
         embeddings = method.encode_image(images)
-        if len(found) != 1: raise ValueError(f'the embedding does not pass through this map once, but {len(found)} times: name another layer')
+        if len(found) != 1:
+            raise ValueError(f'the embedding does not pass through this map once, but {len(found)} times: name '
+                             'another layer')
         maps, values = found[-1], torch.stack([s(embeddings) for s in scores], 1)
         if maps.ndim != 4: raise ValueError(f'a map is (b,c,h,w); this layer gives {tuple(maps.shape)}')
         if not values.requires_grad: raise ValueError('the score does not depend on this map: name another layer')
         sums = values.sum(0)
-        gradients = [torch.autograd.grad(sums[j], maps, retain_graph=j + 1 < len(scores))[0] for j in range(len(scores))]
+        gradients = [torch.autograd.grad(sums[j], maps, retain_graph=j + 1 < len(scores))[0]
+                     for j in range(len(scores))]
     return maps.detach(), torch.stack(gradients, 1), values.detach()
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #d81ea8d8
@@ -121,6 +127,7 @@ def grad_cams(
     return heat.relu() if positive else heat
 
 
-def grad_cam(method: Method, images: Tensor, target: str | Sequence[str] | Tensor | Callable, kind: str = 'grad_cam', layer: nn.Module | str | None = None, positive: bool = True) -> Tensor:
+def grad_cam(method: Method, images: Tensor, target: str | Sequence[str] | Tensor | Callable, kind: str = 'grad_cam',
+             layer: nn.Module | str | None = None, positive: bool = True) -> Tensor:
     "Draw the maps of one target, (b,h',w'); arguments as for `grad_cams`."
     return grad_cams(method, images, [target], kind, layer, positive)[:, 0]

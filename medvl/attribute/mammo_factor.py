@@ -32,15 +32,18 @@ class RegionMapper(nn.Module):
     ):
         super().__init__()
         cells = grid[0] * grid[1]
-        if adapter and cells != width: raise ValueError(f'an adapter needs as many cells as the text space has dimensions: {cells} != {width}')
+        if adapter and cells != width:
+            raise ValueError(f'an adapter needs as many cells as the text space has dimensions: {cells} != {width}')
         self.grid, self.adapter, self.layout = tuple(grid), adapter, layout
-        self.pool = nn.ModuleList(nn.Sequential(nn.Linear(cells, cells), nn.ReLU(), nn.Linear(cells, width)) for _ in range(heads))
+        self.pool = nn.ModuleList(nn.Sequential(nn.Linear(cells, cells), nn.ReLU(), nn.Linear(cells, width))
+                                  for _ in range(heads))
 
     def forward(self,
         maps:Tensor, # float (b,c,h,w)
     ) -> Tensor: # float (b,c,heads,width)
         "Give the vector of every channel, for every head."
-        if maps.shape[-2:] != self.grid: maps = F.interpolate(maps, size=self.grid, mode='bilinear', antialias=True, align_corners=False)
+        if maps.shape[-2:] != self.grid:
+            maps = F.interpolate(maps, size=self.grid, mode='bilinear', antialias=True, align_corners=False)
         flat = maps.flatten(2)
         out = [head(flat) for head in self.pool]
         if self.adapter: out = [0.2 * o + 0.8 * flat for o in out]
@@ -50,8 +53,11 @@ class RegionMapper(nn.Module):
 # %% ../../nbs/610_attribute.mammo_factor.ipynb #d67e2e8d
 @dataclass
 class MammoFactorConfig:
-    "Configure the mapper; the paper's values are grid (48, 29), width 512, temperature 0.07 in the code (0.007 in the text)."
-    prompts: dict[str, list[str]] = field(default_factory=lambda: {'mass': ['mass'], 'suspicious_calcification': ['suspicious calcification']}) # per attribute
+    """Configure the mapper; the paper's values are grid (48, 29), width 512, temperature 0.07 in the code (0.007 in
+    the text)."""
+    # per attribute
+    prompts: dict[str, list[str]] = field(
+        default_factory=lambda: {'mass': ['mass'], 'suspicious_calcification': ['suspicious calcification']})
     grid: tuple[int, int] = (48, 29) # cells that the heads read; any map is resampled to it
     width: int = 512 # size of the text space
     heads: Literal['per_attribute', 'shared'] = 'per_attribute' # one head an attribute, or one for all
@@ -72,12 +78,15 @@ class MammoFactor(Method):
         base: Method | None = None, # a method with `feature_maps` and `project_text`
     ):
         super().__init__(config)
-        if base is None: raise TypeError('MammoFactor needs the trained method it explains: MammoFactor(config, base=...)')
+        if base is None:
+            raise TypeError('MammoFactor needs the trained method it explains: MammoFactor(config, base=...)')
         require(base, 'feature_maps', 'project_text', by='Mammo-FActOR')
-        object.__setattr__(self, 'base', base.eval().requires_grad_(False)) # not a sub-module: frozen, and not part of our weights
+        # not a sub-module: frozen, and not part of our weights
+        object.__setattr__(self, 'base', base.eval().requires_grad_(False))
         c = self.config
         self.attributes = list(c.prompts)
-        self.mapper = RegionMapper(c.grid, c.width, len(c.prompts) if c.heads == 'per_attribute' else 1, c.adapter, c.layout)
+        self.mapper = RegionMapper(c.grid, c.width, len(c.prompts) if c.heads == 'per_attribute' else 1,
+                                   c.adapter, c.layout)
         self.register_buffer('vectors', torch.stack([self.text_vector(p) for p in c.prompts.values()]))
 
     def _apply(self, *args, **kwargs):
@@ -89,17 +98,20 @@ class MammoFactor(Method):
         prompts:Sequence[str], # sentences of one meaning
     ) -> Tensor: # float32 (width,), unit
         "Average the projections of the prompts, then normalise."
-        if isinstance(prompts, str) or not len(prompts): raise ValueError(f'prompts must be a list of sentences, not {prompts!r}')
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError(f'prompts must be a list of sentences, not {prompts!r}')
         return F.normalize(self.base.project_text(list(prompts)).float().mean(0), dim=0)
 
     @torch.no_grad()
     def maps_of(self, batch: dict) -> Tensor:
         "Give the frozen feature maps of a batch: cached ones, or fresh from its images (b,1,1,h,w)."
         if 'maps' in batch: # one tensor, or a list of (c,h,w) as `collate` leaves it
-            maps = batch['maps'] if isinstance(batch['maps'], Tensor) else torch.stack([torch.as_tensor(m) for m in batch['maps']])
+            maps = (batch['maps'] if isinstance(batch['maps'], Tensor)
+                    else torch.stack([torch.as_tensor(m) for m in batch['maps']]))
             return maps.to(self.vectors.device).float()
         images = batch['images']
-        if images.ndim == 5 and images.shape[1] != 1: raise ValueError(f'Mammo-FActOR reads one view a sample, not {images.shape[1]}')
+        if images.ndim == 5 and images.shape[1] != 1:
+            raise ValueError(f'Mammo-FActOR reads one view a sample, not {images.shape[1]}')
         return self.base.feature_maps(images.flatten(0, 1) if images.ndim == 5 else images).float()
 
     def channel_scores(self,
@@ -124,7 +136,8 @@ class MammoFactor(Method):
         return self.config
 
     @classmethod
-    def from_assets(cls, config: MammoFactorConfig, folder: Path) -> 'MammoFactor': return cls(config, base=from_pretrained(folder/'base'))
+    def from_assets(cls, config: MammoFactorConfig, folder: Path) -> 'MammoFactor':
+        return cls(config, base=from_pretrained(folder/'base'))
 
 # %% ../../nbs/610_attribute.mammo_factor.ipynb #16277ae0
 class Explainer:

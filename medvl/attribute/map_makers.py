@@ -33,7 +33,8 @@ class MapMaker:
         if row not in self.kept:
             image = torch.from_numpy(np.array(self.data.image(row)))[None, None]
             heat = self.draw(image, self.vectors)[0].float().cpu().numpy()
-            if not np.isfinite(heat).all(): raise ValueError(f'the map of image {self.data.manifest.image_id.iloc[row]!r} is not finite')
+            if not np.isfinite(heat).all():
+                raise ValueError(f'the map of image {self.data.manifest.image_id.iloc[row]!r} is not finite')
             self.kept[row] = heat
         return self.kept[row][self.names.index(attribute)]
 
@@ -73,5 +74,7 @@ def comparison_makers(
 ) -> dict: # name -> MapMaker
     "Make the methods that stand beside Mammo-FActOR; all compare with the same text vectors."
     vectors = attribute_vectors(method, prompts)
-    made = {k: grad_cam_maker(method, data, vectors, k) for k in kinds} | {'similarity': similarity_maker(method, data, vectors)}
-    return made | {f'grad_cam {name}': grad_cam_maker(method, data, vectors, 'grad_cam', layer) for name, layer in (layers or {}).items()}
+    made = ({k: grad_cam_maker(method, data, vectors, k) for k in kinds}
+            | {'similarity': similarity_maker(method, data, vectors)})
+    return (made | {f'grad_cam {name}': grad_cam_maker(method, data, vectors, 'grad_cam', layer)
+                    for name, layer in (layers or {}).items()})

@@ -35,18 +35,24 @@ def sentence_places(
     """List the sentences of an image and their places.
 
     Raises: DataError when the data set has no places of sentences."""
-    if 'region' not in data.sentences: raise DataError('the sentences of this data set have no places.', column='region', fix='Use the chest phantom, or a data set with regions.')
+    if 'region' not in data.sentences:
+        raise DataError('the sentences of this data set have no places.', column='region',
+                        fix='Use the chest phantom, or a data set with regions.')
     s = data.sentences[data.sentences.image_id.astype(str) == str(image_id)].drop_duplicates('sentence')
     h, w = data.images.shape[1:]
-    box = s[['x0', 'y0', 'x1', 'y1']].astype(float).clip(lower=0).clip(upper=pd.Series({'x0': w, 'y0': h, 'x1': w, 'y1': h}), axis=1)
+    box = s[['x0', 'y0', 'x1', 'y1']].astype(float).clip(lower=0).clip(
+        upper=pd.Series({'x0': w, 'y0': h, 'x1': w, 'y1': h}), axis=1)
     share = (box.x1 - box.x0) * (box.y1 - box.y0) / (h * w)
-    return pd.concat([s[['sentence', 'region']].fillna({'region': ''}), box, share.rename('share')], axis=1).reset_index(drop=True)
+    return pd.concat([s[['sentence', 'region']].fillna({'region': ''}), box, share.rename('share')],
+                     axis=1).reset_index(drop=True)
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #6a92c955
 def map_kinds(method: Method) -> list[str]: # list of names
     "List the kinds of maps a method can draw."
     local = callable(getattr(method, 'attention_maps', None)) and getattr(method, 'local', True)
-    return (['attention', 'cosine'] if local else []) + (['global'] if callable(getattr(method, 'image_projection', None)) and callable(getattr(method, 'read_images', None)) else [])
+    return ((['attention', 'cosine'] if local else [])
+            + (['global'] if callable(getattr(method, 'image_projection', None))
+               and callable(getattr(method, 'read_images', None)) else []))
 
 
 @torch.no_grad()
@@ -66,9 +72,12 @@ def sentence_maps(
         else:
             read = method.read_images(images)
             x = unit(method.image_projection(read['regions'])) if kind == 'global' else method.regions(images)
-            text, real = (method.encode_text(list(sentences))[None], torch.ones(1, len(sentences), dtype=torch.bool)) if kind == 'global' else method.sentences([list(sentences)])
+            text, real = ((method.encode_text(list(sentences))[None], torch.ones(1, len(sentences), dtype=torch.bool))
+                          if kind == 'global' else method.sentences([list(sentences)]))
             maps = (text.float() @ x.float().mT).unflatten(2, read['grid'])
-    if int(real.sum()) != len(sentences): raise DataError(f'only {int(real.sum())} of {len(sentences)} sentences fit into the text encoder', fix='Give fewer sentences, or a larger max_length.')
+    if int(real.sum()) != len(sentences):
+        raise DataError(f'only {int(real.sum())} of {len(sentences)} sentences fit into the text encoder',
+                        fix='Give fewer sentences, or a larger max_length.')
     return maps[0].float().cpu()
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #d5305157
@@ -103,11 +112,13 @@ def score_sentences(
     boxes, regions = places[['x0', 'y0', 'x1', 'y1']].to_numpy(), places.region.tolist()
     for i in chosen:
         other = _another(regions, i, chosen)
-        shown = {'sentence': full[i], 'another sentence': None if other is None else full[other], 'centre': centre_map(size), 'random': random_map(size, rng, heat.shape[1:])}
+        shown = {'sentence': full[i], 'another sentence': None if other is None else full[other],
+                 'centre': centre_map(size), 'random': random_map(size, rng, heat.shape[1:])}
         for name, m in shown.items():
             if m is None: continue
             s = map_scores(m, boxes[i:i + 1])
-            rows.append(dict(map_of=name, sentence=places.sentence[i], region=regions[i], share=places.share[i], **{k: s[k] for k in ('pointing', 'energy', 'energy_gain', 'chance')}))
+            rows.append(dict(map_of=name, sentence=places.sentence[i], region=regions[i], share=places.share[i],
+                             **{k: s[k] for k in ('pointing', 'energy', 'energy_gain', 'chance')}))
     return rows
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #4cfcb86d
@@ -124,7 +135,8 @@ def evaluate_sentence_maps(
     for r in progress(list(data.manifest.head(limit or len(data)).itertuples()), desc='sentence maps', unit='image'):
         places = sentence_places(data, r.image_id)
         if not len(places): continue
-        heat = sentence_maps(method, torch.from_numpy(np.array(data.images[int(r.row)]))[None], places.sentence.tolist(), kind)
+        heat = sentence_maps(method, torch.from_numpy(np.array(data.images[int(r.row)]))[None],
+                             places.sentence.tolist(), kind)
         found = score_sentences(heat, places, size, numpy_rng('sentence maps', seed, str(r.image_id)), largest)
         rows += [dict(patient_id=r.patient_id, image_id=r.image_id, **f) for f in found]
     if not rows: raise DataError('no sentence of these images has a place that can be scored', column='region')
@@ -137,14 +149,17 @@ SENTENCE_SCORES = ('pointing', 'energy', 'energy_gain', 'chance')
 def sentence_table(
     scores: pd.DataFrame, # of `evaluate_sentence_maps`
     n_boot: int = 1000, seed: int = 0, # resamples of patients
-) -> pd.DataFrame: # DataFrame: map_of, metric, value, low, high, n, patients, and the difference to the sentence's own map
+    # DataFrame: map_of, metric, value, low, high, n, patients, and the difference to the sentence's own map
+) -> pd.DataFrame:
     "Average scores, and pair each baseline with the map itself."
-    out = localisation_table(scores, ('map_of',), SENTENCE_SCORES, n_boot, seed)[['map_of', 'metric', 'value', 'low', 'high', 'n', 'patients']]
+    out = localisation_table(scores, ('map_of',), SENTENCE_SCORES, n_boot,
+                             seed)[['map_of', 'metric', 'value', 'low', 'high', 'n', 'patients']]
     keys, mine, rows = ['image_id', 'sentence'], scores[scores.map_of == 'sentence'], []
     for name in (b for b in BASELINES if (scores.map_of == b).any()):
         both = mine.merge(scores[scores.map_of == name], on=keys, suffixes=('', '_other'))
         for m in SENTENCE_SCORES[:3]:
-            e = mean_estimate(both[m] - both[f'{m}_other'], both.patient_id, n_boot, seed, limits=None if m == 'energy_gain' else (-1., 1.))
+            e = mean_estimate(both[m] - both[f'{m}_other'], both.patient_id, n_boot, seed,
+                              limits=None if m == 'energy_gain' else (-1., 1.))
             rows.append(dict(map_of=name, metric=m, gain=e.value, gain_low=e.low, gain_high=e.high))
     return out.merge(pd.DataFrame(rows), on=['map_of', 'metric'], how='left')
 
@@ -166,5 +181,6 @@ def draw_sentence_maps(
         m, p = full[i], places.loc[i]
         box = [(p.x0, p.y0, p.x1, p.y1, p.region)] if p.share > 0 else None
         draw_view(ax, image, boxes=box, heat=m.numpy(), limits=(float(m.min()), float(m.max()) + 1e-9))
-        ax.set_title('\n'.join(textwrap.wrap(p.sentence, 38, max_lines=2, placeholder=' …')), fontsize=7, fontweight='normal')
+        ax.set_title('\n'.join(textwrap.wrap(p.sentence, 38, max_lines=2, placeholder=' …')), fontsize=7,
+                     fontweight='normal')
     return fig

@@ -42,9 +42,11 @@ def local_alignment(
     x, mask = prepare_places(local, mask)
     squared = (x - prepare_places(attended, mask)[0]).square().sum(-1)
     distance = squared.sqrt()
-    out = {'rmse': masked_mean(squared, mask).sqrt(), 'distance_min': distance.masked_fill(~mask, math.inf).amin(1), 'distance_max': (distance * mask).amax(1),
+    out = {'rmse': masked_mean(squared, mask).sqrt(), 'distance_min': distance.masked_fill(~mask, math.inf).amin(1),
+           'distance_max': (distance * mask).amax(1),
            'distance_sd': (_reference_sd if reference else masked_sd)(distance, mask)}
-    return out if weights is None else {**out, 'rmse_weighted': (weights.detach().double() * mask * squared).sum(1).sqrt()}
+    return (out if weights is None
+            else {**out, 'rmse_weighted': (weights.detach().double() * mask * squared).sum(1).sqrt()})
 
 # %% ../../../nbs/551_evaluate.analysis.alignment.ipynb #a7464323
 def _assignment(x, own, other, mask, error, reference):
@@ -84,8 +86,10 @@ def modality_distance(
     def average(w_a, w_b): return ((w_a * mask_a).unsqueeze(2) * (w_b * mask_b).unsqueeze(1) * distance).sum((1, 2))
     (centre_a, error_a), (centre_b, error_b) = _centroid(a, mask_a), _centroid(b, mask_b)
     out = {'distance': average(1 / mask_a.sum(1, keepdim=True).double(), 1 / mask_b.sum(1, keepdim=True).double()),
-           'nearest_from_a': _nearest(distance, mask_a, mask_b, reference), 'nearest_from_b': _nearest(distance.mT, mask_b, mask_a, reference),
-           'assignment_a': _assignment(a, centre_a, centre_b, mask_a, error_b, reference), 'assignment_b': _assignment(b, centre_b, centre_a, mask_b, error_a, reference)}
+           'nearest_from_a': _nearest(distance, mask_a, mask_b, reference),
+           'nearest_from_b': _nearest(distance.mT, mask_b, mask_a, reference),
+           'assignment_a': _assignment(a, centre_a, centre_b, mask_a, error_b, reference),
+           'assignment_b': _assignment(b, centre_b, centre_a, mask_b, error_a, reference)}
     if weights_a is None or weights_b is None: return out
     return {**out, 'distance_weighted': average(weights_a.detach().double(), weights_b.detach().double())}
 
@@ -98,13 +102,17 @@ def attention_statistics(
 ) -> dict: # dict name -> (b,)
     "Measure how sharp attention is, and how much it depends on who asks."
     p = attention.detach().double()
-    rows, columns = (torch.ones(s, dtype=torch.bool, device=p.device) if m is None else m.bool() for m, s in ((rows, p.shape[:2]), (columns, (len(p), p.shape[2]))))
+    rows, columns = (torch.ones(s, dtype=torch.bool, device=p.device) if m is None else m.bool()
+                     for m, s in ((rows, p.shape[:2]), (columns, (len(p), p.shape[2]))))
     p = p * rows.unsqueeze(2) * columns.unsqueeze(1)
     mean = p.sum(1) / rows.sum(1, keepdim=True)
     entropy, choices = torch.special.entr(p).sum(-1), columns.sum(1)
-    out = {'entropy': masked_mean(entropy, rows), 'entropy_sd': (_reference_sd if reference else masked_sd)(entropy, rows),
-           'distance_to_mean': masked_mean((p - mean.unsqueeze(1) + (1e-6 if reference else 0)).norm(dim=-1), rows), 'entropy_of_mean': torch.special.entr(mean).sum(-1)}
-    return {**out, 'entropy_share': torch.where(choices > 1, out['entropy'] / choices.clamp(min=2).double().log(), torch.nan)}
+    out = {'entropy': masked_mean(entropy, rows),
+           'entropy_sd': (_reference_sd if reference else masked_sd)(entropy, rows),
+           'distance_to_mean': masked_mean((p - mean.unsqueeze(1) + (1e-6 if reference else 0)).norm(dim=-1), rows),
+           'entropy_of_mean': torch.special.entr(mean).sum(-1)}
+    return {**out,
+            'entropy_share': torch.where(choices > 1, out['entropy'] / choices.clamp(min=2).double().log(), torch.nan)}
 
 # %% ../../../nbs/551_evaluate.analysis.alignment.ipynb #c54b119b
 def retrieval_of(
@@ -117,11 +125,14 @@ def retrieval_of(
     x, mask = prepare_places(local, mask)
     s = (x @ prepare_places(attended, mask)[0].mT).masked_fill(~mask.unsqueeze(1), -math.inf)
     own = s.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    better, ties = (s > own).sum(-1).double(), torch.zeros_like(s[..., 0]) if reference else (s == own).sum(-1).double() - 1
+    better, ties = (s > own).sum(-1).double(), torch.zeros_like(s[..., 0]) if reference else (s == own).sum(
+        -1).double() - 1
     hit = lambda k: ((k - better) / (ties + 1)).clamp(0, 1)
     values = {'top1': hit(1), 'top5': hit(5), 'rank': better + ties / 2}
     out = {k: masked_mean(torch.where(mask, v, 0.), mask) for k, v in values.items()}
-    if weights is not None: out |= {f'{k}_weighted': (torch.where(mask, v, 0.) * weights.detach().double()).sum(1) for k, v in values.items()}
+    if weights is not None:
+        out |= {f'{k}_weighted': (torch.where(mask, v, 0.) * weights.detach().double()).sum(1)
+                for k, v in values.items()}
     return {**out, 'places': mask.sum(1).double()}
 
 # %% ../../../nbs/551_evaluate.analysis.alignment.ipynb #f79fd4c6
@@ -143,7 +154,8 @@ class SampleNumbers:
         for name, values in self.samples.items():
             known = values[~values.isnan()]
             out[name] = float(known.mean()) if len(known) else math.nan
-            out[f'{name}__sd'] = batch_sd(self.parts[name]) if self.reference else float(known.std()) if len(known) > 1 else math.nan
+            out[f'{name}__sd'] = (batch_sd(self.parts[name]) if self.reference else float(known.std()) if len(known) > 1
+                                  else math.nan)
         return out
 
 

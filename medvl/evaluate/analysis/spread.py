@@ -25,9 +25,12 @@ def prepare_places(
 
     Raises: ValueError for shapes that do not fit, or a sample without a real place."""
     if vectors.dim() != 3: raise ValueError(f'local vectors are (b,n,d), not {tuple(vectors.shape)}')
-    mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device) if mask is None else mask.bool().to(vectors.device)
-    if mask.shape != vectors.shape[:2]: raise ValueError(f'a mask of {tuple(mask.shape)} for vectors of {tuple(vectors.shape)}')
-    if not mask.any(1).all(): raise ValueError(f'sample {int((~mask.any(1)).nonzero()[0])} of the batch has no real place: leave it out')
+    mask = (torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device) if mask is None
+            else mask.bool().to(vectors.device))
+    if mask.shape != vectors.shape[:2]:
+        raise ValueError(f'a mask of {tuple(mask.shape)} for vectors of {tuple(vectors.shape)}')
+    if not mask.any(1).all():
+        raise ValueError(f'sample {int((~mask.any(1)).nonzero()[0])} of the batch has no real place: leave it out')
     return unit(vectors.detach().double()), mask
 
 
@@ -70,9 +73,11 @@ def local_spread(
            'uniformity_within': _pairs((-2 * distance.square()).exp(), mask, None, reference).log(),
            'distance_to_centroid': masked_mean((x - centre.unsqueeze(1) + eps).norm(dim=-1), mask),
            'distance_within': _pairs(distance, mask, None, reference),
-           'covariance_within': (gram.square().sum((1, 2)) - (variance * free.unsqueeze(1)).square().sum(1)) / free.square() / x.shape[-1]}
+           'covariance_within': (gram.square().sum((1, 2)) - (variance * free.unsqueeze(1)).square().sum(1))
+           / free.square() / x.shape[-1]}
     if not reference: out['distance_to_centroid'] = torch.where(mask.sum(1) > 1, out['distance_to_centroid'], torch.nan)
-    return out if weights is None else {**out, 'distance_within_weighted': _pairs(distance, mask, weights.detach().double(), reference)}
+    return (out if weights is None
+            else {**out, 'distance_within_weighted': _pairs(distance, mask, weights.detach().double(), reference)})
 
 # %% ../../../nbs/550_evaluate.analysis.spread.ipynb #393a0c5e
 def pair_statistics(
@@ -94,7 +99,9 @@ def pair_statistics(
     return math.log(closeness / pairs) if closeness > 0 else -math.inf, distance / pairs
 
 
-def batch_pairs(x: Tensor) -> tuple[Tensor, Tensor]: # (b,d): (mean of exp(-2 d²), mean distance), self-pairs included, as the original
+def batch_pairs(
+    # (b,d): (mean of exp(-2 d²), mean distance), self-pairs included, as the original
+    x: Tensor) -> tuple[Tensor, Tensor]:
     "Compare the samples of one batch."
     d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
     return (-2 * d.square()).exp().mean(), d.mean()
@@ -138,8 +145,8 @@ class GlobalSpread:
         x = self.vectors
         uniformity, distance = self._batchwise() if self.reference else pair_statistics(x)
         many = len(x) > 1
-        return {'std': float(x.std(0).mean()) if many else math.nan, 'uniformity': uniformity, 'distance_between': distance,
-                'covariance': off_diagonal(torch.cov(x.T)) if many else math.nan}
+        return {'std': float(x.std(0).mean()) if many else math.nan, 'uniformity': uniformity,
+                'distance_between': distance, 'covariance': off_diagonal(torch.cov(x.T)) if many else math.nan}
 
     def _batchwise(self):
         closeness, distance = (torch.stack(v) for v in zip(*self.pairs))
@@ -154,7 +161,8 @@ class _Places:
 
     def update(self, vectors, mask=None, weights=None): # (b,n,d), bool (b,n), (b,n)
         "Take a batch; give its centroids (b,d)."
-        for name, values in local_spread(vectors, mask, weights, self.reference).items(): self.numbers[name].append(values.cpu())
+        for name, values in local_spread(vectors, mask, weights, self.reference).items():
+            self.numbers[name].append(values.cpu())
         x, mask = prepare_places(vectors, mask)
         centre, away, free = _centred(x, mask, self.reference)
         real = ~free.isnan()
@@ -178,19 +186,27 @@ class LocalSpread(_Places):
         c, between = self.centres.vectors, self.centres.compute()
         within, many = self.within / self.several if self.several else torch.full_like(c[0], math.nan), len(c) > 1
         variance, eps = c.var(0) if many else torch.full_like(c[0], math.nan), 1e-6 if self.reference else 0
-        out = {'std': float((variance + within).sqrt().mean()), 'std_between': between['std'], 'distance_between': between['distance_between'],
-               'distance_to_mean': float((c - c.mean(0) + eps).norm(dim=1).mean()), 'covariance_between': between['covariance'], 'covariance': self._total(c)}
+        out = {'std': float((variance + within).sqrt().mean()), 'std_between': between['std'],
+               'distance_between': between['distance_between'],
+               'distance_to_mean': float((c - c.mean(0) + eps).norm(dim=1).mean()),
+               'covariance_between': between['covariance'], 'covariance': self._total(c)}
         for name, values in self.samples.items(): out |= {name: _mean(values), f'{name}__sd': _sd(values)}
         if self.reference: out['distance_to_centroid__sd'] = batch_sd(self.numbers['distance_to_centroid'])
         return out
 
     def _total(self, c):
         if self.reference: return sum(self.estimates) / len(self.estimates)
-        return off_diagonal(self.covariance / self.several + torch.cov(c.T)) if self.several and len(c) > 1 else math.nan
+        return (off_diagonal(self.covariance / self.several + torch.cov(c.T)) if self.several and len(c) > 1
+                else math.nan)
 
 # %% ../../../nbs/550_evaluate.analysis.spread.ipynb #fe72eab9
-REFERENCE_LOCAL = {'std': 'ch_std', 'std_within': 'ch_std_per_sample', 'std_between': 'ch_std_sample_centroids', 'uniformity_within': 'per_sample_uniformity',
-                   'distance_to_centroid': 'dist_emb2cent', 'distance_within': 'dist_emb2emb', 'distance_within_weighted': 'dist_emb2emb__weighted',
-                   'distance_between': 'dist_cent2cent__batch_estimate', 'distance_to_mean': 'dist_cent2dataset', 'covariance': 'cov_offdiagonal__batch_estimate',
-                   'covariance_within': 'cov_offdiagonal_per_sample', 'covariance_between': 'cov_offdiagonal_sample_centroids'}
-REFERENCE_GLOBAL = {'std': 'ch_std', 'uniformity': 'uniformity', 'distance_between': 'dist_emb2emb__batch_estimate', 'covariance': 'cov_offdiagonal'}
+REFERENCE_LOCAL = {'std': 'ch_std', 'std_within': 'ch_std_per_sample', 'std_between': 'ch_std_sample_centroids',
+                   'uniformity_within': 'per_sample_uniformity',
+                   'distance_to_centroid': 'dist_emb2cent', 'distance_within': 'dist_emb2emb',
+                   'distance_within_weighted': 'dist_emb2emb__weighted',
+                   'distance_between': 'dist_cent2cent__batch_estimate', 'distance_to_mean': 'dist_cent2dataset',
+                   'covariance': 'cov_offdiagonal__batch_estimate',
+                   'covariance_within': 'cov_offdiagonal_per_sample',
+                   'covariance_between': 'cov_offdiagonal_sample_centroids'}
+REFERENCE_GLOBAL = {'std': 'ch_std', 'uniformity': 'uniformity', 'distance_between': 'dist_emb2emb__batch_estimate',
+                    'covariance': 'cov_offdiagonal'}

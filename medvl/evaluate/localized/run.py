@@ -87,8 +87,9 @@ _GROWS = ('eval_batch', 'workers', 'keep', 'cpu', 'runs')  # settings that may d
 
 def _identity(task, source, prepared, config, split):
     "Everything that the results of a task depend on."
-    return dict(task=asdict(task), encoder=encoder_digest(source.image_encoder, source.config.image_mean, source.config.image_std), data=prepared.digest, split=split,
-                config={k: v for k, v in asdict(config).items() if k not in _GROWS})
+    return dict(task=asdict(task),
+                encoder=encoder_digest(source.image_encoder, source.config.image_mean, source.config.image_std),
+                data=prepared.digest, split=split, config={k: v for k, v in asdict(config).items() if k not in _GROWS})
 
 
 def _same(folder, identity):
@@ -98,7 +99,9 @@ def _same(folder, identity):
     folder.mkdir(parents=True, exist_ok=True)
     old = read_json(folder/'identity.json') if (folder/'identity.json').exists() else identity
     wrong = [k for k in identity if digest([old.get(k)]) != digest([identity[k]])]
-    if wrong: raise DataError(f'this folder holds results of {folder.name} with another {", ".join(wrong)}', file=folder, fix='Choose another folder.')
+    if wrong:
+        raise DataError(f'this folder holds results of {folder.name} with another {", ".join(wrong)}', file=folder,
+                        fix='Choose another folder.')
     write_json(folder/'identity.json', identity)
 
 
@@ -146,10 +149,14 @@ def _about(folder, new):
     Raises: DataError when that was another evaluation."""
     if (folder/'about.json').is_file():
         old = read_json(folder/'about.json')
-        fixed = lambda a: {k: digest([a[k]]) for k in ('model', 'phantom', 'encoder_digest')} | {'config': digest([{k: v for k, v in a['config'].items() if k not in _GROWS}])}
+        fixed = lambda a: {k: digest([a[k]]) for k in ('model', 'phantom', 'encoder_digest')} | {
+            'config': digest([{k: v for k, v in a['config'].items() if k not in _GROWS}])}
         wrong = [k for k, v in fixed(new).items() if fixed(old)[k] != v]
-        if wrong: raise DataError(f'this folder holds an evaluation with another {", ".join(wrong)}', file=folder, fix='Choose another folder.')
-        new |= dict(tasks=[t.key for t in TASKS if t.key in {*old['tasks'], *new['tasks']}], split=old['split'] | new['split'], size=old['size'] | new['size'])
+        if wrong:
+            raise DataError(f'this folder holds an evaluation with another {", ".join(wrong)}', file=folder,
+                            fix='Choose another folder.')
+        new |= dict(tasks=[t.key for t in TASKS if t.key in {*old['tasks'], *new['tasks']}],
+                    split=old['split'] | new['split'], size=old['size'] | new['size'])
     write_json(folder/'about.json', new)
 
 
@@ -174,16 +181,23 @@ def run_localized(
     split: str | dict = 'lovt', # which split the data have: one name, or a dict by data set
     features: str | Path | None = None, # folder of feature caches, to share between evaluations
     encoder:dict|None=None, # prefix, image_encoder, image_mean … of `carrier`
-) -> LocalizedEvaluation: # LocalizedEvaluation
-    "Run tasks, or go on with them; those without data are listed as absent. Raises: as `select_tasks`, `carrier`, `run_task`."
+) -> 'LocalizedEvaluation':
+    """Run tasks, or go on with them; those without data are listed as absent.
+
+    Raises: as `select_tasks`, `carrier`, `run_task`."""
     config, tasks, folder = config or LocalizedConfig(), select_tasks(tasks), Path(folder)
     table = availability(tasks, data or {})
     held = source if callable(getattr(source, 'features', None)) else carrier(source, config.seed, **(encoder or {}))
     split_of = lambda name: split.get(name, 'lovt') if isinstance(split, dict) else split
     name = model or (source if isinstance(source, str) else getattr(source, 'name', 'model'))
-    opened = {k: v if hasattr(v, 'manifest') else open_prepared(v) for k, v in (data or {}).items() if (table.dataset == k).any()}
-    _about(folder, dict(model=str(name), phantom=phantom, encoder=held.image_encoder.name, encoder_digest=encoder_digest(held.image_encoder), tasks=[t.key for t in tasks], changed=changed(config), config=asdict(config),
-                                         split={k: split_of(k) for k in opened}, size={k: list(v.images.shape[1:]) for k, v in opened.items()}, provenance=provenance(seeds={'seed': config.seed})))
+    opened = {k: v if hasattr(v, 'manifest') else open_prepared(v) for k, v in (data or {}).items()
+              if (table.dataset == k).any()}
+    _about(folder,
+           dict(model=str(name), phantom=phantom, encoder=held.image_encoder.name,
+                encoder_digest=encoder_digest(held.image_encoder), tasks=[t.key for t in tasks],
+                changed=changed(config), config=asdict(config),
+                split={k: split_of(k) for k in opened}, size={k: list(v.images.shape[1:]) for k, v in opened.items()},
+                provenance=provenance(seeds={'seed': config.seed})))
     for task in progress([t for t in tasks if t.dataset in opened], desc='tasks', unit='task'):
         _attempt(task, held, opened[task.dataset], folder, config, split_of(task.dataset), features)
         read_localized(folder).save()
@@ -194,18 +208,24 @@ def _row(task, folder, about):
     "One row of the table of results, of whatever is there."
     home = folder/task.key
     found = [read_json(p) for p in sorted(home.glob('run-*/result.json'), key=lambda p: int(p.parent.name[4:]))]
-    base = dict(number=task.number, task=task.key, dataset=task.dataset, head=task.head, encoder_is='frozen' if task.frozen else 'fine-tuned', metric=task.metric, model=about['model'], phantom=about['phantom'],
-                encoder=about['encoder'], scheme=about['config']['scheme'], split=about['split'].get(task.dataset, ''), size=max(about['size'].get(task.dataset, [0])), changed=about['changed'])
+    base = dict(number=task.number, task=task.key, dataset=task.dataset, head=task.head,
+                encoder_is='frozen' if task.frozen else 'fine-tuned', metric=task.metric, model=about['model'],
+                phantom=about['phantom'],
+                encoder=about['encoder'], scheme=about['config']['scheme'], split=about['split'].get(task.dataset, ''),
+                size=max(about['size'].get(task.dataset, [0])), changed=about['changed'])
     wanted = about['config']['runs']
     if task.dataset not in about['size']: return {**base, 'runs': 0, 'status': ABSENT}
-    if (home/'failed.json').exists(): return {**base, 'runs': 0, 'status': 'failed: ' + read_json(home/'failed.json')['reason']}
+    if (home/'failed.json').exists():
+        return {**base, 'runs': 0, 'status': 'failed: ' + read_json(home/'failed.json')['reason']}
     if not found: return {**base, 'runs': 0, 'status': 'not run yet'}
     values = [r['value'] for r in found]
     mean, low, high, sd = t_interval([np.nan if v is None else v for v in values])
     draws = _draws(home, found)
     ends = settled(mean, draws, .95, found[0]['patients'], limits=None)
-    return {**base, 'value': mean, 'low': low, 'high': high, 'sd': sd, 'runs': len(found), 'distinct': len(set(values)), 'low_patients': ends[0], 'high_patients': ends[1],
-            'lr': found[0]['lr'], **{k: found[0][k] for k in ('n_train', 'n_valid', 'n_test', 'patients')}, 'status': 'done' if len(found) == wanted else f'{len(found)} of {wanted} runs'}
+    return {**base, 'value': mean, 'low': low, 'high': high, 'sd': sd, 'runs': len(found), 'distinct': len(set(values)),
+            'low_patients': ends[0], 'high_patients': ends[1],
+            'lr': found[0]['lr'], **{k: found[0][k] for k in ('n_train', 'n_valid', 'n_test', 'patients')},
+            'status': 'done' if len(found) == wanted else f'{len(found)} of {wanted} runs'}
 
 
 def _draws(home, found):
@@ -224,7 +244,8 @@ class LocalizedEvaluation:
 
     @property
     def draws(self) -> dict: # task -> (n_boot,) mean over runs in each draw of patients
-        return {t: _draws(self.folder/t, g.to_dict('records')) for t, g in self.runs.groupby('task', sort=False)} if len(self.runs) else {}
+        return ({t: _draws(self.folder/t, g.to_dict('records')) for t, g in self.runs.groupby('task', sort=False)}
+                if len(self.runs) else {})
 
     @property
     def done(self) -> pd.DataFrame: return self.results[self.results.runs > 0]
@@ -237,11 +258,15 @@ class LocalizedEvaluation:
         write_json(self.folder/'localized.json', {**self.about, 'results': self.results.to_dict('records')})
         return self
 
-    def __repr__(self): return f'LocalizedEvaluation({self.about["model"]}: {len(self.done)} of {len(self.results)} tasks, {len(self.runs)} runs)'
+    def __repr__(self):
+        return (f'LocalizedEvaluation({self.about["model"]}: {len(self.done)} of {len(self.results)} tasks, '
+                f'{len(self.runs)} runs)')
 
     def _repr_html_(self):
-        columns = ['number', 'task', 'metric', 'value', 'low', 'high', 'low_patients', 'high_patients', 'runs', 'distinct', 'lr', 'n_train', 'n_test', 'status']
-        name = f'{self.about["model"]}' + (' on the chest phantom' if self.about['phantom'] else '') + (f'; changed: {self.about["changed"]}' if self.about['changed'] else '')
+        columns = ['number', 'task', 'metric', 'value', 'low', 'high', 'low_patients', 'high_patients', 'runs',
+                   'distinct', 'lr', 'n_train', 'n_test', 'status']
+        name = f'{self.about["model"]}' + (' on the chest phantom' if self.about['phantom'] else '') + (
+            f'; changed: {self.about["changed"]}' if self.about['changed'] else '')
         return f'<p>{name}</p>' + self.results.reindex(columns=columns).round(3).to_html(index=False)
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #2491169f
@@ -253,11 +278,17 @@ def read_localized(
     Raises: DataError when the folder holds none.
     """
     folder = Path(folder)
-    if not (folder/'about.json').is_file(): raise DataError('no localized evaluation here: about.json is missing', file=folder)
+    if not (folder/'about.json').is_file():
+        raise DataError('no localized evaluation here: about.json is missing', file=folder)
     about = read_json(folder/'about.json')
-    units = [read_json(p) for t in TASKS for p in sorted((folder/t.key).glob('*/result.json'), key=lambda p: (p.parent.name[:3], len(p.parent.name), p.parent.name))]
+    units = [read_json(p) for t in TASKS
+             for p in sorted((folder/t.key).glob('*/result.json'),
+                             key=lambda p: (p.parent.name[:3], len(p.parent.name), p.parent.name))]
     table = pd.DataFrame(units) if units else pd.DataFrame(columns=['unit', 'task'])
     is_run = table.unit.str.startswith('run-') if len(table) else np.zeros(0, bool)
-    runs = table[is_run].assign(model=about['model'], phantom=about['phantom'], run=lambda d: [int(u[4:]) for u in d.unit])
+    runs = table[is_run].assign(model=about['model'], phantom=about['phantom'],
+                                run=lambda d: [int(u[4:]) for u in d.unit])
     wanted = [t for t in TASKS if t.key in about['tasks']]
-    return LocalizedEvaluation(folder, pd.DataFrame([_row(t, folder, about) for t in wanted]), runs.reset_index(drop=True), table[~is_run].dropna(axis=1, how='all').reset_index(drop=True), about)
+    return LocalizedEvaluation(folder, pd.DataFrame([_row(t, folder, about) for t in wanted]),
+                               runs.reset_index(drop=True),
+                               table[~is_run].dropna(axis=1, how='all').reset_index(drop=True), about)

@@ -48,11 +48,13 @@ class _Shelf:
         kind:str='float16', # 'float16' or 'float32'
     ):
         if kind not in KINDS: raise ValueError(unknown_name('kind of stored maps', kind, KINDS))
-        self.folder, self.key, self.shapes, self.kind = Path(folder), key, {k: tuple(v) for k, v in shapes.items()}, kind
+        self.folder, self.key, self.shapes, self.kind = (
+            Path(folder), key, {k: tuple(v) for k, v in shapes.items()}, kind)
         info = dict(key=key, rows=rows, kind=kind)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder/'taps.json').exists() and read_json(self.folder/'taps.json') != info:
-            raise DataError('this folder holds the maps of another encoder or other images', file=self.folder, fix='Choose another folder.')
+            raise DataError('this folder holds the maps of another encoder or other images', file=self.folder,
+                            fix='Choose another folder.')
         for name, shape in self.shapes.items():
             if not (self.folder/f'{name}.npy').exists(): _hole(self.folder/f'{name}.npy', (rows, *shape), kind)
             if not (self.folder/f'{name}.sums.npy').exists(): self._store(name, np.full(rows, -1, np.int64))

@@ -71,13 +71,16 @@ def tasks_table(
     tasks: Sequence[LocalizedTask] = TASKS, # LocalizedTasks
 ) -> pd.DataFrame: # one row a task
     "Show tasks as a table."
-    rows = [dict(number=t.number, task=t.key, dataset=t.dataset, head=t.head, encoder='frozen' if t.frozen else 'fine-tuned', share=f'{t.fraction:.0%}', batch=t.batch,
-                 lrs=', '.join(f'{lr:g}' for lr in t.lrs), epochs=t.epochs, patience=t.patience, head_warmup=t.head_warmup or '', metric=t.metric) for t in tasks]
+    rows = [dict(number=t.number, task=t.key, dataset=t.dataset, head=t.head,
+                 encoder='frozen' if t.frozen else 'fine-tuned', share=f'{t.fraction:.0%}', batch=t.batch,
+                 lrs=', '.join(f'{lr:g}' for lr in t.lrs), epochs=t.epochs, patience=t.patience,
+                 head_warmup=t.head_warmup or '', metric=t.metric) for t in tasks]
     return pd.DataFrame(rows).set_index('number')
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #22a41943
 def select_tasks(
-    names: str | int | Sequence = 'all', # text or number, or a list of them: 'all', 'basic', 'extended', a task, a data set or a number
+    # text or number, or a list of them: 'all', 'basic', 'extended', a task, a data set or a number
+    names: str | int | Sequence = 'all',
 ) -> tuple: # LocalizedTasks in the order of their numbers, none twice
     """Find tasks by name.
 
@@ -131,9 +134,11 @@ def task_parts(
     for name, fraction in share.items():
         rows = np.flatnonzero((prepared.manifest.split == name).to_numpy())
         if not len(rows):
-            raise DataError(f'task {task.number} ({task.key}) finds no image with split {name!r}', file=str(prepared.folder),
+            raise DataError(f'task {task.number} ({task.key}) finds no image with split {name!r}',
+                            file=str(prepared.folder),
                             fix='Read the data set with its published splits (medvl.data.releases.lovt_splits).')
-        parts[name] = prepared.subset(rows[share_rows(prepared.manifest.patient_id.to_numpy()[rows], fraction, scheme, seed, least)])
+        parts[name] = prepared.subset(
+            rows[share_rows(prepared.manifest.patient_id.to_numpy()[rows], fraction, scheme, seed, least)])
     return parts
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #00d695d8
@@ -150,4 +155,6 @@ def availability(
     """
     for name in data:
         if name not in CLASSES: raise ValueError(unknown_name('data set of the localized tasks', name, CLASSES))
-    return pd.DataFrame([dict(number=t.number, task=t.key, dataset=t.dataset, status='ready' if t.dataset in data else ABSENT) for t in tasks])
+    return pd.DataFrame(
+        [dict(number=t.number, task=t.key, dataset=t.dataset, status='ready' if t.dataset in data else ABSENT)
+         for t in tasks])
