@@ -30,9 +30,8 @@ class DataError(ValueError):
 
 # %% ../../nbs/001_core.errors.ipynb #80d81f0a
 SAME = (('lr', 'learning_rate', 'rate'), ('batch_size', 'bs', 'batch'), ('epochs', 'n_epochs', 'num_epochs'),
-        ('max_steps', 'steps', 'iterations'),
-        ('seed', 'random_state', 'random_seed'), ('workers', 'num_workers', 'n_workers'),
-        ('jobs', 'n_jobs', 'processes', 'cores'), ('wd', 'weight_decay'),
+        ('max_steps', 'steps', 'iterations'), ('seed', 'random_state', 'random_seed'),
+        ('workers', 'num_workers', 'n_workers'), ('jobs', 'n_jobs', 'processes', 'cores'), ('wd', 'weight_decay'),
         ('data', 'dataset', 'data_dir', 'input'), ('out', 'output', 'output_dir'), ('model', 'checkpoint', 'weights'),
         ('n_boot', 'bootstrap', 'resamples'))
 

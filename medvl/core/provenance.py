@@ -71,6 +71,6 @@ def provenance(
 
     Raises: FileNotFoundError when an input is absent."""
     return {'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), **_commit(),
-            'python': platform.python_version(),
-            'versions': _versions(), 'hardware': _hardware(), 'seeds': dict(seeds or {}),
+            'python': platform.python_version(), 'versions': _versions(), 'hardware': _hardware(),
+            'seeds': dict(seeds or {}),
             'inputs': [_input(p) for p in inputs]}

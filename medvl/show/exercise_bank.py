@@ -76,8 +76,7 @@ def _(part): # Series: split of each image, indexed by patient
     several = int((part.groupby(level=0).nunique() > 1).sum())
     return Exercise('4', lambda a: int(a) == several,
                     'Group the images by patient, count the different parts of each, '
-                    'and count the patients with more than one.',
-                    wrong=(several + 1, -1, several + len(part)),
+                    'and count the patients with more than one.', wrong=(several + 1, -1, several + len(part)),
                     praise='The division is drawn by patient, stratified by the labels.')
 
 

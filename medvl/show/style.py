@@ -35,11 +35,9 @@ def colours(
 
 # %% ../../nbs/010_show.style.ipynb #9f103827
 THEME = {'figure.dpi': 100, 'savefig.dpi': 100, 'font.size': 9, 'axes.titlesize': 10, 'axes.labelsize': 9,
-         'xtick.labelsize': 8, 'ytick.labelsize': 8,
-         'legend.fontsize': 8, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold', 'legend.frameon': False,
-         'axes.spines.top': False,
-         'axes.spines.right': False, 'image.cmap': 'gray', 'image.interpolation': 'antialiased',
-         'lines.linewidth': 1.6, 'grid.alpha': 0.5,
+         'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 8, 'axes.titlelocation': 'left',
+         'axes.titleweight': 'bold', 'legend.frameon': False, 'axes.spines.top': False, 'axes.spines.right': False,
+         'image.cmap': 'gray', 'image.interpolation': 'antialiased', 'lines.linewidth': 1.6, 'grid.alpha': 0.5,
          'figure.facecolor': 'white'}
 
 

@@ -247,20 +247,15 @@ def open_dicom(
 # %% ../../../nbs/100a_data.dicom.header.ipynb #13035ec1
 ALLOWED = (
     'Modality', 'BodyPartExamined', 'PresentationIntentType', 'PatientSex', 'PatientAge', 'Manufacturer',
-    'ManufacturerModelName',
-    'ViewPosition', 'ImageLaterality', 'Laterality', 'PatientOrientation', 'BreastImplantPresent', 'PartialView',
-    'BurnedInAnnotation',
-    'KVP', 'ExposureInuAs', 'BodyPartThickness', 'CompressionForce', 'DetectorType', 'AnodeTargetMaterial',
-    'FilterMaterial',
-    'Rows', 'Columns', 'SamplesPerPixel', 'PhotometricInterpretation', 'BitsAllocated', 'BitsStored', 'HighBit',
-    'PixelRepresentation',
-    'NumberOfFrames', 'PixelPaddingValue', 'PixelPaddingRangeLimit', 'WindowCenter', 'WindowWidth', 'VOILUTFunction',
-    'RescaleSlope',
+    'ManufacturerModelName', 'ViewPosition', 'ImageLaterality', 'Laterality', 'PatientOrientation',
+    'BreastImplantPresent', 'PartialView', 'BurnedInAnnotation', 'KVP', 'ExposureInuAs', 'BodyPartThickness',
+    'CompressionForce', 'DetectorType', 'AnodeTargetMaterial', 'FilterMaterial', 'Rows', 'Columns', 'SamplesPerPixel',
+    'PhotometricInterpretation', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'NumberOfFrames',
+    'PixelPaddingValue', 'PixelPaddingRangeLimit', 'WindowCenter', 'WindowWidth', 'VOILUTFunction', 'RescaleSlope',
         'RescaleIntercept',
     'PresentationLUTShape', 'PixelIntensityRelationship', 'PixelIntensityRelationshipSign', 'ImagerPixelSpacing',
-    'PixelSpacing',
-    'PixelSpacingCalibrationType', 'NominalScannedPixelSpacing', 'EstimatedRadiographicMagnificationFactor',
-    'LossyImageCompression',
+    'PixelSpacing', 'PixelSpacingCalibrationType', 'NominalScannedPixelSpacing',
+    'EstimatedRadiographicMagnificationFactor', 'LossyImageCompression',
         'FieldOfViewHorizontalFlip')
 
 
@@ -359,11 +354,9 @@ def hash_id(
 # %% ../../../nbs/100a_data.dicom.header.ipynb #d5bac162
 VIEW_CODES = {   # SNOMED CT and its older form, PS3.16 context group 4014
     '399162004': 'CC', 'R-10242': 'CC', '399368009': 'MLO', 'R-10226': 'MLO', '399260004': 'ML', 'R-10224': 'ML',
-    '399352003': 'LM',
-    'R-10228': 'LM', '399099002': 'LMO', 'R-10230': 'LMO', '399196006': 'FB', 'R-10244': 'FB', '399188001': 'SIO',
-    'R-102D0': 'SIO',
-    '441555000': 'ISO', '399192008': 'XCCL', 'R-1024A': 'XCCL', '399101009': 'XCCM', 'R-1024B': 'XCCM',
-    '399265003': 'XCC',
+    '399352003': 'LM', 'R-10228': 'LM', '399099002': 'LMO', 'R-10230': 'LMO', '399196006': 'FB', 'R-10244': 'FB',
+    '399188001': 'SIO', 'R-102D0': 'SIO', '441555000': 'ISO', '399192008': 'XCCL', 'R-1024A': 'XCCL',
+    '399101009': 'XCCM', 'R-1024B': 'XCCM', '399265003': 'XCC',
         'R-40AAA': 'ISO', '127457009': 'SPECIMEN', 'G-8310': 'SPECIMEN'}
 VIEWS = frozenset(VIEW_CODES.values()) | {'PA', 'AP', 'LL', 'RL', 'LATERAL', 'AT', 'CV', 'TAN'}
 

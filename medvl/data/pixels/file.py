@@ -162,8 +162,7 @@ OTHERS = {b'GIF8': 'a GIF', b'II*\0': 'a TIFF', b'MM\0*': 'a TIFF', b'BM': 'a bi
           b'PK\x03\x04': 'a ZIP archive', b'\x1f\x8b': 'a gzip stream', b'7z\xbc\xaf': 'a 7z archive',
           b'Rar!': 'a RAR archive', b'RIFF': 'a RIFF file (WebP or video)', b'\x89HDF': 'HDF5',
           b'\x93NUMPY': 'a NumPy array', b'\xff\x0a': 'JPEG XL', b'\0\0\0\x0cJXL ': 'JPEG XL',
-          b'\0\0\0\x0cjP  ': 'JPEG 2000',
-          b'\xffO\xffQ': 'JPEG 2000', b'<!DO': 'a web page', b'<htm': 'a web page',
+          b'\0\0\0\x0cjP  ': 'JPEG 2000', b'\xffO\xffQ': 'JPEG 2000', b'<!DO': 'a web page', b'<htm': 'a web page',
           b'version https://git-lfs': 'a Git LFS pointer'}
 
 
