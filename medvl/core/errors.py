@@ -21,8 +21,8 @@ class DataError(ValueError):
         fix:str|None=None, # what to do
     ):
         self.message, self.file, self.row, self.column, self.fix = message, file, row, column, fix
-        where = [f'{name} {value}' for name, value in (('file', file), ('row', row),
-                                                       ('column', column)) if value is not None]
+        where = [f'{name} {value}' for name, value in (('file', file), ('row', row), ('column', column))
+                 if value is not None]
         text = (', '.join(where) + ': ' if where else '') + message
         super().__init__(text + (f' {fix}' if fix else ''))
 

@@ -36,8 +36,8 @@ STALE = 180.0 # seconds without one after which a process on another machine cou
 def _machine():
     "Name this machine, this boot and this space of process numbers."
     parts = [socket.gethostname()]
-    for read in (
-        lambda: Path('/proc/sys/kernel/random/boot_id').read_text().strip(), lambda: os.readlink('/proc/self/ns/pid')):
+    for read in (lambda: Path('/proc/sys/kernel/random/boot_id').read_text().strip(),
+                 lambda: os.readlink('/proc/self/ns/pid')):
         try: parts.append(read())
         except OSError: parts.append('') # not Linux: the host name has to do
     return digest(parts)[:12]
@@ -148,8 +148,7 @@ def run_info(
     events = run_events(folder)
     created = next((e for e in events if e['event'] == 'created'), {})
     info = dict(state='new', reason='', name=created.get('name', folder.name), attempt=0, started=None, last=None,
-                seconds=0.0, exit_code=None,
-                cell=None, owner=None)
+                seconds=0.0, exit_code=None, cell=None, owner=None)
     starts = [e for e in events if e['event'] == 'started']
     if not starts: return info
     started = starts[-1]
@@ -162,8 +161,7 @@ def run_info(
     code = next((e.get('exit_code') for e in reversed(own) if e['event'] == 'end'), None)
     cell = next((e['cell'] for e in reversed(own) if e.get('cell') is not None), None)
     return {**info, 'state': state, 'reason': reason, 'attempt': started['attempt'], 'started': started['time'],
-            'last': last['time'],
-            'seconds': round(seconds, 3), 'exit_code': code, 'cell': cell, 'owner': started}
+            'last': last['time'], 'seconds': round(seconds, 3), 'exit_code': code, 'cell': cell, 'owner': started}
 
 
 def run_state(
@@ -386,8 +384,8 @@ def write(self: Run,
 ) -> None:
     "Append an event to the journal."
     append_jsonl(self.folder/'journal.jsonl',
-                 dict(event=event, time=_now(), clock=_clock(), attempt=self.attempt or None, pid=os.getpid(),
-                      **fields))
+                 dict(event=event, time=_now(), clock=_clock(), attempt=self.attempt or None,
+                      pid=os.getpid(), **fields))
 
 
 @patch(Run)

@@ -277,5 +277,5 @@ def side_letter(
 ) -> str: # L or R; anything else as it is, in upper case
     "Read a side."
     text = plain_cell(text)
-    return next((s for s, pattern in _SIDE.items() if re.fullmatch(pattern + r'(?: (?:BREAST|BRUST|BORST|SIDE))?',
-                                                                   text)), text)
+    return next((s for s, pattern in _SIDE.items()
+                 if re.fullmatch(pattern + r'(?: (?:BREAST|BRUST|BORST|SIDE))?', text)), text)

@@ -201,8 +201,8 @@ def open_prepared(
     manifest, boxes, sentences = (read_prepared_table(k, folder) for k in ('manifest', 'boxes', 'sentences'))
     for column, store in (('row', images), ('mask_row', masks)):
         size = 0 if store is None else len(store)
-        if (bad := np.flatnonzero(manifest[column] >= size)).size and not (store is None
-            and (manifest[column] < 0).all()):
+        if ((bad := np.flatnonzero(manifest[column] >= size)).size
+                and not (store is None and (manifest[column] < 0).all())):
             raise DataError(f'row {manifest[column].iloc[bad[0]]} of a store of {size}.',
                             file=str(folder/'manifest.parquet'), row=int(bad[0]), column=column)
     if (bad := np.flatnonzero(~boxes.image_id.isin(manifest.image_id))).size:

@@ -360,8 +360,8 @@ def find_problems(
         rows = [dict(row=int(i), column=c, value=v, problem=str(p))
                 for i, c, v, p in zip(cases['index'], cases['column'], cases['failure_case'], cases['check'])]
     rows += list(_relations(df, kind))
-    return pd.DataFrame(rows, columns=['row', 'column', 'value', 'problem']).sort_values(['row', 'column'],
-        kind='stable', ignore_index=True)
+    return pd.DataFrame(rows, columns=['row', 'column', 'value', 'problem']).sort_values(
+        ['row', 'column'], kind='stable', ignore_index=True)
 
 # %% ../../nbs/110_data.schema.ipynb #7ea0a180
 def validate(
@@ -521,8 +521,8 @@ def left_out(
     "List the parts of a data set that its reader left out."
     rows = {}
     for i in issues:
-        if not re.search(r'left out|set aside',
-                         i['resolution']) or 'in preparation' in i['resolution'] or i['kind'] == 'columns not used':
+        if (not re.search(r'left out|set aside', i['resolution']) or 'in preparation' in i['resolution']
+                or i['kind'] == 'columns not used'):
             continue
         words = 'row' if i['kind'].startswith('row ') else f'{i["kind"]} {i["resolution"]}'
         stage = next((s for s in ('sentence', 'box') if s in words), 'table')

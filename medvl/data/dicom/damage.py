@@ -159,8 +159,8 @@ def restarts_needed(
     """Work out the number of restart markers from size, sampling and interval.
 
     Source: ITU-T T.81, B.2.4.4 and A.2."""
-    (kind, body), found = start_of_frame(frame), re.search(rb'\xff\xdd\x00\x04(..)', frame[:frame.find(b'\xff\xda')],
-                                                           re.S)
+    (kind, body), found = (start_of_frame(frame),
+                           re.search(rb'\xff\xdd\x00\x04(..)', frame[:frame.find(b'\xff\xda')], re.S))
     interval = struct.unpack('>H', found[1])[0] if found else 0
     if not interval or len(body) < 9: return 0
     rows, columns, n = struct.unpack('>HHB', body[1:6])

@@ -107,9 +107,9 @@ def take_runs(
     columns:tuple, # ((start, stop), ...)
 ) -> np.ndarray: # (h',w'): a view where both are one run
     """Cut out runs of rows and columns."""
-    pick = lambda a, runs, axis: np.concatenate([a[s:e] if axis == 0 else a[:, s:e] for s, e in runs],
-                                                axis) if len(runs) > 1 else \
-        (a[runs[0][0]:runs[0][1]] if axis == 0 else a[:, runs[0][0]:runs[0][1]])
+    pick = lambda a, runs, axis: (
+        np.concatenate([a[s:e] if axis == 0 else a[:, s:e] for s, e in runs], axis) if len(runs) > 1
+        else a[runs[0][0]:runs[0][1]] if axis == 0 else a[:, runs[0][0]:runs[0][1]])
     return pick(pick(pixels, rows, 0), columns, 1)
 
 # %% ../../../nbs/102_data.pixels.crop.ipynb #4ff2a3c1
@@ -167,6 +167,6 @@ def breast_crop(
     mask = breast_mask(apply_table(np.ascontiguousarray(pixels[::step, ::step]), table))
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     extra = int(margin*step*max(len(rows), len(columns)))
-    box = [(max(0, int(index[0])*step - extra), min(size, (int(index[-1]) + 1)*step + extra)) for index,
-           size in zip((rows, columns), pixels.shape)]
+    box = [(max(0, int(index[0])*step - extra), min(size, (int(index[-1]) + 1)*step + extra))
+           for index, size in zip((rows, columns), pixels.shape)]
     return (box[0],), (box[1],), chest_side(mask)

@@ -175,8 +175,8 @@ def start_in_words(
         if head.startswith(start): return name
     for encoding in ('utf-8', 'utf-16', 'latin-1'):
         try:
-            text = ''.join(head[:len(head)//4*4].decode(encoding,
-                                                        'strict' if encoding != 'utf-8' else 'ignore').split())
+            text = ''.join(
+                head[:len(head)//4*4].decode(encoding, 'strict' if encoding != 'utf-8' else 'ignore').split())
         except UnicodeDecodeError: continue
         if (text and text.isprintable() and sum(c.isalnum() or c in '.,:;-^/' for c in text) > 0.9*len(text)
             and len(text) >= len(head)//4):

@@ -48,8 +48,8 @@ def pack(
         array = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else np.ascontiguousarray(value)
         if array.dtype.kind not in 'biuf': raise TypeError(f'arrays of {array.dtype} cannot be passed')
         blobs.append(array)
-        return {'array' if isinstance(value, np.ndarray) else 'bytes': [len(blobs) - 1, array.dtype.str,
-            list(array.shape)]}
+        return {'array' if isinstance(value, np.ndarray) else 'bytes':
+                [len(blobs) - 1, array.dtype.str, list(array.shape)]}
     if isinstance(value, (list, tuple)): return {type(value).__name__: [pack(v, blobs) for v in value]}
     if isinstance(value, dict): return {'dict': [[pack(k, blobs), pack(v, blobs)] for k, v in value.items()]}
     if is_dataclass(value) and type(value).__module__.startswith('medvl.'):

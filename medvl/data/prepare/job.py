@@ -227,8 +227,8 @@ def _run_chunk(jobs, n_jobs, backend):
         done = 0
         with _backend(backend, n_jobs):
             try:
-                for answer in Parallel(return_as='generator', batch_size=1,
-                                       pre_dispatch='2*n_jobs')(delayed(do)(job) for job in jobs):
+                for answer in Parallel(return_as='generator', batch_size=1, pre_dispatch='2*n_jobs')(
+                        delayed(do)(job) for job in jobs):
                     done += 1
                     yield answer
                 return
