@@ -287,7 +287,7 @@ def note(self: Run,
     self.write('note', text=str(text))
     return str(text)
 
-
+# %% ../../nbs/008_core.run.ipynb #dcea2c20
 @patch(Run)
 def figure(self: Run,
     name:str, # of the file
@@ -411,7 +411,7 @@ def _beat(self: Run, stop):
         # the disk is full for now: the next one may come through
         with contextlib.suppress(OSError): self.write('heartbeat', cell=self.cell)
 
-
+# %% ../../nbs/008_core.run.ipynb #3784b4e9
 @patch(Run)
 def end(self: Run,
     state:str, # 'done' | 'failed' | 'killed'
