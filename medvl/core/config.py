@@ -9,13 +9,14 @@ __all__ = ['config_dict', 'check_fields', 'config_from_dict', 'save_config', 'lo
 import dataclasses
 import types
 import typing
+from pathlib import Path
 
 from .errors import unknown_name
 from .paths import read_json, write_json
 
 # %% ../../nbs/003_core.config.ipynb #cd74e788
 def config_dict(
-    config, # an instance of a dataclass
+    config:object, # an instance of a dataclass
 ) -> dict: # plain values, nested dataclasses as dictionaries
     """Give the fields of a dataclass as a dictionary.
 
@@ -28,7 +29,8 @@ def config_dict(
 def _coerce_simple(value, kind, where):
     if dataclasses.is_dataclass(kind): return value if isinstance(value, kind) else config_from_dict(kind, value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
-    if kind in (int, float, str, bool, dict) and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+    if kind in (int, float, str, bool, dict) and (not isinstance(value, kind)
+                                                  or (kind is int and isinstance(value, bool))):
         raise TypeError(f'{where} must be {kind.__name__}, not {value!r}.')
     return value
 
@@ -49,7 +51,8 @@ def _coerce(value, kind, where):
     if (origin or kind) in (tuple, list):
         if not isinstance(value, (list, tuple)): raise TypeError(f'{where} must be a list, not {value!r}.')
         kinds = args if args and args[-1] is not Ellipsis and origin is tuple else (args[:1] or (object,)) * len(value)
-        return (origin or kind)(_coerce(v, k, f'{where}[{i}]') for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+        return (origin or kind)(_coerce(v, k, f'{where}[{i}]')
+                                for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
     return _coerce_simple(value, origin or kind, where)
 
 # %% ../../nbs/003_core.config.ipynb #c248af36
@@ -57,7 +60,8 @@ def check_fields(
     cls, # the dataclass
     values:dict, # field names and JSON values
 ) -> dict: # the same names, values of the fields' types
-    """Hold values against the fields of a dataclass, without building one: what is wrong is known before anything is loaded.
+    """Hold values against the fields of a dataclass, without building one: what is wrong is known before anything
+    is loaded.
 
     Raises: TypeError for a value of the wrong type; ValueError for an unknown name, with the nearest one."""
     names = [f.name for f in dataclasses.fields(cls) if f.init]
@@ -68,20 +72,20 @@ def check_fields(
 
 
 def config_from_dict(
-    cls, # the dataclass
+    cls:type, # the dataclass
     values:dict, # field names and JSON values; missing fields take their defaults
-): # an instance of `cls`
+) -> object: # an instance of `cls`
     """Rebuild a configuration from plain values, strictly.
 
     Raises: TypeError for a value of the wrong type; ValueError for an unknown name, with the nearest one."""
     return cls(**check_fields(cls, values))
 
 
-def save_config(path, config):
+def save_config(path:str|Path, config:object) -> None:
     "Write a configuration as JSON, atomically."
     write_json(path, config_dict(config))
 
 
-def load_config(path, cls):
+def load_config(path:str|Path, cls:type) -> object:
     "Read a configuration from JSON, strictly."
     return config_from_dict(cls, read_json(path))

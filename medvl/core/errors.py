@@ -6,48 +6,54 @@
 __all__ = ['SAME', 'DataError', 'closest', 'unknown_name']
 
 # %% ../../nbs/001_core.errors.ipynb #2de8945c
+from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 # %% ../../nbs/001_core.errors.ipynb #0a9af866
 class DataError(ValueError):
     "Data that cannot be used: says where it is and what to do."
     def __init__(self,
         message:str, # what is wrong
-        file=None, # file it was found in
-        row=None, # row of the table (0-based), or the item of a store
-        column=None, # column of the table
+        file:str|Path|None=None, # file it was found in
+        row:int|str|None=None, # row of the table (0-based), or the item of a store
+        column:str|None=None, # column of the table
         fix:str|None=None, # what to do
     ):
         self.message, self.file, self.row, self.column, self.fix = message, file, row, column, fix
-        where = [f'{name} {value}' for name, value in (('file', file), ('row', row), ('column', column)) if value is not None]
+        where = [f'{name} {value}' for name, value in (('file', file), ('row', row), ('column', column))
+                 if value is not None]
         text = (', '.join(where) + ': ' if where else '') + message
         super().__init__(text + (f' {fix}' if fix else ''))
 
     def __reduce__(self): return type(self), (self.message, self.file, self.row, self.column, self.fix)
 
 # %% ../../nbs/001_core.errors.ipynb #80d81f0a
-SAME = (('lr', 'learning_rate', 'rate'), ('batch_size', 'bs', 'batch'), ('epochs', 'n_epochs', 'num_epochs'), ('max_steps', 'steps', 'iterations'),
-        ('seed', 'random_state', 'random_seed'), ('workers', 'num_workers', 'n_workers'), ('jobs', 'n_jobs', 'processes', 'cores'), ('wd', 'weight_decay'),
-        ('data', 'dataset', 'data_dir', 'input'), ('out', 'output', 'output_dir'), ('model', 'checkpoint', 'weights'), ('n_boot', 'bootstrap', 'resamples'))
+SAME = (('lr', 'learning_rate', 'rate'), ('batch_size', 'bs', 'batch'), ('epochs', 'n_epochs', 'num_epochs'),
+        ('max_steps', 'steps', 'iterations'), ('seed', 'random_state', 'random_seed'),
+        ('workers', 'num_workers', 'n_workers'), ('jobs', 'n_jobs', 'processes', 'cores'), ('wd', 'weight_decay'),
+        ('data', 'dataset', 'data_dir', 'input'), ('out', 'output', 'output_dir'), ('model', 'checkpoint', 'weights'),
+        ('n_boot', 'bootstrap', 'resamples'))
 
 
 def closest(
     name:str, # what was asked for
-    options, # names that exist
+    options:Iterable, # names that exist
 ) -> str|None: # the most similar one, or None when nothing is close
     "Find the existing name that is most like `name`, or that other libraries call so."
     lower = {str(o).lower(): str(o) for o in options}
     for group in SAME:
         known = [lower[o] for o in group if o in lower]
         if str(name).lower() in group and known: return known[0]
-    hits = get_close_matches(str(name).lower(), list(lower), n=1, cutoff=0.5 if len(str(name)) < 5 else 0.6) # of short names, one letter is much
+    # of short names, one letter is much
+    hits = get_close_matches(str(name).lower(), list(lower), n=1, cutoff=0.5 if len(str(name)) < 5 else 0.6)
     return lower[hits[0]] if hits else None
 
 
 def unknown_name(
     kind:str, # what the name is of, e.g. 'parameter'
     name:str, # what was asked for
-    options, # names that exist
+    options:Iterable, # names that exist
 ) -> str: # message for the error
     "Say that `name` does not exist, which name is nearest, and which there are."
     options = [str(o) for o in options]

@@ -40,6 +40,8 @@ def end_with_pool() -> None:
 
 
 def pool_options() -> dict: # arguments for joblib.Parallel
-    "Have the worker processes of joblib's own pool end with this process from their first moment, before they get any work."
+    """Have the worker processes of joblib's own pool end with this process from their first moment, before they
+    get any work."""
     from joblib.parallel import get_active_backend
-    return {'initializer': end_with_pool} if type(get_active_backend()[0]).__name__ == 'LokyBackend' else {} # threads and clusters have their own rules
+    # threads and clusters have their own rules
+    return {'initializer': end_with_pool} if type(get_active_backend()[0]).__name__ == 'LokyBackend' else {}

@@ -15,12 +15,16 @@ import math
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from configparser import ConfigParser
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/000_core.paths.ipynb #e2112807
 def find_repo(
-    start=None, # folder to start from; default: the working directory
+    start:str|Path|None=None, # folder to start from; default: the working directory
 ) -> Path|None: # the folder that holds medvl's settings.ini, or None outside a checkout
     "Walk up from `start` to the checkout of medvl."
     here = Path(start or Path.cwd()).resolve()
@@ -41,7 +45,8 @@ def repo_path(
     Raises: FileNotFoundError outside a checkout."""
     repo = find_repo()
     if repo is None:
-        raise FileNotFoundError(f'No checkout of medvl above {Path.cwd()}. Change into the checkout, or give the full path.')
+        raise FileNotFoundError(f'No checkout of medvl above {Path.cwd()}. Change into the checkout, or give the full '
+                                'path.')
     return repo.joinpath(*parts)
 
 
@@ -76,11 +81,12 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG} # what a full disk, a used-up q
 
 @contextlib.contextmanager
 def atomic_path(
-    path, # final name of the file or folder
-):
+    path:str|Path, # final name of the file or folder
+) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on any error.
 
-    A folder that exists under the final name is renamed aside first; a kill just between the two renames leaves it as `.name.*.old`."""
+    A folder that exists under the final name is renamed aside first; a kill just between the two renames leaves it
+    as `.name.*.old`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent/f'.{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp'
@@ -98,7 +104,8 @@ def atomic_path(
     except BaseException as e:
         _remove(temporary)
         if isinstance(e, OSError) and e.errno in FULL:
-            raise OSError(e.errno, f'the disk is full ({os.strerror(e.errno)}); nothing was changed. Free some space and start again', str(path)) from e
+            raise OSError(e.errno, f'the disk is full ({os.strerror(e.errno)}); nothing was changed. Free some space '
+                          'and start again', str(path)) from e
         raise
 
 # %% ../../nbs/000_core.paths.ipynb #4f97f71d
@@ -114,27 +121,34 @@ def _plain(obj):
     raise TypeError(f'{type(obj).__name__} cannot be written as JSON: {obj!r}')
 
 
-def write_json(path, obj, indent=2):
+def write_json(path:str|Path, obj:object, indent:int|None=2) -> None:
     "Write `obj` as JSON, atomically; NaN and infinity become null."
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(_plain(obj), indent=indent, ensure_ascii=False, allow_nan=False) + '\n', encoding='utf-8')
+        temporary.write_text(json.dumps(_plain(obj), indent=indent, ensure_ascii=False, allow_nan=False) + '\n',
+                             encoding='utf-8')
 
 
-def read_json(path):
+def read_json(path:str|Path) -> object:
     """Read a JSON file.
 
     Raises: JSONDecodeError (a ValueError) that names the file."""
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except json.JSONDecodeError as e: raise json.JSONDecodeError(f'{path} holds no JSON: it was cut or changed. Restore it, or make it again. {e.msg}', e.doc, e.pos) from e
-    except UnicodeDecodeError as e: raise json.JSONDecodeError(f'{path} holds no text. Restore it, or make it again', '', 0) from e
+    except json.JSONDecodeError as e:
+        raise json.JSONDecodeError(f'{path} holds no JSON: it was cut or changed. Restore it, or make it again. '
+                                   f'{e.msg}', e.doc, e.pos) from e
+    except UnicodeDecodeError as e:
+        raise json.JSONDecodeError(f'{path} holds no text. Restore it, or make it again', '', 0) from e
 
 # %% ../../nbs/000_core.paths.ipynb #001bca15
-def append_jsonl(path, obj):
+def append_jsonl(path:str|Path, obj:object) -> None:
     "Append one object as a line of JSON, in one write."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = re.sub('[\x85\u2028\u2029]', lambda m: f'\\u{ord(m[0]):04x}', json.dumps(_plain(obj), ensure_ascii=False, allow_nan=False)) # other readers take these for line ends
-    line = (text + '\n').encode('utf-8', 'backslashreplace') # half a pair of UTF-16, as in odd file names, is written as JSON writes it
+    # other readers take these for line ends
+    text = re.sub('[\x85\u2028\u2029]', lambda m: f'\\u{ord(m[0]):04x}',
+                  json.dumps(_plain(obj), ensure_ascii=False, allow_nan=False))
+    # half a pair of UTF-16, as in odd file names, is written as JSON writes it
+    line = (text + '\n').encode('utf-8', 'backslashreplace')
     with open(path, 'ab+') as f:
         if f.tell() and (f.seek(-1, os.SEEK_END), f.read(1))[1] != b'\n': line = b'\n' + line
         f.write(line)
@@ -147,7 +161,7 @@ def _torn(line, error):
 
 
 def read_jsonl(
-    path, # file of one JSON object a line
+    path:str|Path, # file of one JSON object a line
     damaged:str='refuse', # a line that is no JSON and not torn either: 'refuse', 'stop' in front of it, or 'skip' it
 ) -> list: # the objects; a torn line (killed writer) is left out
     """Read a file of JSON lines, leaving out lines torn by a kill; only `\\n` ends a line.
@@ -173,35 +187,38 @@ _PLAIN_NUMBER = re.compile(r'[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?')
 
 
 def neutral_cell(
-    value, # any cell
-): # the same, with a quote before what a spreadsheet would run
+    value:object, # any cell
+) -> object: # the same, with a quote before what a spreadsheet would run
     "Take the power from a cell that looks like a formula."
-    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) and not _PLAIN_NUMBER.fullmatch(value) else value
+    return (f"'{value}" if isinstance(value, str) and _FORMULA.match(value) and not _PLAIN_NUMBER.fullmatch(value)
+            else value)
 
 
 def restored_cell(
-    value, # a cell of a table that was exported
-): # as it was before
+    value:object, # a cell of a table that was exported
+) -> object: # as it was before
     "Undo `neutral_cell`."
     return value[1:] if isinstance(value, str) and value[:1] == "'" and _FORMULA.match(value) else value
 
 
 def write_csv(
-    frame, # pandas DataFrame
-    path, # .csv
+    frame:'pd.DataFrame', # pandas DataFrame
+    path:str|Path, # .csv
     index:bool=False, # write the row names, too
 ) -> None:
     "Write a table, atomically, so that no spreadsheet runs a cell of it."
     safe = frame.copy()
     for k, kind in enumerate(frame.dtypes):
         if kind.kind not in 'biufcmM': safe.isetitem(k, frame.iloc[:, k].astype(object).map(neutral_cell))
-    each = lambda names: names.map(lambda v: tuple(map(neutral_cell, v)) if isinstance(v, tuple) else neutral_cell(v)) if len(names) else names
-    safe.columns, safe.index = each(safe.columns), each(safe.index).set_names(frame.index.names) if index else safe.index
+    each = (lambda names: names.map(lambda v: tuple(map(neutral_cell, v)) if isinstance(v, tuple) else neutral_cell(v))
+            if len(names) else names)
+    safe.columns, safe.index = (each(safe.columns), each(safe.index).set_names(frame.index.names) if index
+                                else safe.index)
     with atomic_path(path) as temporary: safe.to_csv(temporary, index=index, errors='backslashreplace')
 
 # %% ../../nbs/000_core.paths.ipynb #0b0e6ca5
 def digest(
-    obj, # anything `write_json` can write
+    obj:object, # anything `write_json` can write
 ) -> str: # 64 hexadecimal digits
     "Give the SHA-256 of the canonical JSON of `obj`."
     text = json.dumps(_plain(obj), sort_keys=True, separators=(',', ':'), ensure_ascii=False, allow_nan=False)
@@ -209,7 +226,7 @@ def digest(
 
 
 def sha256_file(
-    path, # file
+    path:str|Path, # file
     chunk:int=1 << 20, # bytes read at once
 ) -> str: # 64 hexadecimal digits
     "Give the SHA-256 of a file's bytes."

@@ -7,6 +7,7 @@ __all__ = ['absolute', 'runs_named', 'place', 'prepared_part']
 
 # %% ../../nbs/008a_core.places.ipynb #a7e315de
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from .paths import outputs_path, read_json
@@ -14,7 +15,7 @@ from .run import is_run, run_folders
 
 # %% ../../nbs/008a_core.places.ipynb #f5509abb
 def absolute(
-    path, # as typed; may begin with ~
+    path:str|Path, # as typed; may begin with ~
 ) -> str: # absolute, links and `..` kept as they are
     "Make a path absolute from the working directory, now."
     path = os.path.expanduser(path)
@@ -23,7 +24,7 @@ def absolute(
 
 def runs_named(
     name:str, # name of a run, or `sweep/name` of a sweep's member
-    root=None, # folder of runs; default: outputs/
+    root:str|Path|None=None, # folder of runs; default: outputs/
 ) -> list: # folders of exactly that name
     "Find runs by their name."
     root = Path(root or outputs_path())
@@ -33,8 +34,8 @@ def runs_named(
 # %% ../../nbs/008a_core.places.ipynb #5e03b7c2
 def place(
     text:str, # a path, the name of a run, or any other name
-    root=None, # folder of runs; default: outputs/
-    say=None, # callable(str): told where the text could mean two things
+    root:str|Path|None=None, # folder of runs; default: outputs/
+    say:Callable|None=None, # callable(str): told where the text could mean two things
 ) -> str: # absolute path, or the name as it was
     """Decide what a path or name means, where it is typed.
 
@@ -42,10 +43,14 @@ def place(
     if not text: return text
     here, named = Path(os.path.expanduser(text)), [] if Path(text).is_absolute() else runs_named(text, root)
     if here.exists():
-        others = [str(f) for f in named if f.resolve() != here.resolve()] or (['a name'] if not text.startswith(('.', '~', '/')) and text.count('/') < 2 else [])
+        others = ([str(f) for f in named if f.resolve() != here.resolve()]
+                  or (['a name'] if not text.startswith(('.', '~', '/')) and text.count('/') < 2 else []))
         if others and say: say(f'{text} is taken as the folder or file {absolute(text)}, not as {others[0]}.')
         return absolute(text)
-    if len(named) > 1: raise ValueError(f'{len(named)} runs are called {text}: {", ".join(str(f.relative_to(Path(root or outputs_path()))) for f in named)}. Write one of these.')
+    if len(named) > 1:
+        raise ValueError(f'{len(named)} runs are called {text}: '
+                         f'{", ".join(str(f.relative_to(Path(root or outputs_path()))) for f in named)}. Write one of '
+                         'these.')
     if named: return str(named[0].resolve())
     return absolute(text) if text.startswith(('./', '../', '~', '/')) or text in ('.', '..') else text
 
@@ -58,5 +63,6 @@ def prepared_part(
     params = Path(folder)/'params.json'
     out = read_json(params).get('out') if params.exists() else None # where it was told to put them
     places = [p for p in (*Path(folder).glob('*'), *filter(None, [out and Path(out)]))]
-    found = {str(p.resolve()) for place in places for p in (place, place/'prepared') if (p/'dataset.json').exists()} # a phantom has its source beside
+    # a phantom has its source beside
+    found = {str(p.resolve()) for place in places for p in (place, place/'prepared') if (p/'dataset.json').exists()}
     return found.pop() if len(found) == 1 else folder

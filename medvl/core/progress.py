@@ -8,15 +8,19 @@ __all__ = ['progress']
 # %% ../../nbs/004_core.progress.ipynb #9db2da61
 import os
 import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING: from tqdm.auto import tqdm
 
 # %% ../../nbs/004_core.progress.ipynb #3ea0bdaf
 def progress(
-    iterable=None, # what to go through; None for a bar that is moved by hand
+    iterable:Iterable|None=None, # what to go through; None for a bar that is moved by hand
     desc:str='', # what is being done
     total:int|None=None, # number of items, when `iterable` has no length
     unit:str='it', # name of one item
-    **kwargs, # passed to tqdm
-): # a tqdm bar
+    **kwargs:object, # passed to tqdm
+) -> 'tqdm': # a tqdm bar
     "Show a progress bar; silent with `MEDVL_PROGRESS=0` and in tests, rare where nobody is watching."
     from tqdm.auto import tqdm
     quiet = os.environ.get('MEDVL_PROGRESS') == '0' or 'IN_TEST' in os.environ

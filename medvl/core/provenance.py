@@ -11,13 +11,15 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 from .paths import find_repo, sha256_file
 
 # %% ../../nbs/005_core.provenance.ipynb #90012f86
-PACKAGES = ('medvl', 'torch', 'transformers', 'accelerate', 'safetensors', 'numpy', 'pandas', 'scikit-learn', 'pydicom', 'imagecodecs',
+PACKAGES = ('medvl', 'torch', 'transformers', 'accelerate', 'safetensors', 'numpy', 'pandas', 'scikit-learn',
+            'pydicom', 'imagecodecs',
             'opencv-python-headless', 'papermill')
 
 
@@ -30,7 +32,8 @@ def _commit():
     repo = find_repo() or find_repo(Path(__file__).parent if '__file__' in globals() else None)
     if repo is None: return {'commit': None, 'dirty': None}
     commit = _git('rev-parse', 'HEAD', cwd=repo)
-    return {'commit': commit, 'dirty': bool(_git('status', '--porcelain', '--untracked-files=no', cwd=repo)) if commit else None}
+    return {'commit': commit,
+            'dirty': bool(_git('status', '--porcelain', '--untracked-files=no', cwd=repo)) if commit else None}
 
 
 def _versions():
@@ -42,12 +45,14 @@ def _versions():
 
 # %% ../../nbs/005_core.provenance.ipynb #91b2c625
 def _hardware():
-    info = {'machine': platform.machine(), 'system': platform.system(), 'cpus': os.cpu_count(), 'cpus_usable': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
+    info = {'machine': platform.machine(), 'system': platform.system(), 'cpus': os.cpu_count(),
+            'cpus_usable': len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count(),
             'omp_threads': os.environ.get('OMP_NUM_THREADS')}
     if 'torch' in sys.modules:
         torch = sys.modules['torch']
         info.update(torch_threads=torch.get_num_threads(), cuda=torch.version.cuda,
-                    gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [])
+                    gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+                    if torch.cuda.is_available() else [])
     return info
 
 
@@ -59,11 +64,13 @@ def _input(path):
 
 # %% ../../nbs/005_core.provenance.ipynb #2580c891
 def provenance(
-    inputs=(), # files, or prepared folders (by their dataset.json)
+    inputs:Iterable[str|Path]=(), # files, or prepared folders (by their dataset.json)
     seeds:dict|None=None, # the seeds used, by name
 ) -> dict: # plain values, for JSON
     """Describe the code, the machine and the inputs of a run.
 
     Raises: FileNotFoundError when an input is absent."""
-    return {'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), **_commit(), 'python': platform.python_version(),
-            'versions': _versions(), 'hardware': _hardware(), 'seeds': dict(seeds or {}), 'inputs': [_input(p) for p in inputs]}
+    return {'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'), **_commit(),
+            'python': platform.python_version(), 'versions': _versions(), 'hardware': _hardware(),
+            'seeds': dict(seeds or {}),
+            'inputs': [_input(p) for p in inputs]}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEARTBEAT', 'STALE', 'process_identity', 'is_alive', 'run_events', 'is_run', 'run_folders', 'run_info', 'run_state',
-           'Records', 'Sources', 'RunBusy', 'FolderLock', 'Life', 'run_name', 'Folder', 'Ending', 'Run']
+           'Run', 'RunBusy', 'FolderLock', 'run_name']
 
 # %% ../../nbs/008_core.run.ipynb #64210e48
 import contextlib
@@ -17,11 +17,16 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
-from .paths import append_jsonl, atomic_path, digest, outputs_path, read_json, read_jsonl, write_csv, write_json
+from .patch import patch
+from .paths import (append_jsonl, atomic_path, digest, outputs_path, read_json, read_jsonl, write_csv,
+                              write_json)
 from .provenance import provenance
+
+if TYPE_CHECKING: import pandas as pd
 
 # %% ../../nbs/008_core.run.ipynb #070ee0b4
 HEARTBEAT = 15.0 # seconds between two signs of life in the journal
@@ -31,7 +36,8 @@ STALE = 180.0 # seconds without one after which a process on another machine cou
 def _machine():
     "Name this machine, this boot and this space of process numbers."
     parts = [socket.gethostname()]
-    for read in (lambda: Path('/proc/sys/kernel/random/boot_id').read_text().strip(), lambda: os.readlink('/proc/self/ns/pid')):
+    for read in (lambda: Path('/proc/sys/kernel/random/boot_id').read_text().strip(),
+                 lambda: os.readlink('/proc/self/ns/pid')):
         try: parts.append(read())
         except OSError: parts.append('') # not Linux: the host name has to do
     return digest(parts)[:12]
@@ -51,7 +57,8 @@ def process_identity(
 
     Raises: psutil.NoSuchProcess when it is gone."""
     process = psutil.Process(pid)
-    return dict(pid=process.pid, process_started=round(process.create_time(), 2), ticks=_ticks(process.pid), host=socket.gethostname(), machine=_machine())
+    return dict(pid=process.pid, process_started=round(process.create_time(), 2), ticks=_ticks(process.pid),
+                host=socket.gethostname(), machine=_machine())
 
 # %% ../../nbs/008_core.run.ipynb #f8db055d
 def is_alive(
@@ -62,7 +69,8 @@ def is_alive(
     try:
         process = psutil.Process(identity['pid'])
         if identity.get('ticks') is not None: same = _ticks(process.pid) == identity['ticks']
-        else: same = abs(process.create_time() - identity['process_started']) < 2 # s; the boot clock may be corrected a little
+        # s; the boot clock may be corrected a little
+        else: same = abs(process.create_time() - identity['process_started']) < 2
         return same and process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess: return False
 
@@ -86,7 +94,8 @@ def _judge(started, own):
     finished = any(e['event'] == 'finished' for e in own)
     if ends:
         state, reason = ends[-1]['state'], ends[-1].get('reason', '')
-        if state == 'done' and not finished: return 'failed', 'the journal says done, but the notebook never called run.done()'
+        if state == 'done' and not finished:
+            return 'failed', 'the journal says done, but the notebook never called run.done()'
         return state, reason
     alive = is_alive(started)
     if alive is None: alive = _seconds(own[-1]['time'], _now()) < STALE
@@ -95,36 +104,41 @@ def _judge(started, own):
 
 # %% ../../nbs/008_core.run.ipynb #aceb73c2
 def run_events(
-    folder, # a run folder
+    folder:str|Path, # a run folder
 ) -> list: # dictionaries with `event`, in the order of writing
-    """Read a run's journal; one odd line is passed over. A journal of something else (a preparation keeps one too) has no events.
+    """Read a run's journal; one odd line is passed over. A journal of something else (a preparation keeps one too)
+    has no events.
 
     Raises: ValueError when not one line is readable and the first is not torn either."""
     path = Path(folder)/'journal.jsonl'
     rows = read_jsonl(path, damaged='skip')
-    if not rows and path.exists() and path.read_bytes().strip()[:1] not in (b'', b'{'): raise ValueError(f'{path.name}: not one line can be read')
+    if not rows and path.exists() and path.read_bytes().strip()[:1] not in (b'', b'{'):
+        raise ValueError(f'{path.name}: not one line can be read')
     return [e for e in rows if isinstance(e, dict) and 'event' in e]
 
 
 def is_run(
-    folder, # any folder
+    folder:str|Path, # any folder
 ) -> bool:
     "Tell a run's folder from others that keep a journal; a damaged run is a run."
     journal = Path(folder)/'journal.jsonl'
-    try: return journal.is_file() and ((Path(folder)/'params.json').exists() or b'"event"' in journal.open('rb').readline(4096))
+    try:
+        return (journal.is_file()
+                and ((Path(folder)/'params.json').exists() or b'"event"' in journal.open('rb').readline(4096)))
     except OSError: return True # it cannot be read: whoever lists it will say so
 
 
 def run_folders(
-    root=None, # folder of runs; default: outputs/
+    root:str|Path|None=None, # folder of runs; default: outputs/
 ) -> list: # folders of runs, those of sweeps included, sorted
     "Find the runs below a folder."
     root = Path(root or outputs_path())
-    return [p.parent for pattern in ('*/journal.jsonl', '*/*/journal.jsonl') for p in sorted(root.glob(pattern)) if is_run(p.parent)]
+    return [p.parent for pattern in ('*/journal.jsonl', '*/*/journal.jsonl')
+            for p in sorted(root.glob(pattern)) if is_run(p.parent)]
 
 
 def run_info(
-    folder, # a run folder
+    folder:str|Path, # a run folder
 ) -> dict: # state, reason, name, attempt, started, last (times), seconds (of the last attempt), exit_code, cell, owner
     """Read from a run's journal what became of it.
 
@@ -133,24 +147,25 @@ def run_info(
     if not is_run(folder): raise FileNotFoundError(f'{folder.name} is no run folder: it has no journal of a run.')
     events = run_events(folder)
     created = next((e for e in events if e['event'] == 'created'), {})
-    info = dict(state='new', reason='', name=created.get('name', folder.name), attempt=0, started=None, last=None, seconds=0.0, exit_code=None,
-                cell=None, owner=None)
+    info = dict(state='new', reason='', name=created.get('name', folder.name), attempt=0, started=None, last=None,
+                seconds=0.0, exit_code=None, cell=None, owner=None)
     starts = [e for e in events if e['event'] == 'started']
     if not starts: return info
     started = starts[-1]
     own = [e for e in events if e.get('attempt') == started['attempt']]
     state, reason = _judge(started, own)
-    last = dict(time=_now(), clock=_clock() if started.get('machine') == _machine() else None) if state == 'running' else own[-1]
+    last = (dict(time=_now(), clock=_clock() if started.get('machine') == _machine() else None) if state == 'running'
+            else own[-1])
     both = started.get('clock') is not None and last.get('clock') is not None
     seconds = last['clock'] - started['clock'] if both else _seconds(started['time'], last['time'])
     code = next((e.get('exit_code') for e in reversed(own) if e['event'] == 'end'), None)
     cell = next((e['cell'] for e in reversed(own) if e.get('cell') is not None), None)
-    return {**info, 'state': state, 'reason': reason, 'attempt': started['attempt'], 'started': started['time'], 'last': last['time'],
-            'seconds': round(seconds, 3), 'exit_code': code, 'cell': cell, 'owner': started}
+    return {**info, 'state': state, 'reason': reason, 'attempt': started['attempt'], 'started': started['time'],
+            'last': last['time'], 'seconds': round(seconds, 3), 'exit_code': code, 'cell': cell, 'owner': started}
 
 
 def run_state(
-    folder, # a run folder
+    folder:str|Path, # a run folder
 ) -> str: # 'new' | 'running' | 'failed' | 'killed' | 'done'
     "Say a run's state, from its journal alone."
     return run_info(folder)['state']
@@ -166,45 +181,72 @@ def _safe(name):
     return name
 
 
-_FIELDS = ('low', 'high', 'level', 'unit', 'n', 'n_positive', 'n_clusters', 'n_boot', 'n_dropped', 'n_failed', 'method', 'note')
+_FIELDS = ('low', 'high', 'level', 'unit', 'n', 'n_positive', 'n_clusters', 'n_boot', 'n_dropped', 'n_failed',
+           'method', 'note')
 
 
 def _metric(value, extra):
     "Spell out a number, or an estimate with an interval."
-    entry = {k: getattr(value, k) for k in _FIELDS if getattr(value, k, None) not in (None, '')} if hasattr(value, 'value') else {}
+    entry = ({k: getattr(value, k) for k in _FIELDS if getattr(value, k, None) not in (None, '')}
+             if hasattr(value, 'value') else {})
     number = getattr(value, 'value', value)
     number = number.item() if hasattr(number, 'item') else number
-    if not isinstance(number, (int, float)): raise TypeError(f'A metric is a number, not {type(number).__name__}: {number!r}.')
+    if not isinstance(number, (int, float)):
+        raise TypeError(f'A metric is a number, not {type(number).__name__}: {number!r}.')
     if number != number or number in (float('inf'), float('-inf')): entry['text'] = str(number) # JSON has no NaN
     return {'value': number, **entry, **{k: v for k, v in extra.items() if v is not None}}
 
 # %% ../../nbs/008_core.run.ipynb #9c026014
-class Records:
-    "What a run writes into its folder; every file appears whole or not at all."
-    def __init__(self, folder): self.folder = Path(folder)
+class Run:
+    "One run of one experiment, and the folder of all it makes; every file appears whole or not at all."
+    attempt, cell = 0, None # the attempt this process owns, and the notebook's cell it is in
+    _handle = _stop = None # its lock, and what stops its signs of life
+    _open = None # the unfinished run made by hand in this process
 
-    def path(self, *parts): # names inside the folder
+    def __init__(self,
+        folder:str|Path, # of the run
+        params:dict|None=None, # its parameters; default: those written in the folder
+    ):
+        self.folder = Path(folder)
+        created = next((e for e in run_events(self.folder) if e['event'] == 'created'), {})
+        self.name, self.by_hand = created.get('name', self.folder.name), False
+        self.params = read_json(self.folder/'params.json') if params is None else params
+
+    info = property(lambda self: run_info(self.folder)) # what the journal says
+    state = property(lambda self: run_state(self.folder)) # 'new' | 'running' | 'failed' | 'killed' | 'done'
+
+    def path(self,
+        *parts:str, # names inside the folder
+    ) -> Path:
         "Give a path inside the run folder; its parent folder exists."
         path = self.folder.joinpath(*(_safe(p) for p in parts))
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-    def metric(self, name, value, step=None, **extra): # `extra`: low, high, unit, n, split …
+    def metric(self,
+        name:str, # of the result
+        value:object, # a number, or an estimate with its interval
+        step:int|None=None, # makes it a point of a curve
+        **extra:object, # low, high, unit, n, split …
+    ) -> None:
         "Record a result, or with `step` a point of a curve."
         entry = _metric(value, extra)
-        if step is not None: return append_jsonl(self.path('metrics.jsonl'), {'step': int(step), name: entry['value'], 'time': _now()})
+        if step is not None:
+            return append_jsonl(self.path('metrics.jsonl'), {'step': int(step), name: entry['value'], 'time': _now()})
         write_json(self.path('metrics.json'), {**self.metrics, str(name): entry})
 
-    def table(self, name, frame):
-        "Write a table as `tables/<name>.csv`; a named index is kept."
-        path = self.path('tables', f'{_safe(name)}.csv')
-        write_csv(frame, path, index=any(n is not None for n in frame.index.names))
-        return path
-
     @property
-    def metrics(self): # results by name
+    def metrics(self) -> dict: # results by name
         path = self.folder/'metrics.json'
         return read_json(path) if path.exists() else {}
+
+    def __repr__(self): return f'Run({self.folder.name}: {self.state})'
+
+    def __enter__(self): return self
+
+    def __exit__(self, kind, error, trace):
+        if kind is None: self.done()
+        else: self._close('failed', f'{kind.__name__}: {error}', 1)
 
 # %% ../../nbs/008_core.run.ipynb #4ec2651b
 def _input_entry(path):
@@ -215,40 +257,66 @@ def _input_entry(path):
     return {'name': path.name, 'listing': digest(files), 'files': len(files), 'bytes': sum(size for _, size in files)}
 
 
-class Sources(Records):
-    "Figures, inputs and notes of a run."
-    def figure(self, name, figure, *args, dpi=110, **kwargs): # figure: one, or the function that draws it from `args` and `kwargs`
-        """Write `figures/<name>.png` and give the figure back; where it cannot be drawn, give None and note why: numbers never wait for a picture.
+@patch(Run)
+def table(self: Run,
+    name:str, # of the file
+    frame:'pd.DataFrame', # a named index is kept
+) -> Path: # of the file
+    "Write a table as `tables/<name>.csv`; a named index is kept."
+    path = self.path('tables', f'{_safe(name)}.csv')
+    write_csv(frame, path, index=any(n is not None for n in frame.index.names))
+    return path
 
-        Raises: what the drawing raises, in the tests of notebooks only."""
-        path = self.path('figures', f'{_safe(name)}.png')
-        try:
-            drawn = figure(*args, **kwargs) if callable(figure) else figure
-            with atomic_path(path) as temporary: drawn.savefig(temporary, format='png', dpi=dpi, bbox_inches='tight')
-        except Exception as e:
-            if 'IN_TEST' in os.environ: raise
-            print(self.note(f'The figure {name} was not drawn: {type(e).__name__}: {e}'))
-            return None
-        return drawn
 
-    def input(self, path):
-        "Record the digest of an input file or folder in `provenance.json`."
-        entry, known = _input_entry(path), read_json(self.path('provenance.json'))
-        known['inputs'] = [e for e in known['inputs'] if e['name'] != entry['name']] + [entry]
-        write_json(self.path('provenance.json'), known)
-        return entry
+@patch(Run)
+def input(self: Run,
+    path:str|Path, # file or folder
+) -> dict: # what was noted
+    "Record the digest of an input file or folder in `provenance.json`."
+    entry, known = _input_entry(path), read_json(self.path('provenance.json'))
+    known['inputs'] = [e for e in known['inputs'] if e['name'] != entry['name']] + [entry]
+    write_json(self.path('provenance.json'), known)
+    return entry
 
-    def note(self, text):
-        "Write a remark into the journal; the report shows it."
-        self.write('note', text=str(text))
-        return str(text)
+
+@patch(Run)
+def note(self: Run,
+    text:str, # a remark
+) -> str: # the same
+    "Write a remark into the journal; the report shows it."
+    self.write('note', text=str(text))
+    return str(text)
+
+# %% ../../nbs/008_core.run.ipynb #dcea2c20
+@patch(Run)
+def figure(self: Run,
+    name:str, # of the file
+    figure:object, # a figure, or the function that draws it from `args` and `kwargs`
+    *args:object,
+    dpi:int=110, # dots an inch
+    **kwargs:object,
+) -> object: # the figure, or None
+    """Write `figures/<name>.png` and give the figure back; where it cannot be drawn, give None and note
+    why: numbers never wait for a picture.
+
+    Raises: what the drawing raises, in the tests of notebooks only."""
+    path = self.path('figures', f'{_safe(name)}.png')
+    try:
+        drawn = figure(*args, **kwargs) if callable(figure) else figure
+        with atomic_path(path) as temporary: drawn.savefig(temporary, format='png', dpi=dpi, bbox_inches='tight')
+    except Exception as e:
+        if 'IN_TEST' in os.environ: raise
+        print(self.note(f'The figure {name} was not drawn: {type(e).__name__}: {e}'))
+        return None
+    return drawn
 
 # %% ../../nbs/008_core.run.ipynb #501a8966
 class RunBusy(RuntimeError):
     "Another living process owns this run."
 
 
-_held = {} # (device, inode) of lock files -> process that holds them: the system's locks do not keep a process from itself
+# (device, inode) of lock files -> process that holds them: the system's locks do not keep a process from itself
+_held = {}
 
 
 def _inode(file):
@@ -261,14 +329,15 @@ def _inode(file):
 class FolderLock:
     "Hold a folder until `release`, or until this process ends in whatever way."
     def __init__(self,
-        folder, # existing folder; the lock is its file .lock
+        folder:str|Path, # existing folder; the lock is its file .lock
     ):
         """Take the lock.
 
         Raises: RunBusy when it is held already."""
         self.path = Path(folder)/'.lock'
         while True: # a file that was removed before we had its lock is no lock
-            if _held.get(_inode(self.path)) == os.getpid(): self._refuse() # asked first: closing a second handle would give up the first one's lock
+            # asked first: closing a second handle would give up the first one's lock
+            if _held.get(_inode(self.path)) == os.getpid(): self._refuse()
             self.handle = open(self.path, 'a')
             try: _record_lock(self.handle)
             except (BlockingIOError, PermissionError):
@@ -279,9 +348,10 @@ class FolderLock:
             self.handle.close()
         _held[self.key] = os.getpid()
 
-    def _refuse(self): raise RunBusy(f'{self.path.parent.name} is in use by another process. Wait for it, or stop it first.') from None
+    def _refuse(self):
+        raise RunBusy(f'{self.path.parent.name} is in use by another process. Wait for it, or stop it first.') from None
 
-    def release(self):
+    def release(self) -> None:
         "Remove the file and let go; a second call, or one in a child that was forked, does nothing."
         if self.key is None or _held.get(self.key) != os.getpid(): return
         del _held[self.key]
@@ -291,7 +361,8 @@ class FolderLock:
 
 
 def _record_lock(handle):
-    "Lock a file for this process alone: unlike `flock`, children that are forked do not hold it on after the parent was killed."
+    """Lock a file for this process alone: unlike `flock`, children that are forked do not hold it on after the
+    parent was killed."""
     try:
         import fcntl
     except ImportError: return # no such lock on this system: the journal's owner is the only guard
@@ -306,39 +377,58 @@ def _watch(owner, period=1.0):
     threading.Thread(target=look, name='medvl-watch-runner', daemon=True).start()
 
 # %% ../../nbs/008_core.run.ipynb #19453520
-class Life(Sources):
-    "An attempt: begin, signs of life, end."
-    attempt, _handle, _stop, cell = 0, None, None, None
+@patch(Run)
+def write(self: Run,
+    event:str, # its name
+    **fields:object, # plain values
+) -> None:
+    "Append an event to the journal."
+    append_jsonl(self.folder/'journal.jsonl',
+                 dict(event=event, time=_now(), clock=_clock(), attempt=self.attempt or None,
+                      pid=os.getpid(), **fields))
 
-    def write(self, event, **fields):
-        "Append an event to the journal."
-        append_jsonl(self.folder/'journal.jsonl', dict(event=event, time=_now(), clock=_clock(), attempt=self.attempt or None, pid=os.getpid(), **fields))
 
-    def begin(self, by):
-        "Own the next attempt; raises RunBusy where somebody else does."
-        self._handle = FolderLock(self.folder)
-        info = run_info(self.folder)
-        if info['state'] == 'running':
-            self._release()
-            raise RunBusy(f'{self.folder.name} is running on {info["owner"]["host"]} (process {info["owner"]["pid"]}).')
-        self.attempt = info['attempt'] + 1
-        append_jsonl(self.folder/'journal.jsonl', dict(event='started', time=_now(), clock=_clock(), attempt=self.attempt, by=by, **process_identity()))
-        self._stop = threading.Event()
-        threading.Thread(target=self._beat, args=(self._stop,), name='medvl-heartbeat', daemon=True).start()
-
-    def _beat(self, stop):
-        while not stop.wait(HEARTBEAT):
-            with contextlib.suppress(OSError): self.write('heartbeat', cell=self.cell) # the disk is full for now: the next one may come through
-
-    def end(self, state, reason='', exit_code=0, **fields):
-        "Write the attempt's last event and let go of the folder."
-        self.write('end', state=state, reason=reason, exit_code=exit_code, **fields)
+@patch(Run)
+def begin(self: Run,
+    by:str, # who runs it: 'notebook', 'runner'
+) -> None:
+    "Own the next attempt; raises RunBusy where somebody else does."
+    self._handle = FolderLock(self.folder)
+    info = run_info(self.folder)
+    if info['state'] == 'running':
         self._release()
+        raise RunBusy(f'{self.folder.name} is running on {info["owner"]["host"]} (process {info["owner"]["pid"]}).')
+    self.attempt = info['attempt'] + 1
+    append_jsonl(self.folder/'journal.jsonl',
+                 dict(event='started', time=_now(), clock=_clock(), attempt=self.attempt, by=by, **process_identity()))
+    self._stop = threading.Event()
+    threading.Thread(target=self._beat, args=(self._stop,), name='medvl-heartbeat', daemon=True).start()
 
-    def _release(self):
-        if self._stop: self._stop.set()
-        if self._handle: self._handle.release()
-        self._stop = self._handle = None
+
+@patch(Run)
+def _beat(self: Run, stop):
+    while not stop.wait(HEARTBEAT):
+        # the disk is full for now: the next one may come through
+        with contextlib.suppress(OSError): self.write('heartbeat', cell=self.cell)
+
+# %% ../../nbs/008_core.run.ipynb #3784b4e9
+@patch(Run)
+def end(self: Run,
+    state:str, # 'done' | 'failed' | 'killed'
+    reason:str='', # in words
+    exit_code:int=0, # of the process
+    **fields:object, # more about it
+) -> None:
+    "Write the attempt's last event and let go of the folder."
+    self.write('end', state=state, reason=reason, exit_code=exit_code, **fields)
+    self._release()
+
+
+@patch(Run)
+def _release(self: Run):
+    if self._stop: self._stop.set()
+    if self._handle: self._handle.release()
+    self._stop = self._handle = None
 
 # %% ../../nbs/008_core.run.ipynb #97f0462f
 def run_name(
@@ -376,36 +466,27 @@ def _storable(value, limit=10_000):
 def _seeds(params): return {k: v for k, v in params.items() if 'seed' in k}
 
 
-class Folder(Life):
-    "A run folder with its name and parameters."
-    def __init__(self, folder, params=None):
-        super().__init__(folder)
-        created = next((e for e in run_events(self.folder) if e['event'] == 'created'), {})
-        self.name, self.by_hand = created.get('name', self.folder.name), False
-        self.params = read_json(self.folder/'params.json') if params is None else params
+@patch(Run)
+@classmethod
+def create(cls: type[Run],
+    name:str, # name of the experiment
+    params:dict, # all its parameters: plain values
+    outputs:str|Path|None=None, # folder of runs; default: outputs/
+    folder:str|Path|None=None, # exact folder instead (must not exist)
+    **about:object, # more about it, for the journal
+) -> Run:
+    """Make a run folder with its parameters and provenance; nothing runs yet.
 
-    @classmethod
-    def create(cls,
-        name, # name of the experiment
-        params, # all its parameters: plain values
-        outputs=None, # folder of runs; default: outputs/
-        folder=None, # exact folder instead (must not exist)
-        **about, # more about it, for the journal
-    ):
-        """Make a run folder with its parameters and provenance; nothing runs yet.
-
-        Raises: FileExistsError when `folder` exists, TypeError for a parameter that is no plain value."""
-        params = _namespace(params)
-        key = run_name(name, params)
-        folder = Path(folder) if folder else _new_folder(Path(outputs or outputs_path())/key)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder/'params.json', params)
-        write_json(folder/'provenance.json', provenance(seeds=_seeds(params)))
-        append_jsonl(folder/'journal.jsonl', dict(event='created', time=_now(), name=name, params=digest(params), **about))
-        return cls(folder)
-
-    info = property(lambda self: run_info(self.folder)) # what the journal says
-    state = property(lambda self: run_state(self.folder)) # 'new' | 'running' | 'failed' | 'killed' | 'done'
+    Raises: FileExistsError when `folder` exists, TypeError for a parameter that is no plain value."""
+    params = _namespace(params)
+    key = run_name(name, params)
+    folder = Path(folder) if folder else _new_folder(Path(outputs or outputs_path())/key)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder/'params.json', params)
+    write_json(folder/'provenance.json', provenance(seeds=_seeds(params)))
+    append_jsonl(folder/'journal.jsonl',
+                 dict(event='created', time=_now(), name=name, params=digest(params), **about))
+    return cls(folder)
 
 # %% ../../nbs/008_core.run.ipynb #0caf27ad
 def _same_params(run, given):
@@ -414,7 +495,8 @@ def _same_params(run, given):
     Raises: ValueError for a parameter that was changed after its cell."""
     for name, value in _namespace(given).items():
         if name in run.params and digest([value]) != digest([run.params[name]]):
-            raise ValueError(f'Parameter {name} is {value!r} here, but the run is labelled {name} = {run.params[name]!r}. '
+            raise ValueError(f'Parameter {name} is {value!r} here, but the run is labelled {name} = '
+                             f'{run.params[name]!r}. '
                              f'Do not assign to a parameter after its cell: give the derived value another name.')
 
 
@@ -429,57 +511,53 @@ def _handed_over():
     return run
 
 # %% ../../nbs/008_core.run.ipynb #4865d827
-class Ending(Folder):
-    "How a run says that it is done, or fails inside `with`."
-    _open = None # the unfinished run made by hand in this process
+@patch(Run)
+def done(self: Run) -> None:
+    "Say that everything this notebook had to do is done: its last call."
+    known = read_json(self.path('provenance.json'))
+    # now with what torch knows
+    write_json(self.path('provenance.json'), {**known, 'hardware': provenance()['hardware']})
+    self.write('finished')
+    if self.by_hand: self._close('done')
 
-    def done(self):
-        "Say that everything this notebook had to do is done: its last call."
-        known = read_json(self.path('provenance.json'))
-        write_json(self.path('provenance.json'), {**known, 'hardware': provenance()['hardware']}) # now with what torch knows
-        self.write('finished')
-        if self.by_hand: self._close('done')
 
-    def _close(self, state, reason='', code=0):
-        if self.by_hand and self._handle: self.end(state, reason, code)
-        Ending._open = None
+@patch(Run)
+def _close(self: Run, state, reason='', code=0):
+    if self.by_hand and self._handle: self.end(state, reason, code)
+    Run._open = None
 
-    def __enter__(self): return self
 
-    def __exit__(self, kind, error, trace):
-        if kind is None: self.done()
-        else: self._close('failed', f'{kind.__name__}: {error}', 1)
-
-    def __repr__(self): return f'Run({self.folder.name}: {self.state})'
-
-    def _repr_html_(self):
-        shown = lambda m: m.get('text', '') if m.get('value') is None else f'{m["value"]:.4g}' # JSON has no NaN: it stands in words
-        rows = [(html.escape(str(k)), html.escape(shown(m))) for k, m in self.metrics.items()]
-        return (f'<b>{html.escape(self.folder.name)}</b>: {html.escape(self.state)}, attempt {self.attempt}'
-                f'<table>{"".join(f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in rows)}</table>')
+@patch(Run)
+def _repr_html_(self: Run):
+    # JSON has no NaN: it stands in words
+    shown = lambda m: m.get('text', '') if m.get('value') is None else f'{m["value"]:.4g}'
+    rows = [(html.escape(str(k)), html.escape(shown(m))) for k, m in self.metrics.items()]
+    return (f'<b>{html.escape(self.folder.name)}</b>: {html.escape(self.state)}, attempt {self.attempt}'
+            f'<table>{"".join(f"<tr><th>{k}</th><td>{v}</td></tr>" for k, v in rows)}</table>')
 
 # %% ../../nbs/008_core.run.ipynb #c52ba7bc
-class Run(Ending):
-    "One run of one experiment, and the folder of all it makes."
+@patch(Run)
+@classmethod
+def current(cls: type[Run],
+    name:str, # name of the experiment
+    params:dict|None=None, # its parameters, or a notebook's `globals()`, of which the plain values are kept
+    outputs:str|Path|None=None, # folder of runs, when by hand
+) -> Run:
+    "Open the run this notebook belongs to, or by hand make a new one."
+    run = _handed_over()
+    if run is None: return cls._by_hand(name, params or {}, outputs)
+    _same_params(run, params or {})
+    return run
 
-    @classmethod
-    def current(cls,
-        name, # name of the experiment
-        params=None, # its parameters, or a notebook's `globals()`, of which the plain values are kept
-        outputs=None, # folder of runs, when by hand
-    ):
-        "Open the run this notebook belongs to, or by hand make a new one."
-        run = _handed_over()
-        if run is None: return cls._by_hand(name, params or {}, outputs)
-        _same_params(run, params or {})
-        return run
 
-    @classmethod
-    def _by_hand(cls, name, params, outputs):
-        if Ending._open is not None: Ending._open.end('killed', 'another run was started in the same kernel', 137)
-        if outputs is None and 'IN_TEST' in os.environ and 'MEDVL_OUTPUTS' not in os.environ: outputs = tempfile.mkdtemp(prefix='medvl-')
-        run = cls.create(name, params, outputs)
-        run.by_hand = True
-        run.begin('notebook')
-        Ending._open = run
-        return run
+@patch(Run)
+@classmethod
+def _by_hand(cls: type[Run], name, params, outputs):
+    if Run._open is not None: Run._open.end('killed', 'another run was started in the same kernel', 137)
+    if outputs is None and 'IN_TEST' in os.environ and 'MEDVL_OUTPUTS' not in os.environ:
+        outputs = tempfile.mkdtemp(prefix='medvl-')
+    run = cls.create(name, params, outputs)
+    run.by_hand = True
+    run.begin('notebook')
+    Run._open = run
+    return run

@@ -9,8 +9,11 @@ __all__ = ['key_of', 'numpy_rng', 'torch_generator', 'set_determinism']
 import hashlib
 import os
 import random
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING: import torch
 
 # %% ../../nbs/002_core.seed.ipynb #4e48b30f
 def _part(x):
@@ -21,7 +24,7 @@ def _part(x):
 
 
 def key_of(
-    *parts, # numbers, text, tuples of them
+    *parts:object, # numbers, text, tuples of them
 ) -> int: # 63-bit number
     "Hash `parts` into the key of a random stream."
     data = _part(tuple(parts)).encode()
@@ -29,16 +32,16 @@ def key_of(
 
 # %% ../../nbs/002_core.seed.ipynb #5b69bde9
 def numpy_rng(
-    *parts, # the key
+    *parts:object, # the key
 ) -> np.random.Generator:
     "Make the NumPy generator of a key."
     return np.random.Generator(np.random.Philox(key=key_of(*parts)))
 
 
 def torch_generator(
-    *parts, # the key
-    device='cpu', # where the numbers are drawn; streams of different devices differ
-): # torch.Generator
+    *parts:object, # the key
+    device:'str|torch.device'='cpu', # where the numbers are drawn; streams of different devices differ
+) -> 'torch.Generator': # torch.Generator
     "Make the torch generator of a key."
     import torch
     return torch.Generator(device=device).manual_seed(key_of(*parts))
@@ -47,7 +50,7 @@ def torch_generator(
 def set_determinism(
     on:bool=True, # use deterministic algorithms only
     threads:int|None=None, # threads of torch on the CPU; None leaves them
-):
+) -> None:
     "Make torch's arithmetic reproducible (or fast again); seeds of forgotten global generators are fixed too."
     import torch
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')

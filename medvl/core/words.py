@@ -26,7 +26,8 @@ CONSTANTS = {'true': True, 'True': True, 'false': False, 'False': False, 'null':
 def plain_word(
     word:str, # text without quotes
 ) -> str|int|float|bool|None:
-    """Say what a word means where no type does: a number, true, false or null in JSON's or Python's letters, else the text itself.
+    """Say what a word means where no type does: a number, true, false or null in JSON's or Python's letters, else
+    the text itself.
 
     Raises: ValueError for a number that is too large for a float."""
     word = str(word)
@@ -57,13 +58,14 @@ _Loader.add_constructor('tag:yaml.org,2002:map', _Loader.mapping)
 def _once(pairs):
     "Make a mapping of pairs whose names differ."
     found = dict(pairs)
-    if len(found) < len(pairs): raise ValueError(f'{next(k for k, _ in pairs if [p[0] for p in pairs].count(k) > 1)} is given twice')
+    if len(found) < len(pairs):
+        raise ValueError(f'{next(k for k, _ in pairs if [p[0] for p in pairs].count(k) > 1)} is given twice')
     return found
 
 
 def read_yaml(
     text:str, # YAML, such as a file of parameters
-): # lists, dictionaries, strings; bare scalars as `Word`
+) -> object: # lists, dictionaries, strings; bare scalars as `Word`
     """Read YAML without guessing types.
 
     Raises: ValueError for what is no YAML, or a name given twice."""
@@ -89,13 +91,14 @@ def _second(text):
     except ValueError: found = None
     if isinstance(found, (list, dict)): return found
     try: found = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as e: raise ValueError(f'{text!r} is neither a list nor a mapping') from e
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as e:
+        raise ValueError(f'{text!r} is neither a list nor a mapping') from e
     return list(found) if isinstance(found, tuple) else found
 
 
 def plain_value(
-    value, # of `read_structure`, or any plain value
-): # the same with every `Word` read by `plain_word`
+    value:object, # of `read_structure`, or any plain value
+) -> object: # the same with every `Word` read by `plain_word`
     """Decide all words of a structure that no type decides.
 
     Raises: ValueError for what JSON cannot hold: infinity, NaN, objects."""

@@ -9,22 +9,34 @@ __all__ = ['KNOWN_WORDS', 'BIRADS_ORDER', 'OLDEST', 'told', 'quoted', 'without_t
 # %% ../../nbs/106_data.cells.ipynb #a480f361
 import re
 import unicodedata
+from pathlib import Path
 
 # %% ../../nbs/106_data.cells.ipynb #4d44de2d
 KNOWN_WORDS = frozenset('''
-    a b c d l r i ii iii iv v vi 4a 4b 4c iva ivb ivc nan none null na n y yes no true false m f male female unknown other
-    bi rads birads acr category cat class score type grade density dense final overall assessment composition breast breasts left right both bilateral lt rt
-    negative normal benign probably likely suspicious malignant malignancy highly suggestive of known proven biopsy incomplete need needs additional imaging evaluation cancer carcinoma
-    stable since change changed unchanged new follow up followup short term interval routine screening recall recommended in at the and or to not with without for is are was previously prior from
-    month months mo week weeks year years day days mm cm view views mass masses calcification calcifications cyst cysts asymmetry distortion finding findings lesion lesions
-    almost entirely predominantly fat fatty glandular fibroglandular scattered areas heterogeneous heterogeneously extremely
-    kategorie kat klasse wahrscheinlich gutartig kontrolle monat monaten monate verdacht suspekt links rechts unauffällig inhomogen dicht extrem typ
+    a b c d l r i ii iii iv v vi 4a 4b 4c iva ivb ivc nan none null na n y yes no true false m f male female
+    unknown other
+    bi rads birads acr category cat class score type grade density dense final overall assessment composition
+    breast breasts left right both bilateral lt rt
+    negative normal benign probably likely suspicious malignant malignancy highly suggestive of known proven
+    biopsy incomplete need needs additional imaging evaluation cancer carcinoma
+    stable since change changed unchanged new follow up followup short term interval routine screening recall
+    recommended in at the and or to not with without for is are was previously prior from
+    month months mo week weeks year years day days mm cm view views mass masses calcification calcifications
+    cyst cysts asymmetry distortion finding findings lesion lesions
+    almost entirely predominantly fat fatty glandular fibroglandular scattered areas heterogeneous
+    heterogeneously extremely
+    kategorie kat klasse wahrscheinlich gutartig kontrolle monat monaten monate verdacht suspekt links rechts
+    unauffällig inhomogen dicht extrem typ
     categorie waarschijnlijk goedaardig controle maand maanden verdacht dicht zeer
-    cc mlo ml lm lmo pa ap at xcc xccl xccm fb sio iso cv tan rl rm specimen supine lateral ll frontal train valid test training callback high risk
-    id ids path text report findings impression pathology birads spacing source fold split severity region sentence sentences label labels x0 y0 x1 y1 csv
-    luma refuse old dev val validation starts begins start end damaged truncated readable empty cannot be read reads read there this that it its as by on no an a than more less which with without while header
+    cc mlo ml lm lmo pa ap at xcc xccl xccm fb sio iso cv tan rl rm specimen supine lateral ll frontal train
+    valid test training callback high risk
+    id ids path text report findings impression pathology birads spacing source fold split severity region
+    sentence sentences label labels x0 y0 x1 y1 csv
+    luma refuse old dev val validation starts begins start end damaged truncated readable empty cannot be read
+    reads read there this that it its as by on no an a than more less which with without while header
     image images mask masks file files patient exam view laterality age sex label box boxes row rows
-    monochrome1 monochrome2 rgb palette color ybr full 422 ict rct unsigned signed linear sigmoid exact identity inverse presentation processing mg cr dx dr us mr ct png jpg jpeg pgm dcm dicom
+    monochrome1 monochrome2 rgb palette color ybr full 422 ict rct unsigned signed linear sigmoid exact identity
+    inverse presentation processing mg cr dx dr us mr ct png jpg jpeg pgm dcm dicom
     '''.split())
 
 
@@ -34,7 +46,8 @@ def told(
 ) -> str: # known words, codes and short numbers; '…' for the rest
     "Repeat a cell without what may be a name."
     pieces = re.findall(r'\d+(?:\.\d)?(?!\d)|[^\W\d_]+\d*|\d+|\s+|[^\w\s]|_', unicodedata.normalize('NFKC', str(text)))
-    keep = lambda p: ' ' if p.isspace() else p if p.lower() in KNOWN_WORDS or re.fullmatch(r'\d{1,3}(\.\d)?|[A-Za-z]|[-.,:;/()$&+%?=<>|_]', p) else '…'
+    keep = (lambda p: ' ' if p.isspace() else p if p.lower() in KNOWN_WORDS
+            or re.fullmatch(r'\d{1,3}(\.\d)?|[A-Za-z]|[-.,:;/()$&+%?=<>|_]', p) else '…')
     said = re.sub(r'…(?:[\s,;:./()_-]*…)+', '…', ''.join(map(keep, pieces))).strip()
     return said if len(said) <= longest else said[:longest - 1] + '…'
 
@@ -52,7 +65,8 @@ def without_text_of(
 ) -> str: # the reason, '…' for words that stand in the file and for quotations
     "Keep a reason from repeating a file: a name in a header, the first words of a letter."
     words = lambda text: {w.lower() for w in re.findall(r'[^\W\d_]{4,}', text)}
-    theirs = words(data.decode('utf-8', 'ignore')) | words(data.decode('latin-1')) | words(data.decode('utf-16-le', 'ignore'))
+    theirs = (words(data.decode('utf-8', 'ignore')) | words(data.decode('latin-1'))
+              | words(data.decode('utf-16-le', 'ignore')))
     theirs -= KNOWN_WORDS | {'ihdr', 'idat', 'iend', 'plte', 'dicm', 'jfif'}
     reason = re.sub(r"""(?<!\w)b?(['"])(.*?)\1(?!\w)""", lambda m: f"'{told(m[2])}'", reason)
     reason = re.sub(r'[^\W\d_]{4,}', lambda m: '…' if m[0].lower() in theirs else m[0], reason)
@@ -61,7 +75,7 @@ def without_text_of(
 
 def reason_about(
     reason:str, # why a file is set aside
-    path, # of the file
+    path:str|Path, # of the file
 ) -> str: # without what stands in the file
     "Keep a reason from repeating the file it is about."
     try:
@@ -72,14 +86,20 @@ def reason_about(
 # %% ../../nbs/106_data.cells.ipynb #629f90bc
 _CATEGORY = r'(?:(?:4|IV)[ -]?[ABC](?!\w)|[0-6](?:[.,]0)?(?![\w.,]*\d)(?!\w)|(?:VI|V|IV|I{1,3})(?!\w))'
 _RADS = r'BI[ -]?RADS?'
-_NAME = rf'(?:{_RADS}|ACR|CATEGORY|CATEGOR[IÍ]A|KATEGORIE|CATEGORIE|CAT[EÉ]GORIE|CATEG|CAT|KAT|KLASSE|CLASSE|CLASS|SCORE|ASSESSMENT|BEURTEILUNG|CONCLUSIE)'
+_NAME = (rf'(?:{_RADS}|ACR|CATEGORY|CATEGOR[IÍ]A|KATEGORIE|CATEGORIE|CAT[EÉ]GORIE|CATEG|CAT|KAT|KLASSE|CLASSE|CLASS|'
+         r'SCORE|ASSESSMENT|BEURTEILUNG|CONCLUSIE)')
 _NAMES = rf'(?:{_NAME}[ .:=#®-]*)+'
-_UNIT = (r"(?:MONTHS?|MOS?|MTHS?|MNTHS?|WEEKS?|WKS?|YEARS?|YRS?|DAYS?|HOURS?|HRS?|MM|CM|ML|CC|O'?CLOCK|VIEWS?|TIMES|MONATE?N?|MON|JAHRE?N?|WOCHEN?|TAGE?N?|UHR|MAAND(?:EN)?|MND|JAAR|JAREN|WEKEN|DAGEN|UUR|"
-         r"MOIS|ANS?|SEMAINES?|MES(?:ES)?|MESI|ANNI|AÑOS?|SEMANAS?)")
+_UNIT = (
+    r"(?:MONTHS?|MOS?|MTHS?|MNTHS?|WEEKS?|WKS?|YEARS?|YRS?|DAYS?|HOURS?|HRS?|MM|CM|ML|CC|O'?CLOCK|VIEWS?|TIMES|"
+    r"MONATE?N?|MON|JAHRE?N?|WOCHEN?|TAGE?N?|UHR|MAAND(?:EN)?|MND|JAAR|JAREN|WEKEN|DAGEN|UUR|"
+    r"MOIS|ANS?|SEMAINES?|MES(?:ES)?|MESI|ANNI|AÑOS?|SEMANAS?)")
 _NUMBER = r'\d+(?:[.,]\d+)?'
-_EXPLAINED = re.compile(rf"\d{{1,4}}([./-])\d{{1,2}}\1\d{{2,4}}|\d{{1,2}}[/.]\d{{4}}|\b(?:19|20)\d\d\b|\d{{1,2}}:\d\d|{_NUMBER}(?:\s*(?:-|X|/|TO|OR|BIS|TOT|A)\s*{_NUMBER})*[\s-]*(?:{_UNIT}\b|%)|"
-                        r"\b\d+(?:ST|ND|RD|TH)\b|\b[23]D\b|\bEDITION \d|\b\d\. ?(?:AUFLAGE|EDITION)")
-_DOUBT = r'(?:NOT|NO|NON|NICHT|KEIN|NIET|GEEN|PAS|PREVIOUS(?:LY)?|PRIOR|FORMER(?:LY)?|WAS|FROM|EHEMALS|VORHER|FRÜHER|ZUVOR|EERDER|VORIGE|RULE OUT|R/O|AT LEAST|UP TO|MIN|MAX|[<>≤≥~?])[ :=(-]*(?:A |AN )?'
+_EXPLAINED = re.compile(
+    r"\d{1,4}([./-])\d{1,2}\1\d{2,4}|\d{1,2}[/.]\d{4}|\b(?:19|20)\d\d\b|\d{1,2}:\d\d|"
+    rf"{_NUMBER}(?:\s*(?:-|X|/|TO|OR|BIS|TOT|A)\s*{_NUMBER})*[\s-]*(?:{_UNIT}\b|%)|"
+    r"\b\d+(?:ST|ND|RD|TH)\b|\b[23]D\b|\bEDITION \d|\b\d\. ?(?:AUFLAGE|EDITION)")
+_DOUBT = (r'(?:NOT|NO|NON|NICHT|KEIN|NIET|GEEN|PAS|PREVIOUS(?:LY)?|PRIOR|FORMER(?:LY)?|WAS|FROM|EHEMALS|VORHER|FRÜHER|'
+          r'ZUVOR|EERDER|VORIGE|RULE OUT|R/O|AT LEAST|UP TO|MIN|MAX|[<>≤≥~?])[ :=(-]*(?:A |AN )?')
 _COUNTED = r'(?:MASS(?:ES)?|LESIONS?|CYSTS?|CALCIFICATIONS?|NODULES?|LUMPS?|IMAGES?|BREASTS?|FILMS?|BIOPS)'
 
 
@@ -94,10 +114,14 @@ def plain_cell(
 # %% ../../nbs/106_data.cells.ipynb #e9a311a3
 BIRADS_ORDER = ('1', '2', '3', '0', '4', '4A', '4B', '4C', '5', '6')
 _ROMAN = {'I': '1', 'II': '2', 'III': '3', 'IV': '4', 'V': '5', 'VI': '6'}
-_EXACT = {'INCOMPLETE': '0', 'NEGATIVE': '1', 'BENIGN': '2', 'PROBABLY BENIGN': '3', 'SUSPICIOUS': '4', 'HIGHLY SUGGESTIVE OF MALIGNANCY': '5', 'KNOWN BIOPSY-PROVEN MALIGNANCY': '6'}
-_MEANS = [(r'(?:PROBABLY|LIKELY|WAHRSCHEINLICH|WAARSCHIJNLIJK|PROBABLEMENT|PROBABLEMENTE) (?:BENIGN|GUTARTIG|GOEDAARDIG|B[EÉ]NIN|BENIGNO)\w*', '3'),
-          (r'BENIGN\w*|GUTARTIG\w*|GOEDAARDIG\w*|B[EÉ]NIN\w*', '2'), (r'NEGATIVE|NORMAL|UNAUFFÄLLIG\w*|NORMAAL', '1'), (r'HIGHLY SUGGESTIVE\w*', '5'), (r'SUSPICIOUS|SUSPEKT|VERDÄCHTIG|VERDACHT', '45'),
-          (r'(?:KNOWN|PROVEN) (?:MALIGNANCY|CANCER|CARCINOMA)', '6'), (r'INCOMPLETE|UNVOLLSTÄNDIG|ONVOLLEDIG|NEEDS? ADDITIONAL', '0')]
+_EXACT = {'INCOMPLETE': '0', 'NEGATIVE': '1', 'BENIGN': '2', 'PROBABLY BENIGN': '3', 'SUSPICIOUS': '4',
+          'HIGHLY SUGGESTIVE OF MALIGNANCY': '5', 'KNOWN BIOPSY-PROVEN MALIGNANCY': '6'}
+_MEANS = [(r'(?:PROBABLY|LIKELY|WAHRSCHEINLICH|WAARSCHIJNLIJK|PROBABLEMENT|PROBABLEMENTE) '
+           r'(?:BENIGN|GUTARTIG|GOEDAARDIG|B[EÉ]NIN|BENIGNO)\w*', '3'),
+          (r'BENIGN\w*|GUTARTIG\w*|GOEDAARDIG\w*|B[EÉ]NIN\w*', '2'), (r'NEGATIVE|NORMAL|UNAUFFÄLLIG\w*|NORMAAL', '1'),
+          (r'HIGHLY SUGGESTIVE\w*', '5'), (r'SUSPICIOUS|SUSPEKT|VERDÄCHTIG|VERDACHT', '45'),
+          (r'(?:KNOWN|PROVEN) (?:MALIGNANCY|CANCER|CARCINOMA)', '6'),
+          (r'INCOMPLETE|UNVOLLSTÄNDIG|ONVOLLEDIG|NEEDS? ADDITIONAL', '0')]
 
 
 def most_suspicious(
@@ -128,11 +152,15 @@ _JOIN = r'(?:[-/,;&+]|OR|AND|TO|BIS|ODER|UND|OF|EN|TOT|OU|VS\.?)'
 def _behind_its_name(text):
     "The category that stands behind its name; None where none has one."
     strong = re.search(rf'\b{_RADS}[ .:=#-]*(?:{_NAMES})?{_CATEGORY}', text)
-    if strong: text = re.sub(r'\b(?:ACR|DENSITY|DICHTE|DENSITEIT)[ .:=-]*(?:TYPE?|KLASSE)?[ .:=-]*[A-D1-4]\b(?! ?[ABC]\b)', ' ', text) # in one cell with BI-RADS it is the density
+    # in one cell with BI-RADS it is the density
+    if strong:
+        text = re.sub(r'\b(?:ACR|DENSITY|DICHTE|DENSITEIT)[ .:=-]*(?:TYPE?|KLASSE)?[ .:=-]*[A-D1-4]\b(?! ?[ABC]\b)',
+                      ' ', text)
     named = [m for m in re.finditer(rf'\b{_NAMES}({_CATEGORY})', text)]
     if not named: return None
     now = {_category(m[1]) for m in named}
-    doubtful = any(re.search(rf'(?:^|\W){_DOUBT}$', text[:m.start()]) or re.match(r' ?\?', text[m.end():]) for m in named)
+    doubtful = any(re.search(rf'(?:^|\W){_DOUBT}$', text[:m.start()]) or re.match(r' ?\?', text[m.end():])
+                   for m in named)
     more = any(re.match(rf'\s*{_JOIN}\s*(?:{_NAMES})?{_CATEGORY}', text[m.end():]) for m in named)
     return now.pop() if len(now) == 1 and not doubtful and not more else ''
 
@@ -142,13 +170,17 @@ def _first_in_the_cell(text):
     m = re.match(rf'({_CATEGORY})(?:[ ]*$|[ ]*[-:,;.(=][ ]*(.*)|[ ]+(.*))', text)
     if not m: # words first: `benign (2)`
         m = re.fullmatch(r'([^\d]+?)[ :(-]*([0-6](?:[.,]0)?)\)?', text)
-        return _category(m[2]) if m and _meanings(m[1]) and all(_category(m[2]) in c for c in _meanings(m[1])) and not re.search(rf'(?:^|\W){_DOUBT}$', m[1] + ' ') else ''
+        return (_category(m[2]) if m and _meanings(m[1]) and all(_category(m[2]) in c for c in _meanings(m[1]))
+                and not re.search(rf'(?:^|\W){_DOUBT}$', m[1] + ' ') else '')
     category, rest = _category(m[1]), m[2] or m[3] or ''
     if not rest: return category
     means = _meanings(rest)
     if re.search(r'[\d?$/&+]', rest) or re.match(rf'{_JOIN}\b', rest) and re.search(rf'\b{_CATEGORY}', rest): return ''
-    if means and category[0] != '0' and not any(category[0] in c for c in means): return '' # the words say something else
-    if m[3] and (not means or re.match(_COUNTED, rest) or re.match(r'(?:BENIGN|SUSPICIOUS|NORMAL) ' + _COUNTED, rest)): return '' # `2 masses` counts
+    # the words say something else
+    if means and category[0] != '0' and not any(category[0] in c for c in means): return ''
+    # `2 masses` counts
+    if m[3] and (not means or re.match(_COUNTED, rest) or re.match(r'(?:BENIGN|SUSPICIOUS|NORMAL) ' + _COUNTED, rest)):
+        return ''
     return category
 
 
@@ -157,7 +189,8 @@ def _one(text):
     if text in _EXACT: return _EXACT[text]
     text = re.sub(r'\s+', ' ', _EXPLAINED.sub(' ', text)).strip(' .')
     pair = re.fullmatch(rf'(?:{_NAMES})?({_CATEGORY}) ?{_JOIN} ?(?:{_NAMES})?({_CATEGORY})', text)
-    if pair and {c := _category(pair[1]), d := _category(pair[2])} <= {'4', '4A', '4B', '4C'}: return c if c == d else '4'
+    if pair and {c := _category(pair[1]), d := _category(pair[2])} <= {'4', '4A', '4B', '4C'}:
+        return c if c == d else '4'
     named = _behind_its_name(text)
     return _first_in_the_cell(text) if named is None else named
 
@@ -182,17 +215,24 @@ def birads_category(
     said = {}
     for clause in re.split(r'[,;/|]|\b(?:AND|UND|EN|ET)\b', _EXPLAINED.sub(' ', text)):
         here = [s for s, pattern in _SIDE.items() if re.search(pattern, clause)]
-        value = _one(re.sub(r'^[ :=-]+|[ :=-]+$', '', re.sub(r'\s+', ' ', re.sub(_SIDE_WORDS + r'[ :=]*', ' ', clause))))
+        value = _one(re.sub(r'^[ :=-]+|[ :=-]+$', '',
+                            re.sub(r'\s+', ' ', re.sub(_SIDE_WORDS + r'[ :=]*', ' ', clause))))
         if len(here) != 1 or here[0] in said:
             if re.search(r'\d', clause) or len(here) > 1: return ''
             continue # words that name neither a side nor a number
         said[here[0]] = value
-    return said.get(laterality, '') if laterality else said.popitem()[1] if len(said) == 2 and len(set(said.values())) == 1 else ''
+    return (said.get(laterality, '') if laterality else said.popitem()[1] if len(said) == 2
+            and len(set(said.values())) == 1 else '')
 
 # %% ../../nbs/106_data.cells.ipynb #9bdb4521
-_DENSE = [(r'(?:(?:ALMOST|NEARLY|PREDOMINANTLY) ENTIRELY|ENTIRELY) FAT(?:TY)?|FAST VOLLSTÄNDIG AUS FETT\w*|VRIJWEL GEHEEL VET\w*', 'A'), (r'SCATTERED(?: AREAS?)?(?: OF)?(?: FIBRO-?GLANDULAR)?(?: (?:DENSIT(?:Y|IES)|TISSUE))?|VEREINZELTE? \w+ MIT FIBROGLANDUL\w+|VERSPREID FIBROGLANDUL\w+', 'B'),
-          (r'HETEROGENEOUS(?:LY)?(?: DENSE)?|INHOMOGEN DICHT|HETEROGEE?N DICHT', 'C'), (r'EXTREMELY DENSE|EXTRE+M DICHT', 'D')]
-_DENSITY_NAMES = r'(?:(?:ACR|DENSITY|DICHTETYP|DICHTE|DENSITEIT|BI-?RADS|TYPE?|CATEGORY|CLASS|GRADE|COMPOSITION)[ :.\-]*)*'
+_DENSE = [(r'(?:(?:ALMOST|NEARLY|PREDOMINANTLY) ENTIRELY|ENTIRELY) FAT(?:TY)?|'
+           r'FAST VOLLSTÄNDIG AUS FETT\w*|VRIJWEL GEHEEL VET\w*', 'A'),
+          (r'SCATTERED(?: AREAS?)?(?: OF)?(?: FIBRO-?GLANDULAR)?(?: (?:DENSIT(?:Y|IES)|TISSUE))?|'
+           r'VEREINZELTE? \w+ MIT FIBROGLANDUL\w+|VERSPREID FIBROGLANDUL\w+', 'B'),
+          (r'HETEROGENEOUS(?:LY)?(?: DENSE)?|INHOMOGEN DICHT|HETEROGEE?N DICHT', 'C'),
+          (r'EXTREMELY DENSE|EXTRE+M DICHT', 'D')]
+_DENSITY_NAMES = (r'(?:(?:ACR|DENSITY|DICHTETYP|DICHTE|DENSITEIT|BI-?RADS|TYPE?|CATEGORY|CLASS|GRADE|COMPOSITION)'
+                  r'[ :.\-]*)*')
 
 
 def density_letter(
@@ -210,7 +250,9 @@ def density_letter(
     for pattern, letter in _DENSE:
         if re.search(rf'\b(?:{pattern})\b', rest): letters.append(letter)
         rest = re.sub(rf'\b(?:{pattern})\b', ' ', rest)
-    doubt = re.search(r'\b(?:NOT?|NICHT|NIET|KEINE?|OR|TO|VS|BETWEEN|LESS|NEARLY|ALMOST|BORDER\w*|PREVIOUS\w*|FAT\w*|FETT\w*|[A-D]|I{2,3}|IV)\b|[\d?/<>]', rest)
+    doubt = re.search(
+        r'\b(?:NOT?|NICHT|NIET|KEINE?|OR|TO|VS|BETWEEN|LESS|NEARLY|ALMOST|BORDER\w*|PREVIOUS\w*|FAT\w*|FETT\w*|'
+        r'[A-D]|I{2,3}|IV)\b|[\d?/<>]', rest)
     return letters[0] if len(set(letters)) == 1 and not doubt else ''
 
 # %% ../../nbs/106_data.cells.ipynb #60723570
@@ -224,7 +266,8 @@ def age_years(
     text = plain_cell(text)
     if not text: return float('nan')
     if re.fullmatch(r'(?:>|≥|OVER )? ?(?:89|90) ?(?:\+|AND OVER)?', text) and not text.isdigit(): return OLDEST
-    m = re.fullmatch(r"(\d{1,3}(?:[.,]\d+)?) ?(Y|YRS?|YEARS?|YEARS? OLD|Y ?/ ?O|YO|JAHRE?|J|JAAR|ANS|AÑOS|M|W|D)?", text)
+    m = re.fullmatch(r"(\d{1,3}(?:[.,]\d+)?) ?(Y|YRS?|YEARS?|YEARS? OLD|Y ?/ ?O|YO|JAHRE?|J|JAAR|ANS|AÑOS|M|W|D)?",
+                     text)
     if not m: return None
     return float(m[1].replace(',', '.'))/{'M': 12, 'W': 52.18, 'D': 365.25}.get(m[2], 1)
 
@@ -234,4 +277,5 @@ def side_letter(
 ) -> str: # L or R; anything else as it is, in upper case
     "Read a side."
     text = plain_cell(text)
-    return next((s for s, pattern in _SIDE.items() if re.fullmatch(pattern + r'(?: (?:BREAST|BRUST|BORST|SIDE))?', text)), text)
+    return next((s for s, pattern in _SIDE.items()
+                 if re.fullmatch(pattern + r'(?: (?:BREAST|BRUST|BORST|SIDE))?', text)), text)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LATERALITIES', 'CHEST_VIEWS', 'VIEWS', 'DENSITIES', 'SPLITS', 'RECORDS', 'BOXES', 'SENTENCES', 'MANIFEST', 'TABLES',
-           'ALIASES', 'Column', 'describe', 'check_quotes', 'read_csv', 'check_columns', 'tidy', 'schema',
+           'ALIASES', 'Column', 'describe_table', 'check_quotes', 'read_csv', 'check_columns', 'tidy', 'schema',
            'find_problems', 'validate', 'sort_out', 'fit_boxes', 'read_list', 'Report', 'left_out', 'Source',
            'alike_ids', 'empty']
 
@@ -14,20 +14,26 @@ import csv
 import functools
 import re
 import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ..core.errors import DataError, closest
 from ..core.paths import restored_cell
 from .cells import age_years, quoted, side_letter, told
 
+if TYPE_CHECKING: from pandera.pandas import DataFrameSchema
+
 # %% ../../nbs/110_data.schema.ipynb #fe0a4708
 LATERALITIES = ('L', 'R')
 CHEST_VIEWS = ('PA', 'AP', 'AP SUPINE', 'LATERAL', 'LL', 'FRONTAL') # FRONTAL: PA or AP, the release does not say which
-VIEWS = ('CC', 'MLO', 'ML', 'LM', 'LMO', 'AT', 'XCC', 'XCCL', 'XCCM', 'FB', 'SIO', 'ISO', 'CV', 'TAN', 'RL', 'RM', 'SPECIMEN', *CHEST_VIEWS)
+VIEWS = ('CC', 'MLO', 'ML', 'LM', 'LMO', 'AT', 'XCC', 'XCCL', 'XCCM', 'FB', 'SIO', 'ISO', 'CV', 'TAN', 'RL', 'RM',
+         'SPECIMEN', *CHEST_VIEWS)
 DENSITIES = ('A', 'B', 'C', 'D')
 SPLITS = ('train', 'valid', 'test')
 
@@ -48,8 +54,10 @@ RECORDS = {
     'patient_id': Column('text', True, 'who; splits never divide a patient', filled=True),
     'laterality': Column('text', True, 'L or R', LATERALITIES),
     'view': Column('text', True, 'projection: CC, MLO, …', VIEWS, filled=True),
-    'image_id': Column('text', False, 'name of the image; default: file name without ending, hashed in preparation', unique=True, filled=True),
-    'id_from': Column('text', False, 'table, or file where image_id is the file name: then it is hashed in preparation', ('table', 'file')),
+    'image_id': Column('text', False, 'name of the image; default: file name without ending, hashed in preparation',
+                       unique=True, filled=True),
+    'id_from': Column('text', False, 'table, or file where image_id is the file name: then it is hashed in '
+                                     'preparation', ('table', 'file')),
     'exam_id': Column('text', False, 'visit; default: the patient'),
     'source': Column('text', False, 'data set (also called `dataset`)'),
     'age': Column('float', False, 'years', low=0, high=120),
@@ -82,7 +90,8 @@ SENTENCES = {
     'image_id': Column('text', True, 'image that shows it'),
     'box': Column('int', True, 'number of the box among the boxes of that image, from 0; -1 none', low=-1),
     'region': Column('text', False, 'name of the place the sentence speaks of, healthy ones too'),
-    **{k: Column('float', False, f'{w} edge of that place, pixels of the image') for k, w in (('x0', 'left'), ('y0', 'top'), ('x1', 'right'), ('y1', 'bottom'))},
+    **{k: Column('float', False, f'{w} edge of that place, pixels of the image')
+       for k, w in (('x0', 'left'), ('y0', 'top'), ('x1', 'right'), ('y1', 'bottom'))},
 }
 
 # %% ../../nbs/110_data.schema.ipynb #19424072
@@ -91,29 +100,35 @@ _real = lambda meaning, **k: Column('float', True, meaning, **k)
 MANIFEST = {
     'row': Column('int', True, 'row of the image store', low=0, unique=True),
     'image_id': _text('name of the image', unique=True, filled=True),
-    'patient_id': _text('salted hash of the patient', filled=True), 'exam_id': _text('salted hash of the visit', filled=True),
-    'laterality': _text('L or R', one_of=LATERALITIES), 'view': _text('projection', one_of=VIEWS, filled=True),
-    'source': _text('data set'),
-    'orig_height': Column('int', True, 'pixels of the source image', low=1), 'orig_width': Column('int', True, 'pixels of the source image', low=1),
-    **{f'crop_{k}': _real('edge of the crop window, pixels of the source image', filled=True) for k in ('y0', 'x0', 'y1', 'x1')},
-    'spacing_y': _real('mm per pixel of the store', low=1e-9), 'spacing_x': _real('mm per pixel of the store', low=1e-9),
+    'patient_id': _text('salted hash of the patient', filled=True),
+    'exam_id': _text('salted hash of the visit', filled=True), 'laterality': _text('L or R', one_of=LATERALITIES),
+    'view': _text('projection', one_of=VIEWS, filled=True), 'source': _text('data set'),
+    'orig_height': Column('int', True, 'pixels of the source image', low=1),
+    'orig_width': Column('int', True, 'pixels of the source image', low=1),
+    **{f'crop_{k}': _real('edge of the crop window, pixels of the source image', filled=True)
+       for k in ('y0', 'x0', 'y1', 'x1')},
+    'spacing_y': _real('mm per pixel of the store', low=1e-9),
+    'spacing_x': _real('mm per pixel of the store', low=1e-9),
     'image_sha256': _text('of the source file', filled=True), 'pixel_sha256': _text('of the stored row', filled=True),
     'burned_in_text': Column('bool', True, 'letters found in the pixels'),
-    'mask_row': Column('int', True, 'row of the mask store, -1 none', low=-1),
-    'report': _text("report, '' none"), 'age': _real('years', low=0, high=120), 'density': _text("A to D, '' unknown", one_of=DENSITIES),
-    'birads': _text('as written'), 'pathology': _text('as written'), 'split': _text("train, valid, test or ''", one_of=SPLITS),
+    'mask_row': Column('int', True, 'row of the mask store, -1 none', low=-1), 'report': _text("report, '' none"),
+    'age': _real('years', low=0, high=120), 'density': _text("A to D, '' unknown", one_of=DENSITIES),
+    'birads': _text('as written'), 'pathology': _text('as written'),
+    'split': _text("train, valid, test or ''", one_of=SPLITS),
     'fold': Column('int', True, 'fold number, -1 none', low=-1),
-    'view_modifier': Column('text', False, "what makes the view special, from the file's header: magnification, spot compression …; '' for a plain one"),
+    'view_modifier': Column('text', False, "what makes the view special, from the file's header: magnification, spot "
+                                           "compression …; '' for a plain one"),
     'notes': Column('text', False, "what contradicts itself in the file's header, and how it was read; '' nothing"),
 }
 TABLES = {'records': RECORDS, 'boxes': BOXES, 'sentences': SENTENCES, 'manifest': MANIFEST}
 
 
-def describe(
+def describe_table(
     kind:str, # 'records', 'boxes', 'sentences' or 'manifest'
 ) -> pd.DataFrame:
     "List the columns of a table with their meaning."
-    rows = [(name, c.kind, 'required' if c.required else '', ', '.join(c.one_of[:6]) + (' …' if len(c.one_of) > 6 else ''), c.meaning)
+    rows = [(name, c.kind, 'required' if c.required else '',
+             ', '.join(c.one_of[:6]) + (' …' if len(c.one_of) > 6 else ''), c.meaning)
             for name, c in TABLES[kind].items()]
     return pd.DataFrame(rows, columns=['column', 'kind', '', 'values', 'meaning']).set_index('column')
 
@@ -126,7 +141,8 @@ def _check_separator(path):
     with open(path, 'rb') as f: names = f.readline(100_000).decode('utf-8', errors='replace')
     for mark, word in _SEPARATORS.items():
         if names.count(mark) > names.count(','):
-            raise DataError(f'the columns are separated by {word}, not by commas.', file=str(path), fix='Save the table as CSV with commas.')
+            raise DataError(f'the columns are separated by {word}, not by commas.', file=str(path),
+                            fix='Save the table as CSV with commas.')
 
 
 def _shape(text): return re.sub(r'[^\W\d_]+', 'a', re.sub(r'\d+', '9', text.strip()))
@@ -143,7 +159,7 @@ def _swallowed(rows, separator):
 
 
 def check_quotes(
-    path, # CSV file, UTF-8
+    path:str|Path, # CSV file, UTF-8
     separator:str=',', # between the cells
 ) -> None:
     """Look for a quote that is not closed where its cell ends: it would swallow the rows behind it.
@@ -158,28 +174,37 @@ def check_quotes(
                 rows.append(row)
                 start = reader.line_num + 1
         except csv.Error as e:
-            raise DataError(f'a quote that opens in line {start} or behind it is not closed where its cell ends (line {reader.line_num}): it would swallow rows.', file=str(path), row=max(len(rows) - 1, 0),
+            raise DataError(f'a quote that opens in line {start} or behind it is not closed where its cell ends (line '
+                            f'{reader.line_num}): it would swallow rows.', file=str(path), row=max(len(rows) - 1, 0),
                             fix='Close the quote; a quote inside a quoted cell is written twice.') from e
     if (n := _swallowed(rows[1:], separator)) is not None:
-        raise DataError('a quoted cell holds what looks like the next rows: its quote is closed too late.', file=str(path), row=n, fix='Close the quote where its cell ends.')
+        raise DataError('a quoted cell holds what looks like the next rows: its quote is closed too late.',
+                        file=str(path), row=n, fix='Close the quote where its cell ends.')
 
 
 def read_csv(
-    path, # CSV file, UTF-8
+    path:str|Path, # CSV file, UTF-8
 ) -> pd.DataFrame: # text columns; empty cells are ''
     """Read a CSV as text.
 
-    Raises: DataError for a file that is absent, unreadable, empty, not UTF-8, not a table or not separated by commas, that has a column twice, or a quote that swallows rows."""
+    Raises: DataError for a file that is absent, unreadable, empty, not UTF-8, not a table or not separated by
+    commas, that has a column twice, or a quote that swallows rows."""
     path = Path(path)
     if not path.is_file(): raise DataError('the file does not exist.', file=str(path))
     try:
         _check_separator(path)
         check_quotes(path)
-        df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', header=None, skip_blank_lines=True)
-    except UnicodeDecodeError as e: raise DataError(f'not UTF-8 text ({e.reason}).', file=str(path), fix='Save the table as UTF-8 CSV.') from e
-    except OSError as e: raise DataError(f'the file cannot be read ({e.strerror}).', file=str(path), fix='See who may read it, and whether its disk is well.') from e
+        df = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', header=None,
+                         skip_blank_lines=True)
+    except UnicodeDecodeError as e:
+        raise DataError(f'not UTF-8 text ({e.reason}).', file=str(path), fix='Save the table as UTF-8 CSV.') from e
+    except OSError as e:
+        raise DataError(f'the file cannot be read ({e.strerror}).', file=str(path),
+                        fix='See who may read it, and whether its disk is well.') from e
     except pd.errors.EmptyDataError as e: raise DataError('the file is empty.', file=str(path)) from e
-    except pd.errors.ParserError as e: raise DataError(f'not a table: {" ".join(str(e).split())}.', file=str(path), fix='Quote cells that hold commas or line breaks.') from e
+    except pd.errors.ParserError as e:
+        raise DataError(f'not a table: {" ".join(str(e).split())}.', file=str(path),
+                        fix='Quote cells that hold commas or line breaks.') from e
     names = df.iloc[0].str.strip()
     if (twice := names[names.duplicated() & (names != '')]).size:
         raise DataError('the column is there twice.', file=str(path), column=twice.iloc[0])
@@ -188,7 +213,8 @@ def read_csv(
     return df.fillna('').astype(str).map(restored_cell)
 
 # %% ../../nbs/110_data.schema.ipynb #01eaec77
-ALIASES = {'dataset': 'source', 'report': 'report_text', 'impressions': 'impression', 'view_position': 'view', 'patient': 'patient_id',
+ALIASES = {'dataset': 'source', 'report': 'report_text', 'impressions': 'impression', 'view_position': 'view',
+           'patient': 'patient_id',
            'path': 'image_path', 'filename': 'image_path', 'image': 'image_path'}
 
 
@@ -215,7 +241,7 @@ def _edits(a, b):
 def check_columns(
     df:pd.DataFrame, # any table
     kind:str, # which table it should be
-    file=None, # for the message
+    file:str|Path|None=None, # for the message
 ) -> list: # columns that are not known: they are ignored
     """Compare a table's column names with the definition.
 
@@ -225,11 +251,14 @@ def check_columns(
     for name in spec:
         if name in df.columns: continue
         near = next((c for c in unknown if _alike(str(c), name)), None)
-        if near is not None: raise DataError(f'unknown column {near!r}: did you mean {name!r}?', file=file, column=near, fix=f'Rename it to {name!r}.')
+        if near is not None:
+            raise DataError(f'unknown column {near!r}: did you mean {name!r}?', file=file, column=near,
+                            fix=f'Rename it to {name!r}.')
         if spec[name].required:
             near = closest(name, unknown)
             raise DataError(f'the column {name!r} is missing ({spec[name].meaning}).', file=file, column=name,
-                            fix=(f'Is it {near!r}? ' if near else '') + f'The table has: {", ".join(map(str, df.columns))}.')
+                            fix=(f'Is it {near!r}? ' if near else '')
+                            + f'The table has: {", ".join(map(str, df.columns))}.')
     return unknown
 
 # %% ../../nbs/110_data.schema.ipynb #69e6c859
@@ -238,7 +267,8 @@ _NOTHING = ('', 'nan', 'none', 'null', 'n/a', '<na>', 'nat')
 
 def _number(text):
     "Convert a column of text to float; a list of rows that are not numbers."
-    if pd.api.types.is_numeric_dtype(text) or pd.api.types.is_bool_dtype(text): return text.astype(float), np.zeros(len(text), bool)
+    if pd.api.types.is_numeric_dtype(text) or pd.api.types.is_bool_dtype(text):
+        return text.astype(float), np.zeros(len(text), bool)
     empty = text.isna() | text.astype(str).str.strip().str.lower().isin(_NOTHING)
     value = pd.to_numeric(text.where(~empty), errors='coerce')
     return value.astype(float), (value.isna() & ~empty).to_numpy()
@@ -266,11 +296,13 @@ def tidy(
             out[name] = _words(df[name]) if kind_ == 'text' else df[name].astype(bool)
             continue
         out[name], bad = _number(_ages(df[name]) if name == 'age' else df[name])
-        problems += [dict(row=r, column=name, value=df[name].iloc[r], problem='not a number') for r in np.flatnonzero(bad)]
+        problems += [dict(row=r, column=name, value=df[name].iloc[r], problem='not a number')
+                     for r in np.flatnonzero(bad)]
     out = pd.DataFrame(out).reset_index(drop=True)
     for name, form in (('laterality', side_letter), ('view', str.upper), ('density', str.upper), ('split', str.lower)):
         if name in out: out[name] = out[name].map(form)
-    for name in ('report_text', 'findings', 'impression', 'report', 'patient_id', 'image_id', 'exam_id', 'image_path', 'mask_path'):
+    for name in ('report_text', 'findings', 'impression', 'report', 'patient_id', 'image_id', 'exam_id', 'image_path',
+                 'mask_path'):
         if name in out: out[name] = out[name].where(~out[name].str.lower().isin(_NOTHING[1:3] + _NOTHING[5:]), '')
     return out, problems
 
@@ -278,11 +310,13 @@ def tidy(
 @functools.cache
 def schema(
     kind:str, # 'records', 'boxes', 'sentences' or 'manifest'
-): # pandera DataFrameSchema
+) -> 'DataFrameSchema': # pandera DataFrameSchema
     "Build the pandera schema of a table (rules on values; names are checked by `check_columns`)."
     import pandera.pandas as pa
-    columns = {name: pa.Column(None, _checks(pa, c), unique=False, nullable=True, required=c.required) for name, c in TABLES[kind].items()}
-    label = pa.Column(None, [pa.Check.isin([0, 1], error='a label is 1, 0 or empty')], nullable=True, required=False, regex=True)
+    columns = {name: pa.Column(None, _checks(pa, c), unique=False, nullable=True, required=c.required)
+               for name, c in TABLES[kind].items()}
+    label = pa.Column(None, [pa.Check.isin([0, 1], error='a label is 1, 0 or empty')], nullable=True, required=False,
+                      regex=True)
     return pa.DataFrameSchema({**columns, '^label_.+': label})
 
 
@@ -292,7 +326,8 @@ def _checks(pa, c):
     if c.one_of: checks.append(pa.Check.isin([*c.one_of, ''], error=f'not one of {", ".join(c.one_of)}'))
     if c.low is not None: checks.append(pa.Check.ge(c.low, error=f'less than {c.low:g}'))
     if c.high is not None: checks.append(pa.Check.le(c.high, error=f'more than {c.high:g}'))
-    if c.unique: checks.append(pa.Check(lambda s: ~s.duplicated() | s.isna() | (s.astype(object) == ''), error='there twice'))
+    if c.unique:
+        checks.append(pa.Check(lambda s: ~s.duplicated() | s.isna() | (s.astype(object) == ''), error='there twice'))
     if c.kind == 'int': checks.append(pa.Check(lambda s: s.isna() | (s == s.round()), error='not a whole number'))
     return checks
 
@@ -302,7 +337,8 @@ def _relations(df, kind):
     if kind == 'boxes':
         bad = ~((df.x1 > df.x0) & (df.y1 > df.y0)) & df[['x0', 'y0', 'x1', 'y1']].notna().all(axis=1)
         yield from (dict(row=r, column='x1' if df.x1.iloc[r] <= df.x0.iloc[r] else 'y1', problem='the box has no area',
-                         value=tuple(float(v) for v in df[['x0', 'y0', 'x1', 'y1']].iloc[r])) for r in np.flatnonzero(bad))
+                         value=tuple(float(v) for v in df[['x0', 'y0', 'x1', 'y1']].iloc[r]))
+                         for r in np.flatnonzero(bad))
     if kind in ('records', 'manifest'):
         bad = (df.laterality == '') & ~df['view'].isin(CHEST_VIEWS)
         yield from (dict(row=r, column='laterality', value='', problem='empty') for r in np.flatnonzero(bad))
@@ -319,42 +355,47 @@ def find_problems(
     except SchemaErrors as e:
         cases = e.failure_cases
         if (bad := cases[cases['index'].isna()]).size:
-            raise DataError(f'{bad.iloc[0]["check"]}: {bad.iloc[0]["failure_case"]}', column=str(bad.iloc[0]['column'])) from None
+            raise DataError(f'{bad.iloc[0]["check"]}: {bad.iloc[0]["failure_case"]}',
+                            column=str(bad.iloc[0]['column'])) from None
         rows = [dict(row=int(i), column=c, value=v, problem=str(p))
                 for i, c, v, p in zip(cases['index'], cases['column'], cases['failure_case'], cases['check'])]
     rows += list(_relations(df, kind))
-    return pd.DataFrame(rows, columns=['row', 'column', 'value', 'problem']).sort_values(['row', 'column'], kind='stable', ignore_index=True)
+    return pd.DataFrame(rows, columns=['row', 'column', 'value', 'problem']).sort_values(
+        ['row', 'column'], kind='stable', ignore_index=True)
 
 # %% ../../nbs/110_data.schema.ipynb #7ea0a180
 def validate(
     df:pd.DataFrame, # any table
     kind:str, # which table
-    file=None, # for the message
+    file:str|Path|None=None, # for the message
 ) -> pd.DataFrame: # the tidied table
     """Check names, types and values.
 
     Raises: DataError naming file, row and column of the first problem, and how many more there are."""
     check_columns(df, kind, file)
     out, unread = tidy(df, kind)
-    problems = pd.concat([pd.DataFrame(unread, columns=['row', 'column', 'value', 'problem']), find_problems(out, kind)], ignore_index=True)
+    problems = pd.concat([pd.DataFrame(unread, columns=['row', 'column', 'value', 'problem']),
+                          find_problems(out, kind)], ignore_index=True)
     if len(problems):
         first = problems.sort_values('row', kind='stable').iloc[0]
         more = f' ({len(problems) - 1} more problems)' if len(problems) > 1 else ''
-        raise DataError(f'{quoted(first.value)}: {first.problem}{more}.', file=file, row=int(first.row), column=first.column)
+        raise DataError(f'{quoted(first.value)}: {first.problem}{more}.', file=file, row=int(first.row),
+                        column=first.column)
     return out
 
 # %% ../../nbs/110_data.schema.ipynb #e5d1db84
 def sort_out(
     df:pd.DataFrame, # any table
     kind:str, # which table
-    file=None, # for the message
+    file:str|Path|None=None, # for the message
 ) -> tuple: # (good rows, keeping their index; problems: row, column, value, problem)
     """Check names (which must be right) and values; part the rows that break a rule from the others.
 
     Raises: DataError for columns that are missing or mistyped."""
     check_columns(df, kind, file)
     out, unread = tidy(df, kind)
-    problems = pd.concat([pd.DataFrame(unread, columns=['row', 'column', 'value', 'problem']), find_problems(out, kind)], ignore_index=True)
+    problems = pd.concat([pd.DataFrame(unread, columns=['row', 'column', 'value', 'problem']),
+                          find_problems(out, kind)], ignore_index=True)
     problems = problems.sort_values('row', kind='stable', ignore_index=True)
     return out[~out.index.isin(problems.row)], problems
 
@@ -373,9 +414,9 @@ def fit_boxes(
 # %% ../../nbs/110_data.schema.ipynb #923875d7
 def read_list(
     text:str, # cell
-    file=None, # for the message
-    row=None, # for the message
-    column=None, # for the message
+    file:str|Path|None=None, # for the message
+    row:int|None=None, # for the message
+    column:str|None=None, # for the message
 ) -> list: # of text
     """Read a list of texts that was written as Python text; an empty cell is an empty list.
 
@@ -385,28 +426,31 @@ def read_list(
     try: value = ast.literal_eval(text) if len(text) < 100_000 else None
     except (ValueError, SyntaxError, MemoryError, RecursionError): value = None
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, (str, int)) for v in value):
-        raise DataError(f'{told(text)!r} is no list of texts.', file=file, row=row, column=column, fix="Write it as ['a', 'b'].")
+        raise DataError(f'{told(text)!r} is no list of texts.', file=file, row=row, column=column,
+                        fix="Write it as ['a', 'b'].")
     return [str(v) for v in value]
 
 # %% ../../nbs/110_data.schema.ipynb #b4377f88
 class Report:
     "Counts, and the rows where something was strange and what was done about it."
-    def __init__(self, name):
+    def __init__(self, name:str):
         self.name, self.counts, self._issues = name, {}, []
         self.names = {} # path of a row that was set aside -> (patient, exam): what must not be written with the path
         self.file_ids = set() # image ids that are names of files: hashed wherever they are written
         self.remarks = [] # what preparation says on the screen: known words and numbers only
-        self.read, self.kept, self.passed, self.merged, self.aside = None, None, 0, {}, {} # rows of the table of images, and what became of those that are no records: {why: rows}
+        # rows of the table of images, and what became of those that are no records: {why: rows}
+        self.read, self.kept, self.passed, self.merged, self.aside = None, None, 0, {}, {}
 
     def add(self,
         kind:str, # short name of the strangeness
-        item='', # image, patient or column
-        row=None, # 0-based row of the source table
+        item:str='', # image, patient or column
+        row:int|None=None, # 0-based row of the source table
         detail:str='', # what was found
         resolution:str='', # what was done; what leaves something out says "left out" or "set aside"
         image:str|None=None, # id of the image, where `item` is something else
         file:str='', # image file
-    ): self._issues.append(dict(kind=kind, item=item, row=row, detail=detail, resolution=resolution, image=item if image is None else image, file=file))
+    ) -> None: self._issues.append(dict(kind=kind, item=item, row=row, detail=detail, resolution=resolution,
+                                image=item if image is None else image, file=file))
 
     def account(self,
         read:int, # rows of the table of images
@@ -414,50 +458,61 @@ class Report:
         merged:dict|None=None, # rows that were joined to others: {why: how many}
         aside:dict|None=None, # rows that were left out: {why: how many}
         passed:int=0, # rows that the caller did not ask for
-    ):
+    ) -> None:
         """Keep the books: read = kept + merged + set aside + passed.
 
         Raises: AssertionError that says how many rows are lost."""
         merged, aside = ({k: int(n) for k, n in (d or {}).items() if n} for d in (merged, aside))
         lost = int(read) - int(kept) - int(passed) - sum(merged.values()) - sum(aside.values())
-        if lost: raise AssertionError(f'{self.name}: {read} rows were read, {kept} became records, {merged} were merged and {aside} set aside: {lost} are not accounted for. This is a fault of the reader.')
+        if lost:
+            raise AssertionError(f'{self.name}: {read} rows were read, {kept} became records, {merged} were merged and '
+                                 f'{aside} set aside: {lost} are not accounted for. This is a fault of the reader.')
         self.read, self.kept, self.passed, self.merged, self.aside = int(read), int(kept), int(passed), merged, aside
 
     def account_images(self,
-        names, # images that the tables of a release name, one a row
-        kept, # images that became records
-        passed=(), # images that the caller did not ask for
-        alias=None, # {image: other name, or names, that an issue may go by: its file, its study}
-    ):
+        names:Iterable, # images that the tables of a release name, one a row
+        kept:Iterable, # images that became records
+        passed:Iterable=(), # images that the caller did not ask for
+        alias:dict|None=None, # {image: other name, or names, that an issue may go by: its file, its study}
+    ) -> None:
         """Keep the books by the issues: each image is kept, not asked for, or an issue says why it is left out.
 
         Raises: AssertionError that says how many are lost."""
         names, kept, passed, alias, why, aside = list(names), set(kept), set(passed), alias or {}, {}, {}
         for i in self._issues:
-            if re.search(r'left out|set aside|not used', i['resolution']): why.setdefault(str(i['item']), i['kind']); why.setdefault(str(i['image']), i['kind'])
+            if re.search(r'left out|set aside|not used', i['resolution']):
+                why.setdefault(str(i['item']), i['kind'])
+                why.setdefault(str(i['image']), i['kind'])
         every = dict.fromkeys(names)
         for n in every:
             other = alias.get(n, ())
-            found = None if n in kept else next((why[a] for a in (str(n), *((other,) if isinstance(other, str) else other)) if a in why), None)
+            found = (None if n in kept
+                     else next((why[a] for a in (str(n), *((other,) if isinstance(other, str) else other))
+                                if a in why), None))
             if found and n not in passed: aside[found] = aside.get(found, 0) + 1
-        self.account(len(names), len(kept), {'listed more than once': len(names) - len(every)}, aside, sum(n in passed and n not in kept for n in every))
+        self.account(len(names), len(kept), {'listed more than once': len(names) - len(every)}, aside,
+                     sum(n in passed and n not in kept for n in every))
 
-    def extend(self, kind, table, resolution, of=None):
-        "Add the problems that `sort_out` found; `of`, the table they were found in, tells which image and file each belongs to."
+    def extend(self, kind:str, table:pd.DataFrame, resolution:str, of:pd.DataFrame|None=None) -> None:
+        """Add the problems that `sort_out` found; `of`, the table they were found in, tells which image and
+        file each belongs to."""
         cell = lambda name, row: str(of[name].iloc[int(row)]) if of is not None and name in of else ''
         for p in table.itertuples():
-            self.add(kind, p.column, p.row, f'{quoted(p.value)}: {p.problem}', resolution, cell('image_id', p.row), cell('image_path', p.row))
+            self.add(kind, p.column, p.row, f'{quoted(p.value)}: {p.problem}', resolution, cell('image_id', p.row),
+                     cell('image_path', p.row))
             self.names[cell('image_path', p.row)] = (cell('patient_id', p.row), cell('exam_id', p.row))
 
     @property
     def rejects(self) -> pd.DataFrame: return left_out(self._issues)
 
     @property
-    def issues(self) -> pd.DataFrame: return pd.DataFrame(self._issues, columns=['kind', 'item', 'row', 'detail', 'resolution'])
+    def issues(self) -> pd.DataFrame:
+        return pd.DataFrame(self._issues, columns=['kind', 'item', 'row', 'detail', 'resolution'])
 
     def __repr__(self):
         issues = ', '.join(f'{k}: {n}' for k, n in self.issues.kind.value_counts().items())
-        return f'{self.name}: ' + ', '.join(f'{k} {v}' for k, v in self.counts.items()) + (f'; issues: {issues}' if issues else '; no issues')
+        return (f'{self.name}: ' + ', '.join(f'{k} {v}' for k, v in self.counts.items())
+                + (f'; issues: {issues}' if issues else '; no issues'))
 
 # %% ../../nbs/110_data.schema.ipynb #beed5f16
 def left_out(
@@ -466,15 +521,20 @@ def left_out(
     "List the parts of a data set that its reader left out."
     rows = {}
     for i in issues:
-        if not re.search(r'left out|set aside', i['resolution']) or 'in preparation' in i['resolution'] or i['kind'] == 'columns not used': continue
+        if (not re.search(r'left out|set aside', i['resolution']) or 'in preparation' in i['resolution']
+                or i['kind'] == 'columns not used'):
+            continue
         words = 'row' if i['kind'].startswith('row ') else f'{i["kind"]} {i["resolution"]}'
         stage = next((s for s in ('sentence', 'box') if s in words), 'table')
-        said = i['detail'].rpartition(': ')[2] if stage == 'sentence' else i['detail'] # what a report says is not repeated
+        # what a report says is not repeated
+        said = i['detail'].rpartition(': ')[2] if stage == 'sentence' else i['detail']
         where = i['kind'] + ('' if i['row'] is None else f' (row {int(i["row"])})')
         reason = ' '.join(filter(None, [told(i['item']) if i['item'] != i['image'] else '', said]))
         rows.setdefault((str(i['file']), str(i['image']), where, stage), []).append(reason)
-    return pd.DataFrame([(file, image, ': '.join(filter(None, [where, '; '.join(filter(None, dict.fromkeys(reasons)))])), stage)
-                         for (file, image, where, stage), reasons in rows.items()], columns=['file', 'image_id', 'reason', 'stage'])
+    return pd.DataFrame([(file, image,
+                          ': '.join(filter(None, [where, '; '.join(filter(None, dict.fromkeys(reasons)))])), stage)
+                         for (file, image, where, stage), reasons in rows.items()],
+                        columns=['file', 'image_id', 'reason', 'stage'])
 
 # %% ../../nbs/110_data.schema.ipynb #01655b1f
 class Source(NamedTuple):
@@ -487,10 +547,11 @@ class Source(NamedTuple):
 
 def alike_ids(
     records:pd.DataFrame, # with patient_id, exam_id, image_id or none of these
-    rows=None, # numbers of the rows in their table; default: the index
+    rows:ArrayLike|None=None, # numbers of the rows in their table; default: the index
 ) -> list: # remarks, one a column
     "Look for ids that differ only in form: 1 and 1.0, 0012 and 12, p7 and P7."
-    form = lambda v: re.sub(r'(?<!\d)0+(?=\d)', '', re.sub(r'\.0+$', '', unicodedata.normalize('NFKC', str(v)).strip().casefold()))
+    form = lambda v: re.sub(r'(?<!\d)0+(?=\d)', '',
+                            re.sub(r'\.0+$', '', unicodedata.normalize('NFKC', str(v)).strip().casefold()))
     rows, out = np.asarray(records.index if rows is None else rows), []
     for name in ('patient_id', 'exam_id', 'image_id'):
         if name not in records: continue
@@ -499,7 +560,8 @@ def alike_ids(
         odd = ids.groupby(shown).transform('nunique') > 1
         if odd.any():
             first = ', '.join(map(str, rows[np.flatnonzero(odd)][:6])) + (' …' if odd.sum() > 6 else '')
-            out.append(f'{name}: {ids[odd].nunique()} ids differ from another only in form, as 1 and 1.0 or 0012 and 12 do (rows {first}). They count as different: write them alike where they are the same.')
+            out.append(f'{name}: {ids[odd].nunique()} ids differ from another only in form, as 1 and 1.0 or 0012 and '
+                       f'12 do (rows {first}). They count as different: write them alike where they are the same.')
     return out
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'DTYPES', 'EMPTY', 'checksum', 'disk_full', 'write_at', 'make_folder', 'check_space', 'StoreWriter',
-           'trusted_sums', 'check_row', 'verify', 'ImageStore']
+           'ImageStore', 'trusted_sums', 'check_row', 'verify_rows']
 
 # %% ../../nbs/105_data.store.ipynb #6a293e8c
 import errno
@@ -15,8 +15,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..core.errors import DataError
+from ..core.patch import patch
 from ..core.paths import FULL, read_json, write_json
 
 # %% ../../nbs/105_data.store.ipynb #2d8e9da2
@@ -35,21 +37,22 @@ def checksum(
 # %% ../../nbs/105_data.store.ipynb #950f8c38
 def disk_full(
     error:OSError, # with an errno of FULL
-    path, # file or folder
+    path:str|Path, # file or folder
     what:str, # that was being written
 ) -> DataError:
     "Say that the disk is full."
-    return DataError(f'the disk is full ({error.strerror}) while writing {what}; all that was written before is kept.', file=str(path),
+    return DataError(f'the disk is full ({error.strerror}) while writing {what}; all that was written before is kept.',
+                     file=str(path),
                      fix='Free some space and start again with the same arguments: it goes on where it stopped.')
 
 
 def write_at(
     descriptor:int, # open file
-    data, # contiguous buffer
+    data:bytes|np.ndarray, # contiguous buffer
     offset:int, # position in bytes
-    path, # for the message
+    path:str|Path, # for the message
     what:str='pixels', # for the message
-):
+) -> None:
     """Write the whole buffer at a position.
 
     Raises: DataError when the disk is full."""
@@ -62,7 +65,7 @@ def write_at(
 
 # %% ../../nbs/105_data.store.ipynb #d1c77e60
 def make_folder(
-    folder, # to be written to
+    folder:str|Path, # to be written to
 ) -> Path: # the same
     """Make a folder, unless it is there.
 
@@ -71,27 +74,33 @@ def make_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as e: raise DataError(f'nothing can be written there ({e.strerror}).', file=str(folder), fix='Choose a folder that you may write to.') from e
+    except OSError as e:
+        raise DataError(f'nothing can be written there ({e.strerror}).', file=str(folder),
+                        fix='Choose a folder that you may write to.') from e
     return folder
 
 
 def check_space(
     folder:Path, # where the files will lie
     need:int, # bytes
-):
+) -> None:
     """Refuse to start what cannot fit.
 
     Raises: DataError with both sizes."""
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise DataError(f'the disk is full: {need/1e9:.2f} GB are needed and {free/1e9:.2f} GB are free.', file=str(folder),
+        raise DataError(f'the disk is full: {need/1e9:.2f} GB are needed and {free/1e9:.2f} GB are free.',
+                        file=str(folder),
                         fix='Free some space, choose another folder or smaller images.')
 
 # %% ../../nbs/105_data.store.ipynb #4bfcf60d
-class _Unfinished:
-    "A store on its way: opens, or takes up again, the files of a folder."
+class StoreWriter:
+    """Writes a store row by row; can be killed and opened again.
+
+    Raises: DataError when the folder holds a complete store, an unfinished one of another shape, or the disk is
+    full."""
     def __init__(self,
-        folder, # of the store
+        folder:str|Path, # of the store
         n:int, # rows planned
         height:int, # of every image, pixels
         width:int, # of every image, pixels
@@ -105,7 +114,8 @@ class _Unfinished:
         self._files = None
         make_folder(self.folder)
         if (self.folder/'store.json').exists():
-            raise DataError('there is a complete store already.', file=str(self.folder), fix='Open it with ImageStore.open, or remove the folder.')
+            raise DataError('there is a complete store already.', file=str(self.folder),
+                            fix='Open it with ImageStore.open, or remove the folder.')
         self._begin()
 
     @property
@@ -113,85 +123,10 @@ class _Unfinished:
         "Which rows are there, whole."
         return self.sums.any(1)
 
-    def abandon(self):
+    def abandon(self) -> None:
         "Close the files and leave the store unfinished; it can be taken up again."
         for file in self._files or (): os.close(file)
         self._files = None
-
-    def _begin(self): raise NotImplementedError
-
-# %% ../../nbs/105_data.store.ipynb #2a4cac4d
-class _Resumed(_Unfinished):
-    def _begin(self):
-        plan = dict(format=FORMAT, n=self.n, height=self.height, width=self.width, dtype=self.dtype.name)
-        path, pixels, sums = (self.folder/name for name in ('writing.json', 'pixels.part', 'checksums.part'))
-        if path.exists() and (old := read_json(path)) != plan:
-            raise DataError(f'the folder holds an unfinished store of another shape: {old}, now {plan}.', file=str(path),
-                            fix='Remove the folder or ask for the same shape.')
-        have = sum(p.stat().st_blocks*512 for p in (pixels, sums) if p.exists())
-        check_space(self.folder, self.n*(self.row_bytes + 32) - have)
-        if not path.exists(): write_json(path, plan)
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0)
-        self._files = tuple(os.open(p, flags, 0o644) for p in (pixels, sums))
-        self.sums = self._read_sums()
-        self._drop_torn()
-
-    def _read_sums(self):
-        data = os.pread(self._files[1], 32*self.n, 0).ljust(32*self.n, b'\0')
-        return np.frombuffer(data, np.uint8).reshape(self.n, 32).copy()
-
-    def _drop_torn(self):
-        "Forget rows whose pixels do not match their checksum (a kill or a power cut in between)."
-        for row in np.flatnonzero(self.written):
-            data = os.pread(self._files[0], self.row_bytes, int(row)*self.row_bytes)
-            if hashlib.sha256(data).digest() != self.sums[row].tobytes(): self.sums[row] = 0
-
-# %% ../../nbs/105_data.store.ipynb #cdda44ee
-class StoreWriter(_Resumed):
-    """Writes a store row by row; can be killed and opened again.
-
-    Raises: DataError when the folder holds a complete store, an unfinished one of another shape, or the disk is full."""
-    def write(self,
-        row:int, # 0 to n-1
-        image:np.ndarray, # (height, width) of the store's dtype
-    ) -> str: # the row's SHA-256, hexadecimal
-        "Write one image; pixels first, then the checksum that makes them count."
-        image = np.asarray(image)
-        if not 0 <= row < self.n: raise IndexError(f'Row {row} of a store of {self.n} rows.')
-        if image.shape != (self.height, self.width) or image.dtype != self.dtype:
-            raise DataError(f'an image of {image.shape} {image.dtype} does not fit a store of {(self.height, self.width)} {self.dtype}.',
-                            file=str(self.folder), row=row)
-        data = np.ascontiguousarray(image, self.dtype)
-        total = hashlib.sha256(data).digest()
-        write_at(self._files[0], data, row*self.row_bytes, self.folder, f'row {row}')
-        write_at(self._files[1], total, row*32, self.folder, f'the checksum of row {row}')
-        self.sums[row] = np.frombuffer(total, np.uint8)
-        return total.hex()
-
-    def flush(self):
-        "Bring what was written to the disk, so that it outlives a power cut."
-        for file in self._files: os.fsync(file)
-
-    def close(self,
-        n:int|None=None, # rows the finished store has; default: all that were planned
-    ):
-        """Finish: shorten to `n` rows, flush, give the files their names, and write `store.json` last.
-
-        Raises: DataError when a row is missing."""
-        n = self.n if n is None else int(n)
-        missing = np.flatnonzero(~self.written[:n])
-        if len(missing) or n < 1:
-            raise DataError(f'{len(missing) or "all"} of {n} rows were not written.', file=str(self.folder), row=int(missing[0]) if len(missing) else None,
-                            fix='Write them, or use `abandon` to leave the store unfinished.')
-        os.ftruncate(self._files[0], n*self.row_bytes)
-        os.ftruncate(self._files[1], n*32)
-        self.flush()
-        self.abandon()
-        for name in ('pixels', 'checksums'): os.replace(self.folder/f'{name}.part', self.folder/f'{name}.bin')
-        info = dict(format=FORMAT, n=n, height=self.height, width=self.width, dtype=self.dtype.name)
-        info['digest'] = hashlib.sha256(json.dumps(info, sort_keys=True).encode() + self.sums[:n].tobytes()).hexdigest()
-        write_json(self.folder/'store.json', info)
-        (self.folder/'writing.json').unlink(missing_ok=True)
 
     def __enter__(self): return self
 
@@ -199,26 +134,112 @@ class StoreWriter(_Resumed):
         if kind is None and self._files: self.close()
         else: self.abandon()
 
+# %% ../../nbs/105_data.store.ipynb #2a4cac4d
+@patch(StoreWriter)
+def _begin(self: StoreWriter):
+    plan = dict(format=FORMAT, n=self.n, height=self.height, width=self.width, dtype=self.dtype.name)
+    path, pixels, sums = (self.folder/name for name in ('writing.json', 'pixels.part', 'checksums.part'))
+    if path.exists() and (old := read_json(path)) != plan:
+        raise DataError(f'the folder holds an unfinished store of another shape: {old}, now {plan}.',
+                        file=str(path),
+                        fix='Remove the folder or ask for the same shape.')
+    have = sum(p.stat().st_blocks*512 for p in (pixels, sums) if p.exists())
+    check_space(self.folder, self.n*(self.row_bytes + 32) - have)
+    if not path.exists(): write_json(path, plan)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, 'O_BINARY', 0)
+    self._files = tuple(os.open(p, flags, 0o644) for p in (pixels, sums))
+    self.sums = self._read_sums()
+    self._drop_torn()
+
+
+@patch(StoreWriter)
+def _read_sums(self: StoreWriter):
+    data = os.pread(self._files[1], 32*self.n, 0).ljust(32*self.n, b'\0')
+    return np.frombuffer(data, np.uint8).reshape(self.n, 32).copy()
+
+
+@patch(StoreWriter)
+def _drop_torn(self: StoreWriter):
+    "Forget rows whose pixels do not match their checksum (a kill or a power cut in between)."
+    for row in np.flatnonzero(self.written):
+        data = os.pread(self._files[0], self.row_bytes, int(row)*self.row_bytes)
+        if hashlib.sha256(data).digest() != self.sums[row].tobytes(): self.sums[row] = 0
+
+# %% ../../nbs/105_data.store.ipynb #cdda44ee
+@patch(StoreWriter)
+def write(self: StoreWriter,
+    row:int, # 0 to n-1
+    image:np.ndarray, # (height, width) of the store's dtype
+) -> str: # the row's SHA-256, hexadecimal
+    "Write one image; pixels first, then the checksum that makes them count."
+    image = np.asarray(image)
+    if not 0 <= row < self.n: raise IndexError(f'Row {row} of a store of {self.n} rows.')
+    if image.shape != (self.height, self.width) or image.dtype != self.dtype:
+        raise DataError(f'an image of {image.shape} {image.dtype} does not fit a store of '
+                        f'{(self.height, self.width)} {self.dtype}.',
+                        file=str(self.folder), row=row)
+    data = np.ascontiguousarray(image, self.dtype)
+    total = hashlib.sha256(data).digest()
+    write_at(self._files[0], data, row*self.row_bytes, self.folder, f'row {row}')
+    write_at(self._files[1], total, row*32, self.folder, f'the checksum of row {row}')
+    self.sums[row] = np.frombuffer(total, np.uint8)
+    return total.hex()
+
+
+@patch(StoreWriter)
+def flush(self: StoreWriter) -> None:
+    "Bring what was written to the disk, so that it outlives a power cut."
+    for file in self._files: os.fsync(file)
+
+
+@patch(StoreWriter)
+def close(self: StoreWriter,
+    n:int|None=None, # rows the finished store has; default: all that were planned
+) -> None:
+    """Finish: shorten to `n` rows, flush, give the files their names, and write `store.json` last.
+
+    Raises: DataError when a row is missing."""
+    n = self.n if n is None else int(n)
+    missing = np.flatnonzero(~self.written[:n])
+    if len(missing) or n < 1:
+        raise DataError(f'{len(missing) or "all"} of {n} rows were not written.', file=str(self.folder),
+                        row=int(missing[0]) if len(missing) else None,
+                        fix='Write them, or use `abandon` to leave the store unfinished.')
+    os.ftruncate(self._files[0], n*self.row_bytes)
+    os.ftruncate(self._files[1], n*32)
+    self.flush()
+    self.abandon()
+    for name in ('pixels', 'checksums'): os.replace(self.folder/f'{name}.part', self.folder/f'{name}.bin')
+    info = dict(format=FORMAT, n=n, height=self.height, width=self.width, dtype=self.dtype.name)
+    info['digest'] = hashlib.sha256(json.dumps(info, sort_keys=True).encode() + self.sums[:n].tobytes()).hexdigest()
+    write_json(self.folder/'store.json', info)
+    (self.folder/'writing.json').unlink(missing_ok=True)
+
 # %% ../../nbs/105_data.store.ipynb #24763709
-class _Mapped:
-    "A finished store's description and its mapped pixels."
+class ImageStore:
+    """Images of one size and dtype, mapped from a file.
+
+    Raises: DataError when opened on an unfinished, foreign or shortened one, or when a row is read that has changed."""
     def __init__(self,
-        folder, # of a finished store
+        folder:str|Path, # of a finished store
         checked:bool=True, # compare each row with its checksum when it is first read
     ):
         self.folder, self.checked = Path(folder), bool(checked)
         if not (self.folder/'store.json').exists():
             state = 'an unfinished store' if (self.folder/'writing.json').exists() else 'no store'
-            raise DataError(f'there is {state}.', file=str(self.folder), fix='Run the preparation again: it goes on where it stopped.')
+            raise DataError(f'there is {state}.', file=str(self.folder),
+                            fix='Run the preparation again: it goes on where it stopped.')
         self.info = read_json(self.folder/'store.json')
         if self.info.get('format') != FORMAT:
-            raise DataError(f'format {self.info.get("format")!r} is not {FORMAT!r}.', file=str(self.folder/'store.json'))
+            raise DataError(f'format {self.info.get("format")!r} is not {FORMAT!r}.',
+                            file=str(self.folder/'store.json'))
         self.shape = tuple(int(self.info[k]) for k in ('n', 'height', 'width'))
         self.dtype = np.dtype(self.info['dtype']).newbyteorder('<')
         self.digest = self.info['digest']
         size, have = int(np.prod(self.shape))*self.dtype.itemsize, (self.folder/'pixels.bin').stat().st_size
         if size != have:
-            raise DataError(f'the file has {have} bytes, the store says {size}: it was cut or exchanged.', file=str(self.folder/'pixels.bin'))
+            raise DataError(f'the file has {have} bytes, the store says {size}: it was cut or exchanged.',
+                            file=str(self.folder/'pixels.bin'))
         self._map = self._pid = self._sums = None
         self._seen = np.zeros(self.shape[0], bool)
 
@@ -229,9 +250,37 @@ class _Mapped:
             self._map, self._pid = np.memmap(self.folder/'pixels.bin', self.dtype, 'r', shape=self.shape), os.getpid()
         return self._map
 
+    @classmethod
+    def open(cls, folder:str|Path, checked:bool=True) -> 'ImageStore': return cls(folder, checked)
+
+    def __len__(self): return self.shape[0]
+
+    def __getitem__(self, i):
+        if not isinstance(i, (int, np.integer)):
+            raise TypeError('A store gives one row by its number; use `read` for several.')
+        if not -len(self) <= i < len(self): raise IndexError(f'Row {i} of a store of {len(self)} rows.')
+        self._first(i % len(self))
+        return self.pixels[i].view(np.ndarray)
+
+    def checksums(self) -> np.ndarray: # uint8 (n,32)
+        "The SHA-256 of every row, as written."
+        sums = np.fromfile(self.folder/'checksums.bin', np.uint8)
+        if sums.size != 32*len(self):
+            raise DataError(f'{sums.size} bytes instead of {32*len(self)}.', file=str(self.folder/'checksums.bin'))
+        return sums.reshape(-1, 32)
+
+    def verify(self, rows:ArrayLike|None=None) -> int: return verify_rows(self, rows)
+
+    def __reduce__(self): return type(self), (self.folder, self.checked)
+
+    def __repr__(self):
+        size = int(np.prod(self.shape))*self.dtype.itemsize
+        return (f'ImageStore({len(self)} images of {self.shape[1]} x {self.shape[2]} {self.dtype.name}, {size/1e6:.1f} '
+                'MB)')
+
 # %% ../../nbs/105_data.store.ipynb #3ca5b127
 def trusted_sums(
-    store, # ImageStore
+    store:ImageStore, # whose
 ) -> np.ndarray: # uint8 (n,32)
     """Read the checksums and compare all of them with the store's digest.
 
@@ -242,18 +291,19 @@ def trusted_sums(
     return sums
 
 
-def check_row(store, row, sums):
+def check_row(store:ImageStore, row:int, sums:np.ndarray) -> None:
     """Compare one row with its checksum.
 
     Raises: DataError that names the file and the row."""
     if checksum(store.pixels[row]) != sums[row].tobytes():
-        raise DataError('the pixels changed after they were written.', file=str(store.folder/'pixels.bin'), row=int(row),
+        raise DataError('the pixels changed after they were written.', file=str(store.folder/'pixels.bin'),
+                        row=int(row),
                         fix='Copy the store again, or prepare this data set again.')
 
 # %% ../../nbs/105_data.store.ipynb #c733e84f
-def verify(
-    store, # ImageStore
-    rows=None, # numbers of rows; default: all
+def verify_rows(
+    store:ImageStore, # which
+    rows:ArrayLike|None=None, # numbers of rows; default: all
 ) -> int: # rows checked
     """Compare rows with their checksums, and all checksums with the store's digest.
 
@@ -264,53 +314,29 @@ def verify(
     return len(rows)
 
 # %% ../../nbs/105_data.store.ipynb #9e137639
-class ImageStore(_Mapped):
-    """Images of one size and dtype, mapped from a file.
+@patch(ImageStore)
+def _first(self: ImageStore, row):
+    "Check a row that this process reads for the first time."
+    if not self.checked or self._seen[row]: return
+    if self._sums is None: self._sums = trusted_sums(self)
+    check_row(self, row, self._sums)
+    self._seen[row] = True
 
-    Raises: DataError when opened on an unfinished, foreign or shortened one, or when a row is read that has changed."""
-    @classmethod
-    def open(cls, folder, checked=True): return cls(folder, checked)
 
-    def __len__(self): return self.shape[0]
-
-    def __getitem__(self, i):
-        if not isinstance(i, (int, np.integer)): raise TypeError('A store gives one row by its number; use `read` for several.')
-        if not -len(self) <= i < len(self): raise IndexError(f'Row {i} of a store of {len(self)} rows.')
-        self._first(i % len(self))
-        return self.pixels[i].view(np.ndarray)
-
-    def _first(self, row):
-        "Check a row that this process reads for the first time."
-        if not self.checked or self._seen[row]: return
-        if self._sums is None: self._sums = trusted_sums(self)
-        check_row(self, row, self._sums)
-        self._seen[row] = True
-
-    def read(self,
-        rows, # numbers of rows, any order, repeats allowed
-        out:np.ndarray|None=None, # (k,h,w) of the store's dtype to fill; default: a new array
-    ) -> np.ndarray: # (k,h,w)
-        "Copy rows into one array."
-        rows = np.atleast_1d(np.asarray(rows, np.int64))
-        if len(rows) and (rows.min() < -len(self) or rows.max() >= len(self)): raise IndexError(f'Rows up to {rows.max()} of a store of {len(self)}.')
-        if out is None: out = np.empty((len(rows), *self.shape[1:]), self.dtype)
-        if out.shape != (len(rows), *self.shape[1:]) or out.dtype != self.dtype:
-            raise ValueError(f'`out` is {out.shape} {out.dtype}, it must be {(len(rows), *self.shape[1:])} {self.dtype}.')
-        for k, row in enumerate(rows):
-            self._first(row % len(self))
-            out[k] = self.pixels[row]
-        return out
-
-    def checksums(self) -> np.ndarray: # uint8 (n,32)
-        "The SHA-256 of every row, as written."
-        sums = np.fromfile(self.folder/'checksums.bin', np.uint8)
-        if sums.size != 32*len(self): raise DataError(f'{sums.size} bytes instead of {32*len(self)}.', file=str(self.folder/'checksums.bin'))
-        return sums.reshape(-1, 32)
-
-    def verify(self, rows=None): return verify(self, rows)
-
-    def __reduce__(self): return type(self), (self.folder, self.checked)
-
-    def __repr__(self):
-        size = int(np.prod(self.shape))*self.dtype.itemsize
-        return f'ImageStore({len(self)} images of {self.shape[1]} x {self.shape[2]} {self.dtype.name}, {size/1e6:.1f} MB)'
+@patch(ImageStore)
+def read(self: ImageStore,
+    rows:ArrayLike, # numbers of rows, any order, repeats allowed
+    out:np.ndarray|None=None, # (k,h,w) of the store's dtype to fill; default: a new array
+) -> np.ndarray: # (k,h,w)
+    "Copy rows into one array."
+    rows = np.atleast_1d(np.asarray(rows, np.int64))
+    if len(rows) and (rows.min() < -len(self) or rows.max() >= len(self)):
+        raise IndexError(f'Rows up to {rows.max()} of a store of {len(self)}.')
+    if out is None: out = np.empty((len(rows), *self.shape[1:]), self.dtype)
+    if out.shape != (len(rows), *self.shape[1:]) or out.dtype != self.dtype:
+        raise ValueError(f'`out` is {out.shape} {out.dtype}, it must be {(len(rows), *self.shape[1:])} '
+                         f'{self.dtype}.')
+    for k, row in enumerate(rows):
+        self._first(row % len(self))
+        out[k] = self.pixels[row]
+    return out

@@ -8,10 +8,13 @@ __all__ = ['read_curves', 'smooth', 'plot_curves', 'roc_points', 'pr_points', 'p
 
 # %% ../../nbs/012_show.curves.ipynb #68d34898
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ..core.paths import read_jsonl
 from ..core.seed import numpy_rng
@@ -22,7 +25,7 @@ _NOT_METRICS = ('step', 'epoch', 'time', 'attempt', 'pid', 'kind', 'event', 'spl
 
 
 def read_curves(
-    path, # metrics.jsonl, or a folder that holds it (the newest below it, if it is deeper)
+    path:str|Path, # metrics.jsonl, or a folder that holds it (the newest below it, if it is deeper)
 ) -> pd.DataFrame: # columns step (int), name, value; sorted
     """Read logged metrics as a long table.
 
@@ -47,9 +50,9 @@ def _family(name):
 
 
 def smooth(
-    values, # (n,)
+    values:Iterable, # (n,)
     window:int, # about so many points are averaged
-): # (n,)
+) -> np.ndarray: # (n,)
     "Average exponentially, without the bias towards the first value."
     decay, out, mean, weight = 1 - 1 / max(window, 1), [], 0.0, 0.0
     for v in values:
@@ -59,20 +62,22 @@ def smooth(
 
 # %% ../../nbs/012_show.curves.ipynb #4ba475a0
 def plot_curves(
-    curves, # table of `read_curves`, or a path for it
-    names=None, # metrics to show; default: all
+    curves:pd.DataFrame|str|Path, # table of `read_curves`, or a path for it
+    names:Iterable|None=None, # metrics to show; default: all
     window:int|None=None, # smoothing, in points; default: a thirtieth of the curve
     columns:int=2, # panels beside each other
-): # figure
+) -> plt.Figure: # figure
     "Plot logged metrics over steps, training and validation of the same metric in one panel."
     curves = curves if isinstance(curves, pd.DataFrame) else read_curves(curves)
     names = [n for n in curves.name.unique() if names is None or n in names]
     if not names: raise ValueError('There is nothing to plot: no such metric was logged.')
     panels = list(dict.fromkeys(_family(n) for n in names))
     columns = min(columns, len(panels))
-    fig, axes = figure(math.ceil(len(panels) / columns), columns, height=2.3 * math.ceil(len(panels) / columns), squeeze=False)
+    fig, axes = figure(math.ceil(len(panels) / columns), columns, height=2.3 * math.ceil(len(panels) / columns),
+                       squeeze=False)
     for ax in axes.flat[len(panels):]: ax.axis('off')
-    for ax, panel in zip(axes.flat, panels): _panel(ax, curves, [n for n in names if _family(n) == panel], panel, window)
+    for ax, panel in zip(axes.flat, panels):
+        _panel(ax, curves, [n for n in names if _family(n) == panel], panel, window)
     return fig
 
 # %% ../../nbs/012_show.curves.ipynb #67a82a4a
@@ -83,7 +88,8 @@ def _panel(ax, curves, names, title, window):
         rough = c.value.diff().abs().sum() > 3 * (c.value.max() - c.value.min()) # a learning rate is smooth already
         width = window or (max(1, len(c) // 30) if rough else 1)
         if width > 1: ax.plot(c.step, c.value, color=colour, alpha=0.25, linewidth=0.8)
-        ax.plot(c.step, smooth(c.value, width), color=colour, label=name.replace('_', ' '), marker='o' if len(c) < 20 else None, markersize=3)
+        ax.plot(c.step, smooth(c.value, width), color=colour, label=name.replace('_', ' '),
+                marker='o' if len(c) < 20 else None, markersize=3)
     ax.set(title=title.replace('_', ' '), xlabel='step')
     ax.grid(axis='y')
     if len(names) > 1: ax.legend()
@@ -95,11 +101,13 @@ def _clean(y, score, groups):
     Raises: ValueError for unequal lengths, NaN scores or labels of one kind only."""
     y, score = np.asarray(y, dtype=float), np.asarray(score, dtype=float)
     groups = np.arange(len(y)) if groups is None else np.asarray(groups)
-    if not len(y) == len(score) == len(groups): raise ValueError(f'{len(y)} labels, {len(score)} scores and {len(groups)} groups must be equally many.')
+    if not len(y) == len(score) == len(groups):
+        raise ValueError(f'{len(y)} labels, {len(score)} scores and {len(groups)} groups must be equally many.')
     keep = ~np.isnan(y)
     if np.isnan(score[keep]).any(): raise ValueError(f'{int(np.isnan(score[keep]).sum())} scores are NaN.')
     y, score, groups = y[keep], score[keep], np.unique(groups[keep], return_inverse=True)[1]
-    if not set(np.unique(y)) == {0.0, 1.0}: raise ValueError(f'A curve needs labels 0 and 1; there are {sorted(set(y.tolist()))}.')
+    if not set(np.unique(y)) == {0.0, 1.0}:
+        raise ValueError(f'A curve needs labels 0 and 1; there are {sorted(set(y.tolist()))}.')
     return y, score, groups
 
 
@@ -117,13 +125,14 @@ def _steps(y, score, weight):
     return np.cumsum(weight[order] * y[order])[last], np.cumsum(weight[order] * (1 - y[order]))[last]
 
 # %% ../../nbs/012_show.curves.ipynb #f4d6beca
-def roc_points(y, score, weight=None): # labels 0/1, scores, row weights: (false-positive rate, sensitivity)
+# labels 0/1, scores, row weights: (false-positive rate, sensitivity)
+def roc_points(y:np.ndarray, score:np.ndarray, weight:np.ndarray|None=None) -> tuple:
     "ROC curve, ties joined by a straight line."
     tp, fp = _steps(y, score, np.ones(len(y)) if weight is None else weight)
     return np.append(0, fp / fp[-1]), np.append(0, tp / tp[-1])
 
 
-def pr_points(y, score, weight=None): # (recall, precision)
+def pr_points(y:np.ndarray, score:np.ndarray, weight:np.ndarray|None=None) -> tuple: # (recall, precision)
     "Precision-recall curve."
     tp, fp = _steps(y, score, np.ones(len(y)) if weight is None else weight)
     keep = tp + fp > 0
@@ -138,7 +147,8 @@ def _band(y, score, groups, n_boot, seed, points, grid, decreasing):
         a, b = points(y, score, w)
         rows.append(np.interp(grid, a, b) if not decreasing else _step_at(grid, a, b))
         areas.append(np.trapezoid(b, a) if not decreasing else np.sum(np.diff(np.append(0, a)) * b))
-    if len(areas) < 2 or groups.max() < 1 or np.ptp(areas) <= 1e-9: return *np.full((2, len(grid)), np.nan), np.zeros(0) # one patient, or all resamples agree
+    # one patient, or all resamples agree
+    if len(areas) < 2 or groups.max() < 1 or np.ptp(areas) <= 1e-9: return *np.full((2, len(grid)), np.nan), np.zeros(0)
     return *np.percentile(rows, [2.5, 97.5], axis=0), np.array(areas)
 
 
@@ -157,14 +167,14 @@ def _area_text(name, area, areas, symbol):
 
 # %% ../../nbs/012_show.curves.ipynb #15e3edd6
 def plot_roc(
-    y, # labels, 1 / 0 / NaN, (n,)
-    scores, # (n,), or {name: (n,)}
-    groups=None, # patient of each row, (n,); default: each row for itself
+    y:ArrayLike, # labels, 1 / 0 / NaN, (n,)
+    scores:ArrayLike|dict, # (n,), or {name: (n,)}
+    groups:ArrayLike|None=None, # patient of each row, (n,); default: each row for itself
     n_boot:int=500, # resamples
     seed:int=0, # of the resampling
-    title='ROC curve', # what it shows
-    ax=None, # draw here instead of on a new figure
-): # figure
+    title:str='ROC curve', # what it shows
+    ax:plt.Axes|None=None, # draw here instead of on a new figure
+) -> plt.Figure: # figure
     """Draw ROC curves with pointwise 95 % bands over patients.
 
     Raises: ValueError when there is nothing to tell apart."""
@@ -177,21 +187,23 @@ def plot_roc(
         ax.fill_between(grid, low, high, color=colour, alpha=0.16, linewidth=0)
         ax.plot(a, b, color=colour, label=_area_text(name, np.trapezoid(b, a), areas, 'AUROC'))
     ax.plot([0, 1], [0, 1], color='0.6', linewidth=1, linestyle=':')
-    ax.set(title=title, xlabel='1 − specificity', ylabel='sensitivity', xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect='equal')
-    ax.legend(loc='lower right', title=f'{int(labels.sum())} of {len(labels)} positive, {patients.max() + 1} {"patients" if groups is not None else "rows"}',
+    ax.set(title=title, xlabel='1 − specificity', ylabel='sensitivity', xlim=(-0.01, 1.01), ylim=(-0.01, 1.01),
+           aspect='equal')
+    ax.legend(loc='lower right', title=f'{int(labels.sum())} of {len(labels)} positive, {patients.max() + 1} '
+              f'{"patients" if groups is not None else "rows"}',
               title_fontsize=8, alignment='left')
     return fig
 
 # %% ../../nbs/012_show.curves.ipynb #d0d69f64
 def plot_precision_recall(
-    y, # labels, 1 / 0 / NaN, (n,)
-    scores, # (n,), or {name: (n,)}
-    groups=None, # patient of each row
+    y:ArrayLike, # labels, 1 / 0 / NaN, (n,)
+    scores:ArrayLike|dict, # (n,), or {name: (n,)}
+    groups:ArrayLike|None=None, # patient of each row
     n_boot:int=500, # resamples
     seed:int=0, # of the resampling
-    title='Precision and recall', # what it shows
-    ax=None, # draw here instead of on a new figure
-): # figure
+    title:str='Precision and recall', # what it shows
+    ax:plt.Axes|None=None, # draw here instead of on a new figure
+) -> plt.Figure: # figure
     """Draw precision-recall curves with pointwise 95 % bands over patients.
 
     Raises: ValueError when there is nothing to tell apart."""
@@ -202,10 +214,13 @@ def plot_precision_recall(
         low, high, areas = _band(labels, values, patients, n_boot, seed, pr_points, grid, True)
         r, p = pr_points(labels, values)
         ax.fill_between(grid, low, high, color=colour, alpha=0.16, linewidth=0, step='pre')
-        ax.plot(np.append(0, r), np.append(p[:1], p), color=colour, drawstyle='steps-pre', label=_area_text(name, np.sum(np.diff(np.append(0, r)) * p), areas, 'AP'))
+        ax.plot(np.append(0, r), np.append(p[:1], p), color=colour, drawstyle='steps-pre',
+                label=_area_text(name, np.sum(np.diff(np.append(0, r)) * p), areas, 'AP'))
     ax.axhline(labels.mean(), color='0.6', linewidth=1, linestyle=':')
-    ax.text(0.99, labels.mean() - 0.01, f'prevalence {labels.mean():.2f}', color='0.45', ha='right', va='top', fontsize=8)
-    ax.set(title=title, xlabel='recall (sensitivity)', ylabel='precision', xlim=(-0.01, 1.01), ylim=(-0.01, 1.03), aspect='equal')
+    ax.text(0.99, labels.mean() - 0.01, f'prevalence {labels.mean():.2f}', color='0.45', ha='right', va='top',
+            fontsize=8)
+    ax.set(title=title, xlabel='recall (sensitivity)', ylabel='precision', xlim=(-0.01, 1.01), ylim=(-0.01, 1.03),
+           aspect='equal')
     ax.legend(loc='best')
     return fig
 
@@ -218,8 +233,8 @@ def _wilson(successes, n, z=1.96):
 
 
 def reliability_table(
-    y, # labels 1 / 0 / NaN, (n,)
-    probability, # predicted, 0..1, (n,)
+    y:ArrayLike, # labels 1 / 0 / NaN, (n,)
+    probability:ArrayLike, # predicted, 0..1, (n,)
     bins:int=10, # bins of equally many rows
 ) -> pd.DataFrame: # predicted (mean), observed, low, high, n
     """Observed frequency by predicted probability.
@@ -228,7 +243,8 @@ def reliability_table(
     y, p = np.asarray(y, dtype=float), np.asarray(probability, dtype=float)
     keep = ~np.isnan(y)
     y, p = y[keep], p[keep]
-    if len(p) == 0 or not ((p >= 0) & (p <= 1)).all(): raise ValueError('Reliability needs probabilities from 0 to 1; calibrate scores first.')
+    if len(p) == 0 or not ((p >= 0) & (p <= 1)).all():
+        raise ValueError('Reliability needs probabilities from 0 to 1; calibrate scores first.')
     edges = np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)))
     which = np.clip(np.searchsorted(edges, p, side='right') - 1, 0, max(len(edges) - 2, 0))
     n = np.bincount(which)
@@ -239,18 +255,19 @@ def reliability_table(
 
 # %% ../../nbs/012_show.curves.ipynb #5b27d7fc
 def plot_reliability(
-    y, # labels 1 / 0 / NaN, (n,)
-    probabilities, # (n,), or {name: (n,)}, 0..1
+    y:ArrayLike, # labels 1 / 0 / NaN, (n,)
+    probabilities:ArrayLike|dict, # (n,), or {name: (n,)}, 0..1
     bins:int=10, # bins of equally many rows
-    title='Calibration', # what it shows
-): # figure
+    title:str='Calibration', # what it shows
+) -> plt.Figure: # figure
     "Draw observed against predicted frequency, with a histogram of the predictions."
     fig, (ax, below) = figure(2, 1, width=4, height=4.6, sharex=True, height_ratios=(4, 1))
     ax.plot([0, 1], [0, 1], color='0.6', linewidth=1, linestyle=':')
     for (name, p), colour in zip(_as_models(probabilities).items(), PALETTE):
         t = reliability_table(y, p, bins)
         bars = np.abs(np.stack([t.observed - t.low, t.high - t.observed]))
-        ax.errorbar(t.predicted, t.observed, bars, color=colour, marker='o', markersize=4, linewidth=1.4, elinewidth=0.8, label=name)
+        ax.errorbar(t.predicted, t.observed, bars, color=colour, marker='o', markersize=4, linewidth=1.4,
+                    elinewidth=0.8, label=name)
         below.hist(np.asarray(p), bins=np.linspace(0, 1, 31), color=colour, alpha=0.5)
     ax.set(title=title, ylabel='observed frequency', ylim=(-0.02, 1.02), xlim=(-0.02, 1.02))
     below.set(xlabel='predicted probability', ylabel='rows')
@@ -259,18 +276,19 @@ def plot_reliability(
 
 # %% ../../nbs/012_show.curves.ipynb #e14805d7
 def plot_forest(
-    table, # DataFrame with value, low, high and a column of names, e.g. from `medvl.evaluate`
+    table:pd.DataFrame, # DataFrame with value, low, high and a column of names, e.g. from `medvl.evaluate`
     label:str='task', # column of names
     by:str|None=None, # column that gives the colour, e.g. the model
     reference:float|None=None, # drawn as a line, e.g. 0.5 for chance
     metric:str='', # name of the axis
-    title='', # what it shows
-): # figure
+    title:str='', # what it shows
+) -> plt.Figure: # figure
     """Draw estimates with their intervals, one line each.
 
     Raises: ValueError when a column is missing."""
     missing = [c for c in (label, 'value', 'low', 'high', *([by] if by else [])) if c not in table]
-    if missing: raise ValueError(f'The table has no column {missing[0]!r}; it has {", ".join(map(str, table.columns))}.')
+    if missing:
+        raise ValueError(f'The table has no column {missing[0]!r}; it has {", ".join(map(str, table.columns))}.')
     names = list(dict.fromkeys(table[label]))
     kinds = list(dict.fromkeys(table[by])) if by else ['']
     fig, ax = figure(width=6, height=0.75 + len(names) * (0.2 + 0.16 * len(kinds)))
@@ -278,10 +296,14 @@ def plot_forest(
         t = table[table[by] == kind] if by else table
         at = np.array([names.index(n) for n in t[label]]) + (k - (len(kinds) - 1) / 2) * 0.24
         empty = t.value.isna().to_numpy()
-        ax.errorbar(t.value, at, xerr=np.stack([t.value - t.low, t.high - t.value]).clip(0), fmt='o', color=colour, markersize=4.5, elinewidth=1.4, label=str(kind))
-        for y in at[empty]: ax.text(0.5, y, 'not computable', color='0.45', fontsize=8, ha='center', va='center', transform=ax.get_yaxis_transform())
+        ax.errorbar(t.value, at, xerr=np.stack([t.value - t.low, t.high - t.value]).clip(0), fmt='o', color=colour,
+                    markersize=4.5, elinewidth=1.4, label=str(kind))
+        for y in at[empty]:
+            ax.text(0.5, y, 'not computable', color='0.45', fontsize=8, ha='center', va='center',
+                    transform=ax.get_yaxis_transform())
     if reference is not None: ax.axvline(reference, color='0.6', linestyle=':', linewidth=1)
-    ax.set(yticks=range(len(names)), yticklabels=[str(n).replace('_', ' ') for n in names], ylim=(len(names) - 0.5, -0.5), xlabel=metric, title=title)
+    ax.set(yticks=range(len(names)), yticklabels=[str(n).replace('_', ' ') for n in names],
+           ylim=(len(names) - 0.5, -0.5), xlabel=metric, title=title)
     ax.grid(axis='x')
     if by: ax.legend(loc='upper left', bbox_to_anchor=(1.01, 1))
     return fig

@@ -8,8 +8,10 @@ __all__ = ['pca', 'tsne', 'plot_embedding']
 # %% ../../nbs/013_show.embedding.ipynb #0264a0f5
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ..core.seed import key_of
 from .style import NOT_STATED, PALETTE, figure
@@ -26,8 +28,8 @@ def _check(vectors):
 
 
 def pca(
-    vectors, # (n,d)
-): # (points (n,2), share of the variance (2,))
+    vectors:ArrayLike, # (n,d)
+) -> tuple[np.ndarray, np.ndarray]: # (points (n,2), share of the variance (2,))
     "Project to the two directions of largest variance; the sign is fixed, so that a map looks the same twice."
     x = _check(vectors)
     x = x - x.mean(0)
@@ -38,10 +40,10 @@ def pca(
 
 # %% ../../nbs/013_show.embedding.ipynb #157ad30c
 def tsne(
-    vectors, # (n,d)
+    vectors:ArrayLike, # (n,d)
     seed:int=0, # of the start
     perplexity:float=30.0, # about so many neighbours count; lowered where there are few vectors
-): # points (n,2)
+) -> np.ndarray: # points (n,2)
     "Project so that neighbours stay neighbours."
     from sklearn.manifold import TSNE
     x = _check(vectors)
@@ -59,7 +61,8 @@ def _kind(values):
 def _groups(values):
     "Points by group, in drawing order: (name, selected, colour)."
     if _kind(values) == 'label':
-        return [('not stated', values.isna().to_numpy(), NOT_STATED), ('absent', (values == 0).to_numpy(), PALETTE[0]), ('present', (values == 1).to_numpy(), PALETTE[1])]
+        return [('not stated', values.isna().to_numpy(), NOT_STATED), ('absent', (values == 0).to_numpy(), PALETTE[0]),
+                ('present', (values == 1).to_numpy(), PALETTE[1])]
     known = values.where(values.notna() & (values.astype(str) != ''))
     names = list(known.value_counts().index)
     shown, rest = names[:6], names[6:]
@@ -78,23 +81,27 @@ def _scatter(fig, ax, points, values, name):
         fig.colorbar(drawn, ax=ax, label=name)
     else:
         for label, chosen, colour in _groups(values):
-            if chosen.any(): ax.scatter(*points[chosen].T, s=size, color=colour, linewidths=0, alpha=0.8, label=f'{label} ({int(chosen.sum())})')
-        ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.16), ncols=2, markerscale=max(1, 5 / size**0.5), handletextpad=0.1, columnspacing=0.8)
+            if chosen.any():
+                ax.scatter(*points[chosen].T, s=size, color=colour, linewidths=0, alpha=0.8,
+                           label=f'{label} ({int(chosen.sum())})')
+        ax.legend(loc='upper center', bbox_to_anchor=(0.5, -0.16), ncols=2, markerscale=max(1, 5 / size**0.5),
+                  handletextpad=0.1, columnspacing=0.8)
     ax.set(title=name.removeprefix('label_').replace('_', ' '), xticks=[], yticks=[], aspect='equal')
     ax.set_adjustable('datalim')
 
 # %% ../../nbs/013_show.embedding.ipynb #0e89f58c
 def plot_embedding(
-    vectors, # (n,d) embeddings
-    labels, # Series, or DataFrame of one column a panel, (n,): 1/0/NaN, names or numbers
+    vectors:ArrayLike, # (n,d) embeddings
+    labels:pd.Series|pd.DataFrame, # Series, or DataFrame of one column a panel, (n,): 1/0/NaN, names or numbers
     method:str='pca', # 'pca' | 'tsne'
     seed:int=0, # of t-SNE
-    title='', # what it shows
-): # figure
+    title:str='', # what it shows
+) -> plt.Figure: # figure
     """Draw a map of embeddings, one panel for each column of labels.
 
     Raises: ValueError for an unknown method or unequal lengths."""
-    table = labels if isinstance(labels, pd.DataFrame) else pd.DataFrame({getattr(labels, 'name', None) or 'label': labels})
+    table = (labels if isinstance(labels, pd.DataFrame)
+             else pd.DataFrame({getattr(labels, 'name', None) or 'label': labels}))
     table = table.reset_index(drop=True)
     if len(table) != len(vectors): raise ValueError(f'{len(vectors)} vectors and {len(table)} labels.')
     if method not in ('pca', 'tsne'): raise ValueError(f'The method is "pca" or "tsne", not {method!r}.')
@@ -110,6 +117,7 @@ def plot_embedding(
 
 
 def _axis_names(ax, share):
-    names = ('t-SNE 1', 't-SNE 2') if share is None else tuple(f'PC {k + 1} ({s:.0%} of variance)' for k, s in enumerate(share))
+    names = (('t-SNE 1', 't-SNE 2') if share is None
+             else tuple(f'PC {k + 1} ({s:.0%} of variance)' for k, s in enumerate(share)))
     ax.set_xlabel(names[0])
     ax.set_ylabel(names[1])

@@ -7,21 +7,28 @@ __all__ = ['VIEW_ORDER', 'chest_wall', 'mirror_boxes', 'draw_view', 'hang', 'sho
            'exam_widget']
 
 # %% ../../nbs/011_show.exam.ipynb #b9922614
+from typing import TYPE_CHECKING
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import patheffects
 from matplotlib.colors import ListedColormap
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 
 from ..core.errors import unknown_name
 from .style import BRIGHT, colours, set_theme
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from ipywidgets import VBox
 
 # %% ../../nbs/011_show.exam.ipynb #63b6356c
 VIEW_ORDER = ('CC', 'XCCL', 'MLO', 'ML', 'LM', 'LMO', 'AT')
 
 
 def chest_wall(
-    image, # (h,w), dark background
+    image:np.ndarray, # (h,w), dark background
 ) -> str: # 'left' | 'right' | 'unclear'
     "Say at which edge the chest wall is."
     image = np.asarray(image, dtype=np.float32)
@@ -38,7 +45,7 @@ def _turned(image, laterality):
 
 
 def mirror_boxes(
-    boxes, # list of (x0, y0, x1, y1, label), pixels
+    boxes:list, # list of (x0, y0, x1, y1, label), pixels
     width:int, # of the image, pixels
 ) -> list: # the same boxes on the mirrored image
     "Mirror boxes left to right."
@@ -55,13 +62,15 @@ def _heat_colours():
 def _boxes(boxes):
     "Boxes of a DataFrame or of tuples: [(x0, y0, x1, y1, label)]."
     if boxes is None: return []
-    if hasattr(boxes, 'itertuples'): return [(b.x0, b.y0, b.x1, b.y1, getattr(b, 'label', '')) for b in boxes.itertuples()]
+    if hasattr(boxes, 'itertuples'):
+        return [(b.x0, b.y0, b.x1, b.y1, getattr(b, 'label', '')) for b in boxes.itertuples()]
     return [(*b, '') if len(b) == 4 else tuple(b) for b in boxes]
 
 
 def _write(ax, x, y, text, colour, **kwargs):
     "Text with a dark rim, legible on any grey."
-    ax.text(x, y, text, color=colour, fontsize=8, path_effects=[patheffects.withStroke(linewidth=2.2, foreground='black')], **kwargs)
+    ax.text(x, y, text, color=colour, fontsize=8,
+            path_effects=[patheffects.withStroke(linewidth=2.2, foreground='black')], **kwargs)
 
 # %% ../../nbs/011_show.exam.ipynb #21135936
 def _draw_boxes(ax, boxes, colour_of, shape):
@@ -70,27 +79,29 @@ def _draw_boxes(ax, boxes, colour_of, shape):
         colour = colour_of.get(label, BRIGHT[0])
         ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.5))
         above, right = y0 > 0.08 * shape[0], (x0 + x1) / 2 > shape[1] / 2
-        _write(ax, x1 if right else x0, y0 - 2 if above else y1 + 2, str(label).replace('_', ' '), colour, ha='right' if right else 'left',
+        _write(ax, x1 if right else x0, y0 - 2 if above else y1 + 2, str(label).replace('_', ' '), colour,
+               ha='right' if right else 'left',
                va='bottom' if above else 'top')
 
 
 def _draw_heat(ax, heat, shape, limits):
     "Heat map stretched over the image."
-    return ax.imshow(heat, cmap=_heat_colours(), vmin=limits[0], vmax=limits[1], interpolation='bilinear', extent=(-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5))
+    return ax.imshow(heat, cmap=_heat_colours(), vmin=limits[0], vmax=limits[1], interpolation='bilinear',
+                     extent=(-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5))
 
 # %% ../../nbs/011_show.exam.ipynb #51ca2c3a
 def draw_view(
-    ax, # axes to draw on
-    image, # (h,w), any range
-    boxes=None, # DataFrame with x0,y0,x1,y1,label, or tuples; pixels of `image`
-    mask=None, # (h,w), outline drawn where it crosses 0.5
-    heat=None, # (h',w') heat map of the whole image
-    limits=(0.0, 1.0), # values of `heat` that are transparent and opaque
-    title='', # written into the corner
-    colour_of=None, # colour by label
-    corner='left', # corner of the title
-    fixed=False, # the axes have the image's aspect already
-): # the heat map's artist, or None
+    ax:plt.Axes, # axes to draw on
+    image:np.ndarray, # (h,w), any range
+    boxes:'pd.DataFrame|list|None'=None, # DataFrame with x0,y0,x1,y1,label, or tuples; pixels of `image`
+    mask:np.ndarray|None=None, # (h,w), outline drawn where it crosses 0.5
+    heat:np.ndarray|None=None, # (h',w') heat map of the whole image
+    limits:tuple=(0.0, 1.0), # values of `heat` that are transparent and opaque
+    title:str='', # written into the corner
+    colour_of:dict|None=None, # colour by label
+    corner:str='left', # corner of the title
+    fixed:bool=False, # the axes have the image's aspect already
+) -> 'AxesImage|None': # the heat map's artist, or None
     "Draw one view with all that is known about it."
     image, boxes = np.asarray(image), _boxes(boxes)
     low, high = image.min(), np.percentile(image, 99.8)
@@ -116,24 +127,27 @@ def _as_list(views):
             parts = key.replace('-', ' ').replace('_', ' ').split() if isinstance(key, str) else list(key)
             if len(parts) == 1 and parts[0][:1] in 'LR': parts = [parts[0][0], parts[0][1:]] # 'LCC'
             if len(parts) != 2: raise ValueError(f'The key {key!r} names no view. Write e.g. "L CC" or ("L", "CC").')
-            entries.append({**(value if isinstance(value, dict) else {'image': value}), 'laterality': parts[0], 'view': parts[1]})
+            entries.append({**(value if isinstance(value, dict) else {'image': value}), 'laterality': parts[0],
+                            'view': parts[1]})
     else: entries = [dict(v) for v in views]
     for e in entries:
-        if e.get('laterality') not in ('L', 'R'): raise ValueError(f'Laterality is "L" or "R", not {e.get("laterality")!r}.')
+        if e.get('laterality') not in ('L', 'R'):
+            raise ValueError(f'Laterality is "L" or "R", not {e.get("laterality")!r}.')
         if e.get('image') is None: raise ValueError(f'The view {e["laterality"]} {e.get("view")} has no image.')
     if not entries: raise ValueError('There are no views to show.')
     return entries
 
 
 def hang(
-    views, # list of dicts with image, laterality, view
+    views:list, # list of dicts with image, laterality, view
 ) -> list: # rows of (right, left); a place without image is None
     "Order views as they hang: CC above MLO, right breast on the left."
     rank = lambda v: (VIEW_ORDER.index(v) if v in VIEW_ORDER else len(VIEW_ORDER), v)
     rows = []
     for name in sorted({e['view'] for e in views}, key=rank):
         sides = {s: [e for e in views if e['view'] == name and e['laterality'] == s] for s in 'RL'}
-        for k in range(max(map(len, sides.values()))): rows.append(tuple(sides[s][k] if k < len(sides[s]) else None for s in 'RL'))
+        for k in range(max(map(len, sides.values()))):
+            rows.append(tuple(sides[s][k] if k < len(sides[s]) else None for s in 'RL'))
     return rows
 
 # %% ../../nbs/011_show.exam.ipynb #0abcfa9d
@@ -142,11 +156,13 @@ def _for_display(entry, turn):
     image, boxes = np.asarray(entry['image']), _boxes(entry.get('boxes'))
     if image.ndim == 3 and image.shape[0] == 1: image = image[0]
     if image.ndim != 2: raise ValueError(f'A view is an array (h,w), not {image.shape}.')
-    out = dict(image=image, boxes=boxes, mask=entry.get('mask'), heat=entry.get('heat'), title=f'{entry["laterality"]} {entry["view"]}',
+    out = dict(image=image, boxes=boxes, mask=entry.get('mask'), heat=entry.get('heat'),
+               title=f'{entry["laterality"]} {entry["view"]}',
                corner='left' if entry['laterality'] == 'R' else 'right')
     if not (turn and _turned(image, entry['laterality'])): return out
     flip = lambda a: None if a is None else np.asarray(a)[..., ::-1]
-    return {**out, 'image': flip(image), 'mask': flip(out['mask']), 'heat': flip(out['heat']), 'boxes': mirror_boxes(boxes, image.shape[1]),
+    return {**out, 'image': flip(image), 'mask': flip(out['mask']), 'heat': flip(out['heat']),
+            'boxes': mirror_boxes(boxes, image.shape[1]),
             'title': out['title'] + ' (mirrored)'}
 
 
@@ -175,38 +191,12 @@ def _canvas(rows, title, width, bar):
             x = (width - gap) / 2 - w if c == 0 else (width + gap) / 2
             axes[r, c] = fig.add_axes([x / width, (top - (height + h) / 2) / total, w / width, h / total])
         top -= height
-    if title: fig.text(0.5, 1 - head / 2 / total, title, color='white', ha='center', va='center', fontsize=10, fontweight='bold')
+    if title:
+        fig.text(0.5, 1 - head / 2 / total, title, color='white', ha='center', va='center', fontsize=10,
+                 fontweight='bold')
     return fig, axes
 
-# %% ../../nbs/011_show.exam.ipynb #00e63d67
-def show_exam(
-    views, # {'L CC': array (h,w)} or {…: dict(image, boxes, mask, heat)} or a list of dicts with laterality and view
-    boxes=None, # {'L CC': boxes}, when not in `views`; boxes are a DataFrame or tuples (x0, y0, x1, y1, label)
-    heat=None, # {'L CC': (h',w')}, when not in `views`
-    title='', # what the picture shows
-    limits=None, # (transparent, opaque) values of the heat maps; default: 0 to their common maximum
-    heat_label='similarity', # quantity of the heat map, for the colour bar
-    turn=True, # mirror images that look the wrong way
-    width=5.2, # inches
-): # figure
-    """Show the views of an exam as they hang, right breast on the left.
 
-    Raises: ValueError for a key that names no view or an array that is no image."""
-    entries = _as_list(views)
-    for given, field in ((boxes, 'boxes'), (heat, 'heat')):
-        extra = {(e['laterality'], e['view']): e['image'] for e in _as_list({k: {'image': v} for k, v in given.items()})} if given else {}
-        for e in entries: e.setdefault(field, extra.pop((e['laterality'], e['view']), None))
-        if extra: raise ValueError(unknown_name(f'view of {field}', ' '.join(next(iter(extra))), [f'{e["laterality"]} {e["view"]}' for e in entries]))
-    rows = [tuple(e and _for_display(e, turn) for e in row) for row in hang(entries)]
-    flat = [e for row in rows for e in row if e]
-    limits = _limits(flat, limits)
-    colour_of = colours([b[4] for e in flat for b in e['boxes']], bright=True)
-    fig, axes = _canvas(rows, title, width, any(e['heat'] is not None for e in flat))
-    artists = [draw_view(ax, **rows[r][c], limits=limits, colour_of=colour_of, fixed=True) for (r, c), ax in axes.items()]
-    _colour_bar(fig, [a for a in artists if a is not None], heat_label)
-    return fig
-
-# %% ../../nbs/011_show.exam.ipynb #fe794d41
 def _colour_bar(fig, artists, label):
     "A bar at the lower edge, shared by all maps."
     if not artists: return
@@ -218,14 +208,48 @@ def _colour_bar(fig, artists, label):
     bar.set_facecolor('black')
     colour_bar.outline.set_edgecolor('0.6')
 
+# %% ../../nbs/011_show.exam.ipynb #00e63d67
+def show_exam(
+    # {'L CC': array (h,w)} or {…: dict(image, boxes, mask, heat)} or a list of dicts with laterality and view
+    views:dict|list,
+    # {'L CC': boxes}, when not in `views`; boxes are a DataFrame or tuples (x0, y0, x1, y1, label)
+    boxes:dict|None=None,
+    heat:dict|None=None, # {'L CC': (h',w')}, when not in `views`
+    title:str='', # what the picture shows
+    limits:tuple|None=None, # (transparent, opaque) values of the heat maps; default: 0 to their common maximum
+    heat_label:str='similarity', # quantity of the heat map, for the colour bar
+    turn:bool=True, # mirror images that look the wrong way
+    width:float=5.2, # inches
+) -> plt.Figure: # figure
+    """Show the views of an exam as they hang, right breast on the left.
+
+    Raises: ValueError for a key that names no view or an array that is no image."""
+    entries = _as_list(views)
+    for given, field in ((boxes, 'boxes'), (heat, 'heat')):
+        extra = {(e['laterality'], e['view']): e['image']
+                 for e in _as_list({k: {'image': v} for k, v in given.items()})} if given else {}
+        for e in entries: e.setdefault(field, extra.pop((e['laterality'], e['view']), None))
+        if extra:
+            raise ValueError(unknown_name(f'view of {field}', ' '.join(next(iter(extra))),
+                                          [f'{e["laterality"]} {e["view"]}' for e in entries]))
+    rows = [tuple(e and _for_display(e, turn) for e in row) for row in hang(entries)]
+    flat = [e for row in rows for e in row if e]
+    limits = _limits(flat, limits)
+    colour_of = colours([b[4] for e in flat for b in e['boxes']], bright=True)
+    fig, axes = _canvas(rows, title, width, any(e['heat'] is not None for e in flat))
+    artists = [draw_view(ax, **rows[r][c], limits=limits, colour_of=colour_of, fixed=True)
+               for (r, c), ax in axes.items()]
+    _colour_bar(fig, [a for a in artists if a is not None], heat_label)
+    return fig
+
 # %% ../../nbs/011_show.exam.ipynb #42accc42
 def show_prepared(
     prepared, # a `medvl.data.prepared.Prepared`
     exam_id:str, # exam in its manifest
-    heat=None, # {image_id: (h',w')}
-    title=None, # default: density, birads and labels of the exam
-    **kwargs, # passed to `show_exam`
-): # figure
+    heat:dict|None=None, # {image_id: (h',w')}
+    title:str|None=None, # default: density, birads and labels of the exam
+    **kwargs:object, # passed to `show_exam`
+) -> plt.Figure: # figure
     """Show one exam of a prepared data set with its boxes and masks.
 
     Raises: ValueError with the closest exam id when there is none."""
@@ -235,7 +259,8 @@ def show_prepared(
     for row in table.itertuples():
         mask = prepared.masks[row.mask_row] if prepared.masks is not None and row.mask_row >= 0 else None
         views.append(dict(image=prepared.images[row.row], laterality=row.laterality, view=row.view, mask=mask,
-                          boxes=prepared.boxes[prepared.boxes.image_id == row.image_id], heat=(heat or {}).get(row.image_id)))
+                          boxes=prepared.boxes[prepared.boxes.image_id == row.image_id],
+                          heat=(heat or {}).get(row.image_id)))
     if title is None: title = _exam_title(table)
     return show_exam(views, title=title, **kwargs)
 
@@ -250,10 +275,10 @@ def _exam_title(table):
 
 # %% ../../nbs/011_show.exam.ipynb #1c07aeaa
 def windowed(
-    image, # (h,w)
+    image:np.ndarray, # (h,w)
     centre:float, # middle of the window, 0..1 of the image's range
     width:float, # width of the window, 0..1
-): # float32 (h,w) in 0..1
+) -> np.ndarray: # float32 (h,w) in 0..1
     "Stretch a window of grey values."
     image = np.asarray(image, dtype=np.float32)
     low, high = float(image.min()), float(image.max())
@@ -262,17 +287,20 @@ def windowed(
 
 
 def exam_widget(
-    views, # as for `show_exam`
-    **kwargs, # passed to `show_exam`
-): # ipywidgets box
+    views:dict|list, # as for `show_exam`
+    **kwargs:object, # passed to `show_exam`
+) -> 'VBox': # ipywidgets box
     "Show an exam with sliders for window and overlays."
     import ipywidgets as widgets
     entries = _as_list(views)
 
     def draw(centre, width, overlays):
-        shown = [{**e, 'image': windowed(e['image'], centre, width), **({} if overlays else dict(heat=None, boxes=None, mask=None))} for e in entries]
+        shown = [{**e, 'image': windowed(e['image'], centre, width),
+                  **({} if overlays else dict(heat=None, boxes=None, mask=None))} for e in entries]
         show_exam(shown, **kwargs)
         plt.show()
-    slider = lambda name, value: widgets.FloatSlider(value, min=0.05, max=1, step=0.05, description=name, continuous_update=False)
-    controls = dict(centre=slider('level', 0.5), width=slider('window', 1.0), overlays=widgets.Checkbox(True, description='overlays'))
+    slider = lambda name, value: widgets.FloatSlider(value, min=0.05, max=1, step=0.05, description=name,
+                                                     continuous_update=False)
+    controls = dict(centre=slider('level', 0.5), width=slider('window', 1.0),
+                    overlays=widgets.Checkbox(True, description='overlays'))
     return widgets.VBox([widgets.HBox(list(controls.values())), widgets.interactive_output(draw, controls)])

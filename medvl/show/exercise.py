@@ -26,13 +26,15 @@ class Verdict:
 
     def _repr_html_(self):
         c = COLOURS[self.state]
-        return f'<div style="border-left:4px solid {c};padding:2px 10px;color:{c}"><b>Exercise {html.escape(self.name)}</b>: {html.escape(self.text)}</div>'
+        return (f'<div style="border-left:4px solid {c};padding:2px 10px;color:{c}"><b>Exercise '
+                f'{html.escape(self.name)}</b>: {html.escape(self.text)}</div>')
 
 # %% ../../nbs/015_show.exercise.ipynb #e2cf0eda
 def _holds(check, answer):
     "Whether an answer passes, and what went wrong in it, if anything did."
     try: return bool(check(answer)), ''
-    except Exception as e: return False, f'{type(e).__name__}: {e}' # shown to the student: the answer does not fit the question
+    # shown to the student: the answer does not fit the question
+    except Exception as e: return False, f'{type(e).__name__}: {e}'
 
 
 @dataclass
@@ -49,13 +51,15 @@ class Exercise:
     def __post_init__(self):
         if not self.wrong: raise ValueError(f'exercise {self.name} has no wrong answers to try its check on: give some')
         passed = [w for w in self.wrong if _holds(self.check, w)[0]]
-        if passed: raise ValueError(f'exercise {self.name} accepts {passed[0]!r}, which is wrong: make its check stricter')
+        if passed:
+            raise ValueError(f'exercise {self.name} accepts {passed[0]!r}, which is wrong: make its check stricter')
 
     def __call__(self,
         answer, # the student's; ... while there is none
     ) -> Verdict:
         "Judge an answer."
-        if answer is ...: return Verdict(self.name, 'open', 'replace the three dots by your answer and run the cell again.')
+        if answer is ...:
+            return Verdict(self.name, 'open', 'replace the three dots by your answer and run the cell again.')
         right, trouble = _holds(self.check, answer)
         if right: return Verdict(self.name, 'right', ' '.join(filter(None, ('Right.', self.praise))))
         return Verdict(self.name, 'wrong', ' '.join(filter(None, ('Not yet.', trouble, self.hint))))

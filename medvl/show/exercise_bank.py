@@ -29,7 +29,7 @@ def _ask(name):
 
 def exercise(
     name:str, # tutorial and number, such as 't01.1'
-    **facts, # what the page has computed and the check needs
+    **facts:object, # what the page has computed and the check needs
 ) -> Exercise:
     """Give an exercise of a tutorial.
 
@@ -43,34 +43,47 @@ def _naive(stored, photometric, bits): return stored / (2**bits - 1)
 
 def _is_brightness(f):
     "Whether a function gets both kinds of files right."
-    cases = ((0, 'MONOCHROME1', 12, 1), (4095, 'MONOCHROME1', 12, 0), (0, 'MONOCHROME2', 12, 0), (255, 'MONOCHROME2', 8, 1), (51, 'MONOCHROME1', 8, .8))
+    cases = ((0, 'MONOCHROME1', 12, 1), (4095, 'MONOCHROME1', 12, 0), (0, 'MONOCHROME2', 12, 0),
+             (255, 'MONOCHROME2', 8, 1), (51, 'MONOCHROME1', 8, .8))
     return all(np.isclose(f(np.array([v]), p, b), want) for v, p, b, want in cases)
 
 
 @_ask('t01.1')
-def _(bits): return Exercise('1', lambda a: int(a) == 2**bits - 1, 'BitsStored bits can hold 2**BitsStored different values, and the first is 0.', wrong=(2**bits, 2**(bits + 4) - 1, bits, 2**(bits - 4) - 1))
+def _(bits):
+    return Exercise('1', lambda a: int(a) == 2**bits - 1,
+                    'BitsStored bits can hold 2**BitsStored different values, and the first is 0.',
+                    wrong=(2**bits, 2**(bits + 4) - 1, bits, 2**(bits - 4) - 1))
 
 
 @_ask('t01.2')
-def _(): return Exercise('2', _is_brightness, 'MONOCHROME1 means 1 minus the share; MONOCHROME2 stays as it is.', wrong=(_naive, lambda s, p, b: 1 - _naive(s, p, b)), praise='One line that many published pipelines forgot.')
+def _():
+    return Exercise('2', _is_brightness, 'MONOCHROME1 means 1 minus the share; MONOCHROME2 stays as it is.',
+                    wrong=(_naive, lambda s, p, b: 1 - _naive(s, p, b)),
+                    praise='One line that many published pipelines forgot.')
 
 
 @_ask('t01.3')
 def _(start, stop, scale, offset):
-    return Exercise('3', lambda f: np.allclose([f(v) for v in (start, start + 10, stop)], [offset, offset + 10*scale, offset + (stop - start)*scale]),
-                    'First the crop (subtract), then the scale (multiply), then the offset (add).', wrong=(lambda x: x*scale - start - 1, lambda x: (x - start - 1)*scale + offset),
+    return Exercise('3', lambda f: np.allclose([f(v) for v in (start, start + 10, stop)],
+                                               [offset, offset + 10*scale, offset + (stop - start)*scale]),
+                    'First the crop (subtract), then the scale (multiply), then the offset (add).',
+                    wrong=(lambda x: x*scale - start - 1, lambda x: (x - start - 1)*scale + offset),
                     praise='The two edges of a box are mapped alike, and so is the centre of a heat map, backwards.')
 
 # %% ../../nbs/015a_show.exercise_bank.ipynb #b547f9d9
 @_ask('t01.4')
 def _(part): # Series: split of each image, indexed by patient
     several = int((part.groupby(level=0).nunique() > 1).sum())
-    return Exercise('4', lambda a: int(a) == several, 'Group the images by patient, count the different parts of each, and count the patients with more than one.', wrong=(several + 1, -1, several + len(part)),
+    return Exercise('4', lambda a: int(a) == several,
+                    'Group the images by patient, count the different parts of each, '
+                    'and count the patients with more than one.', wrong=(several + 1, -1, several + len(part)),
                     praise='The division is drawn by patient, stratified by the labels.')
 
 
 @_ask('t01.5')
-def _(): return Exercise('5', lambda a: np.isclose(a, 12), 'Count the channels, and the bytes of a float32.', wrong=(3, 4, 1, 7), praise='Bytes moved are time: the original moved that many times as many.')
+def _():
+    return Exercise('5', lambda a: np.isclose(a, 12), 'Count the channels, and the bytes of a float32.',
+                    wrong=(3, 4, 1, 7), praise='Bytes moved are time: the original moved that many times as many.')
 
 # %% ../../nbs/015a_show.exercise_bank.ipynb #6d794a3c
 def _contrast(u, v, tau): return float(F.cross_entropy(u @ v.T / tau, torch.arange(len(u))))
@@ -79,23 +92,35 @@ def _contrast(u, v, tau): return float(F.cross_entropy(u @ v.T / tau, torch.aran
 @_ask('t02.1')
 def _():
     u, v = (F.normalize(torch.randn(6, 8, generator=torch.Generator().manual_seed(s)), dim=-1) for s in (0, 1))
-    return Exercise('1', lambda f: all(math.isclose(float(f(u, v, t)), _contrast(u, v, t), rel_tol=1e-4) for t in (1.0, .1)), 'torch.logsumexp over each row, minus the diagonal, then the mean.',
-                    wrong=(lambda a, b, t: (a @ b.T / t).diagonal().mean(), lambda a, b, t: _contrast(b, a, t), lambda a, b, t: _contrast(a, b, 1/t)))
+    return Exercise('1', lambda f: all(math.isclose(float(f(u, v, t)), _contrast(u, v, t), rel_tol=1e-4)
+                                       for t in (1.0, .1)),
+                    'torch.logsumexp over each row, minus the diagonal, then the mean.',
+                    wrong=(lambda a, b, t: (a @ b.T / t).diagonal().mean(), lambda a, b, t: _contrast(b, a, t),
+                           lambda a, b, t: _contrast(a, b, 1/t)))
 
 
 @_ask('t02.2')
-def _(n): return Exercise('2', lambda a: math.isclose(a, math.log(n), rel_tol=1e-3), 'Each of the n answers gets the probability 1/n. What does cross-entropy charge for that?', wrong=(n, 1/n, math.log(2), math.log2(n)),
-                          praise='If your first loss is far from it, something is wrong before anything was learnt.')
+def _(n):
+    return Exercise('2', lambda a: math.isclose(a, math.log(n), rel_tol=1e-3),
+                    'Each of the n answers gets the probability 1/n. What does cross-entropy charge for that?',
+                    wrong=(n, 1/n, math.log(2), math.log2(n)),
+                    praise='If your first loss is far from it, something is wrong before anything was learnt.')
 
 
 @_ask('t02.3')
 def _(same): # bool (n,n): whether two sentences are equal
     share = (same.sum(1) > 1).mean()
-    return Exercise('3', lambda a: math.isclose(a, share, abs_tol=1e-6), 'A row of `same` with more than one True has a partner beside itself.', wrong=(share + .1, 2.0, -.1), praise='Each of these images is punished for finding a sentence that is true of it.')
+    return Exercise('3', lambda a: math.isclose(a, share, abs_tol=1e-6),
+                    'A row of `same` with more than one True has a partner beside itself.',
+                    wrong=(share + .1, 2.0, -.1), praise='Each of these images is punished for finding a sentence that '
+                    'is true of it.')
 
 
 @_ask('t02.4')
-def _(): return Exercise('4', lambda a: int(a) == 31, 'Each of the 16 batches computes its own table of 32 by 32.', wrong=(511, 496, 32, 512), praise='Accumulation averages gradients, it adds no negatives. GradCache does (405_train.gradcache).')
+def _():
+    return Exercise('4', lambda a: int(a) == 31, 'Each of the 16 batches computes its own table of 32 by 32.',
+                    wrong=(511, 496, 32, 512), praise='Accumulation averages gradients, it adds no negatives. '
+                    'GradCache does (405_train.gradcache).')
 
 # %% ../../nbs/015a_show.exercise_bank.ipynb #90e443c4
 def _share(cosines): return math.exp(cosines[1]) / (math.exp(cosines[0]) + math.exp(cosines[1]))
@@ -104,23 +129,34 @@ def _share(cosines): return math.exp(cosines[1]) / (math.exp(cosines[0]) + math.
 @_ask('t03.1')
 def _(batch):
     guess = math.log(batch)
-    return Exercise('1', lambda a: math.isclose(a, 2.5*guess, rel_tol=1e-3), 'Add up the weights of the games: ½ + ½ for images and texts, then 1 and ½.', wrong=(guess, 3*guess, 2*guess), praise='A first loss far from it means a bug, and it costs nothing to look.')
+    return Exercise('1', lambda a: math.isclose(a, 2.5*guess, rel_tol=1e-3),
+                    'Add up the weights of the games: ½ + ½ for images and texts, then 1 and ½.',
+                    wrong=(guess, 3*guess, 2*guess), praise='A first loss far from it means a bug, and it costs '
+                    'nothing to look.')
 
 
 @_ask('t03.2')
 def _(group): # int (n,): number of each report
     pairs, n = (int((group[:, None] == group[None]).sum()) - len(group)) // 2, len(group)
-    return Exercise('2', lambda a: int(a) == pairs, 'Compare all pairs i < j of `group`; do not count a breast with itself.', wrong=(-1, n*n, n*(n - 1)//2 + 1), praise='Real reports repeat each other, too: the trap is everywhere.')
+    return Exercise('2', lambda a: int(a) == pairs, 'Compare all pairs i < j of `group`; do not count a breast with '
+                    'itself.', wrong=(-1, n*n, n*(n - 1)//2 + 1),
+                    praise='Real reports repeat each other, too: the trap is '
+                    'everywhere.')
 
 
 @_ask('t03.3')
 def _(cosines): # two numbers: with "no mass", with "mass"
     wrong = (lambda c: c[1], lambda c: c[1]/(c[0] + c[1]), lambda c: 1 - _share(c))
-    return Exercise('3', lambda f: all(math.isclose(float(f(c)), _share(c), rel_tol=1e-3) for c in ([.2, .5], list(cosines))), 'exp of the second, divided by the sum of both exps.', wrong)
+    return Exercise('3', lambda f: all(math.isclose(float(f(c)), _share(c), rel_tol=1e-3)
+                                       for c in ([.2, .5], list(cosines))),
+                    'exp of the second, divided by the sum of both exps.', wrong)
 
 
 @_ask('t03.4')
-def _(size, grid): return Exercise('4', lambda a: int(a) == size[0]//grid[0], 'Rows of the image divided by rows of the grid.', wrong=(1, size[0] + 1, size[0]), praise='A mass smaller than that cannot be pointed at with a finger that broad.')
+def _(size, grid):
+    return Exercise('4', lambda a: int(a) == size[0]//grid[0], 'Rows of the image divided by rows of the grid.',
+                    wrong=(1, size[0] + 1, size[0]), praise='A mass smaller than that cannot be pointed at with a '
+                    'finger that broad.')
 
 # %% ../../nbs/015a_show.exercise_bank.ipynb #2f37385b
 @_ask('t03.5')
@@ -128,8 +164,11 @@ def _():
     heat = np.zeros((6, 8))
     heat[2, 5] = 1.
     inside, outside = ([5, 2, 6, 3], [0, 0, 8, 6]), ([2, 5, 3, 6], [0, 0, 5, 6], [0, 0, 8, 2])
-    return Exercise('5', lambda f: all(bool(f(heat, b)) for b in inside) and not any(f(heat, b) for b in outside), 'np.unravel_index(heat.argmax(), heat.shape) gives (row, column); a box is x0, y0, x1, y1 and its end is exclusive.',
-                    wrong=(lambda h, b: True, lambda h, b: False, lambda h, b: b[0] <= np.unravel_index(h.argmax(), h.shape)[0] < b[2]))
+    return Exercise('5', lambda f: all(bool(f(heat, b)) for b in inside) and not any(f(heat, b) for b in outside),
+                    'np.unravel_index(heat.argmax(), heat.shape) gives (row, column); a box is x0, y0, x1, y1 and its '
+                    'end is exclusive.',
+                    wrong=(lambda h, b: True, lambda h, b: False,
+                           lambda h, b: b[0] <= np.unravel_index(h.argmax(), h.shape)[0] < b[2]))
 
 # %% ../../nbs/015a_show.exercise_bank.ipynb #e963d5cc
 def _told(regions, sentences): return (regions @ sentences.T).softmax(1) @ sentences
@@ -138,15 +177,22 @@ def _told(regions, sentences): return (regions @ sentences.T).softmax(1) @ sente
 @_ask('t04.1')
 def _():
     regions, sentences = (torch.randn(n, 4, generator=torch.Generator().manual_seed(n)) for n in (5, 3))
-    wrong = (lambda r, s: s.mean(0).expand(len(r), -1), lambda r, s: (r @ s.T) @ s, lambda r, s: (r @ s.T).softmax(0) @ s)
-    return Exercise('1', lambda f: torch.allclose(torch.as_tensor(f(regions, sentences)), _told(regions, sentences), atol=1e-4), 'Similarities first, then a softmax over the sentences, then the weighted mean of the sentences.', wrong)
+    wrong = (lambda r, s: s.mean(0).expand(len(r), -1), lambda r, s: (r @ s.T) @ s,
+             lambda r, s: (r @ s.T).softmax(0) @ s)
+    right = _told(regions, sentences)
+    return Exercise('1', lambda f: torch.allclose(torch.as_tensor(f(regions, sentences)), right, atol=1e-4),
+                    'Similarities first, then a softmax over the sentences, then the weighted mean of the sentences.',
+                    wrong)
 
 
 @_ask('t04.2')
 def _(entropy, regions): # of the soft targets; number of regions
     room = math.log(regions) - entropy
-    return Exercise('2', lambda a: math.isclose(a, room, abs_tol=.01), 'The loss of knowing nothing, minus the lowest loss there is.', wrong=(math.log(regions), entropy, -room),
-                    praise=f'{room:.2f} nats: the image-local loss of the paper can say very little. Identity targets would leave {math.log(regions):.1f}.')
+    return Exercise('2', lambda a: math.isclose(a, room, abs_tol=.01),
+                    'The loss of knowing nothing, minus the lowest loss there is.',
+                    wrong=(math.log(regions), entropy, -room),
+                    praise=f'{room:.2f} nats: the image-local loss of the paper can say very little. Identity targets '
+                    f'would leave {math.log(regions):.1f}.')
 
 # %% ../../nbs/015a_show.exercise_bank.ipynb #51b2b86f
 def _paired(a, b, patients): return b[patients] - a[patients]
@@ -157,8 +203,12 @@ def _():
     a, b = np.random.default_rng(1).normal(.5, .2, (2, 40))
     drawn = (np.arange(40), np.array([3, 3, 7]))
     check = lambda f: all(np.allclose(np.sort(np.asarray(f(a, b, d), float)), np.sort(_paired(a, b, d))) for d in drawn)
-    return Exercise('3', check, 'Index both arrays with the same patients, then subtract.', wrong=(lambda a, b, i: a[i], lambda a, b, i: b[i] - a[np.roll(i, 1)], lambda a, b, i: b - a))
+    return Exercise('3', check, 'Index both arrays with the same patients, then subtract.',
+                    wrong=(lambda a, b, i: a[i], lambda a, b, i: b[i] - a[np.roll(i, 1)], lambda a, b, i: b - a))
 
 
 @_ask('t04.4')
-def _(): return Exercise('4', lambda a: a is False, 'Think of what the interval was drawn over.', wrong=(True, None, 'yes'), praise='It is an interval over patients for *these* weights. Training again with other seeds needs runs of its own.')
+def _():
+    return Exercise('4', lambda a: a is False, 'Think of what the interval was drawn over.', wrong=(True, None, 'yes'),
+                    praise='It is an interval over patients for *these* weights. Training again with other seeds needs '
+                    'runs of its own.')

@@ -8,6 +8,7 @@ __all__ = ['PALETTE', 'BRIGHT', 'NOT_STATED', 'WIDTH', 'THEME', 'colours', 'set_
 
 # %% ../../nbs/010_show.style.ipynb #f966fbc8
 import io
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -25,7 +26,7 @@ WIDTH = 7.2 # of a full figure, inches
 
 
 def colours(
-    names, # labels in any order
+    names:Iterable, # labels in any order
     bright:bool=False, # for an X-ray background
 ) -> dict: # colour by label; the same set of names gives the same colours
     "Give each name a colour."
@@ -33,13 +34,14 @@ def colours(
     return {n: palette[k % len(palette)] for k, n in enumerate(sorted(set(names), key=str))}
 
 # %% ../../nbs/010_show.style.ipynb #9f103827
-THEME = {'figure.dpi': 100, 'savefig.dpi': 100, 'font.size': 9, 'axes.titlesize': 10, 'axes.labelsize': 9, 'xtick.labelsize': 8, 'ytick.labelsize': 8,
-         'legend.fontsize': 8, 'axes.titlelocation': 'left', 'axes.titleweight': 'bold', 'legend.frameon': False, 'axes.spines.top': False,
-         'axes.spines.right': False, 'image.cmap': 'gray', 'image.interpolation': 'antialiased', 'lines.linewidth': 1.6, 'grid.alpha': 0.5,
+THEME = {'figure.dpi': 100, 'savefig.dpi': 100, 'font.size': 9, 'axes.titlesize': 10, 'axes.labelsize': 9,
+         'xtick.labelsize': 8, 'ytick.labelsize': 8, 'legend.fontsize': 8, 'axes.titlelocation': 'left',
+         'axes.titleweight': 'bold', 'legend.frameon': False, 'axes.spines.top': False, 'axes.spines.right': False,
+         'image.cmap': 'gray', 'image.interpolation': 'antialiased', 'lines.linewidth': 1.6, 'grid.alpha': 0.5,
          'figure.facecolor': 'white'}
 
 
-def set_theme():
+def set_theme() -> None:
     "Set the house style for this process."
     sns.set_theme(style='ticks', palette=PALETTE, rc=THEME)
 
@@ -49,8 +51,8 @@ def figure(
     columns:int=1, # panels beside each other
     width:float=WIDTH, # inches
     height:float|None=None, # inches; default: 2.7 a row
-    **kwargs, # passed to `plt.subplots`
-): # (figure, axes) as from `plt.subplots`
+    **kwargs:object, # passed to `plt.subplots`
+) -> tuple: # (figure, axes) as from `plt.subplots`
     "Start a figure in the house style."
     set_theme()
     return plt.subplots(rows, columns, figsize=(width, height or 2.7 * rows), layout='constrained', **kwargs)
@@ -63,7 +65,8 @@ def _distinct(pixels):
 
 
 def _quantise(image, levels):
-    "Reduce to `levels` colours, greys and colours apart: an X-ray would leave a heat map no palette, and a heat map would tint the X-ray."
+    """Reduce to `levels` colours, greys and colours apart: an X-ray would leave a heat map no palette, and a
+    heat map would tint the X-ray."""
     image = image.convert('RGB')
     pixels = np.asarray(image)
     coloured = np.ptp(pixels.astype(np.int16), axis=2) > 12
@@ -91,7 +94,7 @@ def _render(fig, dpi, levels):
 
 # %% ../../nbs/010_show.style.ipynb #8961f784
 def png(
-    fig, # matplotlib figure
+    fig:plt.Figure, # matplotlib figure
     limit:int=100_000, # bytes
 ) -> bytes: # the picture
     """Render a figure as PNG of at most `limit` bytes.
@@ -100,12 +103,13 @@ def png(
     for dpi, levels in ((130, None), (110, 128), (95, 96), (80, 96), (70, 64), (55, 48), (40, 32)):
         data = _render(fig, dpi, levels)
         if len(data) <= limit: return data
-    raise ValueError(f'The figure does not fit into {limit} bytes (at 40 dpi and 32 colours it has {len(data)}). Make it smaller or simpler.')
+    raise ValueError(f'The figure does not fit into {limit} bytes (at 40 dpi and 32 colours it has {len(data)}). Make '
+                     'it smaller or simpler.')
 
 
 def save(
-    fig, # matplotlib figure
-    path, # file to write
+    fig:plt.Figure, # matplotlib figure
+    path:str|Path, # file to write
     limit:int=100_000, # bytes
 ) -> Path: # the file
     "Write a figure as PNG of at most `limit` bytes, whole or not at all."
@@ -115,7 +119,7 @@ def save(
 # %% ../../nbs/010_show.style.ipynb #98cd68a7
 class Picture:
     "A rendered figure, shown by notebooks."
-    def __init__(self, data): self.data = data
+    def __init__(self, data:bytes): self.data = data
 
     def _repr_png_(self): return self.data
 
@@ -123,7 +127,7 @@ class Picture:
 
 
 def picture(
-    fig, # matplotlib figure, which is closed; None where none could be drawn
+    fig:plt.Figure|None, # matplotlib figure, which is closed; None where none could be drawn
     limit:int=100_000, # bytes
 ) -> Picture|None: # for the last line of a cell
     "Render a figure small, for a notebook's stored output."

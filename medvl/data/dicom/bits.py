@@ -62,11 +62,13 @@ def looks_signed(
     """Tell whether unsigned values are negative ones in disguise."""
     span = 1 << bits
     probe = values[::max(1, values.shape[0]//64), ::max(1, values.shape[1]//64)]
-    if ((probe > span//4) & (probe < 3*span//4)).any() or values.max() < 3*span//4 or values.min() > span//4: return False
+    if ((probe > span//4) & (probe < 3*span//4)).any() or values.max() < 3*span//4 or values.min() > span//4:
+        return False
     upper = values[values >= 3*span//4]
     if ((values > span//4) & (values < 3*span//4)).any(): return False
     counts = np.bincount(upper.astype(np.int64) - 3*span//4)
-    return (counts > 0).sum() >= FEW and counts.max() < upper.size/2 and wraps(values, as_signed(values, bits), span, SIGN_SHARE)
+    return ((counts > 0).sum() >= FEW and counts.max() < upper.size/2
+            and wraps(values, as_signed(values, bits), span, SIGN_SHARE))
 
 # %% ../../../nbs/100ba_data.bits.ipynb #1610103f
 def stream_bits(
@@ -88,8 +90,11 @@ def bit_alignment(
 ) -> tuple: # HighBit; a note or ''
     """Tell whether values declared left-aligned stand on the right, or the other way round."""
     low, size = (1 << stored) - 1, raw.dtype.itemsize*8
-    if high >= stored and raw.max(initial=0) <= low and (raw & raw.dtype.type((1 << high + 1 - stored) - 1)).any(): return stored - 1, f'HighBit is {high}, the values are right-aligned'
-    if high == stored - 1 < size - 1 and raw.max(initial=0) > low and not (raw & raw.dtype.type((1 << size - stored) - 1)).any() and wraps(raw & raw.dtype.type(low), raw >> size - stored, low + 1):
+    if high >= stored and raw.max(initial=0) <= low and (raw & raw.dtype.type((1 << high + 1 - stored) - 1)).any():
+        return stored - 1, f'HighBit is {high}, the values are right-aligned'
+    if (high == stored - 1 < size - 1 and raw.max(initial=0) > low
+        and not (raw & raw.dtype.type((1 << size - stored) - 1)).any()
+        and wraps(raw & raw.dtype.type(low), raw >> size - stored, low + 1)):
         return size - 1, f'HighBit is {high}, the values are left-aligned'
     return high, ''
 
@@ -117,10 +122,15 @@ def settle_bits(
     top = int(values.max(initial=0))
     if signed:
         full = values.view(values.dtype.str.replace('u', 'i')) if top >= span else values
-        beyond = top < span or full.max() >= span or full.min() < -span   # else some are extended to the word's sign and some not, which is harmless
-        if top >= span//2 and beyond and wraps(as_signed(values, stored), full, span, SIGN_SHARE if top < span else SHARE):
+        # else some are extended to the word's sign and some not, which is harmless
+        beyond = top < span or full.max() >= span or full.min() < -span
+        if top >= span//2 and beyond and wraps(as_signed(values, stored), full, span,
+                                               SIGN_SHARE if top < span else SHARE):
             if top < span: signed = False; notes.append('header says signed, the values are unsigned')
-            else: stored = max(int(full.max()), -int(full.min()) - 1).bit_length() + 1; high = stored - 1; notes.append(f'header says fewer bits than the {stored} of the values')
+            else:
+                stored = max(int(full.max()), -int(full.min()) - 1).bit_length() + 1
+                high = stored - 1
+                notes.append(f'header says fewer bits than the {stored} of the values')
     elif top >= span:
         low = values & values.dtype.type(span - 1)
         if (exact and wraps(low, values, span)) or (not exact and top >= 2*span):

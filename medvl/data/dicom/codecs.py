@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['KNOWN_PHOTOMETRIC', 'RLE', 'PixelLayout', 'whole_number', 'pixel_layout', 'pixel_element', 'fragments', 'StreamInfo',
            'stream_info', 'decode_stream', 'decode_checked', 'decode_rle', 'read_native', 'stored_values', 'settled',
-           'grey_of', 'by_pydicom', 'read_pixels']
+           'grey_of', 'by_pydicom', 'read_pixel_data']
 
 # %% ../../../nbs/100b_data.dicom.codecs.ipynb #772a473b
 import struct
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO
 
 import imagecodecs
 import numpy as np
@@ -35,28 +37,30 @@ class PixelLayout:
     photometric: str   # MONOCHROME1, MONOCHROME2, RGB, YBR_...
     planar: bool       # colour planes one after the other
     @property
-    def nbytes(self): return self.rows*self.columns*self.samples*self.allocated//8
+    def nbytes(self) -> int: return self.rows*self.columns*self.samples*self.allocated//8
 
 
 def whole_number(
     opened:OpenDicom, # header
     name:str, # keyword
-    default, # when absent; None: it must be there
-    file=None, # for the message
+    default:int|None, # when absent; None: it must be there
+    file:str|Path|None=None, # for the message
 ) -> int: # its value
     """Read a number the pixels cannot do without.
 
     Raises: DataError."""
     value = value_of(opened.ds, name, default)
     try: return int(value)
-    except (TypeError, ValueError): raise DataError(f'{name} {"is missing" if value is None else "holds no number"}: no image can be made.',
-                                                    file=file, fix='The file is damaged, encrypted, or holds no image: replace it or leave it out.') from None
+    except (TypeError, ValueError):
+        raise DataError(f'{name} {"is missing" if value is None else "holds no number"}: no image can be made.',
+                        file=file,
+                        fix='The file is damaged, encrypted, or holds no image: replace it or leave it out.') from None
 
 # %% ../../../nbs/100b_data.dicom.codecs.ipynb #49527673
 def pixel_layout(
     opened:OpenDicom, # header
     limits:Limits, # what is allowed
-    file=None, # for messages
+    file:str|Path|None=None, # for messages
 ) -> PixelLayout: # checked layout
     """Check the header's description of the pixels.
 
@@ -68,14 +72,19 @@ def pixel_layout(
     rows, columns = number('Rows'), number('Columns')
     check_size(rows, columns, limits, file)
     samples, allocated, stored = number('SamplesPerPixel', 1), number('BitsAllocated'), number('BitsStored')
-    photometric = str(value_of(opened.ds, 'PhotometricInterpretation', 'MONOCHROME2' if samples == 1 else 'RGB')).upper()
+    photometric = str(value_of(opened.ds, 'PhotometricInterpretation',
+                               'MONOCHROME2' if samples == 1 else 'RGB')).upper()
     if allocated not in (8, 16): raise DataError(f'BitsAllocated is {allocated}: only 8 and 16 are read.', file=file)
     if not 1 <= stored <= allocated: raise DataError(f'BitsStored is {stored}, must be 1 to {allocated}.', file=file)
-    if samples not in (1, 3) or (samples == 1) != photometric.startswith('MONOCHROME') or photometric not in KNOWN_PHOTOMETRIC:
-        raise DataError(f'{samples} samples with {known_code("PhotometricInterpretation", photometric)} as photometric interpretation are not read.', file=file)
+    if (samples not in (1, 3) or (samples == 1) != photometric.startswith('MONOCHROME')
+        or photometric not in KNOWN_PHOTOMETRIC):
+        raise DataError(f'{samples} samples with {known_code("PhotometricInterpretation", photometric)} as photometric '
+                        'interpretation are not read.', file=file)
     high = number('HighBit', stored - 1)
-    if not stored - 1 <= high < allocated: raise DataError(f'HighBit is {high} with {stored} bits stored of {allocated}.', file=file)
-    return PixelLayout(rows, columns, samples, allocated, stored, high, bool(number('PixelRepresentation', 0)), photometric,
+    if not stored - 1 <= high < allocated:
+        raise DataError(f'HighBit is {high} with {stored} bits stored of {allocated}.', file=file)
+    return PixelLayout(rows, columns, samples, allocated, stored, high, bool(number('PixelRepresentation', 0)),
+                       photometric,
                        bool(number('PlanarConfiguration', 0)))
 
 
@@ -84,7 +93,7 @@ KNOWN_PHOTOMETRIC = ('MONOCHROME1', 'MONOCHROME2', 'RGB', 'YBR_FULL', 'YBR_FULL_
 # %% ../../../nbs/100b_data.dicom.codecs.ipynb #73f0d91f
 def pixel_element(
     opened:OpenDicom, # header, its stream in front of the pixels
-    file=None, # for messages
+    file:str|Path|None=None, # for messages
 ) -> int: # length of the pixel data in bytes; -1: encapsulated
     """Read the head of the pixel data element.
 
@@ -94,7 +103,8 @@ def pixel_element(
     if len(head) < 8: raise DataError('the file has no pixel data.', file=file,
                                       fix='It is a report, a presentation state or truncated: leave it out.')
     group, element, length = struct.unpack(order + 'HHL', head)
-    if (group, element) != (0x7FE0, 0x0010): raise DataError(f'no integer pixel data, but element ({group:04X},{element:04X}).', file=file)
+    if (group, element) != (0x7FE0, 0x0010):
+        raise DataError(f'no integer pixel data, but element ({group:04X},{element:04X}).', file=file)
     opened.word = head[4:6] == b'OW'
     if not opened.implicit:
         length = struct.unpack(order + 'L', opened.stream.read(4).ljust(4, b'\0'))[0] if head[4:6] in (b'OB', b'OW',
@@ -103,9 +113,9 @@ def pixel_element(
 
 # %% ../../../nbs/100b_data.dicom.codecs.ipynb #eb9e9d34
 def fragments(
-    stream, # stream behind the head of an encapsulated element
+    stream:BinaryIO, # stream behind the head of an encapsulated element
     size:int, # bytes of the whole stream
-    file=None, # for messages
+    file:str|Path|None=None, # for messages
 ) -> bytes: # the frame's compressed stream
     """Join the fragments of one frame.
 
@@ -114,14 +124,18 @@ def fragments(
     while len(head := stream.read(8)) == 8:
         group, element, length = struct.unpack('<HHL', head)
         if (group, element) == (0xFFFE, 0xE0DD): break
-        if (group, element) != (0xFFFE, 0xE000): raise DataError(f'found ({group:04X},{element:04X}) where a fragment should start.',
-                                                                 file=file, fix='The file is damaged.')
+        if (group, element) != (0xFFFE, 0xE000):
+            raise DataError(f'found ({group:04X},{element:04X}) where a fragment should start.',
+                            file=file, fix='The file is damaged.')
         if length > size - stream.tell():
-            raise DataError(f'the file is truncated: a fragment declares {length:,} bytes, {size - stream.tell():,} are left.', file=file,
+            raise DataError(f'the file is truncated: a fragment declares {length:,} bytes, {size - stream.tell():,} '
+                            'are left.', file=file,
                             fix='Copy it again.')
         parts.append(stream.read(length))
     if len(parts) < 2: raise DataError('the encapsulated pixel data holds no frame.', file=file)
-    if len(parts[0]) > 4: raise DataError(f'the offset table lists {len(parts[0])//4} frames, the header one.', file=file, fix='Export the frames one by one.')
+    if len(parts[0]) > 4:
+        raise DataError(f'the offset table lists {len(parts[0])//4} frames, the header one.', file=file,
+                        fix='Export the frames one by one.')
     return parts[1] if len(parts) == 2 else b''.join(parts[1:])
 
 # %% ../../../nbs/100b_data.dicom.codecs.ipynb #eeacba58
@@ -145,7 +159,8 @@ def stream_info(
         at = frame.find(b'\xff\x4f\xff\x51')
         if at < 0 or len(frame) < at + 45: return None
         x1, y1, x0, y0 = struct.unpack('>4L', frame[at + 8:at + 24])
-        return StreamInfo('jpeg2000', y1 - y0, x1 - x0, struct.unpack('>H', frame[at + 40:at + 42])[0], (frame[at + 42] & 127) + 1, True,
+        return StreamInfo('jpeg2000', y1 - y0, x1 - x0, struct.unpack('>H', frame[at + 40:at + 42])[0],
+                          (frame[at + 42] & 127) + 1, True,
                           frame[at + 42] > 127)
     at = 2
     while frame[:2] == b'\xff\xd8' and at + 10 <= len(frame):
@@ -178,36 +193,43 @@ def decode_checked(
     columns:int, # columns
     samples:int, # samples a pixel
     photometric:str='', # the header's
-    file=None, # for messages
+    file:str|Path|None=None, # for messages
 ) -> tuple[np.ndarray, StreamInfo]: # decoded array, what the stream declared
     """Compare a stream with its header, then decode it.
 
     Raises: DataError when they differ, or the stream is damaged."""
     info = stream_info(frame)
-    if info is None: raise DataError('the compressed stream is damaged: no start of an image is found in it.', file=file,
-                                     fix='Replace the file.')
+    if info is None:
+        raise DataError('the compressed stream is damaged: no start of an image is found in it.', file=file,
+                        fix='Replace the file.')
     if (info.rows, info.columns, info.samples) != (rows, columns, samples):
         there = f'{info.rows} × {info.columns} × {info.samples}'
         raise DataError(f'the header says {rows} × {columns} × {samples}, the compressed stream {there}.', file=file)
-    if b'\xff\xd9' not in frame[-64:]: raise DataError('the compressed stream is truncated: its end marker is missing.', file=file,
-                                                       fix='Copy the file again.')
+    if b'\xff\xd9' not in frame[-64:]:
+        raise DataError('the compressed stream is truncated: its end marker is missing.', file=file,
+                        fix='Copy the file again.')
     if info.codec == 'other': raise NotImplementedError(info)
-    if info.codec == 'jpeg' and len(scans_of(frame)) > Limits.scans: raise DataError(f'the compressed stream has more than {Limits.scans} scans.', file=file, fix='It is hostile: leave it out.')
+    if info.codec == 'jpeg' and len(scans_of(frame)) > Limits.scans:
+        raise DataError(f'the compressed stream has more than {Limits.scans} scans.', file=file,
+                        fix='It is hostile: leave it out.')
     decode = lambda stream: decode_stream(stream, info, photometric)
     try: out = decode(frame)
     except MemoryError: raise   # says nothing about the file
     except Exception as e:   # every codec has an error class of its own
-        raise DataError(f'the {info.codec} stream is damaged ({type(e).__name__}).', file=file, fix='Replace the file.') from e
-    bad = jpeg2000_damage(frame) if info.codec == 'jpeg2000' else jpeg_damage(frame, out, decode) if info.codec == 'jpeg' else ''
+        raise DataError(f'the {info.codec} stream is damaged ({type(e).__name__}).', file=file,
+                        fix='Replace the file.') from e
+    bad = (jpeg2000_damage(frame) if info.codec == 'jpeg2000' else jpeg_damage(frame, out, decode)
+           if info.codec == 'jpeg' else '')
     if bad: raise DataError(f'the {info.codec} stream is damaged: {bad}.', file=file, fix='Copy the file again.')
-    if out.shape[:2] != (rows, columns): raise DataError(f'decoding gave {out.shape}, not {(rows, columns)}.', file=file)
+    if out.shape[:2] != (rows, columns):
+        raise DataError(f'decoding gave {out.shape}, not {(rows, columns)}.', file=file)
     return out, info
 
 # %% ../../../nbs/100b_data.dicom.codecs.ipynb #e4cf4feb
 def decode_rle(
     frame:bytes, # run-length coded frame
     layout:PixelLayout, # bit layout
-    file=None, # for messages
+    file:str|Path|None=None, # for messages
 ) -> np.ndarray: # (h,w) or (h,w,3) unsigned
     """Decode one run-length coded frame.
 
@@ -215,16 +237,18 @@ def decode_rle(
     Source: PS3.5 annex G."""
     segments = layout.samples*layout.allocated//8
     starts = struct.unpack('<16L', frame[:64]) if len(frame) >= 64 else (0,)*16
-    inside = starts[0] == segments and starts[1] == 64 and all(a < b for a,
-                                                               b in zip(starts[1:],
-                                                                       starts[2:segments + 1])) and starts[segments] < len(frame)
-    if not inside: raise DataError(f'damaged run lengths: {starts[0]} segments of {segments} in {len(frame):,} bytes.', file=file,
-                                   fix='Replace the file.')
+    inside = (starts[0] == segments and starts[1] == 64
+              and all(a < b for a, b in zip(starts[1:], starts[2:segments + 1])) and starts[segments] < len(frame))
+    if not inside:
+        raise DataError(f'damaged run lengths: {starts[0]} segments of {segments} in {len(frame):,} bytes.', file=file,
+                        fix='Replace the file.')
     try: data = imagecodecs.dicomrle_decode(frame, f'<u{layout.allocated//8}')
     except MemoryError: raise
-    except Exception as e: raise DataError(f'damaged run lengths ({type(e).__name__}).', file=file, fix='Replace the file.') from e
-    if len(data) != layout.nbytes: raise DataError(f'run lengths unpack to {len(data):,} bytes of {layout.nbytes:,}.', file=file,
-                                                   fix='The file is truncated.')
+    except Exception as e:
+        raise DataError(f'damaged run lengths ({type(e).__name__}).', file=file, fix='Replace the file.') from e
+    if len(data) != layout.nbytes:
+        raise DataError(f'run lengths unpack to {len(data):,} bytes of {layout.nbytes:,}.', file=file,
+                        fix='The file is truncated.')
     planes = np.frombuffer(data, f'<u{layout.allocated//8}').reshape(layout.samples, layout.rows, layout.columns)
     return planes[0] if layout.samples == 1 else np.moveaxis(planes, 0, 2)
 
@@ -233,7 +257,7 @@ def read_native(
     opened:OpenDicom, # stream behind the head of the pixel data
     length:int, # its declared bytes
     layout:PixelLayout, # bit layout
-    file=None, # for messages
+    file:str|Path|None=None, # for messages
 ) -> np.ndarray: # (h,w) or (h,w,3) unsigned, native byte order
     """Read uncompressed pixels.
 
@@ -241,7 +265,8 @@ def read_native(
     if layout.photometric == 'YBR_FULL_422': raise DataError('uncompressed YBR_FULL_422 is not read.', file=file)
     left = opened.size - opened.stream.tell()
     if min(length, left) < layout.nbytes:
-        raise DataError(f'the file is truncated: {layout.nbytes:,} bytes of pixels are declared, {min(length, left):,} are there.',
+        raise DataError(f'the file is truncated: {layout.nbytes:,} bytes of pixels are declared, {min(length, left):,} '
+                        'are there.',
                         file=file, fix='Copy it again.')
     data = opened.stream.read(layout.nbytes)
     if layout.allocated == 8 and opened.word and not opened.little:   # 8-bit pixels inside big-endian words
@@ -275,16 +300,18 @@ def settled(
     info:StreamInfo|None, # what a compressed stream declared
 ) -> tuple: # layout as the pixels show it, notes (tuple of str)
     """Correct a layout where the pixels certainly contradict it."""
-    words = raw.astype(np.dtype(f'u{max(raw.dtype.itemsize, layout.allocated//8)}'), copy=False) if raw.dtype.kind == 'u' else raw
+    words = (raw.astype(np.dtype(f'u{max(raw.dtype.itemsize, layout.allocated//8)}'), copy=False)
+             if raw.dtype.kind == 'u' else raw)
     bits, exact = (0, True) if info is None else (info.bits, not info.lossy or info.codec == 'jpegls')
-    stored, allocated, high, signed, notes = settle_bits(words, layout.stored, layout.allocated, layout.high_bit, layout.signed, bits, exact)
+    stored, allocated, high, signed, notes = settle_bits(words, layout.stored, layout.allocated, layout.high_bit,
+                                                         layout.signed, bits, exact)
     return replace(layout, stored=stored, allocated=allocated, high_bit=high, signed=signed), tuple(notes)
 
 # %% ../../../nbs/100b_data.dicom.codecs.ipynb #2689cd6e
 def grey_of(
     rgb:np.ndarray, # uint8 or uint16 (h,w,3)
     colour:str='refuse', # 'refuse' or 'luma'
-    file=None, # for messages
+    file:str|Path|None=None, # for messages
 ) -> np.ndarray: # (h,w), same type
     """Turn three channels into one.
 
@@ -299,7 +326,7 @@ def grey_of(
 
 # %% ../../../nbs/100b_data.dicom.codecs.ipynb #1d500193
 def by_pydicom(
-    path, # file
+    path:str|Path, # file
     layout:PixelLayout, # bit layout
 ) -> np.ndarray: # (h,w) or (h,w,3)
     """Decode what imagecodecs does not know with pydicom's plugins.
@@ -312,11 +339,11 @@ def by_pydicom(
                         fix='Convert it to JPEG 2000 or an uncompressed syntax.') from e
 
 # %% ../../../nbs/100b_data.dicom.codecs.ipynb #d48bb3a4
-def read_pixels(
+def read_pixel_data(
     opened:OpenDicom, # header, its stream in front of the pixels
     layout:PixelLayout, # checked layout
     colour:str='refuse', # what to do with true colour
-    file=None, # path, for messages and the fallback
+    file:str|Path|None=None, # path, for messages and the fallback
 ) -> tuple: # stored values (h,w), uint8, uint16, int8 or int16; the layout as the pixels show it; notes (tuple of str)
     """Read and decode the pixels of an opened file.
 
@@ -327,7 +354,8 @@ def read_pixels(
         frame = fragments(opened.stream, opened.size, file)
         try:
             if opened.syntax == RLE: raw = decode_rle(frame, layout, file)
-            else: raw, info = decode_checked(frame, layout.rows, layout.columns, layout.samples, layout.photometric, file)
+            else:
+                raw, info = decode_checked(frame, layout.rows, layout.columns, layout.samples, layout.photometric, file)
         except NotImplementedError: return by_pydicom(file, layout), layout, ()
     if layout.samples == 3:
         full = layout.photometric == 'YBR_FULL' and (length >= 0 or opened.syntax == RLE or info.codec != 'jpeg')

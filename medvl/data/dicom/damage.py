@@ -10,6 +10,7 @@ __all__ = ['NEXT_MARKER', 'TAIL', 'LAST', 'CHANGES', 'SPARE_ZEROS', 'Scan', 'sca
 # %% ../../../nbs/100bb_data.damage.ipynb #c105e690
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,8 @@ def scans_of(
         body = frame[at + 2:at + struct.unpack('>H', frame[at:at + 2])[0]]
         at += 2 + len(body)
         if marker != 0xDA or len(body) < 6 or len(body) < 4 + 2*body[0]: continue
-        start, scan = at, Scan([], tuple(body[1:1 + 2*body[0]:2]), body[1 + 2*body[0]], body[2 + 2*body[0]], body[3 + 2*body[0]] & 15, [])
+        start, scan = at, Scan([], tuple(body[1:1 + 2*body[0]:2]), body[1 + 2*body[0]], body[2 + 2*body[0]],
+                               body[3 + 2*body[0]] & 15, [])
         while found := NEXT_MARKER.search(frame, at):
             scan.parts.append((start, found.start()))
             if not 0xD0 <= frame[found.end() - 1] <= 0xD7: at = found.start(); break
@@ -107,7 +109,7 @@ def missing_scans(
 def jpeg_damage(
     frame:bytes, # a JPEG, not JPEG-LS
     picture:np.ndarray, # what the decoder made of it
-    decode, # function of a stream: the decoder
+    decode:Callable, # function of a stream: the decoder
 ) -> str: # what is wrong, '' nothing
     """Tell whether a JPEG's codes end where its pixels end."""
     (kind, _), scans = start_of_frame(frame), scans_of(frame)
@@ -128,7 +130,7 @@ def changes(
     scans:list, # its scans
     change:int, # as in `probe`
     picture:np.ndarray, # what the decoder made of it
-    decode, # the decoder
+    decode:Callable, # the decoder
     side:int, # pixels of a block's side
 ) -> int: # blocks from the first changed one to the end; -1: the decoder refused what was appended
     """Decode the probe and compare."""
@@ -145,7 +147,8 @@ def start_of_frame(
     at = 2
     while at + 4 <= len(frame) and frame[at] == 0xFF:
         end = at + 2 + struct.unpack('>H', frame[at + 2:at + 4])[0]
-        if 0xC0 <= frame[at + 1] <= 0xCF and frame[at + 1] not in (0xC4, 0xC8, 0xCC): return frame[at + 1], frame[at + 4:end]
+        if 0xC0 <= frame[at + 1] <= 0xCF and frame[at + 1] not in (0xC4, 0xC8, 0xCC):
+            return frame[at + 1], frame[at + 4:end]
         at = at + 1 if frame[at + 1] == 0xFF else end
     return 0, b''
 
@@ -156,7 +159,8 @@ def restarts_needed(
     """Work out the number of restart markers from size, sampling and interval.
 
     Source: ITU-T T.81, B.2.4.4 and A.2."""
-    (kind, body), found = start_of_frame(frame), re.search(rb'\xff\xdd\x00\x04(..)', frame[:frame.find(b'\xff\xda')], re.S)
+    (kind, body), found = (start_of_frame(frame),
+                           re.search(rb'\xff\xdd\x00\x04(..)', frame[:frame.find(b'\xff\xda')], re.S))
     interval = struct.unpack('>H', found[1])[0] if found else 0
     if not interval or len(body) < 9: return 0
     rows, columns, n = struct.unpack('>HHB', body[1:6])
@@ -177,7 +181,8 @@ def packets_of_a_tile(
     Source: ISO 15444-1, A.6.1 and B.6."""
     size, code = header[0xFF51], header.get(0xFF52, bytes(10))
     tile = struct.unpack('>2L', size[18:26])
-    components, layers, levels = struct.unpack('>H', size[34:36])[0], max(1, struct.unpack('>H', code[2:4])[0]), min(code[5], 32)
+    components, layers, levels = (struct.unpack('>H', size[34:36])[0], max(1, struct.unpack('>H', code[2:4])[0]),
+                                  min(code[5], 32))
     total = 0
     for level in range(levels + 1):
         bits = code[10 + level] if code[0] & 1 and len(code) > 10 + level else 0xFF

@@ -7,10 +7,16 @@ __all__ = ['LONG_TYPES', 'SHORT_TYPES', 'PIXEL_TAGS', 'OPEN', 'is_sequence', 'el
 
 # %% ../../../nbs/100aa_data.elements.ipynb #9b90a2d3
 import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+from typing import TYPE_CHECKING
 
 from pydicom.datadict import dictionary_has_tag, dictionary_VR
 
 from ...core.errors import DataError
+
+if TYPE_CHECKING: from medvl.data.dicom.header import Limits
 
 # %% ../../../nbs/100aa_data.elements.ipynb #7b154e08
 LONG_TYPES = frozenset(b'OB OD OF OL OV OW SQ SV UC UN UR UT UV'.split())
@@ -28,7 +34,7 @@ def is_sequence(
 
 
 def element_head(
-    stream, # binary stream in front of an element
+    stream:BinaryIO, # binary stream in front of an element
     implicit:bool, # whether types are left out
     little:bool, # byte order
 ) -> tuple|None: # (tag, type or b'', length); None at the end of the stream
@@ -38,7 +44,9 @@ def element_head(
     order = '<' if little else '>'
     group, element = struct.unpack(order + 'HH', head[:4])
     tag, kind = group << 16 | element, head[4:6]
-    if implicit or group == 0xFFFE or not b'AA' <= kind <= b'ZZ': return tag, b'', struct.unpack(order + 'L', head[4:])[0]   # as pydicom does
+    # as pydicom does
+    if implicit or group == 0xFFFE or not b'AA' <= kind <= b'ZZ':
+        return tag, b'', struct.unpack(order + 'L', head[4:])[0]
     if kind not in LONG_TYPES: return tag, kind, struct.unpack(order + 'H', head[6:])[0]
     more = stream.read(4)
     return (tag, kind, struct.unpack(order + 'L', more)[0]) if len(more) == 4 else None
@@ -47,10 +55,11 @@ def element_head(
 def cut_off(
     declared:int, # bytes
     left:int, # bytes behind this place
-    file=None, # for the message
+    file:str|Path|None=None, # for the message
 ) -> DataError:
     """Say that a length points behind the end of the file."""
-    return DataError(f'the file is truncated: an element declares {declared:,} bytes, {left:,} are left.', file=file, fix='Copy it again from its source.')
+    return DataError(f'the file is truncated: an element declares {declared:,} bytes, {left:,} are left.', file=file,
+                     fix='Copy it again from its source.')
 
 
 def enter(
@@ -60,26 +69,27 @@ def enter(
     length:int, # its declared length
     at:int, # where its value starts
     limit:int, # deepest nesting allowed
-    file=None, # for the message
+    file:str|Path|None=None, # for the message
 ) -> bool: # whether the value was entered; else it is to be skipped
     """Enter a sequence or an item.
 
     Raises: DataError when the nesting is too deep."""
     item = tag == 0xFFFEE000
     if not (item or kind == b'SQ' or length == OPEN or not kind and is_sequence(tag)): return False
-    if len(stack) > limit: raise DataError('sequences are nested too deeply.', file=file, fix='The file is damaged or hostile.')
+    if len(stack) > limit:
+        raise DataError('sequences are nested too deeply.', file=file, fix='The file is damaged or hostile.')
     stack.append((None if length == OPEN else at + length, stack[-1][1] or kind == b'UN'))
     return True
 
 # %% ../../../nbs/100aa_data.elements.ipynb #6446d125
 def check_elements(
-    stream, # binary stream at the first element; left in front of the pixels, or at the end
+    stream:BinaryIO, # binary stream at the first element; left in front of the pixels, or at the end
     size:int, # bytes of the stream
     implicit:bool, # whether types are left out
     little:bool, # byte order
-    limits, # Limits: elements, nesting and header_bytes are used
-    stop, # function of a tag: whether to stop in front of it
-    file=None, # for messages
+    limits:'Limits', # Limits: elements, nesting and header_bytes are used
+    stop:Callable, # function of a tag: whether to stop in front of it
+    file:str|Path|None=None, # for messages
 ) -> bool: # whether it stopped
     """Walk through a data set without reading its values.
 
@@ -89,19 +99,25 @@ def check_elements(
         at = stream.tell()
         while stack[-1][0] is not None and at >= stack[-1][0]: stack.pop()
         head = element_head(stream, stack[-1][1], little)
-        if head is None and len(stack) > 1: raise DataError('the file is truncated: it ends inside a sequence.', file=file, fix='Copy it again from its source.')
+        if head is None and len(stack) > 1:
+            raise DataError('the file is truncated: it ends inside a sequence.', file=file,
+                            fix='Copy it again from its source.')
         if head is None: return False
         tag, kind, length = head
         if len(stack) == 1 and stop(tag): stream.seek(at); return True
         count += 1
-        if count > limits.elements: raise DataError(f'the header has more than {limits.elements:,} elements.', file=file, fix='Raise Limits.elements if the file is genuine.')
+        if count > limits.elements:
+            raise DataError(f'the header has more than {limits.elements:,} elements.', file=file,
+                            fix='Raise Limits.elements if the file is genuine.')
         if tag in (0xFFFEE00D, 0xFFFEE0DD):
             if len(stack) > 1: stack.pop()
             continue
         left = size - stream.tell()
         if length != OPEN and length > left:
-            if kind or tag == 0xFFFEE000 or stack[-1][1] and (len(stack) > 1 or dictionary_has_tag(tag)): raise cut_off(length, left, file)
+            if kind or tag == 0xFFFEE000 or stack[-1][1] and (len(stack) > 1 or dictionary_has_tag(tag)):
+                raise cut_off(length, left, file)
             return False   # no element at all: encrypted, or no data set
         if not enter(stack, tag, kind, length, stream.tell(), limits.nesting, file): stream.seek(length, 1)
         if stream.tell() - start > limits.header_bytes:
-            raise DataError(f'the elements before the pixels have more than {limits.header_bytes:,} bytes.', file=file, fix='Raise Limits.header_bytes if the file is genuine.')
+            raise DataError(f'the elements before the pixels have more than {limits.header_bytes:,} bytes.', file=file,
+                            fix='Raise Limits.header_bytes if the file is genuine.')

@@ -6,7 +6,7 @@
 __all__ = ['VALUE_TYPES', 'DEFLATED', 'EXPLICIT', 'ALLOWED', 'CODES', 'NUMBERS', 'VIEW_CODES', 'VIEWS', 'MODIFIERS',
            'MODIFIER_CODES', 'MAGNIFIED', 'Limits', 'check_size', 'check_file_size', 'looks_like_elements', 'is_dicom',
            'inflate', 'inflate_frame', 'OpenDicom', 'parse_header', 'peek', 'walk', 'read_file_meta_info_at',
-           'open_dicom', 'plain', 'cap_age', 'known_code', 'fits', 'value_of', 'header_fields', 'hash_id',
+           'open_dicom', 'plain', 'cap_age', 'known_code', 'fits_element', 'value_of', 'header_fields', 'hash_id',
            'view_in_text', 'view_of', 'modifiers_in_text', 'view_modifier_of', 'magnification', 'spacing_pair',
            'spacing_of']
 
@@ -19,8 +19,11 @@ import re
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO
 
 import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -48,19 +51,22 @@ def check_size(
     rows:int, # declared rows
     columns:int, # declared columns
     limits:Limits, # what is allowed
-    file=None, # for the message
+    file:str|Path|None=None, # for the message
 ) -> None:
     """Refuse sizes that are nothing or too much.
 
     Raises: DataError."""
-    if rows < 1 or columns < 1: raise DataError(f'image of {rows} × {columns} pixels is empty.', file=file, fix='It is a failed export: leave it out.')
+    if rows < 1 or columns < 1:
+        raise DataError(f'image of {rows} × {columns} pixels is empty.', file=file,
+                        fix='It is a failed export: leave it out.')
     if max(rows, columns) > limits.side or rows*columns > limits.pixels:
-        raise DataError(f'image declares {rows} × {columns} pixels, more than {limits.pixels:,} or {limits.side:,} a side.', file=file,
+        raise DataError(f'image declares {rows} × {columns} pixels, more than {limits.pixels:,} or {limits.side:,} a '
+                        'side.', file=file,
                         fix='Raise Limits.pixels or Limits.side if the file is genuine.')
 
 # %% ../../../nbs/100a_data.dicom.header.ipynb #c373af8d
 def check_file_size(
-    path, # file to look at
+    path:str|Path, # file to look at
     limits:Limits, # what is allowed
 ) -> int: # bytes
     """Refuse an empty or oversized file before it is opened.
@@ -69,8 +75,9 @@ def check_file_size(
     if not os.path.isfile(path): raise DataError('no such file.', file=path, fix='Check the path in the table.')
     size = os.path.getsize(path)
     if size == 0: raise DataError('the file is empty (0 bytes).', file=path, fix='Copy it again from its source.')
-    if size > limits.file_bytes: raise DataError(f'the file has {size:,} bytes, limit {limits.file_bytes:,}.', file=path,
-                                                 fix='Raise Limits.file_bytes.')
+    if size > limits.file_bytes:
+        raise DataError(f'the file has {size:,} bytes, limit {limits.file_bytes:,}.', file=path,
+                        fix='Raise Limits.file_bytes.')
     return size
 
 # %% ../../../nbs/100a_data.dicom.header.ipynb #f8be7e43
@@ -98,7 +105,7 @@ def is_dicom(
 def inflate(
     data:bytes, # raw deflate stream
     limit:int, # bytes it may have inflated
-    file=None, # for the message
+    file:str|Path|None=None, # for the message
     part:bool=False, # whether the first `limit` bytes are enough
 ) -> bytes: # inflated
     """Inflate up to a limit.
@@ -106,26 +113,33 @@ def inflate(
     Raises: DataError when the stream is damaged, cut off or longer."""
     stream = zlib.decompressobj(-zlib.MAX_WBITS)
     try: out = stream.decompress(data, limit)
-    except zlib.error as e: raise DataError('the deflated data set is damaged.', file=file, fix='Copy it again from its source.') from e
-    if not part and not stream.eof and not stream.unconsumed_tail: raise DataError('the deflated data set is truncated or damaged: it has no end.', file=file, fix='Copy it again from its source.')
-    if stream.unconsumed_tail and not part: raise DataError(f'the deflated data set is longer than {limit:,} bytes.', file=file,
-                                                            fix='Raise Limits.header_bytes.')
+    except zlib.error as e:
+        raise DataError('the deflated data set is damaged.', file=file, fix='Copy it again from its source.') from e
+    if not part and not stream.eof and not stream.unconsumed_tail:
+        raise DataError('the deflated data set is truncated or damaged: it has no end.', file=file,
+                        fix='Copy it again from its source.')
+    if stream.unconsumed_tail and not part:
+        raise DataError(f'the deflated data set is longer than {limit:,} bytes.', file=file,
+                        fix='Raise Limits.header_bytes.')
     return out
 
 
 def inflate_frame(
     data:bytes, # raw deflate stream of a data set
     limits:Limits, # what is allowed
-    file=None, # for messages
+    file:str|Path|None=None, # for messages
 ) -> bytes: # the data set up to the end of its pixels
     """Inflate the header, look how long the pixels are, and inflate as much as that.
 
     Raises: DataError."""
     head = BytesIO(inflate(data, limits.header_bytes, file, part=True))
     if not check_elements(head, len(head.getvalue()), False, True, limits, lambda tag: tag in PIXEL_TAGS, file):
-        return head.getvalue() if len(head.getvalue()) < limits.header_bytes else inflate(data, limits.header_bytes, file)
+        return (head.getvalue() if len(head.getvalue()) < limits.header_bytes
+                else inflate(data, limits.header_bytes, file))
     length = element_head(head, False, True)[2]
-    if length != OPEN and length > 8*limits.pixels: raise DataError(f'the pixels declare {length:,} bytes.', file=file, fix='Raise Limits.pixels if the file is genuine.')
+    if length != OPEN and length > 8*limits.pixels:
+        raise DataError(f'the pixels declare {length:,} bytes.', file=file,
+                        fix='Raise Limits.pixels if the file is genuine.')
     return inflate(data, head.tell() + (0 if length == OPEN else length) + limits.header_bytes, file)
 
 # %% ../../../nbs/100a_data.dicom.header.ipynb #3c257fa7
@@ -140,12 +154,12 @@ class OpenDicom:
     implicit: bool    # whether value types are left out
     word: bool = False  # whether the pixels are declared as 16-bit words
 
-# %% ../../../nbs/100a_data.dicom.header.ipynb #f063a1e1
+
 def parse_header(
-    stream, # binary stream at the start of the file
+    stream:BinaryIO, # binary stream at the start of the file
     head:bytes, # its first 132 bytes
     limits:Limits, # what is allowed
-    file=None, # for messages
+    file:str|Path|None=None, # for messages
 ) -> OpenDicom: # header, and the stream in front of the pixels
     """Read the elements up to the pixels."""
     meta = FileMetaDataset()
@@ -168,7 +182,7 @@ def parse_header(
 
 # %% ../../../nbs/100a_data.dicom.header.ipynb #a887510a
 def peek(
-    stream, # binary stream
+    stream:BinaryIO, # binary stream
     n:int, # bytes
 ) -> bytes: # the next `n` bytes, still to be read
     """Look ahead in a stream."""
@@ -179,12 +193,12 @@ def peek(
 
 
 def walk(
-    stream, # binary stream
+    stream:BinaryIO, # binary stream
     implicit:bool, # whether types are left out
     little:bool, # byte order
     limits:Limits, # what is allowed
-    stop, # function of a tag: where to stop
-    file=None, # for messages
+    stop:Callable, # function of a tag: where to stop
+    file:str|Path|None=None, # for messages
 ) -> None:
     """Check what comes without moving on.
 
@@ -197,14 +211,14 @@ def walk(
 
 
 def read_file_meta_info_at(
-    stream, # binary stream at group 2
+    stream:BinaryIO, # binary stream at group 2
 ) -> FileMetaDataset: # file meta information
     """Read the file meta information and leave the stream behind it."""
     return FileMetaDataset(read_dataset(stream, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2))
 
 # %% ../../../nbs/100a_data.dicom.header.ipynb #a1e1acd2
 def open_dicom(
-    path, # file
+    path:str|Path, # file
     limits:Limits=Limits(), # what it may cost
 ) -> OpenDicom: # header, and the stream in front of the pixels; close `.stream` after use
     """Read a DICOM header within limits.
@@ -216,7 +230,8 @@ def open_dicom(
         head = peek(stream, 132)
         if not is_dicom(head):
             raise DataError('not a DICOM file: no DICM marker, and the first bytes are no data element.', file=path,
-                            fix='If it has another format, give it to read_image; if it is encrypted or damaged, replace it.')
+                            fix='If it has another format, give it to read_image; if it is encrypted or damaged, '
+                                'replace it.')
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')   # pydicom warns about harmless irregularities in free text
             return parse_header(stream, head, limits, path)
@@ -231,20 +246,22 @@ def open_dicom(
 
 # %% ../../../nbs/100a_data.dicom.header.ipynb #13035ec1
 ALLOWED = (
-    'Modality', 'BodyPartExamined', 'PresentationIntentType', 'PatientSex', 'PatientAge', 'Manufacturer', 'ManufacturerModelName',
-    'ViewPosition', 'ImageLaterality', 'Laterality', 'PatientOrientation', 'BreastImplantPresent', 'PartialView', 'BurnedInAnnotation',
-    'KVP', 'ExposureInuAs', 'BodyPartThickness', 'CompressionForce', 'DetectorType', 'AnodeTargetMaterial', 'FilterMaterial',
-    'Rows', 'Columns', 'SamplesPerPixel', 'PhotometricInterpretation', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation',
-    'NumberOfFrames', 'PixelPaddingValue', 'PixelPaddingRangeLimit', 'WindowCenter', 'WindowWidth', 'VOILUTFunction', 'RescaleSlope',
+    'Modality', 'BodyPartExamined', 'PresentationIntentType', 'PatientSex', 'PatientAge', 'Manufacturer',
+    'ManufacturerModelName', 'ViewPosition', 'ImageLaterality', 'Laterality', 'PatientOrientation',
+    'BreastImplantPresent', 'PartialView', 'BurnedInAnnotation', 'KVP', 'ExposureInuAs', 'BodyPartThickness',
+    'CompressionForce', 'DetectorType', 'AnodeTargetMaterial', 'FilterMaterial', 'Rows', 'Columns', 'SamplesPerPixel',
+    'PhotometricInterpretation', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'NumberOfFrames',
+    'PixelPaddingValue', 'PixelPaddingRangeLimit', 'WindowCenter', 'WindowWidth', 'VOILUTFunction', 'RescaleSlope',
         'RescaleIntercept',
-    'PresentationLUTShape', 'PixelIntensityRelationship', 'PixelIntensityRelationshipSign', 'ImagerPixelSpacing', 'PixelSpacing',
-    'PixelSpacingCalibrationType', 'NominalScannedPixelSpacing', 'EstimatedRadiographicMagnificationFactor', 'LossyImageCompression',
+    'PresentationLUTShape', 'PixelIntensityRelationship', 'PixelIntensityRelationshipSign', 'ImagerPixelSpacing',
+    'PixelSpacing', 'PixelSpacingCalibrationType', 'NominalScannedPixelSpacing',
+    'EstimatedRadiographicMagnificationFactor', 'LossyImageCompression',
         'FieldOfViewHorizontalFlip')
 
 
 def plain(
-    value, # element's value as pydicom gives it
-): # str, int, float or a list of these
+    value:object, # element's value as pydicom gives it
+) -> str|int|float|list: # str, int, float or a list of these
     """Turn pydicom's value types into plain ones."""
     if isinstance(value, (list, pydicom.multival.MultiValue)): return [plain(v) for v in value]
     if isinstance(value, (bytes, bytearray)): return ''
@@ -262,29 +279,37 @@ def cap_age(
 
 
 CODES = { # fields that may hold only these words
-    'PresentationIntentType': ('FOR PRESENTATION', 'FOR PROCESSING'), 'PatientSex': ('M', 'F', 'O'), 'ImageLaterality': ('L', 'R', 'B', 'U'), 'Laterality': ('L', 'R', 'B'),
-    'BreastImplantPresent': ('YES', 'NO'), 'PartialView': ('YES', 'NO'), 'BurnedInAnnotation': ('YES', 'NO'), 'LossyImageCompression': ('00', '01'), 'FieldOfViewHorizontalFlip': ('YES', 'NO'),
-    'PhotometricInterpretation': ('MONOCHROME1', 'MONOCHROME2', 'RGB', 'YBR_FULL', 'YBR_FULL_422', 'YBR_RCT', 'YBR_ICT', 'YBR_PARTIAL_422', 'YBR_PARTIAL_420', 'PALETTE COLOR', 'HSV', 'ARGB', 'CMYK',
+    'PresentationIntentType': ('FOR PRESENTATION', 'FOR PROCESSING'), 'PatientSex': ('M', 'F', 'O'),
+    'ImageLaterality': ('L', 'R', 'B', 'U'), 'Laterality': ('L', 'R', 'B'),
+    'BreastImplantPresent': ('YES', 'NO'), 'PartialView': ('YES', 'NO'), 'BurnedInAnnotation': ('YES', 'NO'),
+    'LossyImageCompression': ('00', '01'), 'FieldOfViewHorizontalFlip': ('YES', 'NO'),
+    'PhotometricInterpretation': ('MONOCHROME1', 'MONOCHROME2', 'RGB', 'YBR_FULL', 'YBR_FULL_422', 'YBR_RCT',
+                                  'YBR_ICT', 'YBR_PARTIAL_422', 'YBR_PARTIAL_420', 'PALETTE COLOR', 'HSV', 'ARGB',
+                                  'CMYK',
                                   'XYB'),
-    'VOILUTFunction': ('LINEAR', 'LINEAR_EXACT', 'SIGMOID'), 'PresentationLUTShape': ('IDENTITY', 'INVERSE'), 'PixelIntensityRelationship': ('LIN', 'LOG', 'DISP', 'OTHER', 'SQRT'),
+    'VOILUTFunction': ('LINEAR', 'LINEAR_EXACT', 'SIGMOID'), 'PresentationLUTShape': ('IDENTITY', 'INVERSE'),
+    'PixelIntensityRelationship': ('LIN', 'LOG', 'DISP', 'OTHER', 'SQRT'),
     'PixelSpacingCalibrationType': ('GEOMETRY', 'FIDUCIAL')}
-NUMBERS = frozenset(('KVP', 'ExposureInuAs', 'BodyPartThickness', 'CompressionForce', 'Rows', 'Columns', 'SamplesPerPixel', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation',
-                     'NumberOfFrames', 'PixelPaddingValue', 'PixelPaddingRangeLimit', 'WindowCenter', 'WindowWidth', 'RescaleSlope', 'RescaleIntercept', 'PixelIntensityRelationshipSign',
-                     'ImagerPixelSpacing', 'PixelSpacing', 'NominalScannedPixelSpacing', 'EstimatedRadiographicMagnificationFactor'))
+NUMBERS = frozenset(('KVP', 'ExposureInuAs', 'BodyPartThickness', 'CompressionForce', 'Rows', 'Columns',
+                     'SamplesPerPixel', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation',
+                     'NumberOfFrames', 'PixelPaddingValue', 'PixelPaddingRangeLimit', 'WindowCenter', 'WindowWidth',
+                     'RescaleSlope', 'RescaleIntercept', 'PixelIntensityRelationshipSign',
+                     'ImagerPixelSpacing', 'PixelSpacing', 'NominalScannedPixelSpacing',
+                     'EstimatedRadiographicMagnificationFactor'))
 
 
 def known_code(
     name:str, # keyword of CODES
-    value, # as read
+    value:object, # as read
 ) -> str: # the word, or 'an unknown value'
     """Name a coded value without quoting what is none."""
     word = str(value).strip().upper()
     return word if word in CODES[name] else 'an unknown value'
 
 
-def fits(
+def fits_element(
     name:str, # keyword
-    value, # plain value
+    value:object, # plain value
 ) -> bool: # whether the field may hold it
     """Tell whether a field holds what it is for."""
     if name in CODES: return str(value).strip().upper() in CODES[name]
@@ -296,8 +321,8 @@ def fits(
 def value_of(
     ds:Dataset, # elements
     name:str, # keyword
-    default=None, # when absent, empty or unreadable
-): # the plain value
+    default:object=None, # when absent, empty or unreadable
+) -> object: # the plain value
     """Read one element; a damaged one counts as absent."""
     try: value = ds.get(name)
     except Exception: return default   # a value that breaks its own type's rules
@@ -308,7 +333,8 @@ def header_fields(
     ds:Dataset, # elements
 ) -> dict: # allowed fields that are present, plain values
     """Copy the allow-listed fields, and nothing else."""
-    fields = {name: value for name in ALLOWED if (value := value_of(ds, name)) is not None and fits(name, value)}
+    fields = {name: value for name in ALLOWED if (value := value_of(ds, name)) is not None
+              and fits_element(name, value)}
     if 'PatientAge' in fields: fields['PatientAge'] = cap_age(str(fields['PatientAge']))
     return fields
 
@@ -327,9 +353,10 @@ def hash_id(
 
 # %% ../../../nbs/100a_data.dicom.header.ipynb #d5bac162
 VIEW_CODES = {   # SNOMED CT and its older form, PS3.16 context group 4014
-    '399162004': 'CC', 'R-10242': 'CC', '399368009': 'MLO', 'R-10226': 'MLO', '399260004': 'ML', 'R-10224': 'ML', '399352003': 'LM',
-    'R-10228': 'LM', '399099002': 'LMO', 'R-10230': 'LMO', '399196006': 'FB', 'R-10244': 'FB', '399188001': 'SIO', 'R-102D0': 'SIO',
-    '441555000': 'ISO', '399192008': 'XCCL', 'R-1024A': 'XCCL', '399101009': 'XCCM', 'R-1024B': 'XCCM', '399265003': 'XCC',
+    '399162004': 'CC', 'R-10242': 'CC', '399368009': 'MLO', 'R-10226': 'MLO', '399260004': 'ML', 'R-10224': 'ML',
+    '399352003': 'LM', 'R-10228': 'LM', '399099002': 'LMO', 'R-10230': 'LMO', '399196006': 'FB', 'R-10244': 'FB',
+    '399188001': 'SIO', 'R-102D0': 'SIO', '441555000': 'ISO', '399192008': 'XCCL', 'R-1024A': 'XCCL',
+    '399101009': 'XCCM', 'R-1024B': 'XCCM', '399265003': 'XCC',
         'R-40AAA': 'ISO', '127457009': 'SPECIMEN', 'G-8310': 'SPECIMEN'}
 VIEWS = frozenset(VIEW_CODES.values()) | {'PA', 'AP', 'LL', 'RL', 'LATERAL', 'AT', 'CV', 'TAN'}
 
@@ -355,7 +382,8 @@ def view_of(
     view = str(value_of(ds, 'ViewPosition', '')).upper()
     codes = ds.get('ViewCodeSequence') or []
     if view not in VIEWS and len(codes):
-        view = VIEW_CODES.get(str(value_of(codes[0], 'CodeValue', '')), '') or view_in_text(value_of(codes[0], 'CodeMeaning', ''))[1]
+        view = (VIEW_CODES.get(str(value_of(codes[0], 'CodeValue', '')), '')
+                or view_in_text(value_of(codes[0], 'CodeMeaning', ''))[1])
     if view not in VIEWS: view = view_in_text(view)[1] or view   # 'RCC', 'CCID'
     placed = str(value_of(ds, 'PatientOrientation', '')).upper()
     if view not in VIEWS and placed in VIEW_CODES.values(): view = placed   # CBIS-DDSM writes the view here
@@ -364,15 +392,22 @@ def view_of(
 
 # %% ../../../nbs/100a_data.dicom.header.ipynb #9f278c51
 MODIFIERS = { # name: SNOMED CT code and its older form (PS3.16, context group 4015), and words in descriptions
-    'cleavage': ('399161006', 'R-102D2', r'CLEAVAGE|VALLEY VIEW'), 'axillary tail': ('399011000', 'R-102D1', r'AXILLARY TAIL|AX TAIL'),
-    'rolled lateral': ('399197002', 'R-102D3', r'ROLLED LATERAL(?:LY)?|(?:CC|MLO)RL'), 'rolled medial': ('399226006', 'R-102D4', r'ROLLED MEDIAL(?:LY)?|(?:CC|MLO)RM'),
-    'rolled inferior': ('414493004', 'R-102CA', r'ROLLED INFERIOR(?:LY)?|(?:CC|MLO)RI'), 'rolled superior': ('415670009', 'R-102C9', r'ROLLED SUPERIOR(?:LY)?|(?:CC|MLO)RS'),
+    'cleavage': ('399161006', 'R-102D2', r'CLEAVAGE|VALLEY VIEW'),
+    'axillary tail': ('399011000', 'R-102D1', r'AXILLARY TAIL|AX TAIL'),
+    'rolled lateral': ('399197002', 'R-102D3', r'ROLLED LATERAL(?:LY)?|(?:CC|MLO)RL'),
+    'rolled medial': ('399226006', 'R-102D4', r'ROLLED MEDIAL(?:LY)?|(?:CC|MLO)RM'),
+    'rolled inferior': ('414493004', 'R-102CA', r'ROLLED INFERIOR(?:LY)?|(?:CC|MLO)RI'),
+    'rolled superior': ('415670009', 'R-102C9', r'ROLLED SUPERIOR(?:LY)?|(?:CC|MLO)RS'),
     'rolled': ('', '', r'ROLLED(?! LATERAL| MEDIAL| INFERIOR| SUPERIOR)'),
     'implant displaced': ('399209000', 'R-102D5', r'IMPLANT DISPLACED|EKLUND|[LR]?(?:CC|MLO|ML|LM) ?ID'),
-    'magnification': ('399163009', 'R-102D6', r'MAG|MAGN|MAGNIFICATION|MAGNIFIED|[LR]?M(?:CC|MLO)|[LR]?(?:CC|MLO|ML|LM)MAG'),
-    'spot compression': ('399055006', 'R-102D7', r'SPOT|[LR]?(?:CC|MLO|ML|LM)SPOT|CONE COMPRESSION'), 'tangential': ('399110001', 'R-102C2', r'TANGENTIAL|TAN'),
-    'nipple in profile': ('442581004', 'R-40AB3', r'NIPPLE IN PROFILE'), 'anterior compression': ('441752004', 'P2-00161', r'ANTERIOR COMPRESSION'),
-    'infra-mammary fold': ('442593008', 'R-40ABE', r'INFRA ?MAMMARY FOLD'), 'axillary tissue': ('442580003', 'R-40AB2', r'AXILLARY TISSUE'), 'unknown modifier': ('', '', r'(?!)')}
+    'magnification': ('399163009', 'R-102D6',
+                      r'MAG|MAGN|MAGNIFICATION|MAGNIFIED|[LR]?M(?:CC|MLO)|[LR]?(?:CC|MLO|ML|LM)MAG'),
+    'spot compression': ('399055006', 'R-102D7', r'SPOT|[LR]?(?:CC|MLO|ML|LM)SPOT|CONE COMPRESSION'),
+    'tangential': ('399110001', 'R-102C2', r'TANGENTIAL|TAN'),
+    'nipple in profile': ('442581004', 'R-40AB3', r'NIPPLE IN PROFILE'),
+    'anterior compression': ('441752004', 'P2-00161', r'ANTERIOR COMPRESSION'),
+    'infra-mammary fold': ('442593008', 'R-40ABE', r'INFRA ?MAMMARY FOLD'),
+    'axillary tissue': ('442580003', 'R-40AB2', r'AXILLARY TISSUE'), 'unknown modifier': ('', '', r'(?!)')}
 MODIFIER_CODES = {code: name for name, (*codes, _) in MODIFIERS.items() for code in codes if code}
 MAGNIFIED = 1.3   # factor above which a view counts as magnified, whatever its codes say
 
@@ -396,7 +431,9 @@ def view_modifier_of(
     found = set()
     for item in items:
         code = str(value_of(item, 'CodeValue', ''))
-        if code: found |= {MODIFIER_CODES[code]} if code in MODIFIER_CODES else set(modifiers_in_text(value_of(item, 'CodeMeaning', ''))) or {'unknown modifier'}
+        if code:
+            found |= ({MODIFIER_CODES[code]} if code in MODIFIER_CODES
+                      else set(modifiers_in_text(value_of(item, 'CodeMeaning', ''))) or {'unknown modifier'})
     if str(value_of(ds, 'Modality', '')) == 'MG' or views:
         for name in ('ViewPosition', 'SeriesDescription'): found |= set(modifiers_in_text(value_of(ds, name, '')))
         if magnification(ds) > MAGNIFIED: found.add('magnification')
@@ -434,7 +471,8 @@ def spacing_of(
     """Tell the pixel spacing and where it was taken from."""
     imager, pixel = spacing_pair(ds, 'ImagerPixelSpacing'), spacing_pair(ds, 'PixelSpacing')
     kind = str(value_of(ds, 'PixelSpacingCalibrationType', '')).upper()
-    if pixel and (kind or (imager and pixel != imager)): return pixel, f'calibrated ({kind.lower()})' if kind in CODES['PixelSpacingCalibrationType'] else 'calibrated'
+    if pixel and (kind or (imager and pixel != imager)):
+        return pixel, f'calibrated ({kind.lower()})' if kind in CODES['PixelSpacingCalibrationType'] else 'calibrated'
     if imager and (zoom := magnification(ds)) > 1: return (imager[0]/zoom, imager[1]/zoom), 'imager/magnification'
     if imager: return imager, 'imager'
     if pixel: return pixel, 'pixel'

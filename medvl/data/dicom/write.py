@@ -10,6 +10,7 @@ import struct
 import warnings
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import imagecodecs
 import numpy as np
@@ -20,9 +21,10 @@ from pydicom.uid import generate_uid
 
 # %% ../../../nbs/100_data.dicom.write.ipynb #f81637b7
 SYNTAXES = {
-    'implicit': '1.2.840.10008.1.2', 'explicit': '1.2.840.10008.1.2.1', 'deflated': '1.2.840.10008.1.2.1.99', 'big': '1.2.840.10008.1.2.2',
-    'jpeg': '1.2.840.10008.1.2.4.50', 'jpeg_extended': '1.2.840.10008.1.2.4.51', 'jpeg_lossless': '1.2.840.10008.1.2.4.70',
-    'jpegls': '1.2.840.10008.1.2.4.80', 'jpegls_near': '1.2.840.10008.1.2.4.81', 'jpeg2000': '1.2.840.10008.1.2.4.90',
+    'implicit': '1.2.840.10008.1.2', 'explicit': '1.2.840.10008.1.2.1', 'deflated': '1.2.840.10008.1.2.1.99',
+    'big': '1.2.840.10008.1.2.2', 'jpeg': '1.2.840.10008.1.2.4.50', 'jpeg_extended': '1.2.840.10008.1.2.4.51',
+    'jpeg_lossless': '1.2.840.10008.1.2.4.70', 'jpegls': '1.2.840.10008.1.2.4.80',
+    'jpegls_near': '1.2.840.10008.1.2.4.81', 'jpeg2000': '1.2.840.10008.1.2.4.90',
     'jpeg2000_lossy': '1.2.840.10008.1.2.4.91', 'rle': '1.2.840.10008.1.2.5'}
 
 # %% ../../../nbs/100_data.dicom.write.ipynb #fe42f922
@@ -50,7 +52,8 @@ def encode_frame(
 ) -> bytes: # the compressed frame
     """Compress one frame in the named coding."""
     if syntax == 'rle': return encode_rle(pixels)
-    if syntax == 'jpeg_lossless': return imagecodecs.jpeg8_encode(pixels, lossless=True, predictor=1, bitspersample=bits)
+    if syntax == 'jpeg_lossless':
+        return imagecodecs.jpeg8_encode(pixels, lossless=True, predictor=1, bitspersample=bits)
     if syntax == 'jpeg': return imagecodecs.jpeg8_encode(pixels, level=95)
     if syntax == 'jpeg_extended': return imagecodecs.jpeg8_encode(pixels, level=95, bitspersample=12 if bits > 8 else 8)
     if syntax == 'jpegls': return imagecodecs.jpegls_encode(pixels)
@@ -63,7 +66,7 @@ def dicom_dataset(
     pixels:np.ndarray, # stored values, uint8, uint16 or int16 (h,w), or uint8 (h,w,3)
     bits_stored:int, # bits that carry the value, 1 to 16
     photometric:str='MONOCHROME2', # MONOCHROME1: high values are dark
-    **fields, # further elements by keyword, e.g. ViewPosition='CC', ImageLaterality='L'
+    **fields:object, # further elements by keyword, e.g. ViewPosition='CC', ImageLaterality='L'
 ) -> Dataset: # everything but the pixels
     """Describe an image in DICOM elements (digital mammography, for presentation)."""
     ds = Dataset()
@@ -97,18 +100,19 @@ def add_pixels(
 
 # %% ../../../nbs/100_data.dicom.write.ipynb #14d7017c
 def write_dicom(
-    path, # file to write
+    path:str|Path, # file to write
     pixels:np.ndarray, # stored values, uint8, uint16 or int16 (h,w), or uint8 (h,w,3)
     syntax:str='explicit', # coding, a key of SYNTAXES
     bits_stored:int|None=None, # bits that carry the value; default: all of the type
     photometric:str='MONOCHROME2', # MONOCHROME1: high values are dark
-    **fields, # further elements by keyword
+    **fields:object, # further elements by keyword
 ) -> None:
     """Write an image as a DICOM file.
 
     Raises: ValueError for an unknown coding or pixels that do not fit it."""
     if syntax not in SYNTAXES: raise ValueError(f'Unknown coding {syntax!r}. There are: {", ".join(SYNTAXES)}.')
-    if pixels.dtype not in (np.uint8, np.uint16, np.int16): raise ValueError(f'pixels must be uint8, uint16 or int16, not {pixels.dtype}')
+    if pixels.dtype not in (np.uint8, np.uint16, np.int16):
+        raise ValueError(f'pixels must be uint8, uint16 or int16, not {pixels.dtype}')
     ds = dicom_dataset(pixels, bits_stored or pixels.dtype.itemsize*8, photometric, **fields)
     add_pixels(ds, pixels, syntax)
     meta = FileMetaDataset()

@@ -41,7 +41,9 @@ def letters(
     _, labels, stats, _ = cv2.connectedComponentsWithStats(ink, connectivity=8)
     found = []
     for i, (x, y, w, h, area) in enumerate(stats):
-        if i == 0 or not (6 <= h <= 1.6*kernel and w <= 1.6*h + 2 and 8 <= area <= w*h and area >= 0.12*w*h) or (w <= 2 and h < 8): continue
+        if i == 0 or not (6 <= h <= 1.6*kernel and w <= 1.6*h + 2 and 8 <= area <= w*h
+                          and area >= 0.12*w*h) or (w <= 2 and h < 8):
+            continue
         part = grey[y:y + h, x:x + w][labels[y:y + h, x:x + w] == i]
         found.append((x, y, w, h, float(np.median(part))))
     return np.array(sorted(found), np.float64).reshape(-1, 5)
@@ -61,7 +63,8 @@ def words(
             if new[0] - last[0] - last[2] > 1.2*max(last[3], new[3]): break
             overlap = min(last[1] + last[3], new[1] + new[3]) - max(last[1], new[1])
             alike = max(last[3], new[3]) <= 1.5*min(last[3], new[3]) and abs(last[4] - new[4]) < 40
-            if j not in used and alike and overlap > 0.7*min(last[3], new[3]) and new[0] >= last[0] + 0.4*last[2]: chain.append(j)
+            if j not in used and alike and overlap > 0.7*min(last[3], new[3]) and new[0] >= last[0] + 0.4*last[2]:
+                chain.append(j)
         if len(chain) >= at_least: used.update(chain); out.append(found[chain])
     return out
 
@@ -105,7 +108,7 @@ def turn_back(
 
 # %% ../../../nbs/101b_data.pixels.burned_in.ipynb #c745a8f3
 def burned_in_text(
-    image, # StoredImage, or uint8 array (h,w)
+    image:StoredImage|np.ndarray, # StoredImage, or uint8 array (h,w)
     contrast:int=70, # grey levels (of 255) a letter stands above its surroundings
 ) -> BurnedIn: # what was found
     """Search an image for text."""
@@ -116,7 +119,8 @@ def burned_in_text(
         for kernel in {max(9, max(grey.shape)//48) | 1, max(9, max(grey.shape)//20) | 1}:
             for word in words(letters(turned, kernel, contrast)):
                 if not looks_written(word, turned): continue
-                x0, y0, x1, y1 = word[:, 0].min(), word[:, 1].min(), (word[:, 0] + word[:, 2]).max(), (word[:, 1] + word[:, 3]).max()
+                x0, y0, x1, y1 = (word[:, 0].min(), word[:, 1].min(), (word[:, 0] + word[:, 2]).max(),
+                                  (word[:, 1] + word[:, 3]).max())
                 box = tuple(float(v)/zoom for v in turn_back((x0, y0, x1, y1), turns, grey.shape))
                 found[box] = max(len(word), found.get(box, 0))
     boxes = distinct(sorted(found.items(), key=lambda item: -item[1]))

@@ -21,8 +21,10 @@ def apply_table(
 
     Raises: ValueError when the table has not one entry a value."""
     bits = pixels.dtype.itemsize*8
-    if len(table) != 1 << bits: raise ValueError(f'a table for {pixels.dtype} has {1 << bits} entries, not {len(table)}')
-    if pixels.dtype.kind == 'i': pixels, table = pixels.view(pixels.dtype.str.replace('i', 'u')), np.roll(table, len(table)//2)
+    if len(table) != 1 << bits:
+        raise ValueError(f'a table for {pixels.dtype} has {1 << bits} entries, not {len(table)}')
+    if pixels.dtype.kind == 'i':
+        pixels, table = pixels.view(pixels.dtype.str.replace('i', 'u')), np.roll(table, len(table)//2)
     if CV_TABLE or bits == 8: return cv2.LUT(np.ascontiguousarray(pixels), np.ascontiguousarray(table).reshape(1, -1))
     return np.take(table, pixels)
 
@@ -33,7 +35,7 @@ CV_TABLE = int(cv2.__version__.split('.')[0]) >= 5   # OpenCV 4 looks up bytes o
 def minmax_table(
     low:int, # lowest value in the image
     high:int, # highest value
-    dtype, # type of the pixels
+    dtype:np.dtype, # type of the pixels
     invert:bool=False, # MONOCHROME1
     top:int=255, # highest output; 255 gives uint8, 65535 uint16
 ) -> np.ndarray: # output of each value, lowest value of the type first
@@ -41,7 +43,8 @@ def minmax_table(
 
     Raises: DataError for a constant image.
     Source: Mammo-CLIP's preparation (spec, section 1.1, steps 3 and 4)."""
-    if high <= low: raise DataError(f'the image is constant (value {low}).', fix='It is blank or a failed export: leave it out.')
+    if high <= low:
+        raise DataError(f'the image is constant (value {low}).', fix='It is blank or a failed export: leave it out.')
     info = np.iinfo(dtype)
     values = np.clip(np.arange(info.min, info.max + 1), low, high)
     shifted = (high - values if invert else values - low).astype(np.float64)
@@ -104,8 +107,9 @@ def take_runs(
     columns:tuple, # ((start, stop), ...)
 ) -> np.ndarray: # (h',w'): a view where both are one run
     """Cut out runs of rows and columns."""
-    pick = lambda a, runs, axis: np.concatenate([a[s:e] if axis == 0 else a[:, s:e] for s, e in runs], axis) if len(runs) > 1 else \
-        (a[runs[0][0]:runs[0][1]] if axis == 0 else a[:, runs[0][0]:runs[0][1]])
+    pick = lambda a, runs, axis: (
+        np.concatenate([a[s:e] if axis == 0 else a[:, s:e] for s, e in runs], axis) if len(runs) > 1
+        else a[runs[0][0]:runs[0][1]] if axis == 0 else a[:, runs[0][0]:runs[0][1]])
     return pick(pick(pixels, rows, 0), columns, 1)
 
 # %% ../../../nbs/102_data.pixels.crop.ipynb #4ff2a3c1
@@ -163,6 +167,6 @@ def breast_crop(
     mask = breast_mask(apply_table(np.ascontiguousarray(pixels[::step, ::step]), table))
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     extra = int(margin*step*max(len(rows), len(columns)))
-    box = [(max(0, int(index[0])*step - extra), min(size, (int(index[-1]) + 1)*step + extra)) for index,
-           size in zip((rows, columns), pixels.shape)]
+    box = [(max(0, int(index[0])*step - extra), min(size, (int(index[-1]) + 1)*step + extra))
+           for index, size in zip((rows, columns), pixels.shape)]
     return (box[0],), (box[1],), chest_side(mask)

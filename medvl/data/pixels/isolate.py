@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUARANTINE', 'pack', 'unpack', 'send', 'receive', 'cap_memory', 'answer_to', 'serve', 'Worker', 'ready', 'reason',
-           'name_of', 'ask', 'Quarantine', 'outcome', 'isolated', 'decode_isolated']
+           'importable_name', 'ask', 'Quarantine', 'outcome', 'isolated', 'decode_isolated']
 
 # %% ../../../nbs/101a_data.pixels.isolate.ipynb #4e7975b7
 import atexit
@@ -19,13 +19,16 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ...core.errors import DataError
 from ...core.orphans import end_with_parent
 from ..dicom.header import Limits
+from ..dicom.read import StoredImage
 from .file import read_image
 
 try: import resource   # POSIX only: elsewhere time is limited, memory is not
@@ -33,9 +36,9 @@ except ImportError: resource = None
 
 # %% ../../../nbs/101a_data.pixels.isolate.ipynb #23854b8f
 def pack(
-    value, # None, bool, number, str, bytes, list, tuple, dict, array or a dataclass of medvl
+    value:object, # None, bool, number, str, bytes, list, tuple, dict, array or a dataclass of medvl
     blobs:list, # receives the arrays' bytes
-): # the same as JSON can hold it
+) -> object: # the same as JSON can hold it
     """Take a value apart into JSON and raw bytes."""
     if value is None or isinstance(value, (bool, str)): return value
     if isinstance(value, (int, np.integer)): return int(value)
@@ -45,7 +48,8 @@ def pack(
         array = np.frombuffer(value, np.uint8) if isinstance(value, bytes) else np.ascontiguousarray(value)
         if array.dtype.kind not in 'biuf': raise TypeError(f'arrays of {array.dtype} cannot be passed')
         blobs.append(array)
-        return {'array' if isinstance(value, np.ndarray) else 'bytes': [len(blobs) - 1, array.dtype.str, list(array.shape)]}
+        return {'array' if isinstance(value, np.ndarray) else 'bytes':
+                [len(blobs) - 1, array.dtype.str, list(array.shape)]}
     if isinstance(value, (list, tuple)): return {type(value).__name__: [pack(v, blobs) for v in value]}
     if isinstance(value, dict): return {'dict': [[pack(k, blobs), pack(v, blobs)] for k, v in value.items()]}
     if is_dataclass(value) and type(value).__module__.startswith('medvl.'):
@@ -55,9 +59,9 @@ def pack(
 
 # %% ../../../nbs/101a_data.pixels.isolate.ipynb #afcc3c5a
 def unpack(
-    value, # as `pack` made it
+    value:object, # as `pack` made it
     blobs:list, # the arrays' bytes
-): # the value again
+) -> object: # the value again
     """Put a value together again.
 
     Raises: DataError for a class that is no dataclass of medvl."""
@@ -70,7 +74,8 @@ def unpack(
     if kind == 'tuple': return tuple(unpack(v, blobs) for v in body)
     if kind == 'dict': return {unpack(k, blobs): unpack(v, blobs) for k, v in body}
     module, _, name = str(body).partition(':')
-    cls = getattr(importlib.import_module(module), name, None) if module.startswith('medvl.') and name.isidentifier() else None
+    cls = (getattr(importlib.import_module(module), name, None) if module.startswith('medvl.') and name.isidentifier()
+           else None)
     if not (isinstance(cls, type) and is_dataclass(cls)): raise DataError(
             f'a worker answered with the class {body!r}, which is not one of ours.')
     return cls(**{k: unpack(v, blobs) for k, v in rest[0][1].items()})
@@ -78,7 +83,7 @@ def unpack(
 # %% ../../../nbs/101a_data.pixels.isolate.ipynb #b6b2ecdd
 def send(
     fd:int, # file descriptor to write to
-    value, # what to send
+    value:object, # what to send
 ) -> None:
     """Write one message."""
     blobs = []
@@ -93,7 +98,7 @@ def receive(
     fd:int, # file descriptor to read from
     deadline:float|None=None, # time.monotonic() when to give up
     limit:int=1 << 32, # bytes a message may have
-): # the value
+) -> object: # the value
     """Read one message.
 
     Raises: EOFError when the other side is gone, TimeoutError at the deadline."""
@@ -101,7 +106,8 @@ def receive(
         if n > limit: raise EOFError('message too long')
         out, view = bytearray(n), 0
         while view < n:
-            if deadline is not None and not select.select([fd], [], [], max(0., deadline - time.monotonic()))[0]: raise TimeoutError
+            if deadline is not None and not select.select([fd], [], [], max(0., deadline - time.monotonic()))[0]:
+                raise TimeoutError
             got = os.readv(fd, [memoryview(out)[view:]]) if hasattr(os, 'readv') else _read_into(fd, out, view)
             if not got: raise EOFError
             view += got
@@ -140,8 +146,10 @@ def answer_to(
         return {'ok': function(*request['args'], **request['kwargs'])}
     except DataError as e:
         return {'data_error': [e.message, *(None if v is None else str(v) for v in (e.file, e.row, e.column, e.fix))]}
-    except MemoryError: return {'data_error': [f'decoding needs more than {limits.memory_bytes >> 20:,} MiB of memory.', None, None, None,
-                                               'Raise Limits.memory_bytes.']}
+    except MemoryError:
+        return {'data_error': [f'decoding needs more than {limits.memory_bytes >> 20:,} MiB of memory.', None, None,
+                               None,
+                               'Raise Limits.memory_bytes.']}
     except Exception as e: return {'error': f'{type(e).__name__}: {e}'[:2000]}
     finally:
         if hasattr(signal, 'alarm'): signal.alarm(0)
@@ -167,17 +175,20 @@ def serve() -> None:
 class Worker:
     """A process that answers calls one after the other."""
     def __init__(self):
-        env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), OMP_NUM_THREADS='1', OPENBLAS_NUM_THREADS='1')
-        self.process = subprocess.Popen([sys.executable, '-c', 'from medvl.data.pixels.isolate import serve; serve()'], stdin=subprocess.PIPE,
+        env = dict(os.environ, PYTHONPATH=os.pathsep.join(p for p in sys.path if p), OMP_NUM_THREADS='1',
+                   OPENBLAS_NUM_THREADS='1')
+        self.process = subprocess.Popen([sys.executable, '-c', 'from medvl.data.pixels.isolate import serve; serve()'],
+                                        stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env, close_fds=True)
-        send(self.process.stdin.fileno(), dict(function='medvl.data.pixels.isolate:ready', args=[], kwargs={}, limits=Limits()))
+        send(self.process.stdin.fileno(),
+             dict(function='medvl.data.pixels.isolate:ready', args=[], kwargs={}, limits=Limits()))
         receive(self.process.stdout.fileno(), time.monotonic() + 120)   # imports are not the first file's time
 
-    def ask(self, request, seconds):
+    def ask(self, request:dict, seconds:float) -> object:
         send(self.process.stdin.fileno(), request)
         return receive(self.process.stdout.fileno(), time.monotonic() + seconds)
 
-    def stop(self):
+    def stop(self) -> int:
         self.process.kill()
         for pipe in (self.process.stdin, self.process.stdout): pipe.close()
         return self.process.wait()
@@ -195,8 +206,8 @@ def reason(
     return f'crashed ({signal.Signals(-code).name})' if code < 0 else f'ended with status {code}'
 
 # %% ../../../nbs/101a_data.pixels.isolate.ipynb #43b85106
-def name_of(
-    function, # a function
+def importable_name(
+    function:Callable, # a function
 ) -> str: # 'module:name' by which a worker finds it
     """Name a function that a worker can import.
 
@@ -209,7 +220,7 @@ def name_of(
 def ask(
     worker:Worker, # who is asked
     request:dict, # function, args, kwargs, limits
-    file=None, # for messages
+    file:str|Path|None=None, # for messages
 ) -> dict: # its answer; on any error the worker is ended
     """Ask a worker and say why it did not answer.
 
@@ -217,12 +228,14 @@ def ask(
     try: return worker.ask(request, request['limits'].seconds)
     except TimeoutError:
         worker.stop()
-        raise DataError(f'decoding took longer than {request["limits"].seconds:g} s.', file=file, fix='Raise Limits.seconds.') from None
+        raise DataError(f'decoding took longer than {request["limits"].seconds:g} s.', file=file,
+                        fix='Raise Limits.seconds.') from None
     except (EOFError, OSError):
         try: worker.process.wait(5)   # its own exit status, before ours
         except subprocess.TimeoutExpired: pass
         why = reason(worker.stop())
-        raise DataError(f'the decoder {why} on this file.', file=file, fix='The file is damaged or hostile: replace it.') from None
+        raise DataError(f'the decoder {why} on this file.', file=file,
+                        fix='The file is damaged or hostile: replace it.') from None
     except BaseException: worker.stop(); raise   # an interrupted call must not leave its answer to the next one
 
 # %% ../../../nbs/101a_data.pixels.isolate.ipynb #bda9f6a4
@@ -230,7 +243,7 @@ class Quarantine:
     """Workers that run importable functions within limits; use `call`."""
     def __init__(self): self.pid, self.idle, self.lock = os.getpid(), [], threading.Lock()
 
-    def worker(self):
+    def worker(self) -> Worker:
         if self.pid != os.getpid(): self.__init__()   # after a fork: the parent's workers are not ours
         with self.lock:
             while self.idle:
@@ -239,14 +252,15 @@ class Quarantine:
                 worker.stop()
         return Worker()
 
-    def call(self, function, *args, limits=Limits(), file=None, **kwargs):
-        request = dict(function=name_of(function), args=list(args), kwargs=kwargs, limits=limits)
+    def call(self, function:Callable, *args:object, limits:Limits=Limits(), file:str|Path|None=None,
+             **kwargs:object) -> object:
+        request = dict(function=importable_name(function), args=list(args), kwargs=kwargs, limits=limits)
         worker = self.worker()
         reply = ask(worker, request, file)
         with self.lock: self.idle.append(worker)
         return outcome(reply, file)
 
-    def close(self):
+    def close(self) -> None:
         if self.pid != os.getpid(): return
         with self.lock: idle, self.idle = self.idle, []
         for worker in idle: worker.stop()
@@ -254,8 +268,8 @@ class Quarantine:
 # %% ../../../nbs/101a_data.pixels.isolate.ipynb #c8b21f39
 def outcome(
     reply:dict, # a worker's answer
-    file=None, # for messages
-): # the value
+    file:str|Path|None=None, # for messages
+) -> object: # the value
     """Give back the value, or raise what happened."""
     if 'ok' in reply: return reply['ok']
     if 'data_error' in reply:
@@ -269,12 +283,12 @@ atexit.register(QUARANTINE.close)
 
 
 def isolated(
-    function, # a function of an importable module
-    *args, # numbers, strings, lists, dicts, arrays, dataclasses of medvl
+    function:Callable, # a function of an importable module
+    *args:object, # numbers, strings, lists, dicts, arrays, dataclasses of medvl
     limits:Limits=Limits(), # memory and seconds
-    file=None, # for messages
-    **kwargs,
-): # what it returns
+    file:str|Path|None=None, # for messages
+    **kwargs:object,
+) -> object: # what it returns
     """Call a function in one of this process's quarantine workers.
 
     Raises: DataError when it raises one, crashes, or exceeds a limit; RuntimeError for other errors."""
@@ -282,10 +296,10 @@ def isolated(
 
 
 def decode_isolated(
-    path, # DICOM, PNG, JPEG or PGM file
+    path:str|Path, # DICOM, PNG, JPEG or PGM file
     limits:Limits=Limits(), # size, memory and time
     colour:str='refuse', # true colour: 'refuse' or 'luma'
-): # StoredImage
+) -> StoredImage: # StoredImage
     """Read an image file in a worker process.
 
     Raises: DataError with the reason, also when the codec crashes or hangs."""

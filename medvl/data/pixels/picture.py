@@ -17,7 +17,9 @@ ENOUGH = 400     # pixels below which nothing is said
 
 def picture_numbers(
     shown:np.ndarray, # (h,w) uint8 or uint16, as displayed, 0 = black
-) -> tuple: # brightness of the 99.5th percentile (0 to 255), share of white among what is brighter than a quarter, number of greys
+# brightness of the 99.5th percentile (0 to 255), share of white among what is brighter than a quarter, number of
+# greys
+) -> tuple:
     """Describe a picture's histogram in three numbers."""
     step = max(1, int((shown.size/400_000)**0.5))
     part = np.ascontiguousarray(shown[::step, ::step])
@@ -27,7 +29,8 @@ def picture_numbers(
     bright = int(np.searchsorted(np.cumsum(coarse), 0.995*part.size))
     middle = counts[256:-256] if wide else counts[1:-2]
     above = int(coarse[64:].sum())
-    return bright, int(coarse[254:].sum())/max(above, 1), int((middle >= max(1, 1e-4*part.size)).sum()) if not wide else greys_of(middle)
+    return (bright, int(coarse[254:].sum())/max(above, 1), int((middle >= max(1, 1e-4*part.size)).sum()) if not wide
+            else greys_of(middle))
 
 
 def greys_of(
@@ -43,6 +46,7 @@ def picture_trouble(
     """Tell whether a picture is nearly black, nearly saturated or posterised."""
     if shown.size < ENOUGH: return ''
     bright, white, greys = picture_numbers(shown)
-    if bright < DARK: return f'the picture is nearly black: all but the brightest 0.5 % of it stay below {bright + 1} of 255'
+    if bright < DARK:
+        return f'the picture is nearly black: all but the brightest 0.5 % of it stay below {bright + 1} of 255'
     if white > WHITE: return f'the picture is nearly saturated: {white:.0%} of what is not dark is white'
     return f'the picture is posterised: it has {greys} greys between black and white' if greys < GREYS else ''

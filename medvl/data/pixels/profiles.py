@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ...core.errors import DataError, unknown_name
 from .crop import apply_table, breast_crop, minmax_table, paper_crop, take_runs
@@ -26,7 +27,8 @@ class Profile:
     version: int = 1
     border: int = 0            # pixels cut off all round before anything else
     crop: str = 'none'         # 'paper' (Mammo-CLIP's rule), 'breast' (largest bright region) or 'none'
-    grey: str = 'minmax'       # 'minmax' (truncated), 'voi' (DICOM's display chain), 'keep' (8-bit values as they are) or 'equalise'
+    # 'minmax' (truncated), 'voi' (DICOM's display chain), 'keep' (8-bit values as they are) or 'equalise'
+    grey: str = 'minmax'
     aspect: str = 'stretch'    # 'stretch' to the size or 'pad' with black
     side: str = 'chest'        # where padding goes: 'chest' = away from the chest wall, 'centre' = both sides
     dtype: str = 'uint8'       # 'uint8' or 'uint16'
@@ -40,11 +42,12 @@ PROFILES = {p.name: p for p in (
     Profile('resize_v1', grey='keep'),
     Profile('letterbox_v1', grey='keep', aspect='pad', side='centre'),
     Profile('lovt_v1', grey='keep', aspect='pad', side='centre', size=(224, 224)), # LoVT's RSNA and MIMIC
-    Profile('lovt_equalised_v1', grey='equalise', aspect='pad', side='centre', size=(224, 224)))} # its COVID Rural, SIIM, Object-CXR and NIH
+    # its COVID Rural, SIIM, Object-CXR and NIH
+    Profile('lovt_equalised_v1', grey='equalise', aspect='pad', side='centre', size=(224, 224)))}
 
 # %% ../../../nbs/102a_data.pixels.profiles.ipynb #b1f74332
 def get_profile(
-    profile, # name or Profile
+    profile:'str|Profile', # name or Profile
 ) -> Profile:
     """Find a profile by name.
 
@@ -52,9 +55,11 @@ def get_profile(
     if not isinstance(profile, Profile):
         if profile not in PROFILES: raise ValueError(unknown_name('profile', profile, PROFILES))
         return PROFILES[profile]
-    for name, allowed in (('crop', ('none', 'paper', 'breast')), ('grey', ('minmax', 'voi', 'keep', 'equalise')), ('aspect', ('stretch', 'pad')),
+    for name, allowed in (('crop', ('none', 'paper', 'breast')), ('grey', ('minmax', 'voi', 'keep', 'equalise')),
+                          ('aspect', ('stretch', 'pad')),
                           ('side', ('chest', 'centre')), ('dtype', ('uint8', 'uint16'))):
-        if getattr(profile, name) not in allowed: raise ValueError(unknown_name(f'profile {name}', getattr(profile, name), allowed))
+        if getattr(profile, name) not in allowed:
+            raise ValueError(unknown_name(f'profile {name}', getattr(profile, name), allowed))
     return profile
 
 # %% ../../../nbs/102a_data.pixels.profiles.ipynb #f8aa2f2b
@@ -90,7 +95,7 @@ class Placement:
     offset: tuple    # (y, x) where the crop starts in the output
     size: tuple      # (height, width) of the output
     @property
-    def window(self): return self.rows[0][0], self.columns[0][0], self.rows[-1][1], self.columns[-1][1]
+    def window(self) -> tuple: return self.rows[0][0], self.columns[0][0], self.rows[-1][1], self.columns[-1][1]
 
     def boxes(self,
         boxes:np.ndarray, # (n,4) x0,y0,x1,y1 in original pixels, exclusive ends
@@ -108,12 +113,13 @@ class Placement:
         out = np.array(boxes, np.float64).reshape(-1, 4)
         for column, runs, axis in ((0, self.columns, 1), (1, self.rows, 0), (2, self.columns, 1), (3, self.rows, 0)):
             total = sum(b - a for a, b in runs)
-            out[:, column] = back_along(np.clip((out[:, column] - self.offset[axis])/self.scale[axis], 0, total), runs, column > 1)
+            out[:, column] = back_along(np.clip((out[:, column] - self.offset[axis])/self.scale[axis], 0, total), runs,
+                                        column > 1)
         return out
 
 # %% ../../../nbs/102a_data.pixels.profiles.ipynb #c12f1d94
 def check_boxes(
-    boxes, # (n,4) x0,y0,x1,y1, or None
+    boxes:ArrayLike|None, # (n,4) x0,y0,x1,y1, or None
     shape:tuple, # (h,w) of the image
     outside:str='clip', # 'clip' or 'error' for boxes that reach out of the image
 ) -> np.ndarray: # (n,4) float64
@@ -127,7 +133,8 @@ def check_boxes(
             raise DataError(f'box ({x0:g}, {y0:g}, {x1:g}, {y1:g}) has no area.', row=row,
                             fix='Boxes are x0, y0, x1, y1 with x1 > x0 and y1 > y0.')
         if outside == 'error' and (x0 < 0 or y0 < 0 or x1 > shape[1] or y1 > shape[0]):
-            raise DataError(f'box ({x0:g}, {y0:g}, {x1:g}, {y1:g}) lies outside the image of {shape[1]} × {shape[0]} pixels.', row=row,
+            raise DataError(f'box ({x0:g}, {y0:g}, {x1:g}, {y1:g}) lies outside the image of {shape[1]} × {shape[0]} '
+                            'pixels.', row=row,
                             fix="Check that the boxes belong to this file, or pass outside='clip'.")
     return boxes
 
@@ -171,7 +178,8 @@ def equal_table(
 ) -> np.ndarray: # output of each value, lowest value of the type first
     """Tabulate histogram equalisation, truncated.
 
-    Source: LoVT's preparation of four of its five data sets (spec, section 2.6); bins as scikit-image's `equalize_hist`."""
+    Source: LoVT's preparation of four of its five data sets (spec, section 2.6); bins as scikit-image's
+    `equalize_hist`."""
     info, low, high = np.iinfo(pixels.dtype), int(pixels.min()), int(pixels.max())
     counts = np.bincount(pixels.ravel().astype(np.int64) - low, minlength=high - low + 1)[::-1 if invert else 1]
     values = np.arange(high - low + 1.)
@@ -183,7 +191,7 @@ def equal_table(
 
 # %% ../../../nbs/102a_data.pixels.profiles.ipynb #d3726521
 def as_stored(
-    image, # StoredImage, or array (h,w) of uint8, uint16, int8, int16
+    image:StoredImage|np.ndarray, # StoredImage, or array (h,w) of uint8, uint16, int8, int16
 ) -> StoredImage:
     """Wrap an array as an image.
 
@@ -192,7 +200,8 @@ def as_stored(
     pixels = np.asarray(image)
     if pixels.dtype == bool or pixels.dtype.kind not in 'ui' or pixels.dtype.itemsize > 2:
         raise TypeError(f'image must hold 8- or 16-bit integers as stored, not {pixels.dtype}')
-    if pixels.ndim != 2: raise ValueError(f'image must be (height, width), not {pixels.shape}: use read_image or grey_of for colour')
+    if pixels.ndim != 2:
+        raise ValueError(f'image must be (height, width), not {pixels.shape}: use read_image or grey_of for colour')
     return StoredImage(pixels, bits_stored=pixels.dtype.itemsize*8)
 
 
@@ -204,7 +213,8 @@ def grey_table(
 
     Raises: DataError for a constant image."""
     top, invert = np.iinfo(profile.dtype).max, image.photometric == 'MONOCHROME1'
-    if image.pixels.min() == image.pixels.max(): minmax_table(int(image.pixels[0, 0]), int(image.pixels[0, 0]), image.pixels.dtype)
+    if image.pixels.min() == image.pixels.max():
+        minmax_table(int(image.pixels[0, 0]), int(image.pixels[0, 0]), image.pixels.dtype)
     if profile.grey == 'voi': return (brightness(image)[0]*top + 0.5).astype(profile.dtype)
     if profile.grey == 'equalise': return equal_table(image.pixels, invert, top)
     low, high = (int(image.pixels.min()), int(image.pixels.max())) if profile.crop == 'paper' else image_range(image)
@@ -244,7 +254,7 @@ class Preprocessed:
     notes: tuple = ()           # what contradicted itself in the file, and how it was read
 
     @property
-    def box_kept(self): return self.box_fraction > 0
+    def box_kept(self) -> np.ndarray: return self.box_fraction > 0
 
 
 def locate(
@@ -301,8 +311,10 @@ def from_raw(
     """Convert a raw image where that was asked for.
 
     Raises: DataError where it was not."""
-    if 'raw' not in accept: raise DataError('a raw image (FOR PROCESSING): its grey values are what the detector measured, no picture.',
-                                            fix="Export the FOR PRESENTATION image, or pass accept=('raw',) to convert it by the rule `attenuation`.")
+    if 'raw' not in accept:
+        raise DataError('a raw image (FOR PROCESSING): its grey values are what the detector measured, no picture.',
+                        fix="Export the FOR PRESENTATION image, or pass accept=('raw',) to convert "
+                        "it by the rule `attenuation`.")
     return attenuation(image)
 
 
@@ -315,16 +327,18 @@ def set_aside(
 
     Raises: DataError with the reason."""
     if image.view_modifier and 'special_views' not in accept:
-        raise DataError(f'a special view: its header says {image.view_modifier}.', fix="It is no plain view of the whole breast: leave it out, or pass accept=('special_views',).")
+        raise DataError(f'a special view: its header says {image.view_modifier}.',
+                        fix="It is no plain view of the whole breast: leave it out, or pass accept=('special_views',).")
     if done.trouble and 'odd_pictures' not in accept:
-        raise DataError(f'{done.trouble}.', fix="Look at it: window, display table or bits of the file do not fit its pixels. accept=('odd_pictures',) keeps it.")
+        raise DataError(f'{done.trouble}.', fix="Look at it: window, display table or bits of the file do not fit its "
+                        "pixels. accept=('odd_pictures',) keeps it.")
 
 # %% ../../../nbs/102a_data.pixels.profiles.ipynb #db5c4ab0
 def preprocess(
-    image, # StoredImage from read_image, or array (h,w) of stored values
-    profile='mammo_clip_v1', # name or Profile
+    image:StoredImage|np.ndarray, # StoredImage from read_image, or array (h,w) of stored values
+    profile:str|Profile='mammo_clip_v1', # name or Profile
     size:tuple|None=None, # (height, width) of the output; default: the profile's
-    boxes=None, # (n,4) x0,y0,x1,y1 in the image's pixels
+    boxes:ArrayLike|None=None, # (n,4) x0,y0,x1,y1 in the image's pixels
     mask:np.ndarray|None=None, # (h,w) mask of the image
     outside:str='clip', # boxes that reach out of the image: 'clip' or 'error'
     accept:tuple=(), # names of ACCEPTABLE; 'raw' converts raw images by the rule `attenuation`
@@ -335,8 +349,11 @@ def preprocess(
     profile, image = get_profile(profile), as_stored(image)
     if image.raw: image = from_raw(image, accept)
     size, b = tuple(int(s) for s in size or profile.size), profile.border
-    if min(image.shape) <= 2*b + 1: raise DataError(f'the image has {image.shape} pixels: too small for {profile.name}.', fix='It is no mammogram: leave it out.')
-    if mask is not None and mask.shape != image.shape: raise DataError(f'the mask has {mask.shape} pixels, the image {image.shape}.',
+    if min(image.shape) <= 2*b + 1:
+        raise DataError(f'the image has {image.shape} pixels: too small for {profile.name}.',
+                        fix='It is no mammogram: leave it out.')
+    if mask is not None and mask.shape != image.shape:
+        raise DataError(f'the mask has {mask.shape} pixels, the image {image.shape}.',
             fix='They must match.')
     boxes = check_boxes(boxes, image.shape, outside)
     inner_image = replace(image, pixels=image.pixels[b:image.shape[0] - b, b:image.shape[1] - b]) if b else image

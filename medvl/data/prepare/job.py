@@ -9,6 +9,7 @@ __all__ = ['BACKENDS', 'Job', 'Answer', 'file_sum', 'work', 'guarded', 'run_jobs
 import contextlib
 import faulthandler
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -54,7 +55,8 @@ class Answer:
     pixels:np.ndarray|None = None # (h,w)
     mask:np.ndarray|None = None # uint8 (h,w)
     fields:dict = field(default_factory=dict) # for the manifest
-    sums:list = field(default_factory=list) # SHA-256 of the file, and of the mask's; '' of one that is absent or too large
+    # SHA-256 of the file, and of the mask's; '' of one that is absent or too large
+    sums:list = field(default_factory=list)
     boxes:list = field(default_factory=list) # [number among the job's boxes, x0, y0, x1, y1] in pixels of the output
     notes:list = field(default_factory=list) # (stage, reason) of parts that were left out: a box, the mask
 
@@ -63,10 +65,12 @@ def _header_facts(image):
     "What the header knows that the manifest wants."
     age = str(image.header.get('PatientAge', ''))
     return dict(laterality=image.laterality, view=image.view, age=float(age[:3]) if age[3:] == 'Y' else None,
-                burned_in_text=str(image.header.get('BurnedInAnnotation', '')).upper() == 'YES' or bool(burned_in_text(image)))
+                burned_in_text=str(image.header.get('BurnedInAnnotation', '')).upper() == 'YES'
+                or bool(burned_in_text(image)))
 
 
-def _why(error, path): return f'{reason_about(error.message, path)} {error.fix or ""}'.strip() # what to do are our own words
+# what to do are our own words
+def _why(error, path): return f'{reason_about(error.message, path)} {error.fix or ""}'.strip()
 
 
 def _mask(job, shape, notes):
@@ -74,14 +78,18 @@ def _mask(job, shape, notes):
     if not job.mask_path: return None
     try:
         mask = read_image(job.mask_path, job.limits, 'luma').pixels
-        if mask.shape != shape: raise DataError(f'the mask has {mask.shape[0]} × {mask.shape[1]} pixels, the image {shape[0]} × {shape[1]}.', fix='Draw it on this image, or leave mask_path empty.')
+        if mask.shape != shape:
+            raise DataError(f'the mask has {mask.shape[0]} × {mask.shape[1]} pixels, the image {shape[0]} × '
+                            f'{shape[1]}.', fix='Draw it on this image, or leave mask_path empty.')
     except DataError as e: return notes.append(('mask', _why(e, job.mask_path)))
-    except OSError as e: return notes.append(('mask', f'the mask cannot be read ({e.strerror}). See who may read it, and whether its disk is well.'))
+    except OSError as e:
+        return notes.append(('mask', f'the mask cannot be read ({e.strerror}). See who may read it, and whether its '
+                             'disk is well.'))
     return mask.astype(np.uint8) if job.mask_bits else (mask > 0).astype(np.uint8)
 
 
 def file_sum(
-    path, # any file
+    path:str|Path, # any file
     limits:Limits=Limits(), # file_bytes is used
 ) -> str: # SHA-256, or '' of a file that is absent, unreadable or too large
     "Identify a file by its bytes."
@@ -92,22 +100,27 @@ def file_sum(
 def _process(job, answer):
     answer.stage, answer.sums = 'read', [file_sum(p, job.limits) for p in (job.path, job.mask_path) if p]
     image = read_image(job.path, job.limits, job.colour)
-    answer.fields = _header_facts(image) | dict(image_sha256=answer.sums[0], orig_height=image.shape[0], orig_width=image.shape[1])
+    answer.fields = _header_facts(image) | dict(image_sha256=answer.sums[0], orig_height=image.shape[0],
+                                                orig_width=image.shape[1])
     if job.laterality and image.laterality in ('L', 'R') and image.laterality != job.laterality:
         answer.stage = 'table'
-        raise DataError(f'the table says laterality {job.laterality}, the file says {image.laterality}.', fix='Look which is right and correct the table; check_side=False believes it.')
+        raise DataError(f'the table says laterality {job.laterality}, the file says {image.laterality}.',
+                        fix='Look which is right and correct the table; check_side=False believes it.')
     if image.spacing is None and job.spacing: image = replace(image, spacing=job.spacing)
     mask = _mask(job, image.shape, answer.notes)
     answer.stage = 'preprocess'
     done = preprocess(image, job.profile, job.size, job.boxes, mask, accept=job.accept)
     set_aside(image, done, job.accept)
-    answer.fields |= dict(view_modifier=image.view_modifier, notes='; '.join((*done.notes, *([done.trouble] if done.trouble else []))))
+    answer.fields |= dict(view_modifier=image.view_modifier,
+                          notes='; '.join((*done.notes, *([done.trouble] if done.trouble else []))))
     y0, x0, y1, x1 = (float(v) for v in done.window)
     spacing = done.spacing or (None, None)
     answer.fields |= dict(crop_y0=y0, crop_x0=x0, crop_y1=y1, crop_x1=x1, spacing_y=spacing[0], spacing_x=spacing[1])
     for k, (box, kept) in enumerate(zip(done.boxes, done.box_kept)):
         if kept: answer.boxes.append([k, *(float(v) for v in box)])
-        else: answer.notes.append(('box', f'box {k} lies outside the image or the crop. Correct it in the table of boxes.'))
+        else:
+            answer.notes.append(('box', f'box {k} lies outside the image or the crop. Correct it in the table of '
+                                 'boxes.'))
     answer.pixels, answer.mask, answer.stage = done.pixels, done.mask, ''
 
 # %% ../../../nbs/113_data.prepare.job.ipynb #3000be1d
@@ -119,8 +132,11 @@ def work(
     try:
         with guarded(job.limits) if job.guard else contextlib.nullcontext(): _process(job, answer)
     except DataError as e: answer.reason = _why(e, job.path)
-    except OSError as e: answer.reason = f'the file cannot be read ({e.strerror}). See who may read it, and whether its disk is well.'
-    except MemoryError: answer.reason = f'it needs more than {job.limits.memory_bytes/1e9:.1f} GB of memory to decode. Raise Limits.memory_bytes if the file is genuine.'
+    except OSError as e:
+        answer.reason = f'the file cannot be read ({e.strerror}). See who may read it, and whether its disk is well.'
+    except MemoryError:
+        answer.reason = (f'it needs more than {job.limits.memory_bytes/1e9:.1f} GB of memory to decode. Raise '
+                         'Limits.memory_bytes if the file is genuine.')
     except Exception as e: answer.reason = reason_about(f'{type(e).__name__}: {str(e)[:300]}', job.path)
     return answer
 
@@ -128,7 +144,7 @@ def work(
 @contextlib.contextmanager
 def guarded(
     limits:Limits, # seconds and memory_bytes are used
-):
+) -> Iterator[None]:
     "Bound time and memory of what happens inside; at the time's end the process exits."
     try: import resource
     except ImportError: resource = None # Windows has no such limit
@@ -137,7 +153,8 @@ def guarded(
         used = int(Path('/proc/self/statm').read_text().split()[0])*os.sysconf('SC_PAGE_SIZE')
         before = resource.getrlimit(resource.RLIMIT_AS)
         want = used + limits.memory_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (want if before[1] == resource.RLIM_INFINITY else min(want, before[1]), before[1]))
+        resource.setrlimit(resource.RLIMIT_AS,
+                           (want if before[1] == resource.RLIM_INFINITY else min(want, before[1]), before[1]))
     nowhere = open(os.devnull, 'w')
     faulthandler.dump_traceback_later(limits.seconds, exit=True, file=nowhere)
     try: yield
@@ -182,10 +199,12 @@ def _died(error): return type(error).__name__ in ('TerminatedWorkerError', 'Brok
 
 # %% ../../../nbs/113_data.prepare.job.ipynb #5f0096de
 def run_jobs(
-    jobs, # list of Job
+    jobs:list, # list of Job
     n_jobs:int=-1, # processes; -1 = one a core
-    backend:str='loky', # loky (processes), threading, dask (a distributed.Client must be open), or sequential: in this process, without limits of time and memory
-): # yields Answer, one a job, in order
+    # loky (processes), threading, dask (a distributed.Client must be open), or sequential: in this process,
+    # without limits of time and memory
+    backend:str='loky',
+) -> Iterator[Answer]: # yields Answer, one a job, in order
     """Prepare many files.
 
     Raises: ValueError for an unknown backend or when no Dask client is open."""
@@ -201,13 +220,15 @@ def run_jobs(
 
 # %% ../../../nbs/113_data.prepare.job.ipynb #2e6bcc36
 def _run_chunk(jobs, n_jobs, backend):
-    "Run jobs in parallel; after a worker's death, those that were on their way one by one, then the rest in parallel again."
+    """Run jobs in parallel; after a worker's death, those that were on their way one by one, then the rest in
+    parallel again."""
     do = _quiet_work if backend == 'loky' else _safe_work
     while jobs:
         done = 0
         with _backend(backend, n_jobs):
             try:
-                for answer in Parallel(return_as='generator', batch_size=1, pre_dispatch='2*n_jobs')(delayed(do)(job) for job in jobs):
+                for answer in Parallel(return_as='generator', batch_size=1, pre_dispatch='2*n_jobs')(
+                        delayed(do)(job) for job in jobs):
                     done += 1
                     yield answer
                 return
@@ -234,7 +255,9 @@ def _backend(backend, n_jobs):
             from distributed import get_client
             get_client()
         except (ImportError, ValueError) as e:
-            raise ValueError('backend="dask" needs an open client: `from distributed import Client; client = Client(address)`; '
+            raise ValueError('backend="dask" needs an open client: '
+                             '`from distributed import Client; client = Client(address)`; '
                              'the extra medvl[cluster] installs it.') from e
         return parallel_config(backend='dask', wait_for_workers_timeout=60)
-    return parallel_config(backend=backend, n_jobs=n_jobs, **(dict(inner_max_num_threads=1, initializer=end_with_pool) if backend == 'loky' else {}))
+    return parallel_config(backend=backend, n_jobs=n_jobs,
+                           **(dict(inner_max_num_threads=1, initializer=end_with_pool) if backend == 'loky' else {}))

@@ -14,7 +14,7 @@ from ...core.paths import digest
 from ...core.seed import numpy_rng
 from ..batch import collate
 from .chest import choose_share
-from ..prepared import Prepared, read_table
+from ..prepared import Prepared, read_prepared_table
 from ..pixels.shapes import box_mask
 
 # %% ../../../nbs/149c_data.samples.dense.ipynb #9d761777
@@ -91,7 +91,7 @@ def box_names(
     "List the findings that have boxes."
     names = set() if prepared.boxes is None else set(prepared.boxes.label)
     folder = getattr(prepared, 'folder', None)
-    if folder is not None and (folder/'boxes.parquet').exists(): names |= set(read_table('boxes', folder).label)
+    if folder is not None and (folder/'boxes.parquet').exists(): names |= set(read_prepared_table('boxes', folder).label)
     return sorted(names)
 
 
