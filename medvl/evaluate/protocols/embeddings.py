@@ -33,7 +33,7 @@ EMBED_VERSION = 1
 PARTS = {'image': 'encode_image', 'feature': 'image_features'} # name of the array -> capability that gives it
 
 def weights_digest(
-    method, # nn.Module
+    method:torch.nn.Module, # nn.Module
 ) -> str: # 64 hexadecimal digits
     "Digest all parameters and buffers, with their names and shapes."
     h = hashlib.sha256()
@@ -49,12 +49,14 @@ def pixels_digest(
 ) -> str: # 64 hexadecimal digits
     "Digest which images in which order; labels do not matter."
     m = prepared.manifest
-    return digest([list(prepared.images.shape[1:]), m.image_id.astype(str).tolist(), m.pixel_sha256.astype(str).tolist()])
+    return digest([list(prepared.images.shape[1:]), m.image_id.astype(str).tolist(),
+                   m.pixel_sha256.astype(str).tolist()])
 
 def code_digest(
-    method, # nn.Module
+    method: torch.nn.Module, # nn.Module
 ) -> str: # 64 hexadecimal digits
-    "Digest the source of all classes of our own that take part, so that vectors of older code are not mistaken for today's."
+    """Digest the source of all classes of our own that take part, so that vectors of older code are not mistaken for
+    today's."""
     library = ('torch.', 'transformers.', 'builtins')
     classes = {c for m in method.modules() for c in type(m).__mro__ if not f'{c.__module__}.'.startswith(library)}
     return digest(sorted(f'{c.__qualname__}: {_source(c)}' for c in classes))
@@ -66,13 +68,14 @@ def _source(cls):
 
 # %% ../../../nbs/505_evaluate.protocols.embeddings.ipynb #cbc5a5c8
 def embedding_facts(
-    method, prepared: Prepared, # what is embedded with what
+    method: torch.nn.Module, prepared: Prepared, # what is embedded with what
     precision: str = 'fp32', # fp32, bf16 or fp16
 ) -> dict:
     "Collect everything that decides the numbers."
     config = config_dict(method.config) if getattr(method, 'config', None) is not None else {}
-    return {'method': getattr(method, 'name', type(method).__name__), 'config': digest(config), 'weights': weights_digest(method), 'pixels': pixels_digest(prepared),
-            'n': len(prepared), 'precision': precision, 'embed_version': EMBED_VERSION, 'code': code_digest(method), 'medvl': __version__}
+    return {'method': getattr(method, 'name', type(method).__name__), 'config': digest(config),
+            'weights': weights_digest(method), 'pixels': pixels_digest(prepared), 'n': len(prepared),
+            'precision': precision, 'embed_version': EMBED_VERSION, 'code': code_digest(method), 'medvl': __version__}
 
 # %% ../../../nbs/505_evaluate.protocols.embeddings.ipynb #57dc0c07
 @dataclass(frozen=True)
@@ -89,17 +92,22 @@ class Embeddings:
         return f'Embeddings({len(self)} images by {self.facts.get("method", "?")}: {shapes})'
 
     def of(self,
-        manifest,           # DataFrame with image_id, or a Prepared
+        manifest: pd.DataFrame|Prepared, # DataFrame with image_id, or a Prepared
         what: str = 'image', # which array
     ) -> np.ndarray: # (m, d) float32, in the manifest's order
         """Take the rows of a manifest.
 
         Raises: DataError for an image that was not embedded, ValueError for an array that is not there."""
-        if what not in self.arrays: raise ValueError(f'no {what!r} embeddings here, only {", ".join(self.arrays)}: embed with what=({what!r},)')
+        if what not in self.arrays:
+            raise ValueError(f'no {what!r} embeddings here, only {", ".join(self.arrays)}: embed with what=({what!r},)')
         wanted = getattr(manifest, 'manifest', manifest)['image_id'].astype(str)
         rows = pd.Index(self.ids).get_indexer(wanted)
-        if (rows < 0).any(): raise DataError(f'image {wanted.iloc[int(np.argmin(rows))]!r} has no embedding ({int((rows < 0).sum())} in all).', fix='Embed this data set first.')
-        return np.asarray(self.arrays[what][rows] if len(rows) != len(self) or (rows != np.arange(len(self))).any() else self.arrays[what])
+        if (rows < 0).any():
+            raise DataError(
+                f'image {wanted.iloc[int(np.argmin(rows))]!r} has no embedding ({int((rows < 0).sum())} in all).',
+                fix='Embed this data set first.')
+        return np.asarray(self.arrays[what][rows] if len(rows) != len(self) or (rows != np.arange(len(self))).any()
+                          else self.arrays[what])
 
 # %% ../../../nbs/505_evaluate.protocols.embeddings.ipynb #2ae5644e
 _AUTOCAST = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -111,13 +119,15 @@ def _device(method):
 def _vectors(method, images, what, precision):
     "Compute the wanted arrays of one batch; the backbone runs once where the method can project features."
     device = _device(method)
-    x = torch.from_numpy(images if images.dtype == np.uint8 else images.astype(np.float32)).unsqueeze(1).to(device, non_blocking=True)
+    x = torch.from_numpy(images if images.dtype == np.uint8
+                         else images.astype(np.float32)).unsqueeze(1).to(device, non_blocking=True)
     cast = torch.autocast(device.type, _AUTOCAST[precision]) if _AUTOCAST[precision] else contextlib.nullcontext()
     with cast:
         out = {'feature': method.image_features(x)} if 'feature' in what else {}
         if 'image' in what:
             shared = 'feature' in out and hasattr(method, 'project_image')
-            out['image'] = torch.nn.functional.normalize(method.project_image(out['feature']).float(), dim=-1) if shared else method.encode_image(x)
+            out['image'] = (torch.nn.functional.normalize(method.project_image(out['feature']).float(), dim=-1)
+                            if shared else method.encode_image(x))
     return {k: out[k].float().cpu().numpy() for k in what}
 
 # %% ../../../nbs/505_evaluate.protocols.embeddings.ipynb #f34c9ae1
@@ -135,12 +145,17 @@ def _batches(prepared, todo, batch_size):
 def _check_finite(vectors, rows, ids):
     for name, v in vectors.items():
         bad = ~np.isfinite(v).all(1)
-        if bad.any(): raise DataError(f'the {name} embedding of image {ids[rows[bad][0]]!r} is not finite ({int(bad.sum())} of {len(rows)} in the batch).',
-                                      row=int(rows[bad][0]), fix='Look at the image, and at the checkpoint for NaN weights.')
+        if bad.any():
+            raise DataError(
+                f'the {name} embedding of image {ids[rows[bad][0]]!r} is not finite ({int(bad.sum())} of {len(rows)} '
+                'in the batch).',
+                                      row=int(rows[bad][0]),
+                                      fix='Look at the image, and at the checkpoint for NaN weights.')
 
 # %% ../../../nbs/505_evaluate.protocols.embeddings.ipynb #dd912de8
 def _locks():
-    "The module of file locks; None where the system has none (Windows): two writers of one folder are then not kept apart."
+    """The module of file locks; None where the system has none (Windows): two writers of one folder are then not kept
+    apart."""
     try: import fcntl
     except ImportError: return None
     return fcntl
@@ -164,14 +179,16 @@ def _open_arrays(folder, sizes, n):
     for name, shape, dtype in [*((k, (n, d), np.float32) for k, d in sizes.items()), ('done', (n,), np.uint8)]:
         path, old = folder/f'{name}.npy', None
         if path.exists():
-            with contextlib.suppress(ValueError, EOFError): old = np.lib.format.open_memmap(path, mode='r+')  # a torn header: begin anew
+            # a torn header: begin anew
+            with contextlib.suppress(ValueError, EOFError): old = np.lib.format.open_memmap(path, mode='r+')
         fits = old is not None and old.shape == shape and old.dtype == dtype
         if not fits: (folder/'done.npy').unlink(missing_ok=True)
         arrays[name] = old if fits else _new_array(path, shape, dtype)
     return arrays
 
 def _new_array(path, shape, dtype):
-    "Make an array in a file whose place on the disk is taken at once: a mapped file without would end the process when the disk is full."
+    """Make an array in a file whose place on the disk is taken at once: a mapped file without would end the process
+    when the disk is full."""
     try:
         array = np.lib.format.open_memmap(path, mode='w+', dtype=dtype, shape=shape)
         if hasattr(os, 'posix_fallocate'): # not on macOS
@@ -187,7 +204,8 @@ def _fill(method, prepared, folder, what, batch_size, precision, flush_every=16)
     "Compute the rows that are not marked yet."
     ids, n = prepared.manifest.image_id.astype(str).to_numpy(), len(prepared)
     with evaluating(method):
-        sizes = {k: v.shape[1] for k, v in _vectors(method, prepared.images.read(prepared.manifest.row.to_numpy()[:1]), what, precision).items()}
+        sizes = {k: v.shape[1] for k, v in _vectors(method, prepared.images.read(prepared.manifest.row.to_numpy()[:1]),
+                                                    what, precision).items()}
         arrays = _open_arrays(folder, sizes, n)
         done, todo, waiting = arrays['done'], np.flatnonzero(arrays['done'] == 0), []
         bar = progress(desc='embed', total=n, initial=n - len(todo), unit='img')
@@ -206,40 +224,53 @@ def _fill(method, prepared, folder, what, batch_size, precision, flush_every=16)
 
 # %% ../../../nbs/505_evaluate.protocols.embeddings.ipynb #335b072f
 def open_embeddings(
-    folder,        # one key's folder
-    method=None,   # refuse the vectors of any other model
+    folder: str|Path, # one key's folder
+    method: torch.nn.Module|None = None, # refuse the vectors of any other model
     prepared: Prepared = None, # refuse the vectors of any other images
 ) -> Embeddings:
     """Open finished embeddings without reading them.
 
     Raises: DataError when unfinished, damaged, or made by another model or from other images."""
     folder = Path(folder)
-    if not (folder/'embeddings.json').exists(): raise DataError('unfinished or no embeddings.', file=str(folder), fix='Call embed again: it continues.')
+    if not (folder/'embeddings.json').exists():
+        raise DataError('unfinished or no embeddings.', file=str(folder), fix='Call embed again: it continues.')
     facts = read_json(folder/'embeddings.json')
-    if method is not None and facts['weights'] != weights_digest(method): raise DataError('these embeddings were made by other weights.', file=str(folder), fix='Call embed with this model.')
-    if prepared is not None and facts['pixels'] != pixels_digest(prepared): raise DataError('these embeddings were made from other images.', file=str(folder), fix='Call embed with this data set.')
+    if method is not None and facts['weights'] != weights_digest(method):
+        raise DataError('these embeddings were made by other weights.', file=str(folder),
+                        fix='Call embed with this model.')
+    if prepared is not None and facts['pixels'] != pixels_digest(prepared):
+        raise DataError('these embeddings were made from other images.', file=str(folder),
+                        fix='Call embed with this data set.')
     arrays = {}
     for name, shape in facts['arrays'].items():
         try: arrays[name] = np.load(folder/f'{name}.npy', mmap_mode='r')
-        except (OSError, ValueError, EOFError) as e: raise DataError(f'unreadable ({type(e).__name__}: {e}).', file=str(folder/f'{name}.npy'), fix='Delete the folder and embed again.') from e
-        if list(arrays[name].shape) != shape: raise DataError(f'shape {arrays[name].shape} instead of {shape}.', file=str(folder/f'{name}.npy'), fix='Delete the folder and embed again.')
+        except (OSError, ValueError, EOFError) as e:
+            raise DataError(f'unreadable ({type(e).__name__}: {e}).', file=str(folder/f'{name}.npy'),
+                            fix='Delete the folder and embed again.') from e
+        if list(arrays[name].shape) != shape:
+            raise DataError(f'shape {arrays[name].shape} instead of {shape}.', file=str(folder/f'{name}.npy'),
+                            fix='Delete the folder and embed again.')
     return Embeddings(pd.read_parquet(folder/'ids.parquet').image_id.astype(str).to_numpy(), arrays, facts)
 
 # %% ../../../nbs/505_evaluate.protocols.embeddings.ipynb #882b2557
 def embed(
-    method,              # Method with encode_image and/or image_features
+    method: torch.nn.Module, # Method with encode_image and/or image_features
     prepared: Prepared,  # data set
-    folder=None,         # where caches lie; None: outputs/embeddings
+    folder: str|Path|None = None, # where caches lie; None: outputs/embeddings
     batch_size: int = 16,
-    what=('image', 'feature'), # arrays: 'image' = projected and unit length, 'feature' = pooled backbone features
+    # arrays: 'image' = projected and unit length, 'feature' = pooled backbone features
+    what: str|tuple|list = ('image', 'feature'),
     precision: str = 'fp32',   # fp32, bf16 or fp16 (autocast on the method's device)
 ) -> Embeddings: # aligned with prepared.manifest
     """Embed a data set, or open what was embedded before.
 
-    Raises: TypeError when the method lacks a capability, DataError for an empty data set or a vector that is not finite."""
+    Raises: TypeError when the method lacks a capability, DataError for an empty data set or a vector that is not
+    finite."""
     what = (what,) if isinstance(what, str) else tuple(what)
-    if unknown := [w for w in what if w not in PARTS]: raise ValueError(f'cannot embed {unknown[0]!r}: choose from {", ".join(PARTS)}')
-    if precision not in _AUTOCAST: raise ValueError(f'unknown precision {precision!r}: choose from {", ".join(_AUTOCAST)}')
+    if unknown := [w for w in what if w not in PARTS]:
+        raise ValueError(f'cannot embed {unknown[0]!r}: choose from {", ".join(PARTS)}')
+    if precision not in _AUTOCAST:
+        raise ValueError(f'unknown precision {precision!r}: choose from {", ".join(_AUTOCAST)}')
     require(method, *(PARTS[w] for w in what), by='embed')
     if not len(prepared): raise DataError('no images to embed.')
     facts = embedding_facts(method, prepared, precision)
@@ -247,7 +278,8 @@ def embed(
     with _locked(home):
         if not (home/'embeddings.json').exists():
             _fill(method, prepared, home, what, batch_size, precision)
-            with atomic_path(home/'ids.parquet') as temporary: prepared.manifest[['image_id', 'row', 'pixel_sha256']].to_parquet(temporary, index=False)
+            with atomic_path(home/'ids.parquet') as temporary:
+                prepared.manifest[['image_id', 'row', 'pixel_sha256']].to_parquet(temporary, index=False)
             shapes = {w: list(np.load(home/f'{w}.npy', mmap_mode='r').shape) for w in what}
             write_json(home/'embeddings.json', {**facts, 'arrays': shapes})
     return open_embeddings(home, prepared=prepared)

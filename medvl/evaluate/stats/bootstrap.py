@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.stats import norm, rankdata
 
 from ...core.seed import numpy_rng
-from ..metrics.curves import Evaluator, metric_of, why_not
+from ..metrics.curves import Evaluator, Metric, metric_of, why_not
 from ..metrics.rank import NotComputable, stated
 
 # %% ../../../nbs/501_evaluate.stats.bootstrap.ipynb #b0163a2a
@@ -27,16 +28,18 @@ class _Shown:
         positive = '' if self.n_positive is None else f', {self.n_positive} positive'
         ends = 'no interval' if np.isnan(self.low) else f'{self.level:.0%} CI {self.low:.3f} to {self.high:.3f}'
         return (f'{self.value:.3f} ({ends}; '
-                f'{self.n} {self.unit}s{positive}, {self.n_clusters} patients)' + (f' [{self.note}]' if self.note else ''))
+                f'{self.n} {self.unit}s{positive}, {self.n_clusters} patients)'
+                + (f' [{self.note}]' if self.note else ''))
 
     __str__ = __repr__
 
     def row(self) -> dict: # columns of result tables
         "Give the columns of a tidy result table."
         d = asdict(self)
-        names = dict(value='value', low='low', high='high', unit='unit', n='n', n_positive='n_positive', patients='n_clusters', n_dropped='n_dropped',
-                     level='level', interval='method', n_boot='n_boot')
-        return {column: d[name] for column, name in names.items()} | {'note': f'not computable: {self.note}' if np.isnan(self.value) else self.note}
+        names = dict(value='value', low='low', high='high', unit='unit', n='n', n_positive='n_positive',
+                     patients='n_clusters', n_dropped='n_dropped', level='level', interval='method', n_boot='n_boot')
+        return {column: d[name] for column, name in names.items()} | {'note': f'not computable: {self.note}'
+                                                                      if np.isnan(self.value) else self.note}
 
 # %% ../../../nbs/501_evaluate.stats.bootstrap.ipynb #729d3007
 @dataclass(frozen=True, repr=False)
@@ -157,25 +160,29 @@ def settled(
     if patients < 2: return np.nan, np.nan, '', 'one patient: no interval'
     if len(known) < 2 or np.ptp(known) > 1e-9: return *interval(value, draws, level, left_out), '', ''
     n = patients if behind is None else behind
-    if not n or limits is None or not limits[0] <= value <= limits[1]: return np.nan, np.nan, '', 'all resamples agree: no interval'
+    if not n or limits is None or not limits[0] <= value <= limits[1]:
+        return np.nan, np.nan, '', 'all resamples agree: no interval'
     return *agreed_bound(value, n, level, limits), 'exact', f'all {n} patients agree: exact bound'
 
 # %% ../../../nbs/501_evaluate.stats.bootstrap.ipynb #4a5d23e4
 def _estimate(ev, j, value, draws, level, method, unit):
     "Wrap one metric's resamples as an Estimate."
-    facts = dict(level=level, unit=unit, n=ev.n, n_positive=ev.n_positive, n_clusters=ev.n_stated_groups, n_boot=len(draws), method=method, n_dropped=ev.n_dropped)
+    facts = dict(level=level, unit=unit, n=ev.n, n_positive=ev.n_positive, n_clusters=ev.n_stated_groups,
+                 n_boot=len(draws), method=method, n_dropped=ev.n_dropped)
     if np.isnan(value): return Estimate(np.nan, np.nan, np.nan, **facts, note=why_not(ev))
     failed, left_out = int(np.isnan(draws).sum()), jackknife(ev)[j] if method == 'bca' else None
     low, high, how, note = settled(value, draws, level, ev.n_stated_groups, ev.patients_behind(j), left_out=left_out)
     notes = [f'{failed} of {len(draws)} resamples had one class only'] * (failed > 0) + [note] * (note != '')
-    return Estimate(float(value), low, high, **facts | {'method': how or method}, n_failed=failed, note='; '.join(notes))
+    return Estimate(float(value), low, high, **facts | {'method': how or method}, n_failed=failed,
+                    note='; '.join(notes))
 
 # %% ../../../nbs/501_evaluate.stats.bootstrap.ipynb #f14c3e80
 def estimates(
     tasks: dict,            # name -> (labels (n,), scores (n,) or (n, classes))
-    clusters,               # (n,) patient of each row
-    metrics=('auroc', 'average_precision'), # names or Metrics; or {task: metrics}
-    n_boot: int = 2000, level: float = .95, method: str = 'percentile', seed: int = 0, # resamples, confidence, percentile|bca, key
+    clusters: ArrayLike,    # (n,) patient of each row
+    metrics: tuple|list|dict = ('auroc', 'average_precision'), # names or Metrics; or {task: metrics}
+    # resamples, confidence, percentile|bca, key
+    n_boot: int = 2000, level: float = .95, method: str = 'percentile', seed: int = 0,
     unit: str = 'image',    # what a row is, for the table
 ) -> dict: # (task, metric name) -> Estimate
     """Estimate metrics of several tasks on the same rows with the same draws of patients.
@@ -186,13 +193,17 @@ def estimates(
     n = int(codes.max(initial=-1)) + 1
     evs = {}
     for task, (labels, scores) in tasks.items():
-        if len(labels) != len(codes): raise ValueError(f'{task}: {len(labels)} labels for {len(codes)} rows with patients')
-        evs[task] = Evaluator(labels, scores, metrics[task] if isinstance(metrics, dict) else metrics, codes, n, np.float32)
-    draws = resample(list(evs.values()), n_boot, seed) if n_boot and evs else [np.full((len(ev.metrics), 0), np.nan) for ev in evs.values()]
+        if len(labels) != len(codes):
+            raise ValueError(f'{task}: {len(labels)} labels for {len(codes)} rows with patients')
+        evs[task] = Evaluator(labels, scores, metrics[task] if isinstance(metrics, dict) else metrics, codes,
+                              n, np.float32)
+    draws = (resample(list(evs.values()), n_boot, seed) if n_boot and evs
+             else [np.full((len(ev.metrics), 0), np.nan) for ev in evs.values()])
     out = {}
     for (task, ev), drawn in zip(evs.items(), draws):
         values = _exact(ev)
-        for j, m in enumerate(ev.metrics): out[task, m.name] = _estimate(ev, j, values[j], drawn[j], level, method, unit)
+        for j, m in enumerate(ev.metrics):
+            out[task, m.name] = _estimate(ev, j, values[j], drawn[j], level, method, unit)
     return out
 
 def _exact(ev):
@@ -201,9 +212,9 @@ def _exact(ev):
 
 # %% ../../../nbs/501_evaluate.stats.bootstrap.ipynb #23e738ad
 def estimate(
-    metric,                # name or Metric
-    labels, scores,        # (n,) labels, (n,) or (n, classes) scores
-    clusters=None,         # (n,) patients; None: every row is its own
+    metric:str|Metric,     # name or Metric
+    labels:ArrayLike, scores:ArrayLike, # (n,) labels, (n,) or (n, classes) scores
+    clusters:ArrayLike|None=None, # (n,) patients; None: every row is its own
     **kwargs,              # n_boot, level, method, seed, unit: as in `estimates`
 ) -> Estimate:
     "Estimate one metric of one task."
@@ -223,9 +234,9 @@ def _scatter(values, codes, counts, auc, k):
 
 # %% ../../../nbs/501_evaluate.stats.bootstrap.ipynb #eb1bb8c3
 def delong(
-    labels,        # (n,) 1/0/NaN
-    scores,        # (n,) or (n, models)
-    clusters=None, # (n,) patients; None: every row is its own
+    labels: ArrayLike, # (n,) 1/0/NaN
+    scores: ArrayLike, # (n,) or (n, models)
+    clusters: ArrayLike|None = None, # (n,) patients; None: every row is its own
 ) -> tuple: # AUROC (models,), covariance (models, models)
     """AUROC of one or several models with their covariance by DeLong, in Obuchowski's form for clusters.
 
@@ -239,7 +250,8 @@ def delong(
     k, m, n = int(codes.max()) + 1, int(y.sum()), int((~y).sum())
     with_pos, with_neg = np.bincount(codes[y], minlength=k), np.bincount(codes[~y], minlength=k)
     i10, i01, both = (with_pos > 0).sum(), (with_neg > 0).sum(), len(np.unique(codes))
-    if min(i10, i01) < 2: raise ValueError(f'DeLong needs two patients of each class; there are {i10} with and {i01} without the finding')
+    if min(i10, i01) < 2:
+        raise ValueError(f'DeLong needs two patients of each class; there are {i10} with and {i01} without the finding')
     parts = [_contributions(y, row) for row in s]
     auc = np.array([p.mean() for p, _ in parts])
     x = _scatter([p for p, _ in parts], codes[y], with_pos, auc, k)
@@ -266,7 +278,8 @@ class Comparison:
 def _swaps(y_pair, s_pair, codes, k, metric, n_perm, seed):
     "Differences after swapping the two models' names at random within patients, (n_perm,)."
     ranked = [rankdata(s) / len(s) if metric.kind == 'rank' else s for s in s_pair]
-    ev = Evaluator(np.concatenate([y_pair] * 2), np.concatenate(ranked), [metric], np.concatenate([codes, codes + k]), 2 * k, np.float32)
+    ev = Evaluator(np.concatenate([y_pair] * 2), np.concatenate(ranked), [metric], np.concatenate([codes, codes + k]),
+                   2 * k, np.float32)
     out = []
     for block in range(-(-n_perm // BLOCK)):
         keep = numpy_rng('permutation', seed, k, block).integers(0, 2, size=(k, BLOCK)).astype(np.float32)
@@ -295,9 +308,10 @@ def _p_delong(labels, pair, codes, level):
 
 # %% ../../../nbs/501_evaluate.stats.bootstrap.ipynb #34a9a899
 def compare(
-    labels, scores_a, scores_b, # (n,) labels; (n,) or (n, classes) scores of two models on the same rows
-    clusters=None,         # (n,) patients; None: every row is its own
-    metric='auroc',        # name or Metric
+    # (n,) labels; (n,) or (n, classes) scores of two models on the same rows
+    labels: ArrayLike, scores_a: ArrayLike, scores_b: ArrayLike,
+    clusters: ArrayLike|None = None, # (n,) patients; None: every row is its own
+    metric: str|Metric = 'auroc', # name or Metric
     test: str = 'bootstrap', # bootstrap, delong or permutation
     n_boot: int = 2000, level: float = .95, seed: int = 0, unit: str = 'image',
 ) -> Comparison:
@@ -305,19 +319,28 @@ def compare(
 
     Raises: ValueError for an unknown test; NotComputable when the metric does not exist."""
     m = metric_of(metric)
-    if test not in ('bootstrap', 'delong', 'permutation'): raise ValueError(f'unknown test {test!r}: choose bootstrap, delong or permutation')
-    if test == 'delong' and m.name != 'auroc': raise ValueError(f'DeLong is for auroc, not {m.name}: choose bootstrap or permutation')
+    if test not in ('bootstrap', 'delong', 'permutation'):
+        raise ValueError(f'unknown test {test!r}: choose bootstrap, delong or permutation')
+    if test == 'delong' and m.name != 'auroc':
+        raise ValueError(f'DeLong is for auroc, not {m.name}: choose bootstrap or permutation')
     codes = np.unique(np.arange(len(labels)) if clusters is None else np.asarray(clusters), return_inverse=True)[1]
     k = int(codes.max()) + 1
     evs = [Evaluator(labels, s, [m], codes, k, np.float32) for s in (scores_a, scores_b)]
     a, b = (float(_exact(ev)[0]) for ev in evs)
     if np.isnan(a) or np.isnan(b): raise NotComputable(why_not(evs[0]))
     draws = np.subtract(*resample(evs, n_boot, seed))[0]
-    one, other = ((rankdata(s, axis=0, nan_policy='omit') if m.kind == 'rank' else np.asarray(s, float)) for s in (scores_a, scores_b))
+    one, other = ((rankdata(s, axis=0, nan_policy='omit') if m.kind == 'rank' else np.asarray(s, float))
+                  for s in (scores_a, scores_b))
     same = np.array_equal(one, other, equal_nan=True)
-    low, high, how, note = (0., 0., '', 'the same scores') if same else settled(a - b, draws, level, evs[0].n_stated_groups, min(e.patients_behind(0) for e in evs), (-1, 1))
+    low, high, how, note = ((0., 0., '', 'the same scores') if same
+                            else settled(a - b, draws, level, evs[0].n_stated_groups,
+                                         min(e.patients_behind(0) for e in evs), (-1, 1)))
     p = _p_two_sided(draws)
-    if test == 'delong': low, high, p, how, note = *_p_delong(labels, np.stack([scores_a, scores_b], 1), codes, level), 'delong', ''
-    if test == 'permutation': p = _p_permutation(labels, (scores_a, scores_b), codes, m, a - b, evs[0].keep, n_boot, seed)
-    facts = (level, unit, evs[0].n, evs[0].n_positive, evs[0].n_stated_groups, n_boot, how or 'percentile', evs[0].n_dropped)
-    return Comparison(a, b, Estimate(a - b, low, high, *facts, n_failed=int(np.isnan(draws).sum()), note=note), float(p), test, m.name)
+    if test == 'delong':
+        low, high, p, how, note = *_p_delong(labels, np.stack([scores_a, scores_b], 1), codes, level), 'delong', ''
+    if test == 'permutation':
+        p = _p_permutation(labels, (scores_a, scores_b), codes, m, a - b, evs[0].keep, n_boot, seed)
+    facts = (level, unit, evs[0].n, evs[0].n_positive, evs[0].n_stated_groups, n_boot, how or 'percentile',
+             evs[0].n_dropped)
+    return Comparison(a, b, Estimate(a - b, low, high, *facts, n_failed=int(np.isnan(draws).sum()), note=note),
+                      float(p), test, m.name)
