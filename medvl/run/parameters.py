@@ -170,9 +170,9 @@ def _convert(value, kind):
     if value is None or (optional and isinstance(value, str) and value.strip().lower() in _NONE):
         if optional or kinds[0] in ('Any', 'None'): return None
         raise ValueError
+    quoted = isinstance(value, Word) and re.fullmatch(r'"(.*)"', value, re.S)
     # "null" is text
-    if isinstance(value, Word) and {'str', 'Any'} & set(kinds) and (optional or kinds != ['str']) and re.fullmatch(
-        r'"(.*)"', value, re.S):
+    if quoted and {'str', 'Any'} & set(kinds) and (optional or kinds != ['str']):
         return str(value)[1:-1]
     if len(kinds) > 1: return _first(value, kinds)
     base, _, inner = kinds[0].partition('[')

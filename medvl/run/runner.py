@@ -40,8 +40,8 @@ def experiments() -> dict: # path by name
     if repo is None:
         try: spec = importlib.util.find_spec('medvl.experiments')
         except ModuleNotFoundError: spec = None
-    folders = ([repo/'nbs'/'experiments'] if repo else [Path(p) for p in (spec.submodule_search_locations or ())]
-               if spec else [])
+    inside = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    folders = [repo/'nbs'/'experiments'] if repo else inside
     return {experiment_name(p): p for folder in folders for p in sorted(folder.glob('[!_.]*.ipynb'))}
 
 
@@ -130,13 +130,11 @@ class RunFailedError(RuntimeError):
         self.run, self.state, self.reason, self.exit_code, self.repeats = run, state, reason, exit_code, repeats
 
 
-REPEATS = set(
-    'DataError TornCheckpoint RefusedError ValueError TypeError KeyError IndexError AttributeError NameError '
-    'UnboundLocalError AssertionError '
-              'ZeroDivisionError NotImplementedError ImportError ModuleNotFoundError SyntaxError FileNotFoundError '
-              'NotADirectoryError IsADirectoryError '
-              # what the same input does again
-              'PermissionError UnicodeDecodeError JSONDecodeError StopIteration RecursionError'.split())
+# what the same input does again
+REPEATS = set('DataError TornCheckpoint RefusedError ValueError TypeError KeyError IndexError AttributeError NameError '
+              'UnboundLocalError AssertionError ZeroDivisionError NotImplementedError ImportError ModuleNotFoundError '
+              'SyntaxError FileNotFoundError NotADirectoryError IsADirectoryError PermissionError UnicodeDecodeError '
+              'JSONDecodeError StopIteration RecursionError'.split())
 
 
 def _repeats(state, reason, error):
@@ -344,8 +342,8 @@ def _set_aside(run, notebook):
     for name in ('run.ipynb', 'run.log', 'provenance.json'):
         if (run.folder/name).exists():
             target = run.path('attempts', str(last), name)
-            (shutil.copyfile(run.folder/name, target) if name == 'provenance.json'
-             else os.replace(run.folder/name, target))
+            if name == 'provenance.json': shutil.copyfile(run.folder/name, target)
+            else: os.replace(run.folder/name, target)
     fresh, old = provenance(), read_json(run.folder/'provenance.json')
     for text in _changes(old, fresh): _say(text); run.note(text)
     write_json(run.folder/'provenance.json', {**fresh, 'seeds': old.get('seeds', {}), 'inputs': old.get('inputs', [])})

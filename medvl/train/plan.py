@@ -120,8 +120,8 @@ def _rows(loop, points, together):
     loading = config.accumulate * n * large[2] / b
     waits = loading if not config.workers else max(0., loading / config.workers - step)
     validations = 0 if loop.valid is None else loop.total // (config.valid_every or loop.in_epoch)
-    judging = validations * (0 if loop.valid is None
-                             else len(loop.valid)) * (step / (config.accumulate * n) / 3 + large[2] / b)
+    judged = 0 if loop.valid is None else len(loop.valid)
+    judging = validations * judged * (step / (config.accumulate * n) / 3 + large[2] / b)
     checkpoint = weights + slots * trained + average
     kept = config.keep_last + bool(config.keep_best and validations) + 1
     mib, hours = 2 ** 20, 3600
@@ -168,9 +168,10 @@ def plan(
     rows.insert(2, ('memory, together', need, 'MiB', 'leave a tenth free beside it'))
     rows += [('memory that is free', room / 2 ** 20, 'MiB', 'now, on this device'),
              ('disk that is free', disk / 2 ** 20, 'MiB', 'where the run would lie')]
-    short = ([
-        f'The memory will not do: {need:,.0f} MiB and a tenth, {room / 2 ** 20:,.0f} are free; lower chunk_size or '
-        'batch_size.'] if 1.1 * need * 2 ** 20 > room else [])
+    short = []
+    if 1.1 * need * 2 ** 20 > room:
+        short.append(f'The memory will not do: {need:,.0f} MiB and a tenth, {room / 2 ** 20:,.0f} are free; '
+                     'lower chunk_size or batch_size.')
     if values['disk'] * 2 ** 20 > disk:
         short.append(
             f'The disk will not do: {values["disk"]:,.0f} MiB are needed; lower keep_last, or choose another folder.')

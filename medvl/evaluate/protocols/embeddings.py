@@ -146,11 +146,9 @@ def _check_finite(vectors, rows, ids):
     for name, v in vectors.items():
         bad = ~np.isfinite(v).all(1)
         if bad.any():
-            raise DataError(
-                f'the {name} embedding of image {ids[rows[bad][0]]!r} is not finite ({int(bad.sum())} of {len(rows)} '
-                'in the batch).',
-                                      row=int(rows[bad][0]),
-                                      fix='Look at the image, and at the checkpoint for NaN weights.')
+            raise DataError(f'the {name} embedding of image {ids[rows[bad][0]]!r} is not finite '
+                            f'({int(bad.sum())} of {len(rows)} in the batch).', row=int(rows[bad][0]),
+                            fix='Look at the image, and at the checkpoint for NaN weights.')
 
 # %% ../../../nbs/505_evaluate.protocols.embeddings.ipynb #dd912de8
 def _locks():

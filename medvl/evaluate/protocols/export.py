@@ -203,12 +203,11 @@ def embed_texts(
             raise DataError(f'the text {t!r} has no token.', row=i,
                             fix='Leave out samples without a report, or give them a text.')
     facts = model_facts(method)
-    path = Path(folder
-                or outputs_path(
-                    'embeddings'))/f'texts-{digest([facts["weights"], facts["settings"], distinct])[:20]}.parquet'
+    key = digest([facts['weights'], facts['settings'], distinct])[:20]
+    path = Path(folder or outputs_path('embeddings'))/f'texts-{key}.parquet'
     if not path.exists():
-        encode, groups = (getattr(method, offered[0]),
-                          [distinct[i:i + batch_size] for i in range(0, len(distinct), batch_size)])
+        encode = getattr(method, offered[0])
+        groups = [distinct[i:i + batch_size] for i in range(0, len(distinct), batch_size)]
         with evaluating(method): x = np.concatenate([encode(g).float().cpu().numpy() for g in groups])
         x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
         path.parent.mkdir(parents=True, exist_ok=True)

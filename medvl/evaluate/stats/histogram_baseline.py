@@ -63,8 +63,7 @@ def beside_histogram(
     "Put the histogram's rows behind the model's, task by task."
     if not len(histogram): return table
     rows = histogram.drop(columns='model').assign(task=histogram.task + ' (histogram)')
-    order = {t: 2*k for k, t in enumerate(dict.fromkeys(table.task))} | {f'{t} (histogram)': 2*k + 1
-                                                                         for k, t in enumerate(
-                                                                             dict.fromkeys(table.task))}
+    tasks = list(dict.fromkeys(table.task))
+    order = {t: 2*k for k, t in enumerate(tasks)} | {f'{t} (histogram)': 2*k + 1 for k, t in enumerate(tasks)}
     both = pd.concat([table, rows[rows.task.isin(order)]], ignore_index=True)
     return both.iloc[np.argsort(both.task.map(order).to_numpy(), kind='stable')].reset_index(drop=True)

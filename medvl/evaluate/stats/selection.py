@@ -134,9 +134,8 @@ def splits_of(
                  if (column == s).any()}
     for s in needed:
         if s not in parts:
-            raise DataError(
-                f'no images in the split {s!r} (there are: '
-                f'{", ".join(f"{k} {len(v)}" for k, v in parts.items()) or "none"}).', column='split',
+            there = ', '.join(f'{k} {len(v)}' for k, v in parts.items()) or 'none'
+            raise DataError(f'no images in the split {s!r} (there are: {there}).', column='split',
                             fix='Divide the patients with medvl.data.splits, or pass a dictionary of prepared data '
                                 'sets.')
     return parts
@@ -172,8 +171,8 @@ def assert_apart(
                 f'the splits leak: {kind} {shared.index[0]} is in {" and ".join(shared.iloc[0])} ({len(shared)} in '
                 'all).', column=column)
     if near: _assert_not_alike(parts)
-    return f'No leak by {", ".join(by)} between ' + ', '.join(f'{s} {len(p)}'
-                                                              for s, p in parts.items()) + ' (several folders).'
+    sizes = ', '.join(f'{s} {len(p)}' for s, p in parts.items())
+    return f'No leak by {", ".join(by)} between {sizes} (several folders).'
 
 # %% ../../../nbs/504_evaluate.stats.selection.ipynb #e6f6fc6e
 def _assert_not_alike(parts):

@@ -146,8 +146,9 @@ def evaluate_scored(
         rows += more; tables += t; groups.append(g)
         chosen |= c; maps |= m; curves |= r
     table = pd.DataFrame(rows).reindex(columns=COLUMNS)
-    join = lambda parts: pd.concat(parts,
-                                   ignore_index=True) if (parts := [p for p in parts if len(p)]) else pd.DataFrame()
+    def join(parts):
+        parts = [p for p in parts if len(p)]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     return Evaluation(table, join(tables), join(groups), chosen, maps, curves)
 
 # %% ../../../nbs/508_evaluate.stats.tables.ipynb #e5f7bb89
