@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from scipy.sparse import csr_matrix
 
 from medvl.evaluate.metrics.rank import (
-    NotComputable, auroc_of, average_precision_of_counts, best_f1_of, pr_auc_of, rank_table, ratio,
+    NotComputable, auroc_of, average_precision_of, best_f1_of, pr_auc_of, rank_table, ratio,
     sensitivity_at_specificity_of, specificity_at_sensitivity_of, stated,
 )
 
@@ -112,7 +112,7 @@ def majority_of(confusion: np.ndarray) -> np.ndarray:
 # %% ../../../nbs/500b_evaluate.metrics.curves.ipynb #71b02063
 METRICS = {m.name: m for m in (
     Metric('auroc', 'rank', auroc_of, behind=('positives', 'negatives')),
-    Metric('average_precision', 'rank', average_precision_of_counts),
+    Metric('average_precision', 'rank', average_precision_of),
     Metric('pr_auc', 'rank', pr_auc_of),
     Metric('pf1_binarized', 'rank', best_f1_of),
     Metric('sensitivity_at_90_specificity', 'rank', sensitivity_at_specificity_of(.9),
