@@ -13,10 +13,10 @@ from medvl.api import Model
 from medvl.core.errors import DataError
 from medvl.evaluate.metrics.coco import BOX
 from medvl.evaluate.localized.detection import (
-    OVERLAPS, _ap_draws, _froc_draws, arrange_localized, average_precisions, detection_scores, froc_value, hits_of, localized_map, localized_table, localized_validation, marks_of,
+    OVERLAPS, precision_draws, froc_draws, arrange_localized, average_precisions, detection_scores, froc_value, hits_of, localized_map, localized_table, localized_validation, marks_of,
 )
-from medvl.evaluate.metrics.froc import _ranking, _weighted
-from medvl.evaluate.metrics.segmentation import PixelCounts, _values, count_masks, dice_validation, patient_sums, segmentation_scores, segmentation_table
+from medvl.evaluate.metrics.froc import ranking_of, _weighted
+from medvl.evaluate.metrics.segmentation import PixelCounts, metric_values, count_masks, dice_validation, patient_sums, segmentation_scores, segmentation_table
 from medvl.losses.segmentation import check_masks, dice_loss, segmentation_loss
 from medvl.losses.yolo import WEIGHTS, grid_loss, shape_overlap, yolo_loss, yolo_targets
 from medvl.methods.base import StepState, from_pretrained, save_pretrained
@@ -479,7 +479,7 @@ def test_bootstrap_of_boxes_is_that_of_repeated_patients():
     scene = arrange_localized(truth, found, frame, plus_one=False)
     gain, false, patient = marks_of(scene)
     boxes_of = np.bincount(scene.patient_of(scene.group[scene.label_of(scene.group) == 0]), minlength=4)
-    draws = _froc_draws(gain, false, patient, boxes_of, np.full(4, 3), 5, 0)
+    draws = froc_draws(gain, false, patient, boxes_of, np.full(4, 3), 5, 0)
     for draw, weights in zip(draws, patient_counts(4, 0, 0, 5).T.astype(int)):
         copies = [(p, j) for p, n in enumerate(weights) for j in range(n)]
         parts = [[x[x.image_id // 3 == p] for x in (truth, found)] for p, _ in copies]
@@ -490,8 +490,8 @@ def test_bootstrap_of_boxes_is_that_of_repeated_patients():
         assert np.isnan(draw) if not n else abs(draw - froc_value(g, w, n, again.n_images)) < 1e-12
     assert localized_table(truth, found, images, n_boot=20).low.notna().all()
     hit, everyone = hits_of(scene, OVERLAPS), np.ones(12, bool)
-    ranked, patient, boxes_of, _ = _ranking(scene, 0, hit)
-    assert np.array_equal(_ap_draws(scene, hit, everyone, 100, 0)[0], np.stack([_weighted(h, patient, boxes_of, 100, 0) for h in ranked]), equal_nan=True)
+    ranked, patient, boxes_of, _ = ranking_of(scene, 0, hit)
+    assert np.array_equal(precision_draws(scene, hit, everyone, 100, 0)[0], np.stack([_weighted(h, patient, boxes_of, 100, 0) for h in ranked]), equal_nan=True)
 
 
 def test_dice_golden():
@@ -520,11 +520,11 @@ def test_segmentation_table_against_scikit_learn_and_repeated_patients():
         for metric, f in (('dice', f1_score), ('iou', jaccard_score), ('precision', precision_score), ('recall', recall_score)): assert abs(table[name, metric] - f(*flat)) < 1e-12
         assert abs(table[name, 'image_dice'] - np.mean([f1_score(y[i, k].ravel(), p[i, k].ravel() >= .5) for i in range(10) if y[i, k].any()])) < 1e-12
     weights, sums = patient_counts(4, 0, 0, 7).astype(int), patient_sums(found)
-    draws = _values(sums @ weights.astype(float))
+    draws = metric_values(sums @ weights.astype(float))
     for b in range(7):
         rows = np.concatenate([np.tile(np.flatnonzero(np.arange(10) // 3 == i), n) for i, n in enumerate(weights[:, b])]).astype(int)
         again = PixelCounts(found.counts[rows], found.labels, found.images.iloc[rows].reset_index(drop=True))
-        assert np.allclose(draws[..., b], _values(patient_sums(again).sum(2, keepdims=True))[..., 0], equal_nan=True)
+        assert np.allclose(draws[..., b], metric_values(patient_sums(again).sum(2, keepdims=True))[..., 0], equal_nan=True)
 
 
 def test_a_class_without_truth_or_prediction():

@@ -111,7 +111,7 @@ def test_bootstrap_of_equal_scores_is_that_of_copied_patients():
     import medvl.evaluate.metrics.froc as froc
     s = arrange(truth, found, images)
     hit = froc.match(s, froc.candidate_pairs(s, .5), [.5])[:, 0] >= 0
-    ranked, patient, boxes_of, here = froc._ranking(s, 0, hit)
+    ranked, patient, boxes_of, here = froc.ranking_of(s, 0, hit)
     draws = froc._weighted(ranked[0], patient, boxes_of, 8, 0, ends=froc.score_ends(s.score[here]))
     for b in range(8):
         again = pd.DataFrame([(i, f'{i}.{c}') for i, p in zip(images.image_id, codes) for c in range(counts[p, b])], columns=['image_id', 'copy'])

@@ -6,6 +6,7 @@
 __all__ = ['ATTRIBUTES', 'OTHERS', 'PLACES', 'attribute_prompts']
 
 # %% ../../nbs/609_attribute.attribute_prompts.ipynb #dafd7c29
+from collections.abc import Sequence
 from itertools import product
 
 from ..core.errors import unknown_name
@@ -23,7 +24,7 @@ PLACES = ('', 'upper ', 'lower ', 'inner ', 'outer ', 'central ')
 def attribute_prompts(
     name:str, # label: one of ATTRIBUTES, of OTHERS, or any other with `leads`
     limit:int|None=None, # keep so many, spread evenly; None: all
-    leads=None, # what is seen, for labels that have no sentences here
+    leads: Sequence[str] | None = None, # what is seen, for labels that have no sentences here
 ) -> list: # of str
     """List the sentences of an attribute.
 
@@ -32,7 +33,11 @@ def attribute_prompts(
     if name in ATTRIBUTES and leads is None:
         slots = prompt_bank(detail='full')[FINDINGS[ATTRIBUTES.index(name)]]
         found = [s for pair in zip(slots['pos_left'], slots['pos_right']) for s in pair]
-    elif leads: found = [f'{lead} in the {place}{side} breast' for lead, place, side in product(leads, PLACES, ('left', 'right'))]
-    else: raise ValueError(unknown_name('attribute', name, (*ATTRIBUTES, *OTHERS)) + ' Give `leads` for a label of your own.')
+    elif leads:
+        found = [f'{lead} in the {place}{side} breast'
+                 for lead, place, side in product(leads, PLACES, ('left', 'right'))]
+    else:
+        raise ValueError(unknown_name('attribute', name, (*ATTRIBUTES, *OTHERS))
+                         + ' Give `leads` for a label of your own.')
     found = list(dict.fromkeys(found))
     return found if limit is None or limit >= len(found) else [found[i * len(found) // limit] for i in range(limit)]

@@ -6,6 +6,8 @@
 __all__ = ['HITS', 'paper_table', 'paired_differences', 'attribute_figure']
 
 # %% ../../nbs/622_attribute.comparison.ipynb #e3256696
+from collections.abc import Callable, Sequence
+from matplotlib.figure import Figure
 import numpy as np
 import pandas as pd
 import torch
@@ -14,6 +16,7 @@ from .factor_protocol import at_size, boxes_of
 from .localisation import mean_estimate
 from .maps import scale_01
 from ..core.errors import unknown_name
+from ..data.prepared import Prepared
 from ..show.exam import draw_view
 from ..show.style import figure
 
@@ -25,17 +28,19 @@ def _as_text(e): return f'{e.value:.2f} ({e.low:.2f} to {e.high:.2f})' if np.isf
 
 def paper_table(
     scores:pd.DataFrame, # from `localise`
-    metrics=HITS, # score columns
+    metrics: Sequence[str] = HITS, # score columns
     n_boot:int=2000, seed:int=0, # of the bootstrap over patients
 ) -> pd.DataFrame: # a row a method, columns (attribute, metric), text
     """Lay hit rates out as the paper does.
 
     Raises: ValueError for a score that is not there."""
-    if unknown := [m for m in metrics if m not in scores]: raise ValueError(unknown_name('score', unknown[0], scores.columns))
+    if unknown := [m for m in metrics if m not in scores]:
+        raise ValueError(unknown_name('score', unknown[0], scores.columns))
     rows = {}
     for method, of_method in scores.groupby('method', sort=False):
         groups = dict(list(of_method.groupby('attribute', sort=False)))
-        cells = {(a, m): _as_text(mean_estimate(g[m], g.patient_id, n_boot, seed)) for a, g in groups.items() for m in metrics}
+        cells = {(a, m): _as_text(mean_estimate(g[m], g.patient_id, n_boot, seed)) for a, g in groups.items()
+                 for m in metrics}
         mean = {('mean of attributes', m): f'{np.mean([g[m].mean() for g in groups.values()]):.2f}' for m in metrics}
         rows[method] = cells | (mean if len(groups) > 1 else {})
     out = pd.DataFrame.from_dict(rows, orient='index')
@@ -45,20 +50,24 @@ def paper_table(
 # %% ../../nbs/622_attribute.comparison.ipynb #7939dbd2
 def _pairs(scores, reference, metric):
     "Scores of all methods side by side, a row an (image, attribute); refuses maps that only some methods have."
-    if reference not in set(scores.method): raise ValueError(unknown_name('method', reference, list(scores.method.unique())))
-    wide = scores.pivot_table(index=['attribute', 'image_id', 'patient_id'], columns='method', values=metric, sort=False, dropna=False)
+    if reference not in set(scores.method):
+        raise ValueError(unknown_name('method', reference, list(scores.method.unique())))
+    wide = scores.pivot_table(index=['attribute', 'image_id', 'patient_id'], columns='method', values=metric,
+                              sort=False, dropna=False)
     wide = wide[wide.notna().any(axis=1)]
     holes = wide.isna().any()
-    if holes.any(): raise ValueError(f'{holes.idxmax()} was not scored on the same images as the others: pairs need both scores')
+    if holes.any():
+        raise ValueError(f'{holes.idxmax()} was not scored on the same images as the others: pairs need both scores')
     return wide
 
 # %% ../../nbs/622_attribute.comparison.ipynb #2fea53f9
 def paired_differences(
     scores:pd.DataFrame, # from `localise`, several methods on the same maps
     reference:str='mammo_factor', # method that the others are compared with
-    metrics=(*HITS, 'pointing'), # score columns
+    metrics: Sequence[str] = (*HITS, 'pointing'), # score columns
     n_boot:int=2000, seed:int=0, # of the bootstrap over patients
-) -> pd.DataFrame: # a row an attribute, method and metric: reference_value, other_value, difference with interval, better, worse
+    # a row an attribute, method and metric: reference_value, other_value, difference with interval, better, worse
+) -> pd.DataFrame:
     """Say by how much the reference beats each other method.
 
     Raises: ValueError when the reference is not there, or the methods were scored on different images."""
@@ -71,19 +80,21 @@ def paired_differences(
                 e = mean_estimate(d, group.index.get_level_values('patient_id'), n_boot, seed, limits=(-1., 1.)).row()
                 rows.append({'attribute': attribute, 'metric': metric, 'reference': reference, 'method': other,
                              'reference_value': group[reference].mean(), 'other_value': group[other].mean(),
-                             'difference': e['value'], **{k: e[k] for k in ('low', 'high', 'unit', 'n', 'patients', 'note')},
+                             'difference': e['value'],
+                             **{k: e[k] for k in ('low', 'high', 'unit', 'n', 'patients', 'note')},
                              'better': int((d > 0).sum()), 'worse': int((d < 0).sum())})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/622_attribute.comparison.ipynb #31896755
 def attribute_figure(
-    data, # Prepared
-    rows, # rows of the data to show
-    attributes, # attributes in the order of the columns
-    make, # function (row, attribute) -> heat; or {name: function} to compare methods on one attribute each
+    data: Prepared, # Prepared
+    rows: Sequence[int], # rows of the data to show
+    attributes: Sequence[str], # attributes in the order of the columns
+    # function (row, attribute) -> heat; or {name: function} to compare methods on one attribute each
+    make: Callable | dict,
     box_labels:dict|None=None, # attribute -> labels of boxes that count
     width:float=1.5, # of a panel, inches
-): # figure
+) -> Figure: # figure
     """Draw image, boxes and maps side by side.
 
     Raises: ValueError when there is no row to show."""

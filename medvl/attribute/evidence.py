@@ -10,6 +10,7 @@ __all__ = ['THINGS', 'TAILS', 'LIKELY', 'CARD', 'unrelated', 'phrase_vectors', '
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,14 +18,21 @@ from torch import Tensor
 from .similarity import similarity_map
 from ..core.errors import DataError
 from ..core.paths import read_json
-from ..methods.base import evaluating
+from ..methods.base import Method, evaluating
+from .mammo_factor import Explainer
+from ..data.prepared import Prepared
 
 # %% ../../nbs/603_attribute.evidence.ipynb #67c78b84
-THINGS = """bicycle kettle violin river cheese tractor umbrella mountain carpet candle airplane lemon guitar penguin harbour pencil football castle sandwich lantern rocket camel piano
-tulip ladder zebra suitcase bakery cactus helicopter teapot snowman library kangaroo pumpkin sailboat tomato theatre donkey pillow volcano compass trumpet orchard giraffe saucer curtain dolphin
-magazine parachute scooter walnut fountain blanket elephant chimney notebook rainbow pretzel lighthouse""".split()
-TAILS = ('stands beside the old garden wall on a rainy monday while two friends sing loudly', 'was painted blue by my cousin during the long summer holidays near the sea',
-         'for sale at the weekend market together with flowers coffee and many other nice things', 'in a story that children read aloud before they go home from school at noon')
+THINGS = """
+bicycle kettle violin river cheese tractor umbrella mountain carpet candle airplane lemon guitar penguin
+harbour pencil football castle sandwich lantern rocket camel piano tulip ladder zebra suitcase bakery
+cactus helicopter teapot snowman library kangaroo pumpkin sailboat tomato theatre donkey pillow volcano
+compass trumpet orchard giraffe saucer curtain dolphin magazine parachute scooter walnut fountain blanket
+elephant chimney notebook rainbow pretzel lighthouse""".split()
+TAILS = ('stands beside the old garden wall on a rainy monday while two friends sing loudly',
+         'was painted blue by my cousin during the long summer holidays near the sea',
+         'for sale at the weekend market together with flowers coffee and many other nice things',
+         'in a story that children read aloud before they go home from school at noon')
 LIKELY = .05 # a sentence matches when so few unrelated phrases are as alike
 
 
@@ -38,7 +46,7 @@ def unrelated(
 # %% ../../nbs/603_attribute.evidence.ipynb #ded1299f
 @torch.no_grad()
 def phrase_vectors(
-    method, # with `project_text`
+    method: Method, # with `project_text`
     phrases:list, # of texts
 ) -> Tensor: # float32 (n,d), unit rows
     "Project phrases, each for itself."
@@ -47,7 +55,7 @@ def phrase_vectors(
 
 @torch.no_grad()
 def best_cells(
-    method, # as in `similarity_map`
+    method: Method, # as in `similarity_map`
     image:Tensor, # (1,1,h,w)
     vectors:Tensor, # unit (n,d)
 ) -> np.ndarray: # float (n,): cosine of the cell that answers best
@@ -57,7 +65,7 @@ def best_cells(
 
 @torch.no_grad()
 def best_channels(
-    explainer, # Explainer of a trained mapper
+    explainer: Explainer, # Explainer of a trained mapper
     image:Tensor, # (1,1,h,w)
     vectors:Tensor, # unit (n,d)
 ) -> np.ndarray: # float (n,): cosine of the channel that answers best, of the head nearest to each text
@@ -75,7 +83,8 @@ def match_of(
     as_alike = int((others >= value - 1e-9).sum())
     p = (1 + as_alike) / (1 + len(others))
     distinct = len(np.unique(others.round(6)))
-    return {'p': p, 'as_alike': as_alike, 'phrases': len(others), 'matches': None if distinct < len(others) / 2 else p <= LIKELY}
+    return {'p': p, 'as_alike': as_alike, 'phrases': len(others),
+            'matches': None if distinct < len(others) / 2 else p <= LIKELY}
 
 
 def match_text(
@@ -83,7 +92,8 @@ def match_text(
     match:dict, # of `match_of`
 ) -> str:
     "Put the verdict into words."
-    if match['matches'] is None: return 'Whether anything matches cannot be said: to this model everyday words look all alike.'
+    if match['matches'] is None:
+        return 'Whether anything matches cannot be said: to this model everyday words look all alike.'
     count = f'{match["as_alike"]} of {match["phrases"]} unrelated phrases are at least as alike to this image'
     return f'“{sentence}” matches: {count}.' if match['matches'] else f'Nothing here matches “{sentence}”: {count}.'
 
@@ -92,27 +102,30 @@ CARD = 'card.json'
 
 
 def trained_on(
-    data, # Prepared: the training part
+    data: Prepared, # Prepared: the training part
 ) -> str:
     "Say in a line what a model was trained on."
     sources = data.manifest['source'].dropna().unique() if 'source' in data.manifest else []
-    return f'{len(data):,} images of {data.manifest.patient_id.nunique():,} patients' + (f' ({", ".join(map(str, sources[:3]))})' if len(sources) else '')
+    return (f'{len(data):,} images of {data.manifest.patient_id.nunique():,} patients'
+            + (f' ({", ".join(map(str, sources[:3]))})' if len(sources) else ''))
 
 
 def pointing_rows(
-    table, # DataFrame of `localisation_table`: method, attribute, metric, value, low, high, n, patients
+    table: pd.DataFrame, # DataFrame of `localisation_table`: method, attribute, metric, value, low, high, n, patients
     method:str, # whose maps
     data:str, # on what they were scored
 ) -> list: # of dicts for the card
     "Take a map's pointing game, and the random map's, out of a table."
     t = table[table.metric == 'pointing'].set_index(['attribute', 'method'])
     rows = [(a, t.loc[(a, method)]) for a, m in t.index if m == method]
-    return [{'attribute': a, **{k: float(r[k]) for k in ('value', 'low', 'high')}, 'n': int(r.n), 'patients': int(r.patients),
-             'random': float(t.value[a, 'random']) if (a, 'random') in t.index else None, 'data': data} for a, r in rows]
+    return [{'attribute': a, **{k: float(r[k]) for k in ('value', 'low', 'high')}, 'n': int(r.n),
+             'patients': int(r.patients),
+             'random': float(t.value[a, 'random']) if (a, 'random') in t.index else None, 'data': data}
+            for a, r in rows]
 
 # %% ../../nbs/603_attribute.evidence.ipynb #1eb0eeef
 def read_card(
-    folder, # of a model
+    folder: str | Path, # of a model
 ) -> dict: # trained_on, pointing; {} where the folder has no card
     """Read what a model's folder says about it.
 
@@ -120,7 +133,8 @@ def read_card(
     file = Path(folder)/CARD
     if not file.is_file(): return {}
     card = read_json(file)
-    if not isinstance(card, dict) or not isinstance(card.get('pointing', []), list): raise DataError('is no card of a model.', file=file, fix='Take it away, or make the model again.')
+    if not isinstance(card, dict) or not isinstance(card.get('pointing', []), list):
+        raise DataError('is no card of a model.', file=file, fix='Take it away, or make the model again.')
     return card
 
 
@@ -131,8 +145,11 @@ def card_text(
     card:dict, # of `read_card`
 ) -> list: # of two lines
     "Say what a model was trained on and how well it points."
-    lines = [f'Trained on {str(card["trained_on"])[:200]}.' if card.get('trained_on') else 'What it was trained on is not recorded.']
+    lines = [f'Trained on {str(card["trained_on"])[:200]}.' if card.get('trained_on')
+             else 'What it was trained on is not recorded.']
     known = [r for r in card.get('pointing', []) if isinstance(r, dict) and _number(r.get('value'))]
-    said = [f'{str(r.get("attribute", ""))[:40].replace("_", " ")} {r["value"]:.2f}' + (f' ({r["low"]:.2f} to {r["high"]:.2f})' if _number(r.get('low')) and _number(r.get('high')) else '')
+    said = [f'{str(r.get("attribute", ""))[:40].replace("_", " ")} {r["value"]:.2f}'
+            + (f' ({r["low"]:.2f} to {r["high"]:.2f})' if _number(r.get('low')) and _number(r.get('high')) else '')
             + (f', random {r["random"]:.2f}' if _number(r.get('random')) else '') for r in known[:4]]
-    return [*lines, f'Hottest point in the box: {"; ".join(said)}.' if said else 'How well it points was never measured.']
+    return [*lines,
+            f'Hottest point in the box: {"; ".join(said)}.' if said else 'How well it points was never measured.']

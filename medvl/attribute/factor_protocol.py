@@ -7,11 +7,13 @@ __all__ = ['compute_maps', 'FeatureMaps', 'boxes_of', 'factor_heat', 'at_size', 
            'localise']
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #dec05400
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from .localisation import box_mask, brightness_map, map_scores, random_map
 from .mammo_factor import Explainer
@@ -20,13 +22,15 @@ from ..core.errors import DataError, unknown_name
 from ..core.paths import atomic_path, digest
 from ..core.progress import progress
 from ..core.seed import numpy_rng
+from ..data.prepared import Prepared
 from ..evaluate.protocols.embeddings import weights_digest
+from ..methods.base import Method
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #acbbe9c4
 @torch.no_grad()
 def compute_maps(
-    base, # frozen method with `feature_maps`
-    data, # Prepared: n images
+    base: Method, # frozen method with `feature_maps`
+    data: Prepared, # Prepared: n images
     file:Path, # where the array goes
     batch_size:int=8, # images encoded at once
 ) -> np.ndarray: # float16 (n,c,h,w), memory-mapped
@@ -36,9 +40,13 @@ def compute_maps(
             out = None
             for start in progress(range(0, len(data), batch_size), desc='feature maps', unit='batch'):
                 images = np.stack([data.image(i) for i in range(start, min(start + batch_size, len(data)))])
-                maps = base.feature_maps(torch.from_numpy(images)[:, None].to(next(base.parameters()).device)).half().cpu().numpy()
-                if not np.isfinite(maps).all(): raise ValueError(f'Feature maps of images {start} to {start + len(images) - 1} are not finite in half precision.')
-                if out is None: out = np.lib.format.open_memmap(temporary, 'w+', np.float16, (len(data), *maps.shape[1:]))
+                maps = base.feature_maps(
+                    torch.from_numpy(images)[:, None].to(next(base.parameters()).device)).half().cpu().numpy()
+                if not np.isfinite(maps).all():
+                    raise ValueError(f'Feature maps of images {start} to {start + len(images) - 1} are not finite in '
+                                     'half precision.')
+                if out is None:
+                    out = np.lib.format.open_memmap(temporary, 'w+', np.float16, (len(data), *maps.shape[1:]))
                 out[start:start + len(maps)] = maps
             out.flush(); del out
     return np.load(file, mmap_mode='r')
@@ -47,18 +55,20 @@ def compute_maps(
 class FeatureMaps:
     "Cached feature maps with their labels: the data set that trains a `MammoFactor`."
     def __init__(self,
-        base, # frozen method with `feature_maps`
-        data, # Prepared
-        attributes, # names of labels, in the mapper's order
-        folder, # where the maps are cached
+        base: Method, # frozen method with `feature_maps`
+        data: Prepared, # Prepared
+        attributes: Sequence[str], # names of labels, in the mapper's order
+        folder: str | Path, # where the maps are cached
         batch_size:int=8, # images encoded at once
         only_stated:bool=True, # leave out images on which no attribute is stated
     ):
         for a in attributes:
-            if a not in data.labels: raise DataError(unknown_name('label', a, data.labels), file=str(data.folder/'manifest.parquet'))
+            if a not in data.labels:
+                raise DataError(unknown_name('label', a, data.labels), file=str(data.folder/'manifest.parquet'))
         labels = data.manifest[[f'label_{a}' for a in attributes]].to_numpy(np.float32)
         keep = ~np.isnan(labels).all(1) if only_stated else np.ones(len(labels), bool)
-        if not keep.any(): raise DataError(f'no image states any of {list(attributes)}.', file=str(data.folder/'manifest.parquet'))
+        if not keep.any():
+            raise DataError(f'no image states any of {list(attributes)}.', file=str(data.folder/'manifest.parquet'))
         self.data, self.attributes, self.labels, self.rows = data, list(attributes), labels, np.flatnonzero(keep)
         self.digest = digest([weights_digest(base), data.digest, self.attributes, self.rows.tolist()])
         key = digest([weights_digest(base), data.digest])[:16]
@@ -70,50 +80,53 @@ class FeatureMaps:
         epoch, i = key if isinstance(key, tuple) else (0, key)
         row = int(self.rows[i])
         record = self.data.manifest.iloc[row]
-        return {'maps': torch.from_numpy(np.array(self.maps[row])), 'labels': self.labels[row], 'sample_id': record.image_id,
-                'patient_id': record.patient_id, 'index': i, 'epoch': epoch}
+        return {'maps': torch.from_numpy(np.array(self.maps[row])), 'labels': self.labels[row],
+                'sample_id': record.image_id, 'patient_id': record.patient_id, 'index': i, 'epoch': epoch}
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #2c3c44f9
-def boxes_of(data, image_id, attribute, box_labels=None):
+def boxes_of(data: Prepared, image_id: str, attribute: str, box_labels: dict | None = None) -> np.ndarray:
     "Give the true boxes of an attribute on an image, float (n,4)."
     wanted = (box_labels or {}).get(attribute, [attribute])
     found = data.boxes[(data.boxes.image_id == image_id) & data.boxes.label.isin(wanted)]
     return found[['x0', 'y0', 'x1', 'y1']].to_numpy(float)
 
 
-def factor_heat(explainer, maps, attribute):
+def factor_heat(explainer: Explainer, maps: np.ndarray, attribute: str) -> Tensor:
     "Draw one map on the encoder's grid, float (h',w')."
     return explainer.attribute({'maps': torch.from_numpy(np.array(maps))[None]}, attribute)[0]
 
 
-def at_size(heat, size):
+def at_size(heat: np.ndarray | Tensor, size: tuple[int, int]) -> np.ndarray:
     "Stretch a map to image size, float32 (h,w)."
     heat = torch.as_tensor(heat).float()
     return (heat if tuple(heat.shape) == tuple(size) else upsample(heat, size)).cpu().numpy()
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #5b26ac38
-def heat_of(explainer, maps, attribute, size):
+def heat_of(explainer: Explainer, maps: np.ndarray, attribute: str, size: tuple[int, int]) -> np.ndarray:
     "Draw one map at image size, float32 (h,w)."
     return at_size(factor_heat(explainer, maps, attribute), size)
 
 
 def scorable(
-    data, # Prepared
-    attributes, # names
+    data: Prepared, # Prepared
+    attributes: Sequence[str], # names
     box_labels:dict|None=None, # attribute -> labels of boxes that count; default: the attribute's own name
 ) -> list: # of (row, attribute, boxes)
     """List the images that show an attribute and have a box of it.
 
     Raises: DataError when there is none."""
-    found = [(i, a, boxes_of(data, r.image_id, a, box_labels)) for a in attributes for i, r in enumerate(data.manifest.itertuples())
+    found = [(i, a, boxes_of(data, r.image_id, a, box_labels)) for a in attributes
+             for i, r in enumerate(data.manifest.itertuples())
              if getattr(r, f'label_{a}', np.nan) == 1]
     found = [(i, a, b) for i, a, b in found if len(b)]
-    if not found: raise DataError(f'no image has a box of {list(attributes)}; boxes are labelled {sorted(data.boxes.label.unique())}.',
-                                  fix='Name the labels in box_labels.')
+    if not found:
+        raise DataError(
+            f'no image has a box of {list(attributes)}; boxes are labelled {sorted(data.boxes.label.unique())}.',
+                        fix='Name the labels in box_labels.')
     return found
 
 # %% ../../nbs/611_attribute.factor_protocol.ipynb #a9706ea6
-def mask_in(data, i, boxes):
+def mask_in(data: Prepared, i: int, boxes: np.ndarray) -> np.ndarray | None:
     "Give the part of an image's mask that lies in the boxes, bool (h,w); None where there is none."
     mask = data.mask(i) if data.masks is not None else None
     inside = None if mask is None else (np.asarray(mask) > 0) & box_mask(boxes, np.shape(mask))
@@ -123,7 +136,7 @@ def mask_in(data, i, boxes):
 def drawers(
     explainer:Explainer|None, # trained mapper, or None
     dataset:FeatureMaps, # the maps of the images
-    baselines=('random', 'brightness'), # which baselines to draw too
+    baselines: Sequence[str] = ('random', 'brightness'), # which baselines to draw too
     seed:int=0, # of the random maps
     makers:dict|None=None, # further methods: name -> function (row of the data, attribute) -> heat (h',w') of any size
 ) -> dict: # name -> function (row of the data, attribute) -> heat float32 (h,w) at image size
@@ -135,7 +148,8 @@ def drawers(
     own = {} if explainer is None else {'mammo_factor': lambda i, a: factor_heat(explainer, dataset.maps[i], a)}
     twice = sorted({*own, *baselines} & set(makers or {}))
     if twice: raise ValueError(f'the name {twice[0]!r} is taken: call your map maker otherwise')
-    floor = {'random': lambda i, a: random_map(size(i), numpy_rng(seed, 'random map', ids.iloc[i])), 'brightness': lambda i, a: brightness_map(data.image(i))}
+    floor = {'random': lambda i, a: random_map(size(i), numpy_rng(seed, 'random map', ids.iloc[i])),
+             'brightness': lambda i, a: brightness_map(data.image(i))}
     stretched = {n: (lambda i, a, f=f: at_size(f(i, a), size(i))) for n, f in {**own, **(makers or {})}.items()}
     return stretched | {b: floor[b] for b in baselines}
 
@@ -143,20 +157,22 @@ def drawers(
 def localise(
     explainer:Explainer|None, # trained mapper; None: only baselines and `makers`
     dataset:FeatureMaps, # the maps of the images to score
-    attributes=None, # default: all of the data set
+    attributes: Sequence[str] | None = None, # default: all of the data set
     box_labels:dict|None=None, # attribute -> labels of boxes that count
-    baselines=('random', 'brightness'), # which baselines to score too
+    baselines: Sequence[str] = ('random', 'brightness'), # which baselines to score too
     quantile:float=0.95, # share of pixels below the threshold of a box
     seed:int=0, # of the random maps
     makers:dict|None=None, # further methods: name -> function (row of the data, attribute) -> heat (h',w') of any size
-    against:str='boxes', # 'boxes', or 'masks': pixel-wise scores use the part of the image's mask inside the attribute's boxes
+    # 'boxes', or 'masks': pixel-wise scores use the part of the image's mask inside the attribute's boxes
+    against:str='boxes',
 ) -> pd.DataFrame: # one row a map: image_id, patient_id, attribute, method, scores
     """Score the maps of all images that have a box (and, against masks, a mask in it).
 
     Raises: DataError when no image has a box of any attribute."""
     if against not in ('boxes', 'masks'): raise ValueError(unknown_name('truth', against, ('boxes', 'masks')))
     data, rows, drawn = dataset.data, [], drawers(explainer, dataset, baselines, seed, makers)
-    for i, attribute, boxes in progress(scorable(data, attributes or dataset.attributes, box_labels), desc='maps', unit='map'):
+    for i, attribute, boxes in progress(scorable(data, attributes or dataset.attributes, box_labels),
+                                        desc='maps', unit='map'):
         truth = None if against == 'boxes' else mask_in(data, i, boxes)
         if against == 'masks' and truth is None: continue
         record = data.manifest.iloc[i]

@@ -6,20 +6,22 @@
 __all__ = ['KINDS', 'caught', 'sentence_score', 'map_gradients', 'grad_cams', 'grad_cam']
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #20e9dea8
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .similarity import text_vector
 from ..core.errors import unknown_name
+from ..methods.base import Method
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #637e5aa6
 @contextlib.contextmanager
 def caught(
-    method, # Method
-    layer=None, # module, or its dotted name; None: the encoder's last map
-):
+    method: Method, # Method
+    layer: nn.Module | str | None = None, # module, or its dotted name; None: the encoder's last map
+) -> Iterator[list]:
     """Catch a map during a forward pass and make it a leaf that collects gradients.
 
     Raises: ValueError for a layer that the method does not have."""
@@ -30,11 +32,14 @@ def caught(
     if layer is not None:
         modules = dict(method.named_modules())
         if isinstance(layer, str) and layer not in modules: raise ValueError(unknown_name('layer', layer, modules))
-        handle = (modules[layer] if isinstance(layer, str) else layer).register_forward_hook(lambda module, inputs, out: leaf(out))
+        handle = (modules[layer] if isinstance(layer, str) else layer).register_forward_hook(
+            lambda module, inputs, out: leaf(out))
         try: yield found
         finally: handle.remove()
         return
-    owner = next((o for o in (getattr(method, 'image_encoder', None), method) if callable(getattr(o, 'feature_maps', None))), None)
+    owner = next(
+        (o for o in (getattr(method, 'image_encoder', None), method) if callable(getattr(o, 'feature_maps', None))),
+        None)
     if owner is None: raise ValueError(f'{type(method).__name__} has no feature_maps: name a layer')
     original, own = owner.feature_maps, vars(owner).get('feature_maps')
     def feature_maps(*args, **kwargs):
@@ -48,10 +53,10 @@ def caught(
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #46ab4c1b
 def sentence_score(
-    method, # with `project_text` or `encode_text`
-    sentences, # one sentence, or a list of one meaning; or a text vector (d,)
-    against=None, # sentences that must not explain it, e.g. 'no mass'
-): # callable: unit image vectors (b,d) -> scores (b,)
+    method: Method, # with `project_text` or `encode_text`
+    sentences: str | Sequence[str] | Tensor, # one sentence, or a list of one meaning; or a text vector (d,)
+    against: str | Sequence[str] | Tensor | None = None, # sentences that must not explain it, e.g. 'no mass'
+) -> Callable: # callable: unit image vectors (b,d) -> scores (b,)
     "Score images by their cosine with a sentence."
     vector = lambda s: s if isinstance(s, Tensor) else text_vector(method, s)
     direction = vector(sentences) - (0 if against is None else vector(against))
@@ -69,22 +74,25 @@ def _still(method):
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #4d948c7c
 def map_gradients(
-    method, # with `encode_image`
+    method: Method, # with `encode_image`
     images:Tensor, # (b,1,h,w) uint8 or float 0..255
-    scores, # list of a callables, as `sentence_score` makes them
-    layer=None, # as for `caught`
+    scores: Sequence[Callable], # list of a callables, as `sentence_score` makes them
+    layer: nn.Module | str | None = None, # as for `caught`
 ) -> tuple: # maps (b,c,h',w'), gradients (b,a,c,h',w'), values of the scores (b,a)
     """Differentiate scores by a map; parameters and their gradients are not touched.
 
     Raises: ValueError when the map takes no part in the embedding, or is not (b,c,h',w')."""
     with _still(method), torch.enable_grad(), caught(method, layer) as found:
         embeddings = method.encode_image(images)
-        if len(found) != 1: raise ValueError(f'the embedding does not pass through this map once, but {len(found)} times: name another layer')
+        if len(found) != 1:
+            raise ValueError(f'the embedding does not pass through this map once, but {len(found)} times: name '
+                             'another layer')
         maps, values = found[-1], torch.stack([s(embeddings) for s in scores], 1)
         if maps.ndim != 4: raise ValueError(f'a map is (b,c,h,w); this layer gives {tuple(maps.shape)}')
         if not values.requires_grad: raise ValueError('the score does not depend on this map: name another layer')
         sums = values.sum(0)
-        gradients = [torch.autograd.grad(sums[j], maps, retain_graph=j + 1 < len(scores))[0] for j in range(len(scores))]
+        gradients = [torch.autograd.grad(sums[j], maps, retain_graph=j + 1 < len(scores))[0]
+                     for j in range(len(scores))]
     return maps.detach(), torch.stack(gradients, 1), values.detach()
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #d81ea8d8
@@ -102,11 +110,11 @@ KINDS = {
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #443878ce
 def grad_cams(
-    method, # with `encode_image`, and `project_text` for sentences
+    method: Method, # with `encode_image`, and `project_text` for sentences
     images:Tensor, # (b,1,h,w) uint8 or float 0..255
-    targets, # list of a: sentences, lists of sentences of one meaning, text vectors, or callables
+    targets: Sequence, # list of a: sentences, lists of sentences of one meaning, text vectors, or callables
     kind:str='grad_cam', # a key of KINDS
-    layer=None, # as for `caught`
+    layer: nn.Module | str | None = None, # as for `caught`
     positive:bool=True, # only what speaks for the target
 ) -> Tensor: # heat, float32 (b,a,h',w') on the layer's grid
     """Draw the maps of several targets with one pass of the encoder.
@@ -119,6 +127,7 @@ def grad_cams(
     return heat.relu() if positive else heat
 
 
-def grad_cam(method, images, target, kind='grad_cam', layer=None, positive=True):
+def grad_cam(method: Method, images: Tensor, target: str | Sequence[str] | Tensor | Callable, kind: str = 'grad_cam',
+             layer: nn.Module | str | None = None, positive: bool = True) -> Tensor:
     "Draw the maps of one target, (b,h',w'); arguments as for `grad_cams`."
     return grad_cams(method, images, [target], kind, layer, positive)[:, 0]

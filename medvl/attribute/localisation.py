@@ -6,6 +6,7 @@
 __all__ = ['SCORES', 'box_iou', 'box_mask', 'map_scores', 'random_map', 'brightness_map', 'mean_estimate', 'localisation_table']
 
 # %% ../../nbs/601_attribute.localisation.ipynb #7bd30302
+from collections.abc import Sequence
 import cv2
 import numpy as np
 import pandas as pd
@@ -48,11 +49,13 @@ def map_scores(
     """Score one heat map against the truth.
 
     Raises: ValueError for a map that is not finite, or no truth inside the image.
-    Source: pointing game: Zhang et al., ECCV 2016; energy: Wang et al., Score-CAM, 2020; hits at IoU .25 and .5: Mammo-CLIP, MICCAI 2024."""
+    Source: pointing game: Zhang et al., ECCV 2016; energy: Wang et al., Score-CAM, 2020; hits at IoU .25 and .5:
+    Mammo-CLIP, MICCAI 2024."""
     heat = np.asarray(heat, np.float64)
     truth = box_mask(boxes, heat.shape) if mask is None else np.asarray(mask, bool)
     if not np.isfinite(heat).all(): raise ValueError('the map has values that are not finite')
-    if truth.shape != heat.shape or not truth.any(): raise ValueError(f'no truth inside a map of {heat.shape}; boxes: {np.asarray(boxes).tolist()}')
+    if truth.shape != heat.shape or not truth.any():
+        raise ValueError(f'no truth inside a map of {heat.shape}; boxes: {np.asarray(boxes).tolist()}')
     energy, top = heat - heat.min(), heat == heat.max()
     chance = truth.mean()
     share = energy[truth].sum() / energy.sum() if energy.sum() > 0 else chance
@@ -61,16 +64,18 @@ def map_scores(
     best = overlap.max(1) if overlap.size else np.zeros(len(overlap))
     hits = {f'hit@{t:g}': float((best >= t).mean()) for t in thresholds}
     return {'pointing': float(truth[top].mean()), 'energy': float(share), 'energy_gain': float(share / chance),
-            'region_iou': float((above & truth).sum() / (above | truth).sum()), 'best_iou': float(best.mean()), **hits, 'chance': float(chance)}
+            'region_iou': float((above & truth).sum() / (above | truth).sum()), 'best_iou': float(best.mean()), **hits,
+            'chance': float(chance)}
 
 # %% ../../nbs/601_attribute.localisation.ipynb #380ba88d
 def random_map(
     size:tuple[int, int], # (height, width)
-    rng, # NumPy generator, keyed by sample
+    rng: np.random.Generator, # NumPy generator, keyed by sample
     grid:tuple[int, int]=(8, 5), # cells of the noise
 ) -> np.ndarray: # float32 (h,w), >= 0
     "Stretch positive noise over the image."
-    return cv2.resize(np.abs(rng.standard_normal(grid)).astype(np.float32), tuple(size)[::-1], interpolation=cv2.INTER_LINEAR).clip(0)
+    return cv2.resize(np.abs(rng.standard_normal(grid)).astype(np.float32), tuple(size)[::-1],
+                      interpolation=cv2.INTER_LINEAR).clip(0)
 
 
 def brightness_map(
@@ -82,22 +87,25 @@ def brightness_map(
 
 # %% ../../nbs/601_attribute.localisation.ipynb #290543f9
 def mean_estimate(
-    values, # float (n,): one score a map
-    patients, # (n,): the patient of each map
+    values: Sequence | np.ndarray | pd.Series, # float (n,): one score a map
+    patients: Sequence | np.ndarray | pd.Series, # (n,): the patient of each map
     n_boot:int=2000, # bootstrap replicates
     seed:int=0, # seed of the draws
     unit:str='map', # what a row is
-    limits:tuple|None=(0., 1.), # least and largest score there can be, for the bound where all patients agree; None: unknown
+    # least and largest score there can be, for the bound where all patients agree; None: unknown
+    limits:tuple|None=(0., 1.),
 ) -> Estimate: # the mean with its 95 % interval
     "Average scores, with an interval from a bootstrap over patients; where all agree, with an exact bound."
     values = np.asarray(values, np.float64)
     names, codes = np.unique(np.asarray(patients), return_inverse=True)
     n = len(names)
     sums, sizes = np.bincount(codes, weights=values, minlength=n), np.bincount(codes, minlength=n)
-    counts = (patient_counts(n, block, seed, min(BLOCK, n_boot - block * BLOCK)) for block in range(-(-n_boot // BLOCK)))
+    counts = (patient_counts(n, block, seed, min(BLOCK, n_boot - block * BLOCK))
+              for block in range(-(-n_boot // BLOCK)))
     draws = np.concatenate([(sums @ c) / (sizes @ c) for c in counts] or [np.zeros(0)])
     low, high, how, note = settled(float(values.mean()), draws, .95, n, limits=limits)
-    return Estimate(float(values.mean()), low, high, unit=unit, n=len(values), n_clusters=n, n_boot=n_boot, method=how or 'percentile', note=note)
+    return Estimate(float(values.mean()), low, high, unit=unit, n=len(values), n_clusters=n, n_boot=n_boot,
+                    method=how or 'percentile', note=note)
 
 # %% ../../nbs/601_attribute.localisation.ipynb #791dd7eb
 SCORES = ('pointing', 'energy', 'region_iou', 'best_iou', 'hit@0.25', 'hit@0.5', 'chance')
@@ -105,8 +113,8 @@ SCORES = ('pointing', 'energy', 'region_iou', 'best_iou', 'hit@0.25', 'hit@0.5',
 
 def localisation_table(
     scores:pd.DataFrame, # one row a map: patient_id, the scores, and the columns of `by`
-    by=('method', 'attribute'), # columns that make the rows of the table
-    metrics=SCORES, # score columns
+    by: Sequence[str] = ('method', 'attribute'), # columns that make the rows of the table
+    metrics: Sequence[str] = SCORES, # score columns
     n_boot:int=2000, # bootstrap replicates
     seed:int=0, # seed of the draws
 ) -> pd.DataFrame: # by..., metric, value, low, high, unit, n, patients, ...
@@ -116,6 +124,7 @@ def localisation_table(
     absent = {'patient_id', *by} - set(scores.columns)
     if absent: raise ValueError(f'the scores lack the columns {sorted(absent)}; they have {list(scores.columns)}')
     limits = lambda m: (0., 1.) if m in SCORES or m.startswith('hit@') else None
-    rows = [{**dict(zip(by, key)), 'metric': m, **mean_estimate(group[m], group['patient_id'], n_boot, seed, limits=limits(m)).row()}
+    rows = [{**dict(zip(by, key)), 'metric': m,
+             **mean_estimate(group[m], group['patient_id'], n_boot, seed, limits=limits(m)).row()}
             for key, group in scores.groupby(list(by), sort=False) for m in metrics if m in group]
     return pd.DataFrame(rows).drop(columns=['n_positive', 'n_dropped'], errors='ignore')

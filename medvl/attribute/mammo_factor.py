@@ -6,6 +6,7 @@
 __all__ = ['RegionMapper', 'MammoFactorConfig', 'MammoFactor', 'Explainer']
 
 # %% ../../nbs/610_attribute.mammo_factor.ipynb #5ed165a2
+from pathlib import Path
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .maps import weighted_map
 from ..core.errors import unknown_name
 from ..losses.mapping import best_channel_loss, channel_scores
-from ..methods.base import Method, from_pretrained, register, require, save_pretrained
+from ..methods.base import Method, StepState, from_pretrained, register, require, save_pretrained
 
 # %% ../../nbs/610_attribute.mammo_factor.ipynb #ee409273
 class RegionMapper(nn.Module):
@@ -31,15 +32,18 @@ class RegionMapper(nn.Module):
     ):
         super().__init__()
         cells = grid[0] * grid[1]
-        if adapter and cells != width: raise ValueError(f'an adapter needs as many cells as the text space has dimensions: {cells} != {width}')
+        if adapter and cells != width:
+            raise ValueError(f'an adapter needs as many cells as the text space has dimensions: {cells} != {width}')
         self.grid, self.adapter, self.layout = tuple(grid), adapter, layout
-        self.pool = nn.ModuleList(nn.Sequential(nn.Linear(cells, cells), nn.ReLU(), nn.Linear(cells, width)) for _ in range(heads))
+        self.pool = nn.ModuleList(nn.Sequential(nn.Linear(cells, cells), nn.ReLU(), nn.Linear(cells, width))
+                                  for _ in range(heads))
 
     def forward(self,
         maps:Tensor, # float (b,c,h,w)
     ) -> Tensor: # float (b,c,heads,width)
         "Give the vector of every channel, for every head."
-        if maps.shape[-2:] != self.grid: maps = F.interpolate(maps, size=self.grid, mode='bilinear', antialias=True, align_corners=False)
+        if maps.shape[-2:] != self.grid:
+            maps = F.interpolate(maps, size=self.grid, mode='bilinear', antialias=True, align_corners=False)
         flat = maps.flatten(2)
         out = [head(flat) for head in self.pool]
         if self.adapter: out = [0.2 * o + 0.8 * flat for o in out]
@@ -49,8 +53,11 @@ class RegionMapper(nn.Module):
 # %% ../../nbs/610_attribute.mammo_factor.ipynb #d67e2e8d
 @dataclass
 class MammoFactorConfig:
-    "Configure the mapper; the paper's values are grid (48, 29), width 512, temperature 0.07 in the code (0.007 in the text)."
-    prompts: dict[str, list[str]] = field(default_factory=lambda: {'mass': ['mass'], 'suspicious_calcification': ['suspicious calcification']}) # per attribute
+    """Configure the mapper; the paper's values are grid (48, 29), width 512, temperature 0.07 in the code (0.007 in
+    the text)."""
+    # per attribute
+    prompts: dict[str, list[str]] = field(
+        default_factory=lambda: {'mass': ['mass'], 'suspicious_calcification': ['suspicious calcification']})
     grid: tuple[int, int] = (48, 29) # cells that the heads read; any map is resampled to it
     width: int = 512 # size of the text space
     heads: Literal['per_attribute', 'shared'] = 'per_attribute' # one head an attribute, or one for all
@@ -67,16 +74,19 @@ class MammoFactor(Method):
     gathered, gathered_batch = ('scores',), ('labels',)
 
     def __init__(self,
-        config=None, # MammoFactorConfig
-        base=None, # a method with `feature_maps` and `project_text`
+        config: MammoFactorConfig | None = None, # MammoFactorConfig
+        base: Method | None = None, # a method with `feature_maps` and `project_text`
     ):
         super().__init__(config)
-        if base is None: raise TypeError('MammoFactor needs the trained method it explains: MammoFactor(config, base=...)')
+        if base is None:
+            raise TypeError('MammoFactor needs the trained method it explains: MammoFactor(config, base=...)')
         require(base, 'feature_maps', 'project_text', by='Mammo-FActOR')
-        object.__setattr__(self, 'base', base.eval().requires_grad_(False)) # not a sub-module: frozen, and not part of our weights
+        # not a sub-module: frozen, and not part of our weights
+        object.__setattr__(self, 'base', base.eval().requires_grad_(False))
         c = self.config
         self.attributes = list(c.prompts)
-        self.mapper = RegionMapper(c.grid, c.width, len(c.prompts) if c.heads == 'per_attribute' else 1, c.adapter, c.layout)
+        self.mapper = RegionMapper(c.grid, c.width, len(c.prompts) if c.heads == 'per_attribute' else 1,
+                                   c.adapter, c.layout)
         self.register_buffer('vectors', torch.stack([self.text_vector(p) for p in c.prompts.values()]))
 
     def _apply(self, *args, **kwargs):
@@ -88,17 +98,20 @@ class MammoFactor(Method):
         prompts:Sequence[str], # sentences of one meaning
     ) -> Tensor: # float32 (width,), unit
         "Average the projections of the prompts, then normalise."
-        if isinstance(prompts, str) or not len(prompts): raise ValueError(f'prompts must be a list of sentences, not {prompts!r}')
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError(f'prompts must be a list of sentences, not {prompts!r}')
         return F.normalize(self.base.project_text(list(prompts)).float().mean(0), dim=0)
 
     @torch.no_grad()
-    def maps_of(self, batch):
+    def maps_of(self, batch: dict) -> Tensor:
         "Give the frozen feature maps of a batch: cached ones, or fresh from its images (b,1,1,h,w)."
         if 'maps' in batch: # one tensor, or a list of (c,h,w) as `collate` leaves it
-            maps = batch['maps'] if isinstance(batch['maps'], Tensor) else torch.stack([torch.as_tensor(m) for m in batch['maps']])
+            maps = (batch['maps'] if isinstance(batch['maps'], Tensor)
+                    else torch.stack([torch.as_tensor(m) for m in batch['maps']]))
             return maps.to(self.vectors.device).float()
         images = batch['images']
-        if images.ndim == 5 and images.shape[1] != 1: raise ValueError(f'Mammo-FActOR reads one view a sample, not {images.shape[1]}')
+        if images.ndim == 5 and images.shape[1] != 1:
+            raise ValueError(f'Mammo-FActOR reads one view a sample, not {images.shape[1]}')
         return self.base.feature_maps(images.flatten(0, 1) if images.ndim == 5 else images).float()
 
     def channel_scores(self,
@@ -108,22 +121,23 @@ class MammoFactor(Method):
         "Score every channel for every attribute."
         return channel_scores(self.mapper(maps), self.vectors if vectors is None else vectors, self.config.temperature)
 
-    def encode(self, batch):
+    def encode(self, batch: dict) -> dict:
         return {'scores': self.channel_scores(self.maps_of(batch)).amax(1)}
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         labels, scores = batch['labels'].to(features['scores']), features['scores']
         n = (labels == 1).sum()
         # a batch in which nothing is present teaches nothing: its gradient is zero, and `positives` in the log says so
         loss = best_channel_loss(scores, labels, self.config.positives) if n else scores.sum() * 0
         return {'loss': loss, 'positives': n.float()}
 
-    def save_assets(self, folder):
+    def save_assets(self, folder: Path) -> MammoFactorConfig:
         save_pretrained(self.base, folder/'base')
         return self.config
 
     @classmethod
-    def from_assets(cls, config, folder): return cls(config, base=from_pretrained(folder/'base'))
+    def from_assets(cls, config: MammoFactorConfig, folder: Path) -> 'MammoFactor':
+        return cls(config, base=from_pretrained(folder/'base'))
 
 # %% ../../nbs/610_attribute.mammo_factor.ipynb #16277ae0
 class Explainer:
@@ -135,12 +149,12 @@ class Explainer:
     ):
         self.factor, self.top_k, self.positive = factor.eval(), top_k, positive
 
-    def head_of(self, vector):
+    def head_of(self, vector: Tensor) -> int:
         "Give the number of the attribute nearest to a text vector."
         return int((self.factor.vectors @ vector).argmax())
 
     @torch.no_grad()
-    def weights(self, maps, vector, head):
+    def weights(self, maps: Tensor, vector: Tensor, head: int) -> Tensor:
         "Give the cosine of every channel with a text vector, float (b,c)."
         regions = self.factor.mapper(maps)
         return channel_scores(regions[:, :, [min(head, regions.shape[2] - 1)]], vector[None], 1.0)[..., 0]

@@ -6,9 +6,11 @@
 __all__ = ['map_boxes', 'map_precision']
 
 # %% ../../nbs/612_attribute.map_ap.ipynb #a87b930e
+from collections.abc import Callable, Sequence
 import pandas as pd
 
-from .factor_protocol import drawers, scorable
+from .factor_protocol import FeatureMaps, drawers, scorable
+from .mammo_factor import Explainer
 from .maps import boxes_from_map
 from ..core.errors import unknown_name
 from ..core.progress import progress
@@ -19,18 +21,20 @@ _BOX = ['x0', 'y0', 'x1', 'y1']
 
 
 def _looked_at(data, attribute, among, box_labels):
-    "Rows of the images to judge an attribute on, and the true boxes: those of images that show it (a benign mass is no box of `malignant`)."
+    """Rows of the images to judge an attribute on, and the true boxes: those of images that show it (a benign mass
+    is no box of `malignant`)."""
     shown, ids = scorable(data, [attribute], box_labels), data.manifest.image_id
-    truth = pd.DataFrame([{'image_id': ids.iloc[i], 'label': attribute, **dict(zip(_BOX, b))} for i, _, boxes in shown for b in boxes])
+    truth = pd.DataFrame([{'image_id': ids.iloc[i], 'label': attribute, **dict(zip(_BOX, b))} for i, _, boxes in shown
+                          for b in boxes])
     absent = [] if among == 'shown' else (data.manifest[f'label_{attribute}'] == 0).to_numpy().nonzero()[0].tolist()
     return sorted({*(i for i, *_ in shown), *absent}), truth
 
 
 def map_boxes(
-    dataset, # FeatureMaps: the maps of the images
+    dataset: FeatureMaps, # FeatureMaps: the maps of the images
     attribute:str, # a label with boxes
     rows:list, # rows of the data to draw
-    draw, # function (row, attribute) -> heat (h,w), one of `drawers`
+    draw: Callable, # function (row, attribute) -> heat (h,w), one of `drawers`
     quantile:float=0.95, # share of pixels below the threshold of a box
     max_boxes:int|None=10, # of an image
 ) -> pd.DataFrame: # image_id, label, score (mean heat inside), x0, y0, x1, y1
@@ -38,23 +42,25 @@ def map_boxes(
     found, ids = [], dataset.data.manifest.image_id
     for i in rows:
         boxes, scores = boxes_from_map(draw(i, attribute), quantile, max_boxes=max_boxes)
-        found += [{'image_id': ids.iloc[i], 'label': attribute, 'score': float(s), **dict(zip(_BOX, b.tolist()))} for b, s in zip(boxes, scores)]
+        found += [{'image_id': ids.iloc[i], 'label': attribute, 'score': float(s), **dict(zip(_BOX, b.tolist()))}
+                  for b, s in zip(boxes, scores)]
     return pd.DataFrame(found, columns=['image_id', 'label', 'score', *_BOX])
 
 # %% ../../nbs/612_attribute.map_ap.ipynb #fc13b842
 def map_precision(
-    explainer, # Explainer of a trained mapper; None: only baselines and `makers`
-    dataset, # FeatureMaps: the maps of the images
-    attributes=None, # default: all of the data set
+    explainer: Explainer | None, # Explainer of a trained mapper; None: only baselines and `makers`
+    dataset: FeatureMaps, # FeatureMaps: the maps of the images
+    attributes: Sequence[str] | None = None, # default: all of the data set
     box_labels:dict|None=None, # attribute -> labels of boxes that count; default: the attribute's own name
-    baselines=('random', 'brightness'), # which baselines to judge too
+    baselines: Sequence[str] = ('random', 'brightness'), # which baselines to judge too
     makers:dict|None=None, # name -> function (row of the data, attribute) -> heat (h',w') of any size
     among:str='all', # 'all' images with a stated label, or those where it is 'shown'
     quantile:float=0.95, # share of pixels below the threshold of a box
-    thresholds=(.25, .5), # IoU that makes a hit
+    thresholds: Sequence[float] = (.25, .5), # IoU that makes a hit
     n_boot:int=2000, # bootstrap replicates over patients
     seed:int=0, # of the draws and of the random maps
-) -> pd.DataFrame: # method, attribute, among, metric (AP25, AP50), value, low, high, unit, n, n_positive (true boxes), patients …
+    # method, attribute, among, metric (AP25, AP50), value, low, high, unit, n, n_positive (true boxes), patients …
+) -> pd.DataFrame:
     """Judge the boxes of heat maps as a detector's: average precision, each true box met once.
 
     Raises: DataError when no image has a box of an attribute; ValueError for an unknown `among`."""
@@ -66,6 +72,7 @@ def map_precision(
         images = data.manifest.iloc[rows][['image_id', 'patient_id']]
         found = map_boxes(dataset, attribute, rows, drawn[method], quantile)
         table = detection_table(truth, found, images, [attribute], thresholds, coco=False, n_boot=n_boot, seed=seed)
-        tables.append(table[table.task == attribute].drop(columns='task').assign(method=method, attribute=attribute, among=among))
+        tables.append(
+            table[table.task == attribute].drop(columns='task').assign(method=method, attribute=attribute, among=among))
     out = pd.concat(tables, ignore_index=True)
     return out[['method', 'attribute', 'among', *(c for c in out if c not in ('method', 'attribute', 'among'))]]

@@ -6,20 +6,23 @@
 __all__ = ['MapMaker', 'attribute_vectors', 'grad_cam_maker', 'similarity_maker', 'comparison_makers']
 
 # %% ../../nbs/621_attribute.map_makers.ipynb #2d6989ef
+from collections.abc import Callable, Sequence
 import numpy as np
 import torch
+from torch import nn
 
 from .gradcam import KINDS, grad_cams
 from .similarity import similarity_map, text_vector
 from ..core.errors import unknown_name
-from ..methods.base import require
+from ..data.prepared import Prepared
+from ..methods.base import Method, require
 
 # %% ../../nbs/621_attribute.map_makers.ipynb #36eeef53
 class MapMaker:
     "Draw maps of attributes: called with a row and an attribute it gives heat (h',w')."
     def __init__(self,
-        draw, # images (1,1,h,w), text vectors (a,d) -> heat (1,a,h',w')
-        data, # Prepared
+        draw: Callable, # images (1,1,h,w), text vectors (a,d) -> heat (1,a,h',w')
+        data: Prepared, # Prepared
         vectors:dict, # attribute -> text vector (d,)
     ):
         self.draw, self.data, self.names, self.kept = draw, data, list(vectors), {}
@@ -30,13 +33,14 @@ class MapMaker:
         if row not in self.kept:
             image = torch.from_numpy(np.array(self.data.image(row)))[None, None]
             heat = self.draw(image, self.vectors)[0].float().cpu().numpy()
-            if not np.isfinite(heat).all(): raise ValueError(f'the map of image {self.data.manifest.image_id.iloc[row]!r} is not finite')
+            if not np.isfinite(heat).all():
+                raise ValueError(f'the map of image {self.data.manifest.image_id.iloc[row]!r} is not finite')
             self.kept[row] = heat
         return self.kept[row][self.names.index(attribute)]
 
 # %% ../../nbs/621_attribute.map_makers.ipynb #d657dbd7
 def attribute_vectors(
-    method, # with `project_text`
+    method: Method, # with `project_text`
     prompts:dict, # attribute -> sentences
 ) -> dict: # attribute -> unit text vector (d,)
     "Give every attribute its text vector, as Mammo-FActOR has it."
@@ -44,9 +48,9 @@ def attribute_vectors(
 
 
 def grad_cam_maker(
-    method, data, vectors, # method, Prepared, attribute -> text vector
+    method: Method, data: Prepared, vectors: dict, # method, Prepared, attribute -> text vector
     kind:str='grad_cam', # a key of KINDS
-    layer=None, # as for `grad_cams`
+    layer: nn.Module | str | None = None, # as for `grad_cams`
 ) -> MapMaker:
     "Draw Grad-CAM or a relative of the cosine with each attribute."
     require(method, 'encode_image', by='Grad-CAM')
@@ -55,7 +59,7 @@ def grad_cam_maker(
 
 
 def similarity_maker(
-    method, data, vectors, # as for `grad_cam_maker`
+    method: Method, data: Prepared, vectors: dict, # as for `grad_cam_maker`
     normalise:bool=True, # cosine of every cell, or inner product
 ) -> MapMaker:
     "Draw plain similarity maps."
@@ -63,12 +67,14 @@ def similarity_maker(
 
 # %% ../../nbs/621_attribute.map_makers.ipynb #eb817a70
 def comparison_makers(
-    method, data, # method, Prepared
+    method: Method, data: Prepared, # method, Prepared
     prompts:dict, # attribute -> sentences
-    kinds=('grad_cam', 'grad_cam++', 'layer_cam'), # of the last map
+    kinds: Sequence[str] = ('grad_cam', 'grad_cam++', 'layer_cam'), # of the last map
     layers:dict|None=None, # name -> layer: Grad-CAM there too
 ) -> dict: # name -> MapMaker
     "Make the methods that stand beside Mammo-FActOR; all compare with the same text vectors."
     vectors = attribute_vectors(method, prompts)
-    made = {k: grad_cam_maker(method, data, vectors, k) for k in kinds} | {'similarity': similarity_maker(method, data, vectors)}
-    return made | {f'grad_cam {name}': grad_cam_maker(method, data, vectors, 'grad_cam', layer) for name, layer in (layers or {}).items()}
+    made = ({k: grad_cam_maker(method, data, vectors, k) for k in kinds}
+            | {'similarity': similarity_maker(method, data, vectors)})
+    return (made | {f'grad_cam {name}': grad_cam_maker(method, data, vectors, 'grad_cam', layer)
+                    for name, layer in (layers or {}).items()})

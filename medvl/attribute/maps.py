@@ -45,11 +45,12 @@ def scale_01(
 ) -> Tensor: # same shape, 0..1; a constant map becomes 0
     "Scale each map so that its least value is 0 and its greatest 1."
     low, high = heat.amin((-2, -1), keepdim=True), heat.amax((-2, -1), keepdim=True)
-    return torch.where(high > low, (heat - low) / (high - low).clamp(min=torch.finfo(heat.dtype).tiny), torch.zeros_like(heat))
+    return torch.where(high > low, (heat - low) / (high - low).clamp(min=torch.finfo(heat.dtype).tiny),
+                       torch.zeros_like(heat))
 
 # %% ../../nbs/600_attribute.maps.ipynb #545c64b1
 def boxes_from_map(
-    heat, # array or tensor (h,w), any scale
+    heat: np.ndarray | Tensor, # array or tensor (h,w), any scale
     quantile:float=0.95, # share of pixels below the threshold, 0..1
     min_area:int=1, # smallest region, in pixels
     max_boxes:int|None=None, # keep only the best
@@ -58,7 +59,8 @@ def boxes_from_map(
 
     Raises: ValueError for a map with NaN or of another shape than (h,w)."""
     heat = np.asarray(heat.detach().cpu() if isinstance(heat, Tensor) else heat, np.float32)
-    if heat.ndim != 2 or not np.isfinite(heat).all(): raise ValueError(f'a map is finite and (h,w); this one is {heat.shape}')
+    if heat.ndim != 2 or not np.isfinite(heat).all():
+        raise ValueError(f'a map is finite and (h,w); this one is {heat.shape}')
     above = (heat > np.quantile(heat, quantile)).astype(np.uint8)
     n, regions, stats, _ = cv2.connectedComponentsWithStats(above, connectivity=8)
     if n < 2: return np.zeros((0, 4), np.float32), np.zeros(0, np.float32)

@@ -7,9 +7,11 @@ __all__ = ['MEASURES', 'rank_similarity', 'structural_similarity', 'randomise', 
            'sanity_table', 'plot_sanity']
 
 # %% ../../nbs/625_attribute.sanity.ipynb #99bb59c0
+from collections.abc import Callable, Iterator, Sequence
 import contextlib
 
 import cv2
+from matplotlib.figure import Figure
 import numpy as np
 import pandas as pd
 import torch
@@ -44,7 +46,8 @@ def structural_similarity(
     def scaled(x):
         x = np.asarray(x, np.float64)
         return (x - x.min()) / np.ptp(x) if np.ptp(x) > 0 else np.zeros_like(x)
-    blur, c1, c2, out = lambda x: cv2.GaussianBlur(x, (11, 11), sigma, borderType=cv2.BORDER_REFLECT), .01**2, .03**2, []
+    blur, c1, c2, out = (lambda x: cv2.GaussianBlur(x, (11, 11), sigma, borderType=cv2.BORDER_REFLECT),
+                         .01**2, .03**2, [])
     for x, y in zip(map(scaled, a), map(scaled, b)):
         mx, my = blur(x), blur(y)
         vx, vy, cov = blur(x * x) - mx * mx, blur(y * y) - my * my, blur(x * y) - mx * my
@@ -57,7 +60,7 @@ def randomise(
     module:nn.Module, # its parameters are replaced in place
     *key, # of the random numbers
     how:str='shuffle', # or 'init'
-):
+) -> None:
     """Destroy what a module has learnt.
 
     Raises: ValueError for an unknown way, or a module that cannot initialise itself."""
@@ -81,7 +84,7 @@ def randomise(
 @contextlib.contextmanager
 def restored(
     *modules:nn.Module, # what may be changed
-):
+) -> Iterator[None]:
     "Put parameters and buffers back when the context ends."
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     kept = [t.detach().clone() for t in tensors]
@@ -113,7 +116,8 @@ def stages_of(
 
 # %% ../../nbs/625_attribute.sanity.ipynb #fda89e6e
 def cascade(
-    draw, # function () -> maps (n,h,w) of the same n images with the weights as they are now; or a dict of such functions
+    # function () -> maps (n,h,w) of the same n images with the weights as they are now; or a dict of such functions
+    draw: Callable | dict,
     stages:list, # from `stages_of`
     seed:int=0, # of the random weights
     how:str='shuffle', # as for `randomise`
@@ -139,7 +143,7 @@ MEASURES = {'spearman': rank_similarity, 'ssim': structural_similarity}
 
 def sanity_table(
     maps:dict, # from `cascade`
-    patients, # (n,): the patient of each image
+    patients: Sequence | np.ndarray | pd.Series, # (n,): the patient of each image
     n_boot:int=2000, seed:int=0, # of the bootstrap over patients
 ) -> pd.DataFrame: # method, step, stage, metric, value, low, high, n, patients, note, constant
     "Measure how much of the intact map is left at every stage."
@@ -152,16 +156,18 @@ def sanity_table(
         for step, stage, now in [*stages, (-1, 'other image', np.roll(reference, shift, axis=0))]:
             constant = int((np.ptp(now.reshape(n, -1), axis=1) == 0).sum())
             for metric, measure in MEASURES.items():
-                e = mean_estimate(measure(reference, now), patients, n_boot, seed, limits=None).row() # 1 at the intact stage by construction: nothing to bound
+                # 1 at the intact stage by construction: nothing to bound
+                e = mean_estimate(measure(reference, now), patients, n_boot, seed, limits=None).row()
                 found = {k: e[k] for k in ('value', 'low', 'high', 'n', 'patients', 'note')}
-                rows.append({'method': method, 'step': step, 'stage': stage, 'metric': metric, **found, 'constant': constant})
+                rows.append(
+                    {'method': method, 'step': step, 'stage': stage, 'metric': metric, **found, 'constant': constant})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/625_attribute.sanity.ipynb #a8706df2
 def plot_sanity(
     table:pd.DataFrame, # from `sanity_table`
     metric:str='spearman', # or 'ssim'
-): # figure
+) -> Figure: # figure
     """Draw similarity to the intact map along the cascade.
 
     Raises: ValueError for an unknown metric."""
@@ -171,7 +177,8 @@ def plot_sanity(
     for (method, group), colour in zip(t.groupby('method', sort=False), PALETTE):
         along, other = group[group.step >= 0].sort_values('step'), group[group.step < 0]
         error = np.stack([along.value - along.low, along.high - along.value]).clip(0)
-        ax.errorbar(along.step, along.value, yerr=error, color=colour, marker='o', markersize=3, label=method.replace('_', ' '))
+        ax.errorbar(along.step, along.value, yerr=error, color=colour, marker='o', markersize=3,
+                    label=method.replace('_', ' '))
         ax.axhline(other.value.item(), color=colour, linestyle=':', linewidth=1)
     names = t[t.step >= 0].drop_duplicates('step').sort_values('step').stage
     ax.set_xticks(range(len(names)), names, rotation=30, ha='right')

@@ -7,51 +7,61 @@ __all__ = ['BASELINES', 'SENTENCE_SCORES', 'sentence_places', 'map_kinds', 'sent
            'evaluate_sentence_maps', 'sentence_table', 'draw_sentence_maps']
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #cbeb1f47
+from collections.abc import Sequence
+from matplotlib.figure import Figure
 import textwrap
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from .localisation import localisation_table, map_scores, mean_estimate, random_map
 from .maps import upsample
 from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
 from ..core.seed import numpy_rng
-from ..methods.base import evaluating
+from ..data.prepared import Prepared
+from ..methods.base import Method, evaluating
 from ..models.heads import unit
 from ..show.exam import draw_view
 from ..show.style import figure
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #de51efbd
 def sentence_places(
-    data, # Prepared with places of sentences
-    image_id, # which image
-): # DataFrame: sentence, region, x0, y0, x1, y1, share of the image; report order, each sentence once
+    data: Prepared, # Prepared with places of sentences
+    image_id: str, # which image
+) -> pd.DataFrame: # DataFrame: sentence, region, x0, y0, x1, y1, share of the image; report order, each sentence once
     """List the sentences of an image and their places.
 
     Raises: DataError when the data set has no places of sentences."""
-    if 'region' not in data.sentences: raise DataError('the sentences of this data set have no places.', column='region', fix='Use the chest phantom, or a data set with regions.')
+    if 'region' not in data.sentences:
+        raise DataError('the sentences of this data set have no places.', column='region',
+                        fix='Use the chest phantom, or a data set with regions.')
     s = data.sentences[data.sentences.image_id.astype(str) == str(image_id)].drop_duplicates('sentence')
     h, w = data.images.shape[1:]
-    box = s[['x0', 'y0', 'x1', 'y1']].astype(float).clip(lower=0).clip(upper=pd.Series({'x0': w, 'y0': h, 'x1': w, 'y1': h}), axis=1)
+    box = s[['x0', 'y0', 'x1', 'y1']].astype(float).clip(lower=0).clip(
+        upper=pd.Series({'x0': w, 'y0': h, 'x1': w, 'y1': h}), axis=1)
     share = (box.x1 - box.x0) * (box.y1 - box.y0) / (h * w)
-    return pd.concat([s[['sentence', 'region']].fillna({'region': ''}), box, share.rename('share')], axis=1).reset_index(drop=True)
+    return pd.concat([s[['sentence', 'region']].fillna({'region': ''}), box, share.rename('share')],
+                     axis=1).reset_index(drop=True)
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #6a92c955
-def map_kinds(method): # list of names
+def map_kinds(method: Method) -> list[str]: # list of names
     "List the kinds of maps a method can draw."
     local = callable(getattr(method, 'attention_maps', None)) and getattr(method, 'local', True)
-    return (['attention', 'cosine'] if local else []) + (['global'] if callable(getattr(method, 'image_projection', None)) and callable(getattr(method, 'read_images', None)) else [])
+    return ((['attention', 'cosine'] if local else [])
+            + (['global'] if callable(getattr(method, 'image_projection', None))
+               and callable(getattr(method, 'read_images', None)) else []))
 
 
 @torch.no_grad()
 def sentence_maps(
-    method, # with the kind asked for
-    image, # (1,h,w), uint8 or float 0..255
-    sentences, # list of str: a report
-    kind='attention', # 'attention', 'cosine', 'global'
-): # float32 (m,h',w')
+    method: Method, # with the kind asked for
+    image: Tensor, # (1,h,w), uint8 or float 0..255
+    sentences: Sequence[str], # list of str: a report
+    kind: str = 'attention', # 'attention', 'cosine', 'global'
+) -> Tensor: # float32 (m,h',w')
     """Give a map of each sentence over the regions.
 
     Raises: ValueError for a kind that the method does not have; DataError when the report is too long."""
@@ -62,9 +72,12 @@ def sentence_maps(
         else:
             read = method.read_images(images)
             x = unit(method.image_projection(read['regions'])) if kind == 'global' else method.regions(images)
-            text, real = (method.encode_text(list(sentences))[None], torch.ones(1, len(sentences), dtype=torch.bool)) if kind == 'global' else method.sentences([list(sentences)])
+            text, real = ((method.encode_text(list(sentences))[None], torch.ones(1, len(sentences), dtype=torch.bool))
+                          if kind == 'global' else method.sentences([list(sentences)]))
             maps = (text.float() @ x.float().mT).unflatten(2, read['grid'])
-    if int(real.sum()) != len(sentences): raise DataError(f'only {int(real.sum())} of {len(sentences)} sentences fit into the text encoder', fix='Give fewer sentences, or a larger max_length.')
+    if int(real.sum()) != len(sentences):
+        raise DataError(f'only {int(real.sum())} of {len(sentences)} sentences fit into the text encoder',
+                        fix='Give fewer sentences, or a larger max_length.')
     return maps[0].float().cpu()
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #d5305157
@@ -72,9 +85,9 @@ BASELINES = ('another sentence', 'centre', 'random')
 
 
 def centre_map(
-    size, # (h,w)
-    spread=.25, # standard deviation as a share of each side
-): # float32 (h,w)
+    size: tuple[int, int], # (h,w)
+    spread: float = .25, # standard deviation as a share of each side
+) -> np.ndarray: # float32 (h,w)
     "Draw a hill in the middle."
     y, x = (np.exp(-.5 * ((np.arange(n) + .5 - n / 2) / (n * spread)) ** 2) for n in size)
     return np.outer(y, x).astype(np.float32)
@@ -87,40 +100,43 @@ def _another(regions, i, chosen):
 
 
 def score_sentences(
-    heat, # (m,h',w'): maps of the sentences of `places`
-    places, # of `sentence_places`
-    size, # (h,w) of the image
-    rng, # NumPy generator, keyed by image
-    largest=.5, # places above this share of the image are not scored
-): # list of dicts: map_of, sentence, region, pointing, energy, energy_gain, chance
+    heat: Tensor, # (m,h',w'): maps of the sentences of `places`
+    places: pd.DataFrame, # of `sentence_places`
+    size: tuple[int, int], # (h,w) of the image
+    rng: np.random.Generator, # NumPy generator, keyed by image
+    largest: float = .5, # places above this share of the image are not scored
+) -> list[dict]: # list of dicts: map_of, sentence, region, pointing, energy, energy_gain, chance
     "Score the maps of one image, and what they must beat."
     chosen = places.index[(places.region != '') & (places.share > 0) & (places.share <= largest)].to_numpy()
     full, rows = upsample(heat, size).numpy(), []
     boxes, regions = places[['x0', 'y0', 'x1', 'y1']].to_numpy(), places.region.tolist()
     for i in chosen:
         other = _another(regions, i, chosen)
-        shown = {'sentence': full[i], 'another sentence': None if other is None else full[other], 'centre': centre_map(size), 'random': random_map(size, rng, heat.shape[1:])}
+        shown = {'sentence': full[i], 'another sentence': None if other is None else full[other],
+                 'centre': centre_map(size), 'random': random_map(size, rng, heat.shape[1:])}
         for name, m in shown.items():
             if m is None: continue
             s = map_scores(m, boxes[i:i + 1])
-            rows.append(dict(map_of=name, sentence=places.sentence[i], region=regions[i], share=places.share[i], **{k: s[k] for k in ('pointing', 'energy', 'energy_gain', 'chance')}))
+            rows.append(dict(map_of=name, sentence=places.sentence[i], region=regions[i], share=places.share[i],
+                             **{k: s[k] for k in ('pointing', 'energy', 'energy_gain', 'chance')}))
     return rows
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #4cfcb86d
 def evaluate_sentence_maps(
-    method, # with maps of `kind`
-    data, # Prepared with places of sentences
-    kind='attention', # see `sentence_maps`
-    largest=.5, # share of the image
-    limit=None, # images at most
-    seed=0, # of the random maps
-): # DataFrame: one row a sentence and map, with patient_id and image_id
+    method: Method, # with maps of `kind`
+    data: Prepared, # Prepared with places of sentences
+    kind: str = 'attention', # see `sentence_maps`
+    largest: float = .5, # share of the image
+    limit: int | None = None, # images at most
+    seed: int = 0, # of the random maps
+) -> pd.DataFrame: # DataFrame: one row a sentence and map, with patient_id and image_id
     "Score the sentences of all images. Raises: DataError when no sentence has a place."
     rows, size = [], tuple(data.images.shape[1:])
     for r in progress(list(data.manifest.head(limit or len(data)).itertuples()), desc='sentence maps', unit='image'):
         places = sentence_places(data, r.image_id)
         if not len(places): continue
-        heat = sentence_maps(method, torch.from_numpy(np.array(data.images[int(r.row)]))[None], places.sentence.tolist(), kind)
+        heat = sentence_maps(method, torch.from_numpy(np.array(data.images[int(r.row)]))[None],
+                             places.sentence.tolist(), kind)
         found = score_sentences(heat, places, size, numpy_rng('sentence maps', seed, str(r.image_id)), largest)
         rows += [dict(patient_id=r.patient_id, image_id=r.image_id, **f) for f in found]
     if not rows: raise DataError('no sentence of these images has a place that can be scored', column='region')
@@ -131,27 +147,30 @@ SENTENCE_SCORES = ('pointing', 'energy', 'energy_gain', 'chance')
 
 
 def sentence_table(
-    scores, # of `evaluate_sentence_maps`
-    n_boot=1000, seed=0, # resamples of patients
-): # DataFrame: map_of, metric, value, low, high, n, patients, and the difference to the sentence's own map
+    scores: pd.DataFrame, # of `evaluate_sentence_maps`
+    n_boot: int = 1000, seed: int = 0, # resamples of patients
+    # DataFrame: map_of, metric, value, low, high, n, patients, and the difference to the sentence's own map
+) -> pd.DataFrame:
     "Average scores, and pair each baseline with the map itself."
-    out = localisation_table(scores, ('map_of',), SENTENCE_SCORES, n_boot, seed)[['map_of', 'metric', 'value', 'low', 'high', 'n', 'patients']]
+    out = localisation_table(scores, ('map_of',), SENTENCE_SCORES, n_boot,
+                             seed)[['map_of', 'metric', 'value', 'low', 'high', 'n', 'patients']]
     keys, mine, rows = ['image_id', 'sentence'], scores[scores.map_of == 'sentence'], []
     for name in (b for b in BASELINES if (scores.map_of == b).any()):
         both = mine.merge(scores[scores.map_of == name], on=keys, suffixes=('', '_other'))
         for m in SENTENCE_SCORES[:3]:
-            e = mean_estimate(both[m] - both[f'{m}_other'], both.patient_id, n_boot, seed, limits=None if m == 'energy_gain' else (-1., 1.))
+            e = mean_estimate(both[m] - both[f'{m}_other'], both.patient_id, n_boot, seed,
+                              limits=None if m == 'energy_gain' else (-1., 1.))
             rows.append(dict(map_of=name, metric=m, gain=e.value, gain_low=e.low, gain_high=e.high))
     return out.merge(pd.DataFrame(rows), on=['map_of', 'metric'], how='left')
 
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #ed980d5d
 def draw_sentence_maps(
-    image, # (h,w)
-    places, # of `sentence_places`
-    heat, # (m,h',w'), one a row of `places`
-    chosen=None, # rows to show; None: the first six with a place that is not the whole image
-    columns=3, # panels in a row
-): # figure
+    image: np.ndarray, # (h,w)
+    places: pd.DataFrame, # of `sentence_places`
+    heat: np.ndarray | Tensor, # (m,h',w'), one a row of `places`
+    chosen: Sequence[int] | None = None, # rows to show; None: the first six with a place that is not the whole image
+    columns: int = 3, # panels in a row
+) -> Figure: # figure
     "Draw maps of sentences with the places they speak of."
     size = image.shape
     chosen = places.index[(places.region != '') & (places.share <= .5)][:6] if chosen is None else chosen
@@ -162,5 +181,6 @@ def draw_sentence_maps(
         m, p = full[i], places.loc[i]
         box = [(p.x0, p.y0, p.x1, p.y1, p.region)] if p.share > 0 else None
         draw_view(ax, image, boxes=box, heat=m.numpy(), limits=(float(m.min()), float(m.max()) + 1e-9))
-        ax.set_title('\n'.join(textwrap.wrap(p.sentence, 38, max_lines=2, placeholder=' …')), fontsize=7, fontweight='normal')
+        ax.set_title('\n'.join(textwrap.wrap(p.sentence, 38, max_lines=2, placeholder=' …')), fontsize=7,
+                     fontweight='normal')
     return fig

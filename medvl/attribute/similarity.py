@@ -6,6 +6,7 @@
 __all__ = ['text_vector', 'similarity_map']
 
 # %% ../../nbs/602_attribute.similarity.ipynb #74b9be6f
+from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,8 +17,8 @@ from ..methods.base import Method
 # %% ../../nbs/602_attribute.similarity.ipynb #00688f6e
 @torch.no_grad()
 def text_vector(
-    method, # with `project_text` (or `encode_text`)
-    sentences, # one sentence, or a list of one meaning
+    method: Method, # with `project_text` (or `encode_text`)
+    sentences: str | Sequence[str], # one sentence, or a list of one meaning
 ) -> Tensor: # float32 (d,), unit
     """Average the projections of sentences, then normalise.
 
@@ -33,14 +34,16 @@ def text_vector(
 def similarity_map(
     method:Method, # with `feature_maps`, `project_image` and `project_text`
     images:Tensor, # (b,1,h,w) uint8 or float 0..255
-    sentence, # one sentence, a list whose projections are averaged, or unit text vectors (d,) or (a,d) for a maps an image
+    # one sentence, a list whose projections are averaged, or unit text vectors (d,) or (a,d) for a maps an image
+    sentence: str | Sequence[str] | Tensor,
     normalise:bool=True, # cosine; False: inner product, which adds up to that of the image (linear projection)
 ) -> Tensor: # float32 (b,h',w'), or (b,a,h',w') for several vectors, on the encoder's grid; cosines in -1..1
     """Compare every cell of an image with a sentence.
 
     Raises: TypeError when the method lacks what is needed."""
     missing = [n for n in ('feature_maps', 'project_image', 'project_text') if not callable(getattr(method, n, None))]
-    if missing: raise TypeError(f'a similarity map needs {", ".join(missing)}, which {type(method).__name__} does not offer')
+    if missing:
+        raise TypeError(f'a similarity map needs {", ".join(missing)}, which {type(method).__name__} does not offer')
     with evaluating(method):
         cells = method.project_image(method.feature_maps(images).movedim(1, -1)).float()
         text = sentence.to(cells) if isinstance(sentence, Tensor) else text_vector(method, sentence)

@@ -11,11 +11,12 @@ import math
 from collections import defaultdict
 
 import torch
+from torch import Tensor
 
 from .spread import batch_sd, masked_mean, prepare_places
 
 # %% ../../../nbs/551_evaluate.analysis.alignment.ipynb #bcd3bf5a
-def masked_sd(values, mask): # (b,n), bool (b,n) -> (b,); NaN for one place
+def masked_sd(values: Tensor, mask: Tensor) -> Tensor: # (b,n), bool (b,n) -> (b,); NaN for one place
     "Give the deviation over real places."
     n, away = mask.sum(1), (values - masked_mean(values, mask).unsqueeze(1)) * mask
     return torch.where(n > 1, (away.square().sum(1) / (n - 1).clamp(min=1)).sqrt(), torch.nan)
@@ -25,25 +26,27 @@ def _reference_sd(values, mask): # padded places count as 0; then divided by the
     return ((values * mask).var(1) / (mask.sum(1) / mask.shape[1])).sqrt()
 
 
-def pair_distance(a, b): # (n,d), (n,d): (n,)
+def pair_distance(a: Tensor, b: Tensor) -> Tensor: # (n,d), (n,d): (n,)
     "Give the distance of partners."
     return (a.detach().double() - b.detach().double()).norm(dim=-1)
 
 
 def local_alignment(
-    local, # (b,n,d): regions or sentences
-    attended, # (b,n,d): what the other side says of each
-    mask=None, # bool (b,n): real places
-    weights=None, # (b,n): how much a place counts, sum 1
-    reference=False, # count as the original does
-): # dict name -> (b,)
+    local: Tensor, # (b,n,d): regions or sentences
+    attended: Tensor, # (b,n,d): what the other side says of each
+    mask: Tensor | None = None, # bool (b,n): real places
+    weights: Tensor | None = None, # (b,n): how much a place counts, sum 1
+    reference: bool = False, # count as the original does
+) -> dict: # dict name -> (b,)
     "Measure how far places lie from their partners."
     x, mask = prepare_places(local, mask)
     squared = (x - prepare_places(attended, mask)[0]).square().sum(-1)
     distance = squared.sqrt()
-    out = {'rmse': masked_mean(squared, mask).sqrt(), 'distance_min': distance.masked_fill(~mask, math.inf).amin(1), 'distance_max': (distance * mask).amax(1),
+    out = {'rmse': masked_mean(squared, mask).sqrt(), 'distance_min': distance.masked_fill(~mask, math.inf).amin(1),
+           'distance_max': (distance * mask).amax(1),
            'distance_sd': (_reference_sd if reference else masked_sd)(distance, mask)}
-    return out if weights is None else {**out, 'rmse_weighted': (weights.detach().double() * mask * squared).sum(1).sqrt()}
+    return (out if weights is None
+            else {**out, 'rmse_weighted': (weights.detach().double() * mask * squared).sum(1).sqrt()})
 
 # %% ../../../nbs/551_evaluate.analysis.alignment.ipynb #a7464323
 def _assignment(x, own, other, mask, error, reference):
@@ -71,82 +74,92 @@ def _nearest(distance, rows, columns, reference): # (b,n,m) -> (b,)
 
 # %% ../../../nbs/551_evaluate.analysis.alignment.ipynb #18676fa9
 def modality_distance(
-    a, # (b,n,d): regions
-    b, # (b,m,d): sentences
-    mask_a=None, mask_b=None, # bool (b,n), (b,m)
-    weights_a=None, weights_b=None, # (b,n), (b,m), sum 1; both or none
-    reference=False, # count as the original does
-): # dict name -> (b,)
+    a: Tensor, # (b,n,d): regions
+    b: Tensor, # (b,m,d): sentences
+    mask_a: Tensor | None = None, mask_b: Tensor | None = None, # bool (b,n), (b,m)
+    weights_a: Tensor | None = None, weights_b: Tensor | None = None, # (b,n), (b,m), sum 1; both or none
+    reference: bool = False, # count as the original does
+) -> dict: # dict name -> (b,)
     "Compare the two kinds of vectors of each sample."
     (a, mask_a), (b, mask_b) = prepare_places(a, mask_a), prepare_places(b, mask_b)
     distance = torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')
     def average(w_a, w_b): return ((w_a * mask_a).unsqueeze(2) * (w_b * mask_b).unsqueeze(1) * distance).sum((1, 2))
     (centre_a, error_a), (centre_b, error_b) = _centroid(a, mask_a), _centroid(b, mask_b)
     out = {'distance': average(1 / mask_a.sum(1, keepdim=True).double(), 1 / mask_b.sum(1, keepdim=True).double()),
-           'nearest_from_a': _nearest(distance, mask_a, mask_b, reference), 'nearest_from_b': _nearest(distance.mT, mask_b, mask_a, reference),
-           'assignment_a': _assignment(a, centre_a, centre_b, mask_a, error_b, reference), 'assignment_b': _assignment(b, centre_b, centre_a, mask_b, error_a, reference)}
+           'nearest_from_a': _nearest(distance, mask_a, mask_b, reference),
+           'nearest_from_b': _nearest(distance.mT, mask_b, mask_a, reference),
+           'assignment_a': _assignment(a, centre_a, centre_b, mask_a, error_b, reference),
+           'assignment_b': _assignment(b, centre_b, centre_a, mask_b, error_a, reference)}
     if weights_a is None or weights_b is None: return out
     return {**out, 'distance_weighted': average(weights_a.detach().double(), weights_b.detach().double())}
 
 # %% ../../../nbs/551_evaluate.analysis.alignment.ipynb #2b76e0a8
 def attention_statistics(
-    attention, # (b,n,m): rows sum to 1 over real columns
-    rows=None, # bool (b,n): real rows; None: all
-    columns=None, # bool (b,m): real columns; None: all
-    reference=False, # count as the original does
-): # dict name -> (b,)
+    attention: Tensor, # (b,n,m): rows sum to 1 over real columns
+    rows: Tensor | None = None, # bool (b,n): real rows; None: all
+    columns: Tensor | None = None, # bool (b,m): real columns; None: all
+    reference: bool = False, # count as the original does
+) -> dict: # dict name -> (b,)
     "Measure how sharp attention is, and how much it depends on who asks."
     p = attention.detach().double()
-    rows, columns = (torch.ones(s, dtype=torch.bool, device=p.device) if m is None else m.bool() for m, s in ((rows, p.shape[:2]), (columns, (len(p), p.shape[2]))))
+    rows, columns = (torch.ones(s, dtype=torch.bool, device=p.device) if m is None else m.bool()
+                     for m, s in ((rows, p.shape[:2]), (columns, (len(p), p.shape[2]))))
     p = p * rows.unsqueeze(2) * columns.unsqueeze(1)
     mean = p.sum(1) / rows.sum(1, keepdim=True)
     entropy, choices = torch.special.entr(p).sum(-1), columns.sum(1)
-    out = {'entropy': masked_mean(entropy, rows), 'entropy_sd': (_reference_sd if reference else masked_sd)(entropy, rows),
-           'distance_to_mean': masked_mean((p - mean.unsqueeze(1) + (1e-6 if reference else 0)).norm(dim=-1), rows), 'entropy_of_mean': torch.special.entr(mean).sum(-1)}
-    return {**out, 'entropy_share': torch.where(choices > 1, out['entropy'] / choices.clamp(min=2).double().log(), torch.nan)}
+    out = {'entropy': masked_mean(entropy, rows),
+           'entropy_sd': (_reference_sd if reference else masked_sd)(entropy, rows),
+           'distance_to_mean': masked_mean((p - mean.unsqueeze(1) + (1e-6 if reference else 0)).norm(dim=-1), rows),
+           'entropy_of_mean': torch.special.entr(mean).sum(-1)}
+    return {**out,
+            'entropy_share': torch.where(choices > 1, out['entropy'] / choices.clamp(min=2).double().log(), torch.nan)}
 
 # %% ../../../nbs/551_evaluate.analysis.alignment.ipynb #c54b119b
 def retrieval_of(
-    local, # (b,n,d)
-    attended, # (b,n,d): its partner at the same place
-    mask=None, weights=None, # as in `local_alignment`
-    reference=False, # ties count as found
-): # dict name -> (b,)
+    local: Tensor, # (b,n,d)
+    attended: Tensor, # (b,n,d): its partner at the same place
+    mask: Tensor | None = None, weights: Tensor | None = None, # as in `local_alignment`
+    reference: bool = False, # ties count as found
+) -> dict: # dict name -> (b,)
     "Rank each place's own partner among those of its sample."
     x, mask = prepare_places(local, mask)
     s = (x @ prepare_places(attended, mask)[0].mT).masked_fill(~mask.unsqueeze(1), -math.inf)
     own = s.diagonal(dim1=1, dim2=2).unsqueeze(-1)
-    better, ties = (s > own).sum(-1).double(), torch.zeros_like(s[..., 0]) if reference else (s == own).sum(-1).double() - 1
+    better, ties = (s > own).sum(-1).double(), torch.zeros_like(s[..., 0]) if reference else (s == own).sum(
+        -1).double() - 1
     hit = lambda k: ((k - better) / (ties + 1)).clamp(0, 1)
     values = {'top1': hit(1), 'top5': hit(5), 'rank': better + ties / 2}
     out = {k: masked_mean(torch.where(mask, v, 0.), mask) for k, v in values.items()}
-    if weights is not None: out |= {f'{k}_weighted': (torch.where(mask, v, 0.) * weights.detach().double()).sum(1) for k, v in values.items()}
+    if weights is not None:
+        out |= {f'{k}_weighted': (torch.where(mask, v, 0.) * weights.detach().double()).sum(1)
+                for k, v in values.items()}
     return {**out, 'places': mask.sum(1).double()}
 
 # %% ../../../nbs/551_evaluate.analysis.alignment.ipynb #f79fd4c6
 class SampleNumbers:
     "Collect numbers a sample over batches."
-    def __init__(self, reference=False): self.reference, self.parts = reference, defaultdict(list)
+    def __init__(self, reference: bool = False): self.reference, self.parts = reference, defaultdict(list)
 
-    def update(self, values): # dict name -> (b,)
+    def update(self, values: dict) -> None: # dict name -> (b,)
         "Take a batch."
         for name, v in values.items(): self.parts[name].append(v.detach().double().cpu())
 
     @property
-    def samples(self): # dict name -> float64 (n,)
+    def samples(self) -> dict: # dict name -> float64 (n,)
         return {k: torch.cat(v) for k, v in self.parts.items()}
 
-    def compute(self): # dict name -> float, and name__sd
+    def compute(self) -> dict: # dict name -> float, and name__sd
         "Average over samples that have a number; `reference` pools deviations by batch."
         out = {}
         for name, values in self.samples.items():
             known = values[~values.isnan()]
             out[name] = float(known.mean()) if len(known) else math.nan
-            out[f'{name}__sd'] = batch_sd(self.parts[name]) if self.reference else float(known.std()) if len(known) > 1 else math.nan
+            out[f'{name}__sd'] = (batch_sd(self.parts[name]) if self.reference else float(known.std()) if len(known) > 1
+                                  else math.nan)
         return out
 
 
-def global_alignment(a, b): # (b,d), (b,d): dict name -> (b,)
+def global_alignment(a: Tensor, b: Tensor) -> dict: # (b,d), (b,d): dict name -> (b,)
     "Give distance and its square for pairs of unit vectors, so that the root mean square follows."
     d = pair_distance(a, b)
     return {'distance': d, 'distance_squared': d.square()}

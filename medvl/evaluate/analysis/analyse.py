@@ -6,21 +6,24 @@
 __all__ = ['read_batch', 'smoothness', 'patient_intervals', 'Analysis', 'analyse', 'paired_analysis']
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #772deba4
+from collections.abc import Sequence
 from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from ...core.errors import DataError
 from ...core.progress import progress
 from ...data.batch import to_device
-from .alignment import SampleNumbers, attention_statistics, global_alignment, local_alignment, modality_distance, retrieval_of
+from .alignment import (SampleNumbers, attention_statistics, global_alignment, local_alignment,
+                                               modality_distance, retrieval_of)
 from ..stats.bootstrap import BLOCK, patient_counts, settled
 from .spread import GlobalSpread, LocalSpread
 from ...losses.local import grid_distances
-from ...methods.base import capabilities, evaluating, require
+from ...methods.base import Method, capabilities, evaluating, require
 from ...models.heads import unit
 from ...train.feed import make_loader
 
@@ -30,38 +33,43 @@ def _images_of(method, images):
     if callable(getattr(method, 'read_images', None)): return method.read_images(images)
     maps, b = method.feature_maps(images), len(images)
     regions = maps.flatten(2).mT.unflatten(0, (b, -1)).flatten(1, 2)
-    return dict(regions=regions, grid=tuple(maps.shape[2:]) if len(maps) == b else None, pooled=method.image_features(images), weights=None)
+    return dict(regions=regions, grid=tuple(maps.shape[2:]) if len(maps) == b else None,
+                pooled=method.image_features(images), weights=None)
 
 
 def _texts_of(method, batch, out):
     "Add what the method makes of reports, if it reads them."
     if callable(getattr(method, 'read_texts', None)) and 'sentence' in batch.get('tokens', {}):
         text = method.read_texts(batch['tokens'])
-        out |= dict(sentence_features=text['sentences'], mask=text['mask'], text_features=unit(text['pooled']), texts=unit(method.text_projection(text['pooled'])))
+        out |= dict(sentence_features=text['sentences'], mask=text['mask'], text_features=unit(text['pooled']),
+                    texts=unit(method.text_projection(text['pooled'])))
         if text['weights'] is not None: out['sentence_weights'] = text['weights']
         return text
-    if 'encode_text' in capabilities(method) and 'text' in batch: out['texts'] = method.encode_text([t if isinstance(t, str) else t[0] for t in batch['text']])
+    if 'encode_text' in capabilities(method) and 'text' in batch:
+        out['texts'] = method.encode_text([t if isinstance(t, str) else t[0] for t in batch['text']])
     return None
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #768eadd5
 def read_batch(
-    method, # with feature_maps and image_features
-    batch, # of the batch contract, on the method's device
-): # dict: local (b,n,d) and global (b,d) vectors, weights, mask, attention, grid
+    method: Method, # with feature_maps and image_features
+    batch: dict, # of the batch contract, on the method's device
+) -> dict: # dict: local (b,n,d) and global (b,d) vectors, weights, mask, attention, grid
     "Ask a method for its vectors of a batch, whatever it has."
     image = _images_of(method, batch['images'])
     out = dict(region_features=image['regions'], image_features=unit(image['pooled']), grid=image['grid'])
     if image['weights'] is not None: out['region_weights'] = image['weights']
     text = _texts_of(method, batch, out)
-    if 'texts' in out: out['images'] = unit(method.image_projection(image['pooled'])) if text is not None else method.encode_image(batch['images'])
+    if 'texts' in out:
+        out['images'] = (unit(method.image_projection(image['pooled'])) if text is not None
+                         else method.encode_image(batch['images']))
     if text is None or not getattr(method, 'local', False): return out
     return out | method.align(image, text)
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #ec78004c
 def smoothness(
-    regions, # (b,n,d)
-    grid, # (h',w') with h'·w' = n
-): # distances (k,) in regions, cosine (b,k)
+    regions: Tensor, # (b,n,d)
+    grid: tuple[int, int], # (h',w') with h'·w' = n
+) -> tuple[np.ndarray, np.ndarray]: # distances (k,) in regions, cosine (b,k)
     "Average the cosine of region pairs by their distance on the grid."
     distances, place = torch.unique(grid_distances(*grid, relative=False).round(decimals=6), return_inverse=True)
     chosen = torch.nn.functional.one_hot(place.flatten(), len(distances)).double()
@@ -70,14 +78,15 @@ def smoothness(
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #71179888
 def patient_intervals(
-    values, # (n,k): NaN where a sample has no number
-    patients, # (n,)
-    n_boot=1000, # resamples; 0: no intervals
-    seed=0, # of the draws
-    level=.95, # confidence
-    shares=None, # bool (k,): columns that lie within 0..1; None: unknown
-): # DataFrame, k rows: value, low, high, sd, n, patients
-    "Average columns, with intervals from a bootstrap over patients; where all agree, an exact bound for shares and none for others."
+    values: np.ndarray, # (n,k): NaN where a sample has no number
+    patients: Sequence | np.ndarray | pd.Series, # (n,)
+    n_boot: int = 1000, # resamples; 0: no intervals
+    seed: int = 0, # of the draws
+    level: float = .95, # confidence
+    shares: np.ndarray | None = None, # bool (k,): columns that lie within 0..1; None: unknown
+) -> pd.DataFrame: # DataFrame, k rows: value, low, high, sd, n, patients
+    """Average columns, with intervals from a bootstrap over patients; where all agree, an exact bound for shares and
+    none for others."""
     x = np.asarray(values, np.float64).reshape(len(patients), -1)
     known, codes = ~np.isnan(x), np.unique(np.asarray(patients), return_inverse=True)[1]
     p = codes.max(initial=-1) + 1
@@ -87,7 +96,9 @@ def patient_intervals(
     with np.errstate(invalid='ignore', divide='ignore'):
         mean = sums.sum(0) / n
         sd = np.sqrt(np.where(known, (x - mean) ** 2, 0).sum(0) / np.where(n > 1, n - 1, np.nan))
-        draws = [(c.T @ sums) / (c.T @ sizes) for c in (patient_counts(p, b, seed, min(BLOCK, n_boot - b * BLOCK)) for b in range(-(-n_boot // BLOCK)))]
+        draws = [(c.T @ sums) / (c.T @ sizes)
+                 for c in (patient_counts(p, b, seed, min(BLOCK, n_boot - b * BLOCK))
+                           for b in range(-(-n_boot // BLOCK)))]
     tails = [(1 - level) / 2, (1 + level) / 2]
     low, high = _quantiles(np.concatenate(draws), people, tails) if draws else np.full((2, x.shape[1]), np.nan)
     if draws: _bounded(low, high, mean, np.concatenate(draws), people, level, shares)
@@ -104,10 +115,12 @@ def _quantiles(draws, people, tails): # (n_boot,k): (2,k); NaN for columns of fe
 def _bounded(low, high, mean, draws, people, level, shares):
     "Replace the ends of columns whose resamples all agree, in place."
     for k in np.flatnonzero((people > 1) & (high - low <= 1e-9)):
-        low[k], high[k], *_ = settled(mean[k], draws[:, k], level, people[k], limits=(0., 1.) if shares is not None and shares[k] else None)
+        low[k], high[k], *_ = settled(mean[k], draws[:, k], level, people[k],
+                                      limits=(0., 1.) if shares is not None and shares[k] else None)
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #80feb588
-_GLOBAL, _LOCAL = ('image_features', 'text_features', 'images', 'texts'), ('region_features', 'sentence_features', 'regions', 'sentences')
+_GLOBAL, _LOCAL = ('image_features', 'text_features', 'images', 'texts'), (
+    'region_features', 'sentence_features', 'regions', 'sentences')
 
 
 class _Kept:
@@ -121,7 +134,8 @@ class _Kept:
         self.spreads[name].update(x, *rest)
 
     def _maps(self, f, images, weights):
-        shown = {'image': images.flatten(0, -3).float().mean(0)[None], 'pooling weight': None if weights is None else weights.mean(0).unflatten(0, f['grid'])[None]}
+        shown = {'image': images.flatten(0, -3).float().mean(0)[None],
+                 'pooling weight': None if weights is None else weights.mean(0).unflatten(0, f['grid'])[None]}
         for name, x in shown.items():
             if x is not None: self.maps[name] = self.maps.get(name, 0) + x[0].double().cpu().numpy() * len(images)
         self.count += len(images)
@@ -144,23 +158,29 @@ class _Collector(_Kept):
 
     def _places(self, f, mask, w):
         everything = torch.ones(f['regions'].shape[:2], dtype=torch.bool, device=f['regions'].device)
-        self._spread('regions+sentences', LocalSpread, torch.cat([f['regions'], f['sentences']], 1), torch.cat([everything, mask], 1))
-        self.numbers['regions||sentences'].update(modality_distance(f['regions'], f['sentences'], None, mask, w['r'], w['s']))
+        self._spread('regions+sentences', LocalSpread, torch.cat([f['regions'], f['sentences']], 1),
+                     torch.cat([everything, mask], 1))
+        self.numbers['regions||sentences'].update(
+            modality_distance(f['regions'], f['sentences'], None, mask, w['r'], w['s']))
         for name, m, k in (('regions', None, 'r'), ('sentences', mask, 's')):
             partners = f[name], f[f'{name}_attended'], m, w[k]
-            self.numbers[f'{name};attended'].update({**local_alignment(*partners), **{f'retrieval_{k}': v for k, v in retrieval_of(*partners).items()}})
+            self.numbers[f'{name};attended'].update(
+                {**local_alignment(*partners), **{f'retrieval_{k}': v for k, v in retrieval_of(*partners).items()}})
         self.numbers['region attention'].update(attention_statistics(f['region_attention'], None, mask))
         self.numbers['sentence attention'].update(attention_statistics(f['sentence_attention'], mask))
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #04bf63b0
 def _columns(c):
     "All numbers a sample: dict (space, metric) -> (n,)."
-    out = {(s, m): v.numpy() for s, spread in c.spreads.items() if isinstance(spread, LocalSpread) for m, v in spread.samples.items()}
+    out = {(s, m): v.numpy() for s, spread in c.spreads.items() if isinstance(spread, LocalSpread)
+           for m, v in spread.samples.items()}
     out |= {(s, m): v.numpy() for s, numbers in c.numbers.items() for m, v in numbers.samples.items()}
     for space, parts in c.curves.items():
         cosine, far = np.concatenate(parts), c.distances > c.distances.max() / 2
         near = c.distances == 1
-        if near.any(): out |= {(space, 'cosine_neighbours'): cosine[:, near].mean(1), (space, 'cosine_far'): cosine[:, far].mean(1)}
+        if near.any():
+            out |= {(space, 'cosine_neighbours'): cosine[:, near].mean(1),
+                    (space, 'cosine_far'): cosine[:, far].mean(1)}
     return out
 
 
@@ -169,13 +189,19 @@ def _table(c, columns, patients, n_boot, seed):
     keys = list(columns)
     rows = pd.DataFrame(keys, columns=['space', 'metric'])
     shares = rows.metric.str.contains('top1|top5|assignment|entropy_share').to_numpy()
-    if keys: rows = pd.concat([rows, patient_intervals(np.stack([columns[k] for k in keys], 1), patients, n_boot, seed, shares=shares)], axis=1)
-    whole = [dict(space=s, metric=m, value=v, n=len(patients), patients=len(set(patients)), note='of the data set: no interval')
-             for s, spread in c.spreads.items() for m, v in spread.compute().items() if (s, m) not in columns and not m.endswith('__sd')]
+    if keys:
+        rows = pd.concat(
+            [rows, patient_intervals(np.stack([columns[k] for k in keys], 1), patients, n_boot, seed, shares=shares)],
+            axis=1)
+    whole = [dict(space=s, metric=m, value=v, n=len(patients), patients=len(set(patients)),
+                  note='of the data set: no interval')
+             for s, spread in c.spreads.items() for m, v in spread.compute().items() if (s, m) not in columns
+             and not m.endswith('__sd')]
     out = pd.concat([pd.DataFrame(whole), rows.assign(note='')], ignore_index=True)
     out['dim'] = out.space.map(c.dims).astype('Int64')
     order = {s: k for k, s in enumerate(dict.fromkeys([*c.spreads, *c.numbers]))}
-    return out.iloc[np.argsort(out.space.map(order).to_numpy(), kind='stable')].reset_index(drop=True)[['space', 'metric', 'value', 'low', 'high', 'sd', 'n', 'patients', 'dim', 'note']]
+    return out.iloc[np.argsort(out.space.map(order).to_numpy(), kind='stable')].reset_index(drop=True)[[
+        'space', 'metric', 'value', 'low', 'high', 'sd', 'n', 'patients', 'dim', 'note']]
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #50856e44
 @dataclass(repr=False)
@@ -189,34 +215,43 @@ class Analysis:
     maps: dict = field(default_factory=dict) # 'image' (h,w), 'pooling weight' (h',w'): means
     smooth: pd.DataFrame | None = None # space, distance, cosine: one row a sample and distance
 
-    def value(self, space, metric): # float
+    def value(self, space: str, metric: str) -> float: # float
         "Look one number up. Raises: ValueError when it is not there."
         row = self.table[(self.table.space == space) & (self.table.metric == metric)]
-        if not len(row): raise ValueError(f'{self.name} has no {metric!r} of {space!r}; its spaces: {", ".join(self.table.space.unique())}')
+        if not len(row):
+            raise ValueError(
+                f'{self.name} has no {metric!r} of {space!r}; its spaces: {", ".join(self.table.space.unique())}')
         return float(row.value.iloc[0])
 
-    def __repr__(self): return f'Analysis({self.name}: {len(self.samples)} samples, {len(self.table)} numbers of {self.table.space.nunique()} spaces)'
+    def __repr__(self):
+        return (f'Analysis({self.name}: {len(self.samples)} samples, {len(self.table)} numbers of '
+                f'{self.table.space.nunique()} spaces)')
 
-    def _repr_html_(self): return f'<p>{self!r}</p>' + self.table.drop(columns='note').round(4).to_html(index=False, max_rows=24)
+    def _repr_html_(self):
+        return f'<p>{self!r}</p>' + self.table.drop(columns='note').round(4).to_html(index=False, max_rows=24)
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #ed538329
 def _finite(f, batch):
     for name, x in f.items():
         if not isinstance(x, torch.Tensor) or not x.is_floating_point(): continue
         bad = ~x.flatten(1).isfinite().all(1)
-        if bad.any(): raise DataError(f'{name} of sample {batch["sample_id"][int(bad.nonzero()[0])]} is not finite', fix='Look at the image, and at the weights.')
+        if bad.any():
+            raise DataError(f'{name} of sample {batch["sample_id"][int(bad.nonzero()[0])]} is not finite',
+                            fix='Look at the image, and at the weights.')
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #c215353d
 def analyse(
-    method, # with feature_maps and image_features; more where it has more
+    method: Method, # with feature_maps and image_features; more where it has more
     dataset, # ChestReportDataset(train=False), ChestImageDataset, or any of the batch contract
-    batch_size=16, # never changes a number
-    name='', # of the model, for tables
-    n_boot=1000, # resamples of patients
-    seed=0, # of the draws
-    workers=0, # loader processes
-): # Analysis
-    "Measure embeddings in one pass. Raises: TypeError for a method without maps; DataError for no sample, or a vector that is not finite."
+    batch_size: int = 16, # never changes a number
+    name: str = '', # of the model, for tables
+    n_boot: int = 1000, # resamples of patients
+    seed: int = 0, # of the draws
+    workers: int = 0, # loader processes
+) -> Analysis: # Analysis
+    """Measure embeddings in one pass.
+
+    Raises: TypeError for a method without maps; DataError for no sample, or a vector that is not finite."""
     require(method, 'feature_maps', 'image_features', by='analyse')
     if not len(dataset): raise DataError('no sample to analyse')
     c, ids, patients, labels = _Collector(), [], [], []
@@ -235,24 +270,31 @@ def analyse(
 def _finish(c, name, ids, patients, labels, label_names, n_boot, seed):
     "Turn what was collected into an Analysis."
     columns = _columns(c)
-    samples = pd.DataFrame({'sample_id': ids, 'patient_id': patients, **{f'{s}/{m}': v for (s, m), v in columns.items()}})
+    samples = pd.DataFrame(
+        {'sample_id': ids, 'patient_id': patients, **{f'{s}/{m}': v for (s, m), v in columns.items()}})
     vectors = {s: spread.vectors.numpy() for s, spread in c.spreads.items() if isinstance(spread, GlobalSpread)}
-    smooth = [pd.DataFrame({'space': s, 'distance': np.tile(c.distances, len(v)), 'cosine': v.ravel()}) for s, v in ((s, np.concatenate(p)) for s, p in c.curves.items())]
-    return Analysis(name, _table(c, columns, patients, n_boot, seed), samples, vectors, pd.DataFrame(torch.cat(labels).numpy(), columns=list(label_names)) if labels else None,
-                    {k: v / c.count for k, v in c.maps.items()}, pd.concat(smooth, ignore_index=True) if smooth else None)
+    smooth = [pd.DataFrame({'space': s, 'distance': np.tile(c.distances, len(v)), 'cosine': v.ravel()})
+              for s, v in ((s, np.concatenate(p)) for s, p in c.curves.items())]
+    return Analysis(name, _table(c, columns, patients, n_boot, seed), samples, vectors,
+                    pd.DataFrame(torch.cat(labels).numpy(), columns=list(label_names)) if labels else None,
+                    {k: v / c.count for k, v in c.maps.items()},
+                    pd.concat(smooth, ignore_index=True) if smooth else None)
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #a8e914da
 def paired_analysis(
     a:Analysis, # one model
     b:Analysis, # another, of the same samples in the same order
-    n_boot=1000, seed=0, # resamples of patients
-): # DataFrame: space, metric, difference a - b, low, high, n, patients
+    n_boot: int = 1000, seed: int = 0, # resamples of patients
+) -> pd.DataFrame: # DataFrame: space, metric, difference a - b, low, high, n, patients
     """Compare two models number by number.
 
     Raises: DataError when the samples differ."""
     if a.samples.sample_id.tolist() != b.samples.sample_id.tolist():
-        raise DataError(f'{a.name} and {b.name} were analysed on other samples, or in another order', fix='Analyse both on the same dataset.')
+        raise DataError(f'{a.name} and {b.name} were analysed on other samples, or in another order',
+                        fix='Analyse both on the same dataset.')
     shared = [k for k in a.samples.columns[2:] if k in b.samples]
-    rows = patient_intervals(a.samples[shared].to_numpy() - b.samples[shared].to_numpy(), a.samples.patient_id, n_boot, seed)
-    rows.insert(0, 'metric', [k.split('/', 1)[1] for k in shared]); rows.insert(0, 'space', [k.split('/', 1)[0] for k in shared])
+    rows = patient_intervals(a.samples[shared].to_numpy() - b.samples[shared].to_numpy(),
+                             a.samples.patient_id, n_boot, seed)
+    rows.insert(0, 'metric', [k.split('/', 1)[1] for k in shared])
+    rows.insert(0, 'space', [k.split('/', 1)[0] for k in shared])
     return rows.rename(columns=dict(value='difference'))

@@ -7,6 +7,8 @@ __all__ = ['ALIGNMENT', 'plot_spread', 'plot_alignment', 'plot_assignment', 'plo
            'find_evaluations', 'collect_runs', 'plot_learning', 'plot_shared']
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #44972eb0
+from collections.abc import Sequence
+from matplotlib.figure import Figure
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ import pandas as pd
 
 from ...core.errors import DataError
 from ...core.paths import read_json
+from .analyse import Analysis
 from ..localized.run import read_localized
 from ...show.curves import read_curves
 from ...show.style import PALETTE, figure
@@ -25,42 +28,51 @@ def _bars(ax, analyses, rows, scale=lambda r: 1., sign=1):
     for k, (a, colour) in enumerate(zip(analyses, PALETTE * 9)):
         t = a.table.set_index(['space', 'metric'])
         found = [t.loc[(s, m)] if (s, m) in t.index else None for _, s, m in rows]
-        value, low, high = (np.array([np.nan if r is None else sign * r[c] * scale(r) for r in found]) for c in ('value', 'low', 'high'))
+        value, low, high = (np.array([np.nan if r is None else sign * r[c] * scale(r) for r in found])
+                            for c in ('value', 'low', 'high'))
         ax.barh(y + (k - (len(analyses) - 1) / 2) * width, value, width, color=colour, label=a.name)
         known = ~np.isnan(low)
         error = np.abs(np.stack([value - low, high - value]))[:, known]
-        ax.errorbar(value[known], (y + (k - (len(analyses) - 1) / 2) * width)[known], xerr=error, fmt='none', ecolor='black', elinewidth=.8, capsize=1.5)
+        ax.errorbar(value[known], (y + (k - (len(analyses) - 1) / 2) * width)[known], xerr=error, fmt='none',
+                    ecolor='black', elinewidth=.8, capsize=1.5)
     ax.set_yticks(y, [r[0] for r in rows], fontsize=7)
     ax.invert_yaxis()
 
 
 def plot_spread(
-    analyses, # list of Analysis
-    local='region_features', whole='image_features', # spaces
-): # figure
+    analyses: Sequence[Analysis], # list of Analysis
+    local: str = 'region_features', whole: str = 'image_features', # spaces
+) -> Figure: # figure
     "Draw standard deviations times sqrt(d), and uniformities."
     fig, axes = figure(1, 2, height=1.3 + .35 * len(analyses) * 2)
-    _bars(axes[0], analyses, [('all', local, 'std'), ('within samples', local, 'std_within'), ('between samples', local, 'std_between'), ('pooled', whole, 'std')], lambda r: float(r['dim']) ** .5)
+    _bars(axes[0], analyses,
+          [('all', local, 'std'), ('within samples', local, 'std_within'), ('between samples', local, 'std_between'),
+           ('pooled', whole, 'std')], lambda r: float(r['dim']) ** .5)
     axes[0].axvline(1, color='0.6', linewidth=.8, linestyle=':')
     axes[0].set(title='Spread', xlabel='standard deviation · √d')
-    _bars(axes[1], analyses, [('within samples', local, 'uniformity_within'), ('pooled, all pairs', whole, 'uniformity')], sign=-1)
+    _bars(axes[1], analyses,
+          [('within samples', local, 'uniformity_within'), ('pooled, all pairs', whole, 'uniformity')], sign=-1)
     axes[1].set(title='Uniformity', xlabel='−uniformity (more: more even)')
     axes[1].legend(loc='best', fontsize=7)
     fig.suptitle(f'{local.replace("_", " ")} and {whole.replace("_", " ")}', fontsize=8)
     return fig
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #7d901115
-ALIGNMENT = {'images;texts/distance': 'image to report', 'regions;attended/rmse': 'regions to what reports say', 'sentences;attended/rmse': 'sentences to what they find'}
+ALIGNMENT = {'images;texts/distance': 'image to report', 'regions;attended/rmse': 'regions to what reports say',
+             'sentences;attended/rmse': 'sentences to what they find'}
 
 
-def plot_alignment(analyses): # list of Analysis: figure
+def plot_alignment(analyses: Sequence[Analysis]) -> Figure: # list of Analysis: figure
     "Draw box plots of distances over samples. Raises: DataError when no model compares images with texts."
     shown = [k for k in ALIGNMENT if any(k in a.samples for a in analyses)]
-    if not shown: raise DataError('none of these methods compares images with texts', fix='Analyse an image-text method on a ChestReportDataset.')
+    if not shown:
+        raise DataError('none of these methods compares images with texts',
+                        fix='Analyse an image-text method on a ChestReportDataset.')
     fig, axes = figure(1, len(shown), squeeze=False, sharey=True)
     for ax, key in zip(axes[0], shown):
         values = [a.samples[key].dropna().to_numpy() if key in a.samples else np.array([]) for a in analyses]
-        drawn = ax.boxplot(values, patch_artist=True, widths=.6, medianprops=dict(color='black'), flierprops=dict(markersize=2))
+        drawn = ax.boxplot(values, patch_artist=True, widths=.6, medianprops=dict(color='black'),
+                           flierprops=dict(markersize=2))
         for box, colour in zip(drawn['boxes'], PALETTE * 9): box.set_facecolor(colour)
         ax.axhline(2 ** .5, color='0.6', linewidth=.8, linestyle=':')
         ax.set_title(ALIGNMENT[key], fontsize=8)
@@ -69,10 +81,11 @@ def plot_alignment(analyses): # list of Analysis: figure
     return fig
 
 
-def plot_assignment(analyses): # list of Analysis: figure
+def plot_assignment(analyses: Sequence[Analysis]) -> Figure: # list of Analysis: figure
     "Draw how well regions and sentences can be told apart."
     fig, ax = figure(1, 1, width=4.5, height=1 + .35 * len(analyses))
-    _bars(ax, analyses, [('regions', 'regions||sentences', 'assignment_a'), ('sentences', 'regions||sentences', 'assignment_b')])
+    _bars(ax, analyses,
+          [('regions', 'regions||sentences', 'assignment_a'), ('sentences', 'regions||sentences', 'assignment_b')])
     ax.axvline(.5, color='0.6', linewidth=.8, linestyle=':')
     ax.set(title='Own kind or the other?', xlabel='assignment (0.5: cannot be told apart)', xlim=(0, 1))
     ax.legend(fontsize=7, loc='upper left', bbox_to_anchor=(1, 1))
@@ -80,9 +93,9 @@ def plot_assignment(analyses): # list of Analysis: figure
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #b20bc42f
 def plot_smoothness(
-    analyses, # list of Analysis
-    space='region_features', # or 'regions'
-): # figure
+    analyses: Sequence[Analysis], # list of Analysis
+    space: str = 'region_features', # or 'regions'
+) -> Figure: # figure
     "Draw the cosine of region pairs against their distance: median and middle half of samples."
     fig, ax = figure(1, 1, width=4.5)
     for a, colour in zip(analyses, PALETTE * 9):
@@ -97,10 +110,11 @@ def plot_smoothness(
     return fig
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #7c365f48
-def plot_weights(analyses): # list of Analysis: figure
+def plot_weights(analyses: Sequence[Analysis]) -> Figure: # list of Analysis: figure
     "Draw the mean pooling weight of each region over the mean image; 1 is an equal share."
     shown = [a for a in analyses if 'pooling weight' in a.maps]
-    if not shown: raise DataError('none of these methods weighs regions', fix='Attention pooling gives weights; means do not.')
+    if not shown:
+        raise DataError('none of these methods weighs regions', fix='Attention pooling gives weights; means do not.')
     fig, axes = figure(1, len(shown), width=2.6 * len(shown), height=2.4, squeeze=False)
     for ax, a in zip(axes[0], shown):
         h, w = a.maps['image'].shape
@@ -112,7 +126,7 @@ def plot_weights(analyses): # list of Analysis: figure
     return fig
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #e598f9c7
-def name_of(run): # folder of a run: short name for legends
+def name_of(run: str | Path) -> str: # folder of a run: short name for legends
     "Name a run by what it trained, else by its folder."
     folder = Path(run)
     try: params = read_json(folder/'params.json')
@@ -121,15 +135,15 @@ def name_of(run): # folder of a run: short name for legends
     return ' '.join([*parts, f'({folder.name})']) if parts else folder.name
 
 
-def find_evaluations(run): # folder: list of folders of localized evaluations in it
+def find_evaluations(run: str | Path) -> list[Path]: # folder: list of folders of localized evaluations in it
     "Find localized evaluations in a run, or the folder itself."
     return sorted(p.parent for p in Path(run).rglob('about.json') if (p.parent/'localized.json').exists())
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #a888e6bf
 def collect_runs(
-    runs, # folders of runs
-    names=None, # names for legends; None: from the runs
-): # dict: curves (run, step, name, value), results (model, task, ...), evaluations {model: LocalizedEvaluation}
+    runs: Sequence[str | Path], # folders of runs
+    names: Sequence[str] | None = None, # names for legends; None: from the runs
+) -> dict: # dict: curves (run, step, name, value), results (model, task, ...), evaluations {model: LocalizedEvaluation}
     """Read trainings and evaluations of several run folders.
 
     Raises: DataError for a folder with neither, or two of one name."""
@@ -137,11 +151,15 @@ def collect_runs(
     for run, name in zip(map(Path, runs), names or map(name_of, runs), strict=True):
         found = [read_localized(p) for p in find_evaluations(run)]
         logs = [p for p in (run/'training'/'metrics.jsonl', run/'metrics.jsonl') if p.exists()]
-        if not found and not logs: raise DataError('neither a training nor a localized evaluation', file=run, fix='Give folders of pretrain_chest or localized runs.')
+        if not found and not logs:
+            raise DataError('neither a training nor a localized evaluation', file=run,
+                            fix='Give folders of pretrain_chest or localized runs.')
         if logs: curves.append(read_curves(logs[0]).assign(run=name))
         for e in found:
-            label = f'{e.about["model"]} ({run.name})' if names is None else name if len(found) == 1 else f'{name}: {e.about["model"]}'
-            if label in evaluations: raise DataError(f'two evaluations have the name {label!r}', file=run, fix='Give names, one a run.')
+            label = (f'{e.about["model"]} ({run.name})' if names is None else name if len(found) == 1
+                     else f'{name}: {e.about["model"]}')
+            if label in evaluations:
+                raise DataError(f'two evaluations have the name {label!r}', file=run, fix='Give names, one a run.')
             evaluations[label] = e
     results = [e.done.assign(model=k) for k, e in evaluations.items()]
     join = lambda parts: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
@@ -149,15 +167,18 @@ def collect_runs(
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #4c5969fe
 def plot_learning(
-    curves, # run, step, name, value
-    names=('loss', 'valid_loss'), # metrics, a panel each
-    columns=2, # panels in a row
-): # figure
+    curves: pd.DataFrame, # run, step, name, value
+    names: Sequence[str] = ('loss', 'valid_loss'), # metrics, a panel each
+    columns: int = 2, # panels in a row
+) -> Figure: # figure
     """Draw learning curves of several runs over each other.
 
     Raises: DataError when no run logged one of them."""
     names = [n for n in names if (curves.name == n).any()] if len(curves) else []
-    if not names: raise DataError('no run logged these metrics', fix=f'Choose from {", ".join(sorted(curves.name.unique()))}.' if len(curves) else 'Give runs of pretrain_chest.')
+    if not names:
+        raise DataError('no run logged these metrics',
+                        fix=f'Choose from {", ".join(sorted(curves.name.unique()))}.' if len(curves)
+                        else 'Give runs of pretrain_chest.')
     rows = -(-len(names) // columns)
     fig, axes = figure(rows, min(columns, len(names)), height=2.5 * rows, squeeze=False)
     for ax in axes.flat[len(names):]: ax.axis('off')
@@ -170,16 +191,17 @@ def plot_learning(
 
 # %% ../../../nbs/553_evaluate.analysis.plots.ipynb #5635ca18
 def plot_shared(
-    results, # model, task, value, low, high: one row each
-    title='', # what it shows
-): # figure
+    results: pd.DataFrame, # model, task, value, low, high: one row each
+    title: str = '', # what it shows
+) -> Figure: # figure
     "Draw all tasks and models in one panel, with intervals."
     tasks, models = list(dict.fromkeys(results.task)), list(dict.fromkeys(results.model))
     fig, ax = figure(1, 1, height=1.1 + (.16 * len(models) + .12) * len(tasks))
     for k, (model, colour) in enumerate(zip(models, PALETTE * 9)):
         mine = results[results.model == model].set_index('task').reindex(tasks)
         y = np.arange(len(tasks)) + (k - (len(models) - 1) / 2) * .7 / len(models)
-        ax.errorbar(mine.value, y, xerr=np.abs(np.stack([mine.value - mine.low, mine.high - mine.value])), fmt='o', color=colour, markersize=4, elinewidth=1, capsize=2, label=model)
+        ax.errorbar(mine.value, y, xerr=np.abs(np.stack([mine.value - mine.low, mine.high - mine.value])), fmt='o',
+                    color=colour, markersize=4, elinewidth=1, capsize=2, label=model)
     for k in range(1, len(tasks)): ax.axhline(k - .5, color='0.9', linewidth=.8)
     ax.set_yticks(range(len(tasks)), [t.replace('_', ' ') for t in tasks], fontsize=7)
     ax.set(title=title or 'Tasks', xlabel='test metric of the task', ylim=(len(tasks) - .5, -.5))

@@ -7,29 +7,34 @@ __all__ = ['REFERENCE_LOCAL', 'REFERENCE_GLOBAL', 'prepare_places', 'masked_mean
            'batch_pairs', 'off_diagonal', 'batch_sd', 'GlobalSpread', 'LocalSpread']
 
 # %% ../../../nbs/550_evaluate.analysis.spread.ipynb #21625d39
+from collections.abc import Sequence
 import math
 from collections import defaultdict
 
 import torch
+from torch import Tensor
 
 from ...models.heads import unit
 
 # %% ../../../nbs/550_evaluate.analysis.spread.ipynb #39554e80
 def prepare_places(
-    vectors, # (b,n,d) regions or sentences
-    mask=None, # bool (b,n): real places; None: all
-): # float64 unit vectors (b,n,d), bool mask (b,n)
+    vectors: Tensor, # (b,n,d) regions or sentences
+    mask: Tensor | None = None, # bool (b,n): real places; None: all
+) -> tuple[Tensor, Tensor]: # float64 unit vectors (b,n,d), bool mask (b,n)
     """Scale vectors to length 1, and complete the mask.
 
     Raises: ValueError for shapes that do not fit, or a sample without a real place."""
     if vectors.dim() != 3: raise ValueError(f'local vectors are (b,n,d), not {tuple(vectors.shape)}')
-    mask = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device) if mask is None else mask.bool().to(vectors.device)
-    if mask.shape != vectors.shape[:2]: raise ValueError(f'a mask of {tuple(mask.shape)} for vectors of {tuple(vectors.shape)}')
-    if not mask.any(1).all(): raise ValueError(f'sample {int((~mask.any(1)).nonzero()[0])} of the batch has no real place: leave it out')
+    mask = (torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device) if mask is None
+            else mask.bool().to(vectors.device))
+    if mask.shape != vectors.shape[:2]:
+        raise ValueError(f'a mask of {tuple(mask.shape)} for vectors of {tuple(vectors.shape)}')
+    if not mask.any(1).all():
+        raise ValueError(f'sample {int((~mask.any(1)).nonzero()[0])} of the batch has no real place: leave it out')
     return unit(vectors.detach().double()), mask
 
 
-def masked_mean(values, mask): # (b,n), bool (b,n) -> (b,)
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor: # (b,n), bool (b,n) -> (b,)
     "Average over real places."
     return (values * mask).sum(1) / mask.sum(1)
 
@@ -53,11 +58,11 @@ def _centred(x, mask, reference):
 
 
 def local_spread(
-    vectors, # (b,n,d)
-    mask=None, # bool (b,n): real places
-    weights=None, # (b,n): how much a place counts, sum 1
-    reference=False, # count as the original does
-): # dict name -> (b,)
+    vectors: Tensor, # (b,n,d)
+    mask: Tensor | None = None, # bool (b,n): real places
+    weights: Tensor | None = None, # (b,n): how much a place counts, sum 1
+    reference: bool = False, # count as the original does
+) -> dict: # dict name -> (b,)
     "Measure how far the places of each sample spread. Source: LoVT, supplement."
     x, mask = prepare_places(vectors, mask)
     centre, away, free = _centred(x, mask, reference)
@@ -68,15 +73,17 @@ def local_spread(
            'uniformity_within': _pairs((-2 * distance.square()).exp(), mask, None, reference).log(),
            'distance_to_centroid': masked_mean((x - centre.unsqueeze(1) + eps).norm(dim=-1), mask),
            'distance_within': _pairs(distance, mask, None, reference),
-           'covariance_within': (gram.square().sum((1, 2)) - (variance * free.unsqueeze(1)).square().sum(1)) / free.square() / x.shape[-1]}
+           'covariance_within': (gram.square().sum((1, 2)) - (variance * free.unsqueeze(1)).square().sum(1))
+           / free.square() / x.shape[-1]}
     if not reference: out['distance_to_centroid'] = torch.where(mask.sum(1) > 1, out['distance_to_centroid'], torch.nan)
-    return out if weights is None else {**out, 'distance_within_weighted': _pairs(distance, mask, weights.detach().double(), reference)}
+    return (out if weights is None
+            else {**out, 'distance_within_weighted': _pairs(distance, mask, weights.detach().double(), reference)})
 
 # %% ../../../nbs/550_evaluate.analysis.spread.ipynb #393a0c5e
 def pair_statistics(
-    vectors, # (n,d)
-    block=1024, # rows compared at once
-): # (uniformity, mean distance) over distinct pairs; NaN for fewer than two
+    vectors: Tensor, # (n,d)
+    block: int = 1024, # rows compared at once
+) -> tuple[float, float]: # (uniformity, mean distance) over distinct pairs; NaN for fewer than two
     "Compare all samples with each other, in blocks. Source: Wang and Isola, ICML 2020, equation 2."
     x, n = vectors.double(), len(vectors)
     if n < 2: return math.nan, math.nan
@@ -92,13 +99,15 @@ def pair_statistics(
     return math.log(closeness / pairs) if closeness > 0 else -math.inf, distance / pairs
 
 
-def batch_pairs(x): # (b,d): (mean of exp(-2 d²), mean distance), self-pairs included, as the original
+def batch_pairs(
+    # (b,d): (mean of exp(-2 d²), mean distance), self-pairs included, as the original
+    x: Tensor) -> tuple[Tensor, Tensor]:
     "Compare the samples of one batch."
     d = torch.cdist(x, x, compute_mode='donot_use_mm_for_euclid_dist')
     return (-2 * d.square()).exp().mean(), d.mean()
 
 
-def off_diagonal(c): # (d,d): sum of squares / d
+def off_diagonal(c: Tensor) -> float: # (d,d): sum of squares / d
     "Sum the squares beside the diagonal."
     return float((c.square().sum() - c.diagonal().square().sum()) / len(c))
 
@@ -111,7 +120,7 @@ def _sd(x):
     return float(x.std()) if len(x) > 1 else math.nan
 
 
-def batch_sd(parts): # list of (b,): the original's pooling of batches
+def batch_sd(parts: Sequence[Tensor]) -> float: # list of (b,): the original's pooling of batches
     "Pool the variance within batches with that of their means."
     means, variances = torch.stack([p.mean() for p in parts]), torch.stack([p.var() for p in parts])
     return float((variances.mean() + means.var()).sqrt() if len(parts) > 1 else variances.mean().sqrt())
@@ -119,25 +128,25 @@ def batch_sd(parts): # list of (b,): the original's pooling of batches
 # %% ../../../nbs/550_evaluate.analysis.spread.ipynb #156db1bb
 class GlobalSpread:
     "Spread of a space with one vector a sample. It keeps these vectors, (n,d)."
-    def __init__(self, reference=False): # count as the original does
+    def __init__(self, reference: bool = False): # count as the original does
         self.reference, self.parts, self.pairs = reference, [], []
 
-    def update(self, vectors): # (b,d); scaled to length 1 by the caller where that is wanted
+    def update(self, vectors: Tensor) -> None: # (b,d); scaled to length 1 by the caller where that is wanted
         "Take a batch."
         x = vectors.detach().double().cpu()
         self.parts.append(x)
         if self.reference: self.pairs.append(batch_pairs(x))
 
     @property
-    def vectors(self): return torch.cat(self.parts) # float64 (n,d)
+    def vectors(self) -> Tensor: return torch.cat(self.parts) # float64 (n,d)
 
-    def compute(self): # dict: std, uniformity, distance_between, covariance
+    def compute(self) -> dict: # dict: std, uniformity, distance_between, covariance
         "Give the numbers."
         x = self.vectors
         uniformity, distance = self._batchwise() if self.reference else pair_statistics(x)
         many = len(x) > 1
-        return {'std': float(x.std(0).mean()) if many else math.nan, 'uniformity': uniformity, 'distance_between': distance,
-                'covariance': off_diagonal(torch.cov(x.T)) if many else math.nan}
+        return {'std': float(x.std(0).mean()) if many else math.nan, 'uniformity': uniformity,
+                'distance_between': distance, 'covariance': off_diagonal(torch.cov(x.T)) if many else math.nan}
 
     def _batchwise(self):
         closeness, distance = (torch.stack(v) for v in zip(*self.pairs))
@@ -152,7 +161,8 @@ class _Places:
 
     def update(self, vectors, mask=None, weights=None): # (b,n,d), bool (b,n), (b,n)
         "Take a batch; give its centroids (b,d)."
-        for name, values in local_spread(vectors, mask, weights, self.reference).items(): self.numbers[name].append(values.cpu())
+        for name, values in local_spread(vectors, mask, weights, self.reference).items():
+            self.numbers[name].append(values.cpu())
         x, mask = prepare_places(vectors, mask)
         centre, away, free = _centred(x, mask, self.reference)
         real = ~free.isnan()
@@ -168,27 +178,35 @@ class _Places:
 class LocalSpread(_Places):
     "Spread of a space with several vectors a sample. It keeps centroids (n,d), numbers a sample, and one (d,d) sum."
     @property
-    def samples(self): # dict name -> float64 (n,)
+    def samples(self) -> dict: # dict name -> float64 (n,)
         return {k: torch.cat(v) for k, v in self.numbers.items()}
 
-    def compute(self): # dict name -> float; `…__sd` is the deviation between samples
+    def compute(self) -> dict: # dict name -> float; `…__sd` is the deviation between samples
         "Give the numbers."
         c, between = self.centres.vectors, self.centres.compute()
         within, many = self.within / self.several if self.several else torch.full_like(c[0], math.nan), len(c) > 1
         variance, eps = c.var(0) if many else torch.full_like(c[0], math.nan), 1e-6 if self.reference else 0
-        out = {'std': float((variance + within).sqrt().mean()), 'std_between': between['std'], 'distance_between': between['distance_between'],
-               'distance_to_mean': float((c - c.mean(0) + eps).norm(dim=1).mean()), 'covariance_between': between['covariance'], 'covariance': self._total(c)}
+        out = {'std': float((variance + within).sqrt().mean()), 'std_between': between['std'],
+               'distance_between': between['distance_between'],
+               'distance_to_mean': float((c - c.mean(0) + eps).norm(dim=1).mean()),
+               'covariance_between': between['covariance'], 'covariance': self._total(c)}
         for name, values in self.samples.items(): out |= {name: _mean(values), f'{name}__sd': _sd(values)}
         if self.reference: out['distance_to_centroid__sd'] = batch_sd(self.numbers['distance_to_centroid'])
         return out
 
     def _total(self, c):
         if self.reference: return sum(self.estimates) / len(self.estimates)
-        return off_diagonal(self.covariance / self.several + torch.cov(c.T)) if self.several and len(c) > 1 else math.nan
+        return (off_diagonal(self.covariance / self.several + torch.cov(c.T)) if self.several and len(c) > 1
+                else math.nan)
 
 # %% ../../../nbs/550_evaluate.analysis.spread.ipynb #fe72eab9
-REFERENCE_LOCAL = {'std': 'ch_std', 'std_within': 'ch_std_per_sample', 'std_between': 'ch_std_sample_centroids', 'uniformity_within': 'per_sample_uniformity',
-                   'distance_to_centroid': 'dist_emb2cent', 'distance_within': 'dist_emb2emb', 'distance_within_weighted': 'dist_emb2emb__weighted',
-                   'distance_between': 'dist_cent2cent__batch_estimate', 'distance_to_mean': 'dist_cent2dataset', 'covariance': 'cov_offdiagonal__batch_estimate',
-                   'covariance_within': 'cov_offdiagonal_per_sample', 'covariance_between': 'cov_offdiagonal_sample_centroids'}
-REFERENCE_GLOBAL = {'std': 'ch_std', 'uniformity': 'uniformity', 'distance_between': 'dist_emb2emb__batch_estimate', 'covariance': 'cov_offdiagonal'}
+REFERENCE_LOCAL = {'std': 'ch_std', 'std_within': 'ch_std_per_sample', 'std_between': 'ch_std_sample_centroids',
+                   'uniformity_within': 'per_sample_uniformity',
+                   'distance_to_centroid': 'dist_emb2cent', 'distance_within': 'dist_emb2emb',
+                   'distance_within_weighted': 'dist_emb2emb__weighted',
+                   'distance_between': 'dist_cent2cent__batch_estimate', 'distance_to_mean': 'dist_cent2dataset',
+                   'covariance': 'cov_offdiagonal__batch_estimate',
+                   'covariance_within': 'cov_offdiagonal_per_sample',
+                   'covariance_between': 'cov_offdiagonal_sample_centroids'}
+REFERENCE_GLOBAL = {'std': 'ch_std', 'uniformity': 'uniformity', 'distance_between': 'dist_emb2emb__batch_estimate',
+                    'covariance': 'cov_offdiagonal'}

@@ -6,7 +6,9 @@
 __all__ = ['t_interval', 'values_of', 'ranks', 'paired_differences', 'verdict_of', 'plot_tasks', 'plot_ranks']
 
 # %% ../../../nbs/547_evaluate.localized.compare.ipynb #84085f49
+from collections.abc import Sequence
 import math
+from matplotlib.figure import Figure
 import textwrap
 
 import numpy as np
@@ -18,7 +20,7 @@ from ...show.style import PALETTE, figure
 
 # %% ../../../nbs/547_evaluate.localized.compare.ipynb #728a7a4e
 def t_interval(
-    values, # (n,) one value a run
+    values: Sequence | np.ndarray | pd.Series, # (n,) one value a run
     level:float=.95, # confidence level
 ) -> tuple: # mean, low, high, standard deviation; NaN where there are too few values, or all agree
     "Give the mean of some runs and its t interval."
@@ -26,7 +28,9 @@ def t_interval(
     x = x[~np.isnan(x)]
     if not len(x): return (np.nan,) * 4
     mean, sd = float(x.mean()), float(x.std(ddof=1)) if len(x) > 1 else np.nan
-    half = float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * sd / math.sqrt(len(x)) if len(x) > 1 and np.ptp(x) > 0 else np.nan # runs that all agree do not say how far another may lie
+    # runs that all agree do not say how far another may lie
+    half = (float(stats.t.ppf((1 + level) / 2, len(x) - 1)) * sd / math.sqrt(len(x)) if len(x) > 1
+            and np.ptp(x) > 0 else np.nan)
     return mean, mean - half, mean + half, sd
 
 # %% ../../../nbs/547_evaluate.localized.compare.ipynb #343dfc07
@@ -40,7 +44,8 @@ def values_of(
     twice = table.duplicated(['task', 'model'])
     if twice.any():
         row = table[twice].iloc[0]
-        raise DataError(f'{row.model} has more than one value of {row.task}', fix='Take the mean over runs first, or keep one data set.')
+        raise DataError(f'{row.model} has more than one value of {row.task}',
+                        fix='Take the mean over runs first, or keep one data set.')
     wide = table.pivot(index='model', columns='task', values='value')
     return wide[list(dict.fromkeys(table.task))].loc[list(dict.fromkeys(table.model))]
 
@@ -53,7 +58,8 @@ def ranks(
     Raises: DataError when no task is complete.
     """
     wide = values_of(table).dropna(axis=1)
-    if not wide.shape[1]: raise DataError('no task has a value of every model', fix='Rank fewer models, or run the missing tasks.')
+    if not wide.shape[1]:
+        raise DataError('no task has a value of every model', fix='Rank fewer models, or run the missing tasks.')
     found = wide.rank(ascending=False, method='average')
     order = found.mean(axis=1).sort_values(kind='stable').index
     return found.assign(average=found.mean(axis=1), first=(wide == wide.max()).sum(axis=1)).loc[order]
@@ -67,8 +73,8 @@ def _paired(a, b, level):
 
 
 def paired_differences(
-    a, # runs of one model: DataFrame with task, run, value
-    b, # runs of the other
+    a: pd.DataFrame, # runs of one model: DataFrame with task, run, value
+    b: pd.DataFrame, # runs of the other
     draws_a:dict|None=None, # task -> (n_boot,) mean over runs in each draw of patients
     draws_b:dict|None=None, # the same of the other, of the same draws
     level:float=.95, # confidence level
@@ -84,16 +90,21 @@ def paired_differences(
         row = dict(task=task, **_paired(a[a.task == task], b[b.task == task], level))
         x, y = (d.get(task) if d else None for d in (draws_a, draws_b))
         if x is not None and y is not None:
-            if len(x) != len(y): raise DataError(f'{task}: {len(x)} draws of patients of one model, {len(y)} of the other', fix='Run both with the same n_boot and seed.')
+            if len(x) != len(y):
+                raise DataError(f'{task}: {len(x)} draws of patients of one model, {len(y)} of the other',
+                                fix='Run both with the same n_boot and seed.')
             gap = np.subtract(x, y)
-            row['low_patients'], row['high_patients'] = np.nanquantile(gap, tails) if np.ptp(gap) > 1e-9 else (np.nan, np.nan)
+            row['low_patients'], row['high_patients'] = (
+                np.nanquantile(gap, tails) if np.ptp(gap) > 1e-9 else (np.nan, np.nan))
         rows.append(row)
     return pd.DataFrame(rows)
 
 # %% ../../../nbs/547_evaluate.localized.compare.ipynb #3342b237
 def verdict_of(
     differences:pd.DataFrame, # of `paired_differences`
-) -> dict: # tasks, better, worse, mean difference, p of the sign test; clear_* = the interval over patients (or seeds) excludes 0
+    # tasks, better, worse, mean difference, p of the sign test; clear_* = the interval over patients (or seeds)
+    # excludes 0
+) -> dict:
     "Sum a comparison up."
     d = differences.difference.to_numpy(float)
     better, worse = int((d > 0).sum()), int((d < 0).sum())
@@ -108,11 +119,12 @@ def plot_tasks(
     table:pd.DataFrame, # task, model, value, low, high
     columns:int=6, # panels in a row
     unit:str='', # of the axis
-): # figure
+) -> Figure: # figure
     "Draw every task as bars with intervals."
     tasks, models = list(dict.fromkeys(table.task)), list(dict.fromkeys(table.model))
     rows = -(-len(tasks) // columns)
-    fig, axes = figure(rows, min(columns, len(tasks)), height=.5 + rows * (.7 + .16 * len(models)), squeeze=False, sharey=True)
+    fig, axes = figure(rows, min(columns, len(tasks)), height=.5 + rows * (.7 + .16 * len(models)),
+                       squeeze=False, sharey=True)
     for ax in axes.flat[len(tasks):]: ax.axis('off')
     for ax, task in zip(axes.flat, tasks):
         mine = table[table.task == task].set_index('model').reindex(models)
@@ -131,13 +143,14 @@ def plot_tasks(
 def plot_ranks(
     found:pd.DataFrame, # of `ranks`
     title:str='Rank on each task', # of the figure
-): # figure
+) -> Figure: # figure
     "Draw ranks as a heat map, the best model on top."
     tasks = [c for c in found.columns if c not in ('average', 'first')]
     fig, ax = figure(1, 1, height=1.2 + .24 * len(found))
     ax.imshow(found[tasks], cmap='viridis', aspect='auto', vmin=1, vmax=max(2, len(found)))
     for (i, j), rank in np.ndenumerate(found[tasks].to_numpy()):
-        ax.text(j, i, f'{rank:g}', ha='center', va='center', fontsize=6, color='white' if rank < .6 * len(found) else 'black')
+        ax.text(j, i, f'{rank:g}', ha='center', va='center', fontsize=6,
+                color='white' if rank < .6 * len(found) else 'black')
     ax.set_xticks(range(len(tasks)), [t.replace('_', ' ') for t in tasks], rotation=45, ha='right', fontsize=6)
     ax.set_yticks(range(len(found)), [f'{m}  {a:.1f}' for m, a in found.average.items()], fontsize=7)
     ax.set_title(title + ' (average behind the name)')

@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['OVERLAPS', 'arrange_localized', 'hits_of', 'average_precisions', 'positive_images', 'localized_map', 'marks_of',
-           'froc_value', 'localized_table', 'find_boxes', 'LocalizedResult', 'detection_scores', 'localized_validation',
-           'show_found']
+           'froc_value', 'froc_draws', 'precision_draws', 'localized_table', 'find_boxes', 'LocalizedResult',
+           'detection_scores', 'localized_validation', 'show_found']
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #b58305e8
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from matplotlib.figure import Figure
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,10 +18,12 @@ import pandas as pd
 
 from ...core.errors import DataError
 from ..stats.bootstrap import BLOCK, patient_counts
-from ..metrics.coco import BOX, _average, arrange, average_precision_of, candidate_pairs, match, score_ends
+from ..metrics.coco import (BOX, Scene, average_from_counts, arrange, ranking_precision, candidate_pairs,
+                                         match, score_ends)
 from ..protocols.detector import OUTCOME
-from ..metrics.froc import RATES, _mean, _points, _ranking, _wrap
+from ..metrics.froc import RATES, class_mean, recall_points, ranking_of, box_estimate
 from ..metrics.segmentation import predictions
+from ...methods.base import Method
 from ...show.exam import draw_view
 from ...show.style import figure
 
@@ -27,62 +31,68 @@ from ...show.style import figure
 OVERLAPS = tuple(round(.4 + .05 * i, 2) for i in range(8)) # .4, .45 … .75
 
 
-def arrange_localized(truth, # DataFrame image_id, label, x0, y0, x1, y1 (pixels)
-                      found, # DataFrame image_id, label, score, x0, y0, x1, y1
-                      images, # DataFrame image_id, patient_id: all images, or a list of ids
-                      labels=None, # classes; None: all that occur
-                      plus_one=True, # one pixel more on every side, as the original
+def arrange_localized(truth: pd.DataFrame, # DataFrame image_id, label, x0, y0, x1, y1 (pixels)
+                      found: pd.DataFrame, # DataFrame image_id, label, score, x0, y0, x1, y1
+                      images: pd.DataFrame | Sequence, # DataFrame image_id, patient_id: all images, or a list of ids
+                      labels: Sequence[str] | None = None, # classes; None: all that occur
+                      plus_one: bool = True, # one pixel more on every side, as the original
                       ties:str='together', # equal scores, as in `arrange`; 'listed': as the original
-                      ): # Scene; all detections are kept
+                      ) -> Scene: # Scene; all detections are kept
     "Sort truth and detections into arrays. Raises: as `arrange`."
     scene = arrange(truth, found, images, labels, 10**9, ties)
     longer = np.array([0., 0., 1., 1.]) if plus_one else 0.
     return replace(scene, boxes=scene.boxes + longer, found=scene.found + longer)
 
 
-def hits_of(scene, # Scene
-            thresholds, # overlaps
-            ): # bool (t,d): detection is right
+def hits_of(scene: Scene, # Scene
+            thresholds: Sequence[float], # overlaps
+            ) -> np.ndarray: # bool (t,d): detection is right
     "Match detections with true boxes of a larger overlap than each threshold."
     above = np.nextafter(np.asarray(thresholds, float), 2)
     return match(scene, candidate_pairs(scene, above.min()), above)[:, 0] >= 0
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #6ff6655b
-def average_precisions(scene, # Scene
-                       hit, # bool (t,d), of `hits_of`
-                       among=None, # bool (images,): use these images only
-                       ): # float (k,t); NaN for a class without true box
+def average_precisions(scene: Scene, # Scene
+                       hit: np.ndarray, # bool (t,d), of `hits_of`
+                       among: np.ndarray | None = None, # bool (images,): use these images only
+                       ) -> np.ndarray: # float (k,t); NaN for a class without true box
     "Compute average precision of each class at each overlap."
     keep = None if among is None else among[scene.found_group % scene.n_images]
     out = []
     for k in range(len(scene.labels)):
-        ranked, _, boxes_of, here = _ranking(scene, k, hit)
+        ranked, _, boxes_of, here = ranking_of(scene, k, hit)
         if keep is not None: ranked = ranked[:, keep[here]]
         score = scene.score[here] if keep is None else scene.score[here[keep[here]]]
-        out.append(average_precision_of(ranked, np.ones_like(ranked), boxes_of.sum(), ends=score_ends(score, scene.ties)))
+        out.append(
+            ranking_precision(ranked, np.ones_like(ranked), boxes_of.sum(), ends=score_ends(score, scene.ties)))
     return np.stack(out)
 
 
-def positive_images(scene): # Scene -> bool (images,)
+def positive_images(scene: Scene) -> np.ndarray: # Scene -> bool (images,)
     "Say which images have a true box."
     out = np.zeros(scene.n_images, bool)
     out[scene.group % scene.n_images] = True
     return out
 
 
-def localized_map(truth, found, images, labels=None, plus_one=True, ties='together', # as in `arrange_localized`
-                  ): # Series: mAP, mAP@0.5, mAP@0.75, pos_mAP, and <class>_mAP
+def localized_map(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFrame | Sequence,
+                  # as in `arrange_localized`
+                  labels: Sequence[str] | None = None, plus_one: bool = True, ties: str = 'together',
+                  ) -> pd.Series: # Series: mAP, mAP@0.5, mAP@0.75, pos_mAP, and <class>_mAP
     "Compute LoVT's mean average precision, without intervals: for validation."
     scene = arrange_localized(truth, found, images, labels, plus_one, ties)
     hit = hits_of(scene, OVERLAPS)
     ap, pos = (average_precisions(scene, hit, among) for among in (None, positive_images(scene)))
-    at = {f'mAP@{t:g}': _mean(ap[:, [OVERLAPS.index(t)]]).item() for t in (.5, .75)}
-    return pd.Series({'mAP': _mean(ap).item(), **at, 'pos_mAP': _mean(pos).item(), **{f'{n}_mAP': v for n, v in zip(scene.labels, ap.mean(1))}}, name='value')
+    at = {f'mAP@{t:g}': class_mean(ap[:, [OVERLAPS.index(t)]]).item() for t in (.5, .75)}
+    return pd.Series({'mAP': class_mean(ap).item(), **at, 'pos_mAP': class_mean(pos).item(),
+                      **{f'{n}_mAP': v for n, v in zip(scene.labels, ap.mean(1))}}, name='value')
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #eca6033e
-def marks_of(scene, # Scene (plain boxes: plus_one=False)
-             k=0, # number of the class
-             ): # gain int (d,): true boxes hit first by this mark; false bool (d,); patient (d,); in order of confidence
+def marks_of(scene: Scene, # Scene (plain boxes: plus_one=False)
+             k: int = 0, # number of the class
+             # gain int (d,): true boxes hit first by this mark; false bool (d,); patient (d,); in order of
+             # confidence
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Say for each mark of a class what it adds."
     closed = replace(scene, boxes=np.concatenate([scene.boxes[:, :2], np.nextafter(scene.boxes[:, 2:], np.inf)], 1))
     each, other, _ = candidate_pairs(closed, .5, 'centre')
@@ -100,12 +110,12 @@ def marks_of(scene, # Scene (plain boxes: plus_one=False)
     return gain, false, scene.patient_of(scene.found_group[here])
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #ba2da723
-def froc_value(gain, # int (d,), in order of confidence
-               false, # bool (d,)
-               n_boxes, # true boxes
-               n_images, # images looked at
-               rates=RATES, # false marks an image
-               ): # float: mean sensitivity
+def froc_value(gain: np.ndarray, # int (d,), in order of confidence
+               false: np.ndarray, # bool (d,)
+               n_boxes: int, # true boxes
+               n_images: int, # images looked at
+               rates: Sequence[float] = RATES, # false marks an image
+               ) -> float: # float: mean sensitivity
     "Compute the mean sensitivity at given numbers of false marks an image, as the Object-CXR challenge."
     found = np.cumsum(gain) / n_boxes if n_boxes else np.ones(len(gain))
     reached = np.searchsorted(np.cumsum(false), np.asarray(rates) * n_images - 1e-9)
@@ -116,7 +126,8 @@ def froc_value(gain, # int (d,), in order of confidence
     return float((found[noted].sum() + (len(rates) - len(noted)) * found[noted[-1]]) / len(rates))
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #e9884138
-def _froc_draws(gain, false, patient, boxes_of, images_of, n_boot, seed):
+def froc_draws(gain: np.ndarray, false: np.ndarray, patient: np.ndarray, boxes_of: np.ndarray, images_of: np.ndarray,
+               n_boot: int, seed: int) -> np.ndarray:
     "Bootstrap of fROC, (n_boot,)."
     out = []
     for block in range(-(-n_boot // BLOCK)):
@@ -128,14 +139,16 @@ def _froc_draws(gain, false, patient, boxes_of, images_of, n_boot, seed):
     return np.array(out)
 
 
-def _ap_draws(scene, hit, among, n_boot, seed): # hit (t,d), among (images,)
+def precision_draws(scene: Scene, hit: np.ndarray, among: np.ndarray, n_boot: int,
+                    seed: int) -> np.ndarray: # hit (t,d), among (images,)
     "Bootstrap of average precision, (k,t,n_boot): running sums are made once for all overlaps."
     out = np.full((len(scene.labels), len(hit), n_boot), np.nan)
     for k in range(len(scene.labels)):
-        ranked, patient, boxes_of, here = _ranking(scene, k, hit)
+        ranked, patient, boxes_of, here = ranking_of(scene, k, hit)
         keep = among[scene.found_group[here] % scene.n_images]
-        hits, patient, ends = [np.flatnonzero(h) for h in ranked[:, keep]], patient[keep], score_ends(scene.score[here[keep]], scene.ties)
-        at = [_points(rows, ends) for rows in hits]
+        hits, patient, ends = ([np.flatnonzero(h) for h in ranked[:, keep]], patient[keep],
+                               score_ends(scene.score[here[keep]], scene.ties))
+        at = [recall_points(rows, ends) for rows in hits]
         nth = [np.searchsorted(rows, points, side='right') - 1 for rows, points in zip(hits, at)]
         for block in range(-(-n_boot // BLOCK)):
             w = patient_counts(scene.patients, block, seed, min(BLOCK, n_boot - block * BLOCK)).T
@@ -143,30 +156,41 @@ def _ap_draws(scene, hit, among, n_boot, seed): # hit (t,d), among (images,)
             before = np.cumsum(drawn, 1)  # float32 holds these counts exactly
             for t, rows in enumerate(hits):
                 tp = np.cumsum(drawn[:, rows], 1, dtype=float)[:, nth[t]]
-                out[k, t, block * BLOCK:block * BLOCK + len(w)] = _average(tp, before[:, at[t]] - tp, n)
+                out[k, t, block * BLOCK:block * BLOCK + len(w)] = average_from_counts(tp, before[:, at[t]] - tp, n)
     return out
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #bdf6e0a9
 def _map_rows(scene, n_boot, seed): # scene of plain boxes
     "Rows of mAP and its variants."
-    grown, every = replace(scene, boxes=scene.boxes + [0, 0, 1, 1], found=scene.found + [0, 0, 1, 1]), np.ones(scene.n_images, bool)
+    grown, every = (replace(scene, boxes=scene.boxes + [0, 0, 1, 1], found=scene.found + [0, 0, 1, 1]),
+                    np.ones(scene.n_images, bool))
     hit, t = np.concatenate([hits_of(grown, OVERLAPS), hits_of(scene, OVERLAPS)]), len(OVERLAPS)
-    all_of, pos_of = ((average_precisions(scene, h, among), _ap_draws(scene, h, among, n_boot, seed)) for h, among in ((hit, every), (hit[:t], positive_images(scene))))
+    all_of, pos_of = ((average_precisions(scene, h, among), precision_draws(scene, h, among, n_boot, seed))
+                      for h, among in ((hit, every), (hit[:t], positive_images(scene))))
     single = {f'mAP@{o:g}': (*all_of, slice(i, i + 1)) for i, o in enumerate(OVERLAPS) if o in (.5, .75)}
-    parts = {'mAP': (*all_of, slice(t)), **single, 'pos_mAP': (*pos_of, slice(t)), 'mAP_plain': (*all_of, slice(t, None))}
+    parts = {'mAP': (*all_of, slice(t)), **single, 'pos_mAP': (*pos_of, slice(t)),
+             'mAP_plain': (*all_of, slice(t, None))}
     n, rows = np.bincount(scene.label_of(scene.group), minlength=len(scene.labels)), []
     for name, (ap, draws, at) in parts.items():
-        rows += [dict(task=c, metric=name, **_wrap(ap[k, at].mean(), draws[k, at].mean(0), scene, n[k], [k], share=False).row()) for k, c in enumerate(scene.labels)]
-        rows.append(dict(task='mean', metric=name, **_wrap(_mean(ap[:, at]), _mean(draws[:, at]), scene, n.sum(), range(len(n)), share=False).row()))
+        rows += [
+            dict(task=c, metric=name, **box_estimate(ap[k, at].mean(), draws[k, at].mean(0), scene, n[k], [k],
+                                              share=False).row()) for k, c in enumerate(scene.labels)]
+        rows.append(
+            dict(task='mean', metric=name,
+                 **box_estimate(class_mean(ap[:, at]), class_mean(draws[:, at]), scene, n.sum(), range(len(n)),
+                                share=False).row()))
     return rows
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #c9f6392c
-def localized_table(truth, found, images, labels=None, # as in `arrange_localized`; images with patient_id
-                    rates=RATES, # of fROC
-                    n_boot=1000, # resamples of patients
-                    seed=0, # of the draws
+def localized_table(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFrame,
+                    labels: Sequence[str] | None = None, # as in `arrange_localized`; images with patient_id
+                    rates: Sequence[float] = RATES, # of fROC
+                    n_boot: int = 1000, # resamples of patients
+                    seed: int = 0, # of the draws
                     ties:str='together', # equal scores, as in `arrange`
-                    ): # DataFrame task (class; 'mean' over classes), metric, value, low, high, unit, n, n_positive (true boxes), patients …
+                    # DataFrame task (class; 'mean' over classes), metric, value, low, high, unit, n, n_positive
+                    # (true boxes), patients …
+                    ) -> pd.DataFrame:
     """Estimate mAP, mAP@0.5, mAP@0.75, pos_mAP (overlap with the added pixel), mAP_plain (without) and froc.
 
     Raises: DataError for a box without area, or no true box at all."""
@@ -175,21 +199,26 @@ def localized_table(truth, found, images, labels=None, # as in `arrange_localize
     images_of = np.bincount(scene.patient, minlength=scene.patients)
     for k, name in enumerate(scene.labels):
         gain, false, patient = marks_of(scene, k)
-        boxes_of = np.bincount(scene.patient_of(scene.group[scene.label_of(scene.group) == k]), minlength=scene.patients)
+        boxes_of = np.bincount(scene.patient_of(scene.group[scene.label_of(scene.group) == k]),
+                               minlength=scene.patients)
         n, total = boxes_of.sum(), total + boxes_of.sum()
         values.append(froc_value(gain, false, n, scene.n_images, rates) if n else np.nan)
-        draws.append(_froc_draws(gain, false, patient, boxes_of, images_of, n_boot, seed))
-        rows.append(dict(task=name, metric='froc', **_wrap(values[-1], draws[-1], scene, n, [k]).row()))
-    both = [_mean(np.array(x)[:, None]) for x in (values, draws)]
-    return pd.DataFrame(rows + [dict(task='mean', metric='froc', **_wrap(*both, scene, total, range(len(scene.labels))).row())])
+        draws.append(froc_draws(gain, false, patient, boxes_of, images_of, n_boot, seed))
+        rows.append(dict(task=name, metric='froc', **box_estimate(values[-1], draws[-1], scene, n, [k]).row()))
+    both = [class_mean(np.array(x)[:, None]) for x in (values, draws)]
+    return pd.DataFrame(
+        rows + [dict(task='mean', metric='froc', **box_estimate(*both, scene, total, range(len(scene.labels))).row())])
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #c148097f
-def find_boxes(method, # Method with `predict` and `names`
+def find_boxes(method: Method, # Method with `predict` and `names`
                dataset, # samples with boxes and box_labels
-               classes=None, # names; None: the method's
-               batch_size=16, # images at once
-               ): # truth, found, images: the three tables of `arrange_localized`
-    "Ask a detector about all images. Raises: DataError when samples have no boxes or one is without area, or there is no sample."
+               classes: Sequence[str] | None = None, # names; None: the method's
+               batch_size: int = 16, # images at once
+               # truth, found, images: the three tables of `arrange_localized`
+               ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Ask a detector about all images.
+
+    Raises: DataError when samples have no boxes or one is without area, or there is no sample."""
     classes, truth, found, images = tuple(classes or method.names), [], [], []
     for batch, answers in predictions(method, dataset, batch_size):
         if 'boxes' not in batch: raise DataError('the samples have no boxes', fix='Use a data set with boxes.')
@@ -198,10 +227,13 @@ def find_boxes(method, # Method with `predict` and `names`
             for box, label in zip(np.asarray(batch['boxes'][i][0], float).reshape(-1, 4), batch['box_labels'][i][0]):
                 if label in classes: truth.append((name, label, *box))
             boxes, scores, labels = (answer[k].cpu().numpy() for k in ('boxes', 'scores', 'labels'))
-            found += [(name, method.names[c], s, *b) for b, s, c in zip(boxes.tolist(), scores.tolist(), labels.tolist()) if method.names[c] in classes]
+            found += [(name, method.names[c], s, *b)
+                      for b, s, c in zip(boxes.tolist(), scores.tolist(), labels.tolist())
+                      if method.names[c] in classes]
     if not images: raise DataError('the data set has no images')
     columns = ['image_id', 'label', *BOX]
-    return (pd.DataFrame(truth, columns=columns), pd.DataFrame(found, columns=[*columns[:2], 'score', *BOX]), pd.DataFrame(images, columns=['image_id', 'patient_id']))
+    return (pd.DataFrame(truth, columns=columns), pd.DataFrame(found, columns=[*columns[:2], 'score', *BOX]),
+            pd.DataFrame(images, columns=['image_id', 'patient_id']))
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #57565f09
 @dataclass(repr=False)
@@ -212,50 +244,58 @@ class LocalizedResult:
     images: pd.DataFrame # image_id, patient_id
     table: pd.DataFrame # task, metric, value, low, high, n, n_positive, patients …
 
-    def value(self, metric='mAP', task='mean'): # one number of the table
+    def value(self, metric: str = 'mAP', task: str = 'mean') -> float: # one number of the table
         return float(self.table[(self.table.metric == metric) & (self.table.task == task)].value.iloc[0])
 
-    def __repr__(self): return f'LocalizedResult({len(self.found)} detections, {len(self.truth)} true boxes, {len(self.images)} images: mAP {self.value():.3f}, fROC {self.value("froc"):.3f})'
+    def __repr__(self):
+        return (f'LocalizedResult({len(self.found)} detections, {len(self.truth)} true boxes, {len(self.images)} '
+                f'images: mAP {self.value():.3f}, fROC {self.value("froc"):.3f})')
 
-    def _repr_html_(self): return self.table[['task', 'metric', 'value', 'low', 'high', 'n', 'n_positive', 'patients']].round(3).to_html(index=False)
+    def _repr_html_(self):
+        return self.table[['task', 'metric', 'value', 'low', 'high', 'n', 'n_positive', 'patients']].round(
+            3).to_html(index=False)
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #be8394c8
-def detection_scores(source, # Method with `predict` and `names`, or a DataFrame of detections
+def detection_scores(source: Method | pd.DataFrame, # Method with `predict` and `names`, or a DataFrame of detections
                      dataset, # samples with boxes; or (truth, images) tables with a DataFrame as source
-                     classes=None, # names; None: the method's, or all that occur
-                     batch_size=16, # images at once
-                     n_boot=1000, seed=0, # resamples of patients, key of the draws
-                     ): # LocalizedResult
+                     classes: Sequence[str] | None = None, # names; None: the method's, or all that occur
+                     batch_size: int = 16, # images at once
+                     n_boot: int = 1000, seed: int = 0, # resamples of patients, key of the draws
+                     ) -> LocalizedResult: # LocalizedResult
     "Score a detector on a data set. Raises: as `find_boxes` and `localized_table`."
-    truth, found, images = (dataset[0], source, dataset[1]) if isinstance(source, pd.DataFrame) else find_boxes(source, dataset, classes, batch_size)
+    truth, found, images = ((dataset[0], source, dataset[1]) if isinstance(source, pd.DataFrame)
+                            else find_boxes(source, dataset, classes, batch_size))
     labels = list(classes or getattr(source, 'names', None) or sorted({*truth.label, *found.label}))
-    return LocalizedResult(found, truth, images, localized_table(truth, found, images, labels, n_boot=n_boot, seed=seed))
+    return LocalizedResult(found, truth, images,
+                           localized_table(truth, found, images, labels, n_boot=n_boot, seed=seed))
 
 
 def localized_validation(dataset, # validation samples with boxes
-                         classes=None, # None: the method's
-                         batch_size=16, # images at once
-                         ): # callable(method, state) -> {'valid_map', 'valid_map50', 'valid_froc'}
+                         classes: Sequence[str] | None = None, # None: the method's
+                         batch_size: int = 16, # images at once
+                         ) -> Callable: # callable(method, state) -> {'valid_map', 'valid_map50', 'valid_froc'}
     "Make the callable that scores boxes of validation patients during training."
     def validate(method, state):
         tables, labels = find_boxes(method, dataset, classes, batch_size), list(classes or method.names)
         values, scene = localized_map(*tables, labels), arrange_localized(*tables, labels, plus_one=False)
         n = np.bincount(scene.label_of(scene.group), minlength=len(labels))
         froc = [froc_value(*marks_of(scene, k)[:2], n[k], scene.n_images) for k in range(len(labels)) if n[k]]
-        return {'valid_map': float(values['mAP']), 'valid_map50': float(values['mAP@0.5']), 'valid_froc': float(np.mean(froc))}
+        return {'valid_map': float(values['mAP']), 'valid_map50': float(values['mAP@0.5']),
+                'valid_froc': float(np.mean(froc))}
     return validate
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #c3bd0ee6
-def show_found(result, # LocalizedResult
-               images, # {image_id: (h,w)}
-               score=.3, # detections shown score more
-               overlap=.4, # a hit overlaps by more
-               columns=4, # images beside each other
-               ): # figure
+def show_found(result: LocalizedResult, # LocalizedResult
+               images: dict, # {image_id: (h,w)}
+               score: float = .3, # detections shown score more
+               overlap: float = .4, # a hit overlaps by more
+               columns: int = 4, # images beside each other
+               ) -> Figure: # figure
     "Draw images with true boxes, hits and false marks."
     shown = result.found[result.found.score > score]
     rows = -(-len(images) // columns)
-    fig, axes = figure(rows, min(columns, len(images)), width=1.9 * min(columns, len(images)), height=1.9 * rows + .3, squeeze=False)
+    fig, axes = figure(rows, min(columns, len(images)), width=1.9 * min(columns, len(images)), height=1.9 * rows + .3,
+                       squeeze=False)
     for ax in axes.flat[len(images):]: ax.axis('off')
     for ax, (name, image) in zip(axes.flat, images.items()):
         mine, true = (t[t.image_id == name].reset_index(drop=True) for t in (shown, result.truth))
@@ -263,9 +303,12 @@ def show_found(result, # LocalizedResult
         hit = hits_of(scene, [overlap])[0] if scene is not None else np.zeros(len(mine), bool)
         boxes = scene.found - [0, 0, 1, 1] if scene is not None else mine[BOX].to_numpy(float)
         draw_view(ax, image)
-        drawn = [('truth', b) for b in true[BOX].to_numpy(float)] + [('hit' if h else 'false mark', b) for h, b in zip(hit, boxes)]
+        drawn = ([('truth', b) for b in true[BOX].to_numpy(float)]
+                 + [('hit' if h else 'false mark', b) for h, b in zip(hit, boxes)])
         for kind, (x0, y0, x1, y1) in drawn:
-            ax.add_patch(plt.Rectangle((x0 - .5, y0 - .5), x1 - x0, y1 - y0, fill=False, edgecolor=OUTCOME[kind], lw=1.3, ls='--' if kind == 'truth' else '-'))
-    handles = [plt.Line2D([], [], color='grey' if k == 'truth' else c, ls='--' if k == 'truth' else '-', label=k) for k, c in OUTCOME.items()]
+            ax.add_patch(plt.Rectangle((x0 - .5, y0 - .5), x1 - x0, y1 - y0, fill=False, edgecolor=OUTCOME[kind],
+                                       lw=1.3, ls='--' if kind == 'truth' else '-'))
+    handles = [plt.Line2D([], [], color='grey' if k == 'truth' else c, ls='--' if k == 'truth' else '-', label=k)
+               for k, c in OUTCOME.items()]
     fig.legend(handles=handles, loc='outside lower center', ncols=3)
     return fig

@@ -7,33 +7,50 @@ __all__ = ['PUBLISHED_MODELS', 'ABLATIONS', 'LOCALIZED_REMARKS', 'PROTOCOL', 'pu
            'beside_published', 'ranks_among_published']
 
 # %% ../../../nbs/548_evaluate.localized.published.ipynb #6b695186
+from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from ...core.errors import DataError, unknown_name
 from ...data.releases.lovt_splits import LOVT_SETS
-from .tasks import ABSENT, TASKS, select_tasks
+from .tasks import ABSENT, LocalizedTask, TASKS, select_tasks
 from .compare import ranks
 
 # %% ../../../nbs/548_evaluate.localized.published.ipynb #d5b1ca8e
 _PERCENT = {
-    'Random': '2.4±0.5 5.1±1.2 14.9±1.7 1.0±0.2 4.0±0.3 8.9±0.9 21.9±1.2 5.3±0.0 5.3±0.0 34.0±1.1 32.2±1.8 6.0±0.0 23.2±1.0 23.9±1.6 49.5±1.2 28.4±1.4 6.9±0.0 0.5±0.4',
-    'ImageNet': '5.0±0.7 12.4±0.8 19.0±0.2 3.6±1.4 8.0±0.1 15.7±0.3 27.5±0.6 38.3±0.0 43.3±0.0 43.9±2.0 41.9±1.7 32.6±0.7 38.5±0.9 36.9±0.7 62.5±0.4 52.7±1.3 37.8±0.0 2.6±1.6',
-    'CheXpert 30': '8.3±0.8 12.4±1.6 21.3±0.3 7.0±1.0 14.8±0.8 18.8±0.4 38.9±0.2 45.5±0.2 48.1±0.0 43.5±4.9 44.1±3.2 32.1±2.0 38.9±0.9 40.7±0.7 62.2±0.6 46.3±1.9 16.5±7.7 8.7±0.6',
-    'BYOL 30': '7.0±1.0 11.9±1.1 18.8±0.2 9.6±0.2 14.0±1.2 21.0±0.2 42.9±0.1 47.8±0.2 50.0±0.0 46.2±1.6 47.5±1.6 36.9±1.7 43.1±0.6 42.9±0.3 59.6±1.0 55.7±1.0 32.3±0.1 6.0±0.1',
-    'SimCLR 30': '6.7±0.5 12.9±0.5 20.4±1.8 7.9±1.0 11.9±0.1 19.9±0.2 43.1±0.0 46.0±0.0 48.2±0.0 44.9±2.9 41.4±3.7 33.0±0.0 42.6±0.4 39.2±0.7 61.9±0.8 54.3±1.0 33.2±0.1 13.3±0.5',
-    'PixelPro 30': '4.8±0.6 12.6±1.2 19.8±0.4 3.1±0.2 6.4±0.5 13.4±0.3 25.9±0.2 34.6±0.0 39.8±0.1 47.0±3.4 38.5±3.9 26.6±0.4 39.3±0.8 39.1±0.3 63.1±0.7 46.3±0.2 29.9±0.2 1.8±0.0',
-    'ConVIRT 30': '7.4±1.3 12.7±1.5 18.3±0.4 9.8±0.3 14.8±1.1 18.4±1.1 42.1±0.1 47.1±0.2 50.2±0.0 48.8±2.2 44.2±3.1 45.0±3.0 42.5±1.0 42.5±0.2 62.5±0.1 54.0±0.7 37.7±0.1 11.4±0.8',
-    'CLIP 30': '7.2±0.8 12.8±1.2 19.7±0.5 9.3±0.4 16.1±1.1 19.6±1.4 44.3±0.1 48.8±0.1 50.7±0.0 49.3±2.0 46.5±2.3 46.2±0.3 42.8±1.5 42.5±0.6 62.9±0.8 55.5±2.1 39.0±0.0 12.5±1.0',
-    'LoVT 30': '7.7±1.0 11.7±0.5 17.2±1.3 8.6±1.5 17.9±0.4 18.0±0.1 46.0±0.0 49.4±0.0 51.5±0.0 49.5±1.3 49.2±4.6 49.2±0.2 43.4±0.7 43.1±0.6 61.0±1.3 55.8±1.1 37.6±0.2 13.4±0.8',
-    'CheXpert 100': '10.0±1.9 12.4±0.9 22.2±0.4 5.8±0.4 11.9±0.7 20.0±0.2 40.0±0.1 44.3±0.0 46.9±0.0 46.2±1.7 45.9±3.9 37.7±0.4 34.2±0.8 37.7±0.3 57.5±1.1 39.8±2.4 19.4±0.1 15.2±0.0',
-    'BYOL 100': '5.6±0.8 11.0±0.2 17.3±1.1 6.8±1.6 12.1±1.1 15.9±0.6 41.9±0.0 45.1±0.0 46.8±0.0 50.7±2.7 42.0±3.0 32.9±0.0 42.6±0.7 40.7±0.7 60.6±1.1 53.1±0.8 21.8±0.1 5.7±0.0',
-    'SimCLR 100': '7.1±0.7 12.2±0.8 18.8±1.0 5.4±0.2 13.1±0.2 17.3±1.6 43.0±0.0 45.1±0.0 47.0±0.0 48.1±2.5 44.1±2.1 35.3±0.0 41.2±0.8 38.7±0.5 61.1±0.7 48.7±0.5 30.0±0.0 11.8±0.0',
-    'PixelPro 100': '4.8±0.3 11.0±1.5 17.4±1.7 4.6±1.6 5.4±1.1 12.6±1.3 23.9±0.4 34.8±0.2 40.2±0.1 42.4±4.4 37.7±1.0 18.9±6.4 39.4±1.2 38.7±0.6 65.0±0.5 46.2±1.2 29.7±0.1 1.8±0.0',
-    'ConVIRT 100': '10.7±1.1 13.3±0.8 18.5±0.4 8.2±0.9 15.6±1.2 17.9±0.3 44.6±0.1 48.5±0.0 50.4±0.3 47.9±0.7 46.0±1.1 42.7±2.0 39.3±0.3 43.1±0.3 60.6±1.2 52.5±1.0 36.0±0.0 18.6±0.1',
-    'CLIP 100': '7.0±1.5 10.7±1.1 19.9±0.8 11.9±0.7 15.0±1.1 18.7±0.0 45.2±0.0 49.3±0.1 51.1±0.0 48.6±2.4 45.8±4.1 41.7±0.1 44.0±0.7 45.0±0.5 62.8±0.5 56.9±1.4 39.4±0.0 11.4±0.8',
-    'LoVT 100': '8.5±0.8 13.2±0.6 18.1±3.2 9.6±1.2 16.4±1.3 20.5±1.0 46.3±0.0 50.1±0.0 51.8±0.0 51.2±2.5 46.2±2.4 44.0±0.8 44.1±0.3 43.9±0.7 62.1±0.5 57.4±0.5 39.9±0.0 9.4±0.5',
+    'Random': '2.4±0.5 5.1±1.2 14.9±1.7 1.0±0.2 4.0±0.3 8.9±0.9 21.9±1.2 5.3±0.0 5.3±0.0 34.0±1.1 32.2±1.8 6.0±0.0 '
+              '23.2±1.0 23.9±1.6 49.5±1.2 28.4±1.4 6.9±0.0 0.5±0.4',
+    'ImageNet': '5.0±0.7 12.4±0.8 19.0±0.2 3.6±1.4 8.0±0.1 15.7±0.3 27.5±0.6 38.3±0.0 43.3±0.0 43.9±2.0 41.9±1.7 '
+                '32.6±0.7 38.5±0.9 36.9±0.7 62.5±0.4 52.7±1.3 37.8±0.0 2.6±1.6',
+    'CheXpert 30': '8.3±0.8 12.4±1.6 21.3±0.3 7.0±1.0 14.8±0.8 18.8±0.4 38.9±0.2 45.5±0.2 48.1±0.0 43.5±4.9 44.1±3.2 '
+                   '32.1±2.0 38.9±0.9 40.7±0.7 62.2±0.6 46.3±1.9 16.5±7.7 8.7±0.6',
+    'BYOL 30': '7.0±1.0 11.9±1.1 18.8±0.2 9.6±0.2 14.0±1.2 21.0±0.2 42.9±0.1 47.8±0.2 50.0±0.0 46.2±1.6 47.5±1.6 '
+               '36.9±1.7 43.1±0.6 42.9±0.3 59.6±1.0 55.7±1.0 32.3±0.1 6.0±0.1',
+    'SimCLR 30': '6.7±0.5 12.9±0.5 20.4±1.8 7.9±1.0 11.9±0.1 19.9±0.2 43.1±0.0 46.0±0.0 48.2±0.0 44.9±2.9 41.4±3.7 '
+                 '33.0±0.0 42.6±0.4 39.2±0.7 61.9±0.8 54.3±1.0 33.2±0.1 13.3±0.5',
+    'PixelPro 30': '4.8±0.6 12.6±1.2 19.8±0.4 3.1±0.2 6.4±0.5 13.4±0.3 25.9±0.2 34.6±0.0 39.8±0.1 47.0±3.4 38.5±3.9 '
+                   '26.6±0.4 39.3±0.8 39.1±0.3 63.1±0.7 46.3±0.2 29.9±0.2 1.8±0.0',
+    'ConVIRT 30': '7.4±1.3 12.7±1.5 18.3±0.4 9.8±0.3 14.8±1.1 18.4±1.1 42.1±0.1 47.1±0.2 50.2±0.0 48.8±2.2 44.2±3.1 '
+                  '45.0±3.0 42.5±1.0 42.5±0.2 62.5±0.1 54.0±0.7 37.7±0.1 11.4±0.8',
+    'CLIP 30': '7.2±0.8 12.8±1.2 19.7±0.5 9.3±0.4 16.1±1.1 19.6±1.4 44.3±0.1 48.8±0.1 50.7±0.0 49.3±2.0 46.5±2.3 '
+               '46.2±0.3 42.8±1.5 42.5±0.6 62.9±0.8 55.5±2.1 39.0±0.0 12.5±1.0',
+    'LoVT 30': '7.7±1.0 11.7±0.5 17.2±1.3 8.6±1.5 17.9±0.4 18.0±0.1 46.0±0.0 49.4±0.0 51.5±0.0 49.5±1.3 49.2±4.6 '
+               '49.2±0.2 43.4±0.7 43.1±0.6 61.0±1.3 55.8±1.1 37.6±0.2 13.4±0.8',
+    'CheXpert 100': '10.0±1.9 12.4±0.9 22.2±0.4 5.8±0.4 11.9±0.7 20.0±0.2 40.0±0.1 44.3±0.0 46.9±0.0 46.2±1.7 45.9±3.9 '
+                    '37.7±0.4 34.2±0.8 37.7±0.3 57.5±1.1 39.8±2.4 19.4±0.1 15.2±0.0',
+    'BYOL 100': '5.6±0.8 11.0±0.2 17.3±1.1 6.8±1.6 12.1±1.1 15.9±0.6 41.9±0.0 45.1±0.0 46.8±0.0 50.7±2.7 42.0±3.0 '
+                '32.9±0.0 42.6±0.7 40.7±0.7 60.6±1.1 53.1±0.8 21.8±0.1 5.7±0.0',
+    'SimCLR 100': '7.1±0.7 12.2±0.8 18.8±1.0 5.4±0.2 13.1±0.2 17.3±1.6 43.0±0.0 45.1±0.0 47.0±0.0 48.1±2.5 44.1±2.1 '
+                  '35.3±0.0 41.2±0.8 38.7±0.5 61.1±0.7 48.7±0.5 30.0±0.0 11.8±0.0',
+    'PixelPro 100': '4.8±0.3 11.0±1.5 17.4±1.7 4.6±1.6 5.4±1.1 12.6±1.3 23.9±0.4 34.8±0.2 40.2±0.1 42.4±4.4 37.7±1.0 '
+                    '18.9±6.4 39.4±1.2 38.7±0.6 65.0±0.5 46.2±1.2 29.7±0.1 1.8±0.0',
+    'ConVIRT 100': '10.7±1.1 13.3±0.8 18.5±0.4 8.2±0.9 15.6±1.2 17.9±0.3 44.6±0.1 48.5±0.0 50.4±0.3 47.9±0.7 46.0±1.1 '
+                   '42.7±2.0 39.3±0.3 43.1±0.3 60.6±1.2 52.5±1.0 36.0±0.0 18.6±0.1',
+    'CLIP 100': '7.0±1.5 10.7±1.1 19.9±0.8 11.9±0.7 15.0±1.1 18.7±0.0 45.2±0.0 49.3±0.1 51.1±0.0 48.6±2.4 45.8±4.1 '
+                '41.7±0.1 44.0±0.7 45.0±0.5 62.8±0.5 56.9±1.4 39.4±0.0 11.4±0.8',
+    'LoVT 100': '8.5±0.8 13.2±0.6 18.1±3.2 9.6±1.2 16.4±1.3 20.5±1.0 46.3±0.0 50.1±0.0 51.8±0.0 51.2±2.5 46.2±2.4 '
+                '44.0±0.8 44.1±0.3 43.9±0.7 62.1±0.5 57.4±0.5 39.9±0.0 9.4±0.5',
 }
 PUBLISHED_MODELS = tuple(_PERCENT)
 
@@ -53,18 +70,21 @@ ABLATIONS = {
     'no global losses': (12.34, 0.72, 2),
 }
 LOCALIZED_REMARKS = {
-    'runs': 'The five runs are not independent: in the published history 80 of 121 detection rows and 9 of 140 segmentation rows contain bit-identical runs.',
+    'runs': 'The five runs are not independent: in the published history 80 of 121 detection rows and 9 of 140 '
+            'segmentation rows contain bit-identical runs.',
     'interval': 'The intervals use 1.96 with five runs; the t interval (2.776) is 1.42 times as long.',
-    'pixelpro': 'PixelPro was never trained: its schedule gives a learning rate of 0 in every epoch. Only BatchNorm statistics moved.',
+    'pixelpro': 'PixelPro was never trained: its schedule gives a learning rate of 0 in every epoch. Only BatchNorm '
+                'statistics moved.',
     'finetune': 'In fine-tuning the decay of the learning rate was cancelled at every batch.',
     'object': 'Tasks 15 to 17: width and height of the boxes were swapped, polygons mirrored at the diagonal.',
-    'nih': 'Task 18: 12 patients are in training and validation, 13 in training and test; the mean Dice is mostly cardiomegaly (60.4 of LoVT 30).',
+    'nih': 'Task 18: 12 patients are in training and validation, 13 in training and test; the mean Dice is mostly '
+           'cardiomegaly (60.4 of LoVT 30).',
 }
 
 # %% ../../../nbs/548_evaluate.localized.published.ipynb #6dd04e48
 def published_localized(
-    tasks=None, # LocalizedTasks; None: all 18
-    models=None, # names of PUBLISHED_MODELS; None: all 16
+    tasks: Sequence[LocalizedTask] | None = None, # LocalizedTasks; None: all 18
+    models: Sequence[str] | None = None, # names of PUBLISHED_MODELS; None: all 16
     interval:str='printed', # 'printed': 1.96 s/sqrt(5); 't': lengthened to 2.776
 ) -> pd.DataFrame: # number, task, metric, model, value, low, high (shares, 0..1)
     """Give the paper's results as a tidy table.
@@ -80,7 +100,8 @@ def published_localized(
         cells = _PERCENT[model].split()
         for t in tasks or TASKS:
             value, half = (float(x) / 100 for x in cells[t.number - 1].split('±'))
-            rows.append(dict(number=t.number, task=t.key, metric=t.metric, model=model, value=value, low=value - longer * half, high=value + longer * half))
+            rows.append(dict(number=t.number, task=t.key, metric=t.metric, model=model, value=value,
+                             low=value - longer * half, high=value + longer * half))
     return pd.DataFrame(rows)
 
 # %% ../../../nbs/548_evaluate.localized.published.ipynb #bc3fd789
@@ -88,7 +109,8 @@ PROTOCOL = dict(scheme='reference', split='lovt', size=224, encoder='resnet-50',
 
 
 def differences_of(
-    row, # of a results table: task; scheme, split, size, encoder, runs, changed, n_train, n_test where known
+    # of a results table: task; scheme, split, size, encoder, runs, changed, n_train, n_test where known
+    row: dict | pd.Series,
 ) -> list: # sentences
     "Name what was not as in the paper."
     found = []
@@ -99,7 +121,9 @@ def differences_of(
     train, _, test = LOVT_SETS[task.dataset].counts
     want = round(task.fraction * train), test
     have = row.get('n_train', want[0]), row.get('n_test', want[1])
-    return found + ([] if have == want else [f'{have[0]:.0f} training and {have[1]:.0f} test images instead of {want[0]} and {want[1]}'])
+    return (found
+            + ([] if have == want
+               else [f'{have[0]:.0f} training and {have[1]:.0f} test images instead of {want[0]} and {want[1]}']))
 
 
 def _verdict(row, paper):
@@ -115,36 +139,44 @@ def _verdict(row, paper):
 def beside_published(
     results:pd.DataFrame, # ours: task, value, low, high, phantom, and what PROTOCOL names
     model:str='LoVT 100', # the published model to stand beside
-    tasks=None, # LocalizedTasks; None: all 18
+    tasks: Sequence[LocalizedTask] | None = None, # LocalizedTasks; None: all 18
 ) -> pd.DataFrame: # number, task, metric, published, low, high, ours, ours_low, ours_high, verdict
     """Lay one model's results beside a published model's; tasks that were not run say so.
 
     Raises: DataError for results of a phantom; ValueError for an unknown model.
     """
     if 'phantom' in results and results.phantom.any():
-        raise DataError(f'{int(results.phantom.sum())} of the results are of the chest phantom', fix='They have a table of their own; published numbers are of real images.')
+        raise DataError(f'{int(results.phantom.sum())} of the results are of the chest phantom',
+                        fix='They have a table of their own; published numbers are of real images.')
     rows = []
     for p in published_localized(tasks, [model], 't').itertuples():
         mine = results[(results.task == p.task) & results.value.notna()]
         own = mine.iloc[0].to_dict() if len(mine) else None
-        numbers = {f'ours{k}': own[v] if own else np.nan for k, v in (('', 'value'), ('_low', 'low'), ('_high', 'high'))}
-        rows.append(dict(number=p.number, task=p.task, metric=p.metric, published=p.value, low=p.low, high=p.high, **numbers, verdict=_verdict(own, p)))
+        numbers = {f'ours{k}': own[v] if own else np.nan
+                   for k, v in (('', 'value'), ('_low', 'low'), ('_high', 'high'))}
+        rows.append(dict(number=p.number, task=p.task, metric=p.metric, published=p.value, low=p.low, high=p.high,
+                         **numbers, verdict=_verdict(own, p)))
     return pd.DataFrame(rows).set_index('number')
 
 # %% ../../../nbs/548_evaluate.localized.published.ipynb #b2130223
 def ranks_among_published(
     results:pd.DataFrame, # ours: task, model, value, phantom; one row a task and model
-    models=None, # names of PUBLISHED_MODELS; None: all 16
+    models: Sequence[str] | None = None, # names of PUBLISHED_MODELS; None: all 16
 ) -> pd.DataFrame: # of `ranks`, with the column `ours`
     """Rank our models among the published ones on the tasks that ours ran.
 
-    Raises: DataError for results of a phantom, or no task with a number of each of ours; ValueError for an unknown model.
-    """
+    Raises: DataError for results of a phantom, or no task with a number of each of ours; ValueError for an unknown
+    model.
+"""
     if 'phantom' in results and results.phantom.any():
-        raise DataError(f'{int(results.phantom.sum())} of the results are of the chest phantom', fix='Rank them among each other (medvl.evaluate.localized.compare.ranks).')
+        raise DataError(f'{int(results.phantom.sum())} of the results are of the chest phantom',
+                        fix='Rank them among each other (medvl.evaluate.localized.compare.ranks).')
     own = results[results.value.notna()][['task', 'model', 'value']]
-    if not len(own): raise DataError('none of the tasks has a result of ours', fix='Run some first: medvl.evaluate.localized.run.run_localized.')
-    if twins := sorted({*own.model} & {*PUBLISHED_MODELS}): own = own.assign(model=own.model.map(lambda m: f'{m} (ours)' if m in twins else m))
+    if not len(own):
+        raise DataError('none of the tasks has a result of ours',
+                        fix='Run some first: medvl.evaluate.localized.run.run_localized.')
+    if twins := sorted({*own.model} & {*PUBLISHED_MODELS}):
+        own = own.assign(model=own.model.map(lambda m: f'{m} (ours)' if m in twins else m))
     paper = published_localized([t for t in TASKS if t.key in set(own.task)], models)
     found = ranks(pd.concat([paper[paper.task.isin(own.task)], own])[['task', 'model', 'value']])
     return found.assign(ours=found.index.isin(own.model))

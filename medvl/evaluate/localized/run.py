@@ -7,6 +7,7 @@ __all__ = ['carrier', 'head_maker', 'task_features', 'choose_lr', 'run_task', 'r
            'read_localized']
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #410331db
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,32 +19,32 @@ from ...core.paths import atomic_path, digest, read_json, write_csv, write_json
 from ...core.progress import progress
 from ...core.provenance import provenance
 from ...data.samples.chest import pixel_statistics
-from ...data.prepared import open_prepared
+from ...data.prepared import Prepared, open_prepared
 from ..stats.bootstrap import settled
-from .tasks import ABSENT, TASKS, availability, select_tasks, task_parts
+from .tasks import ABSENT, LocalizedTask, TASKS, availability, select_tasks, task_parts
 from .unit import LocalizedConfig, changed, final_units, run_unit, tuning_units, unit_data
 from .compare import t_interval
-from .taps import bytes_of, encoder_digest, fill_taps
-from ...methods.base import evaluating
+from .taps import Taps, bytes_of, encoder_digest, fill_taps
+from ...methods.base import Method, evaluating
 from ...methods.segmenter import segmenter_from
 from ...methods.yolo import yolo_from
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #7449dbec
 def carrier(
-    source, # trained Method with a ResNet `image_encoder`, name of an encoder, or file of weights
+    source: Method | str | Path, # trained Method with a ResNet `image_encoder`, name of an encoder, or file of weights
     seed:int=0, # of an encoder that is only named
     prefix:str='', # of the weights in a file
     **changes, # image_encoder of a file, image_mean, image_std
-): # Method that holds the encoder
+) -> Method: # Method that holds the encoder
     "Load the encoder once. Raises: as `medvl.methods.parts.dense.encoder_of`."
     return segmenter_from(source, 'any', seed=seed, prefix=prefix, **changes).eval()
 
 
 def head_maker(
-    source, # of `carrier`
-    prepared, # Prepared: the data set of the task
+    source: Method, # of `carrier`
+    prepared: Prepared, # Prepared: the data set of the task
     config:LocalizedConfig, # statistics, width
-): # callable(task, head_warmup, seed) -> Method with a fresh head
+) -> Callable: # callable(task, head_warmup, seed) -> Method with a fresh head
     "Say how heads of a data set are made."
     own = pixel_statistics(prepared, 'train') if config.statistics == 'data' else {}
     facts = {k: own[k] for k in ('image_mean', 'image_std') if k in own}
@@ -56,12 +57,12 @@ def head_maker(
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #064f09b3
 def task_features(
-    task, # LocalizedTask
-    method, # a head of it, with `features`
-    prepared, # Prepared
-    folder, # of all caches
+    task: LocalizedTask, # LocalizedTask
+    method: Method, # a head of it, with `features`
+    prepared: Prepared, # Prepared
+    folder: str | Path, # of all caches
     config:LocalizedConfig, # features, features_gb
-): # Taps, or None: the encoder learns, or the maps would not fit
+) -> Taps | None: # Taps, or None: the encoder learns, or the maps would not fit
     "Store what a frozen encoder says about the images of a task."
     if not task.frozen or not config.features_gb: return None
     parts = task_parts(task, prepared, config.scheme, config.seed, config.min_images)
@@ -86,8 +87,9 @@ _GROWS = ('eval_batch', 'workers', 'keep', 'cpu', 'runs')  # settings that may d
 
 def _identity(task, source, prepared, config, split):
     "Everything that the results of a task depend on."
-    return dict(task=asdict(task), encoder=encoder_digest(source.image_encoder, source.config.image_mean, source.config.image_std), data=prepared.digest, split=split,
-                config={k: v for k, v in asdict(config).items() if k not in _GROWS})
+    return dict(task=asdict(task),
+                encoder=encoder_digest(source.image_encoder, source.config.image_mean, source.config.image_std),
+                data=prepared.digest, split=split, config={k: v for k, v in asdict(config).items() if k not in _GROWS})
 
 
 def _same(folder, identity):
@@ -97,12 +99,14 @@ def _same(folder, identity):
     folder.mkdir(parents=True, exist_ok=True)
     old = read_json(folder/'identity.json') if (folder/'identity.json').exists() else identity
     wrong = [k for k in identity if digest([old.get(k)]) != digest([identity[k]])]
-    if wrong: raise DataError(f'this folder holds results of {folder.name} with another {", ".join(wrong)}', file=folder, fix='Choose another folder.')
+    if wrong:
+        raise DataError(f'this folder holds results of {folder.name} with another {", ".join(wrong)}', file=folder,
+                        fix='Choose another folder.')
     write_json(folder/'identity.json', identity)
 
 
 def choose_lr(
-    task, # LocalizedTask
+    task: LocalizedTask, # LocalizedTask
     tried:list, # results of its tuning units
 ) -> float: # learning rate
     "Take the candidate with the best validation metric, the first of equals; the only one needs no choice."
@@ -116,13 +120,13 @@ def _done(home, units): # results of all units, or None
 
 
 def run_task(
-    task, # LocalizedTask
-    source, # of `carrier`
-    prepared, # Prepared
-    folder, # of the evaluation
+    task: LocalizedTask, # LocalizedTask
+    source: Method, # of `carrier`
+    prepared: Prepared, # Prepared
+    folder: str | Path, # of the evaluation
     config:LocalizedConfig, # settings
     split:str='lovt', # which split the data have
-    features=None, # folder of caches; None: in `folder`
+    features: str | Path | None = None, # folder of caches; None: in `folder`
 ) -> list: # results of all units
     "Tune, run and test one task, or go on with it. Raises: DataError when the folder holds another task."
     folder = Path(folder)
@@ -145,10 +149,14 @@ def _about(folder, new):
     Raises: DataError when that was another evaluation."""
     if (folder/'about.json').is_file():
         old = read_json(folder/'about.json')
-        fixed = lambda a: {k: digest([a[k]]) for k in ('model', 'phantom', 'encoder_digest')} | {'config': digest([{k: v for k, v in a['config'].items() if k not in _GROWS}])}
+        fixed = lambda a: {k: digest([a[k]]) for k in ('model', 'phantom', 'encoder_digest')} | {
+            'config': digest([{k: v for k, v in a['config'].items() if k not in _GROWS}])}
         wrong = [k for k, v in fixed(new).items() if fixed(old)[k] != v]
-        if wrong: raise DataError(f'this folder holds an evaluation with another {", ".join(wrong)}', file=folder, fix='Choose another folder.')
-        new |= dict(tasks=[t.key for t in TASKS if t.key in {*old['tasks'], *new['tasks']}], split=old['split'] | new['split'], size=old['size'] | new['size'])
+        if wrong:
+            raise DataError(f'this folder holds an evaluation with another {", ".join(wrong)}', file=folder,
+                            fix='Choose another folder.')
+        new |= dict(tasks=[t.key for t in TASKS if t.key in {*old['tasks'], *new['tasks']}],
+                    split=old['split'] | new['split'], size=old['size'] | new['size'])
     write_json(folder/'about.json', new)
 
 
@@ -163,26 +171,33 @@ def _attempt(task, *args): # of `run_task`
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #350d9651
 def run_localized(
-    source, # trained Method with a ResNet, name of an encoder, file of weights, or a `carrier`
-    tasks='all', # names, numbers, data sets: see `select_tasks`
-    data=None, # dict: name of data set -> Prepared, or folder of a prepared data set
-    folder='outputs/localized', # gets a folder a task, and the tables
+    source: Method | str | Path, # trained Method with a ResNet, name of an encoder, file of weights, or a `carrier`
+    tasks: str | int | Sequence = 'all', # names, numbers, data sets: see `select_tasks`
+    data: dict | None = None, # dict: name of data set -> Prepared, or folder of a prepared data set
+    folder: str | Path = 'outputs/localized', # gets a folder a task, and the tables
     config:LocalizedConfig|None=None, # None: the paper's protocol
     model:str='', # name in the tables
     phantom:bool=False, # the data are a phantom: the tables say so
-    split='lovt', # which split the data have: one name, or a dict by data set
-    features=None, # folder of feature caches, to share between evaluations
+    split: str | dict = 'lovt', # which split the data have: one name, or a dict by data set
+    features: str | Path | None = None, # folder of feature caches, to share between evaluations
     encoder:dict|None=None, # prefix, image_encoder, image_mean … of `carrier`
-): # LocalizedEvaluation
-    "Run tasks, or go on with them; those without data are listed as absent. Raises: as `select_tasks`, `carrier`, `run_task`."
+) -> 'LocalizedEvaluation':
+    """Run tasks, or go on with them; those without data are listed as absent.
+
+    Raises: as `select_tasks`, `carrier`, `run_task`."""
     config, tasks, folder = config or LocalizedConfig(), select_tasks(tasks), Path(folder)
     table = availability(tasks, data or {})
     held = source if callable(getattr(source, 'features', None)) else carrier(source, config.seed, **(encoder or {}))
     split_of = lambda name: split.get(name, 'lovt') if isinstance(split, dict) else split
     name = model or (source if isinstance(source, str) else getattr(source, 'name', 'model'))
-    opened = {k: v if hasattr(v, 'manifest') else open_prepared(v) for k, v in (data or {}).items() if (table.dataset == k).any()}
-    _about(folder, dict(model=str(name), phantom=phantom, encoder=held.image_encoder.name, encoder_digest=encoder_digest(held.image_encoder), tasks=[t.key for t in tasks], changed=changed(config), config=asdict(config),
-                                         split={k: split_of(k) for k in opened}, size={k: list(v.images.shape[1:]) for k, v in opened.items()}, provenance=provenance(seeds={'seed': config.seed})))
+    opened = {k: v if hasattr(v, 'manifest') else open_prepared(v) for k, v in (data or {}).items()
+              if (table.dataset == k).any()}
+    _about(folder,
+           dict(model=str(name), phantom=phantom, encoder=held.image_encoder.name,
+                encoder_digest=encoder_digest(held.image_encoder), tasks=[t.key for t in tasks],
+                changed=changed(config), config=asdict(config),
+                split={k: split_of(k) for k in opened}, size={k: list(v.images.shape[1:]) for k, v in opened.items()},
+                provenance=provenance(seeds={'seed': config.seed})))
     for task in progress([t for t in tasks if t.dataset in opened], desc='tasks', unit='task'):
         _attempt(task, held, opened[task.dataset], folder, config, split_of(task.dataset), features)
         read_localized(folder).save()
@@ -193,18 +208,24 @@ def _row(task, folder, about):
     "One row of the table of results, of whatever is there."
     home = folder/task.key
     found = [read_json(p) for p in sorted(home.glob('run-*/result.json'), key=lambda p: int(p.parent.name[4:]))]
-    base = dict(number=task.number, task=task.key, dataset=task.dataset, head=task.head, encoder_is='frozen' if task.frozen else 'fine-tuned', metric=task.metric, model=about['model'], phantom=about['phantom'],
-                encoder=about['encoder'], scheme=about['config']['scheme'], split=about['split'].get(task.dataset, ''), size=max(about['size'].get(task.dataset, [0])), changed=about['changed'])
+    base = dict(number=task.number, task=task.key, dataset=task.dataset, head=task.head,
+                encoder_is='frozen' if task.frozen else 'fine-tuned', metric=task.metric, model=about['model'],
+                phantom=about['phantom'],
+                encoder=about['encoder'], scheme=about['config']['scheme'], split=about['split'].get(task.dataset, ''),
+                size=max(about['size'].get(task.dataset, [0])), changed=about['changed'])
     wanted = about['config']['runs']
     if task.dataset not in about['size']: return {**base, 'runs': 0, 'status': ABSENT}
-    if (home/'failed.json').exists(): return {**base, 'runs': 0, 'status': 'failed: ' + read_json(home/'failed.json')['reason']}
+    if (home/'failed.json').exists():
+        return {**base, 'runs': 0, 'status': 'failed: ' + read_json(home/'failed.json')['reason']}
     if not found: return {**base, 'runs': 0, 'status': 'not run yet'}
     values = [r['value'] for r in found]
     mean, low, high, sd = t_interval([np.nan if v is None else v for v in values])
     draws = _draws(home, found)
     ends = settled(mean, draws, .95, found[0]['patients'], limits=None)
-    return {**base, 'value': mean, 'low': low, 'high': high, 'sd': sd, 'runs': len(found), 'distinct': len(set(values)), 'low_patients': ends[0], 'high_patients': ends[1],
-            'lr': found[0]['lr'], **{k: found[0][k] for k in ('n_train', 'n_valid', 'n_test', 'patients')}, 'status': 'done' if len(found) == wanted else f'{len(found)} of {wanted} runs'}
+    return {**base, 'value': mean, 'low': low, 'high': high, 'sd': sd, 'runs': len(found), 'distinct': len(set(values)),
+            'low_patients': ends[0], 'high_patients': ends[1],
+            'lr': found[0]['lr'], **{k: found[0][k] for k in ('n_train', 'n_valid', 'n_test', 'patients')},
+            'status': 'done' if len(found) == wanted else f'{len(found)} of {wanted} runs'}
 
 
 def _draws(home, found):
@@ -222,13 +243,14 @@ class LocalizedEvaluation:
     about: dict = field(default_factory=dict)  # model, encoder, settings, provenance
 
     @property
-    def draws(self): # task -> (n_boot,) mean over runs in each draw of patients
-        return {t: _draws(self.folder/t, g.to_dict('records')) for t, g in self.runs.groupby('task', sort=False)} if len(self.runs) else {}
+    def draws(self) -> dict: # task -> (n_boot,) mean over runs in each draw of patients
+        return ({t: _draws(self.folder/t, g.to_dict('records')) for t, g in self.runs.groupby('task', sort=False)}
+                if len(self.runs) else {})
 
     @property
-    def done(self): return self.results[self.results.runs > 0]
+    def done(self) -> pd.DataFrame: return self.results[self.results.runs > 0]
 
-    def save(self):
+    def save(self) -> None:
         "Write the tables: results.csv, runs.csv, runs.parquet, tuning.csv, localized.json."
         for name in ('results', 'runs', 'tuning'):
             write_csv(getattr(self, name), self.folder/f'{name}.csv')
@@ -236,27 +258,37 @@ class LocalizedEvaluation:
         write_json(self.folder/'localized.json', {**self.about, 'results': self.results.to_dict('records')})
         return self
 
-    def __repr__(self): return f'LocalizedEvaluation({self.about["model"]}: {len(self.done)} of {len(self.results)} tasks, {len(self.runs)} runs)'
+    def __repr__(self):
+        return (f'LocalizedEvaluation({self.about["model"]}: {len(self.done)} of {len(self.results)} tasks, '
+                f'{len(self.runs)} runs)')
 
     def _repr_html_(self):
-        columns = ['number', 'task', 'metric', 'value', 'low', 'high', 'low_patients', 'high_patients', 'runs', 'distinct', 'lr', 'n_train', 'n_test', 'status']
-        name = f'{self.about["model"]}' + (' on the chest phantom' if self.about['phantom'] else '') + (f'; changed: {self.about["changed"]}' if self.about['changed'] else '')
+        columns = ['number', 'task', 'metric', 'value', 'low', 'high', 'low_patients', 'high_patients', 'runs',
+                   'distinct', 'lr', 'n_train', 'n_test', 'status']
+        name = f'{self.about["model"]}' + (' on the chest phantom' if self.about['phantom'] else '') + (
+            f'; changed: {self.about["changed"]}' if self.about['changed'] else '')
         return f'<p>{name}</p>' + self.results.reindex(columns=columns).round(3).to_html(index=False)
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #2491169f
 def read_localized(
-    folder, # of `run_localized`
+    folder: str | Path, # of `run_localized`
 ) -> LocalizedEvaluation:
     """Read what an evaluation left behind, finished or not.
 
     Raises: DataError when the folder holds none.
     """
     folder = Path(folder)
-    if not (folder/'about.json').is_file(): raise DataError('no localized evaluation here: about.json is missing', file=folder)
+    if not (folder/'about.json').is_file():
+        raise DataError('no localized evaluation here: about.json is missing', file=folder)
     about = read_json(folder/'about.json')
-    units = [read_json(p) for t in TASKS for p in sorted((folder/t.key).glob('*/result.json'), key=lambda p: (p.parent.name[:3], len(p.parent.name), p.parent.name))]
+    units = [read_json(p) for t in TASKS
+             for p in sorted((folder/t.key).glob('*/result.json'),
+                             key=lambda p: (p.parent.name[:3], len(p.parent.name), p.parent.name))]
     table = pd.DataFrame(units) if units else pd.DataFrame(columns=['unit', 'task'])
     is_run = table.unit.str.startswith('run-') if len(table) else np.zeros(0, bool)
-    runs = table[is_run].assign(model=about['model'], phantom=about['phantom'], run=lambda d: [int(u[4:]) for u in d.unit])
+    runs = table[is_run].assign(model=about['model'], phantom=about['phantom'],
+                                run=lambda d: [int(u[4:]) for u in d.unit])
     wanted = [t for t in TASKS if t.key in about['tasks']]
-    return LocalizedEvaluation(folder, pd.DataFrame([_row(t, folder, about) for t in wanted]), runs.reset_index(drop=True), table[~is_run].dropna(axis=1, how='all').reset_index(drop=True), about)
+    return LocalizedEvaluation(folder, pd.DataFrame([_row(t, folder, about) for t in wanted]),
+                               runs.reset_index(drop=True),
+                               table[~is_run].dropna(axis=1, how='all').reset_index(drop=True), about)

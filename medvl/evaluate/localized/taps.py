@@ -6,6 +6,7 @@
 __all__ = ['KINDS', 'encoder_digest', 'Taps', 'bytes_of', 'fill_taps', 'WithTaps']
 
 # %% ../../../nbs/546_evaluate.localized.taps.ipynb #c29fe59b
+from collections.abc import Callable
 import hashlib
 import json
 import zlib
@@ -13,15 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from ...core.errors import DataError, unknown_name
 from ...core.paths import atomic_path, digest, read_json, write_json
 from ...core.progress import progress
 from ...data.batch import collate
+from ...data.prepared import Prepared
 
 # %% ../../../nbs/546_evaluate.localized.taps.ipynb #d02274f5
 def encoder_digest(
-    encoder, # torch module
+    encoder: nn.Module, # torch module
     *more, # what else the maps depend on: mean, std
 ) -> str: # 64 hexadecimal digits
     "Identify an encoder by its weights and statistics."
@@ -45,11 +48,13 @@ class _Shelf:
         kind:str='float16', # 'float16' or 'float32'
     ):
         if kind not in KINDS: raise ValueError(unknown_name('kind of stored maps', kind, KINDS))
-        self.folder, self.key, self.shapes, self.kind = Path(folder), key, {k: tuple(v) for k, v in shapes.items()}, kind
+        self.folder, self.key, self.shapes, self.kind = (
+            Path(folder), key, {k: tuple(v) for k, v in shapes.items()}, kind)
         info = dict(key=key, rows=rows, kind=kind)
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder/'taps.json').exists() and read_json(self.folder/'taps.json') != info:
-            raise DataError('this folder holds the maps of another encoder or other images', file=self.folder, fix='Choose another folder.')
+            raise DataError('this folder holds the maps of another encoder or other images', file=self.folder,
+                            fix='Choose another folder.')
         for name, shape in self.shapes.items():
             if not (self.folder/f'{name}.npy').exists(): _hole(self.folder/f'{name}.npy', (rows, *shape), kind)
             if not (self.folder/f'{name}.sums.npy').exists(): self._store(name, np.full(rows, -1, np.int64))
@@ -65,16 +70,16 @@ class _Shelf:
 class Taps(_Shelf):
     "Maps of an encoder on disk, a row an image of the store."
     def missing(self,
-        rows, # of the store
+        rows: np.ndarray, # of the store
     ) -> np.ndarray: # those of them that lack a stage, or are torn
         "Find rows to be computed; every stored one is read."
         there = lambda k, r: self.sums[k][r] >= 0 and self.sums[k][r] == zlib.crc32(self.maps[k][r].tobytes())
         return np.array([r for r in np.unique(rows) if not all(there(k, r) for k in self.shapes)], np.int64)
 
     def write(self,
-        rows, # (b,) of the store
+        rows: np.ndarray, # (b,) of the store
         maps:dict, # stage -> (b,c,h,w)
-    ):
+    ) -> None:
         "Store the maps of some images, then their checksums."
         for name, m in self.maps.items():
             m[rows] = maps[name].astype(self.kind)
@@ -82,11 +87,11 @@ class Taps(_Shelf):
             for r in rows: self.sums[name][r] = zlib.crc32(m[r].tobytes())
             self._store(name, self.sums[name])
 
-    def read(self, rows): # stage -> float32 (b,c,h,w)
+    def read(self, rows: np.ndarray) -> dict: # stage -> float32 (b,c,h,w)
         return {k: torch.from_numpy(np.asarray(m[np.asarray(rows)], np.float32)) for k, m in self.maps.items()}
 
     @property
-    def digest(self): return digest([read_json(self.folder/'taps.json'), sorted(self.shapes)])
+    def digest(self) -> str: return digest([read_json(self.folder/'taps.json'), sorted(self.shapes)])
 
 # %% ../../../nbs/546_evaluate.localized.taps.ipynb #8343ed23
 def _hole(path, shape, kind):
@@ -105,10 +110,10 @@ def bytes_of(
 
 # %% ../../../nbs/546_evaluate.localized.taps.ipynb #e37a82c3
 def fill_taps(
-    maps_of, # callable(images uint8|float (b,1,h,w)) -> dict stage -> (b,c,h',w')
-    prepared, # Prepared
-    folder, # where caches lie; this one gets a folder of its own in it
-    rows, # of the image store
+    maps_of: Callable, # callable(images uint8|float (b,1,h,w)) -> dict stage -> (b,c,h',w')
+    prepared: Prepared, # Prepared
+    folder: str | Path, # where caches lie; this one gets a folder of its own in it
+    rows: np.ndarray, # of the image store
     key:str, # digest of what `maps_of` depends on
     kind:str='float16', # as stored
     batch_size:int=16, # images at once: memory, not result
@@ -145,10 +150,10 @@ class WithTaps:
         if name in ('dataset', 'taps', 'rows'): raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def collate(self, samples):
+    def collate(self, samples: list) -> dict:
         "Make a batch with its maps."
         batch = getattr(self.dataset, 'collate', collate)(samples)
         return {**batch, 'taps': self.taps.read(self.rows[np.asarray(batch['index'])])}
 
     @property
-    def digest(self): return digest([self.dataset.digest, self.taps.digest])
+    def digest(self) -> str: return digest([self.dataset.digest, self.taps.digest])

@@ -7,6 +7,7 @@ __all__ = ['CLASSES', 'HEAD_LR', 'TASKS', 'ABSENT', 'LocalizedTask', 'tasks_tabl
            'availability']
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #368e75ec
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,10 +35,10 @@ class LocalizedTask:
     metric: str  # 'mAP', 'froc', 'dice' or 'avg_dice'
 
     @property
-    def kind(self): return 'detection' if self.head == 'yolo' else 'segmentation'
+    def kind(self) -> str: return 'detection' if self.head == 'yolo' else 'segmentation'
 
     @property
-    def classes(self): return CLASSES[self.dataset]
+    def classes(self) -> tuple: return CLASSES[self.dataset]
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #93f69d20
 CLASSES = {
@@ -67,16 +68,19 @@ TASKS = tuple(LocalizedTask(*row) for row in (
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #ac942733
 def tasks_table(
-    tasks=TASKS, # LocalizedTasks
+    tasks: Sequence[LocalizedTask] = TASKS, # LocalizedTasks
 ) -> pd.DataFrame: # one row a task
     "Show tasks as a table."
-    rows = [dict(number=t.number, task=t.key, dataset=t.dataset, head=t.head, encoder='frozen' if t.frozen else 'fine-tuned', share=f'{t.fraction:.0%}', batch=t.batch,
-                 lrs=', '.join(f'{lr:g}' for lr in t.lrs), epochs=t.epochs, patience=t.patience, head_warmup=t.head_warmup or '', metric=t.metric) for t in tasks]
+    rows = [dict(number=t.number, task=t.key, dataset=t.dataset, head=t.head,
+                 encoder='frozen' if t.frozen else 'fine-tuned', share=f'{t.fraction:.0%}', batch=t.batch,
+                 lrs=', '.join(f'{lr:g}' for lr in t.lrs), epochs=t.epochs, patience=t.patience,
+                 head_warmup=t.head_warmup or '', metric=t.metric) for t in tasks]
     return pd.DataFrame(rows).set_index('number')
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #22a41943
 def select_tasks(
-    names='all', # text or number, or a list of them: 'all', 'basic', 'extended', a task, a data set or a number
+    # text or number, or a list of them: 'all', 'basic', 'extended', a task, a data set or a number
+    names: str | int | Sequence = 'all',
 ) -> tuple: # LocalizedTasks in the order of their numbers, none twice
     """Find tasks by name.
 
@@ -96,7 +100,7 @@ def select_tasks(
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #eafc6ce3
 def share_rows(
-    patients, # (n,) patient of each row, in the order of the split file
+    patients: Sequence | np.ndarray | pd.Series, # (n,) patient of each row, in the order of the split file
     fraction:float, # share in (0, 1]
     scheme:str='reference', # 'reference': the first rows; 'nested': the first patients of a seeded order
     seed:int=0, # of the order
@@ -130,9 +134,11 @@ def task_parts(
     for name, fraction in share.items():
         rows = np.flatnonzero((prepared.manifest.split == name).to_numpy())
         if not len(rows):
-            raise DataError(f'task {task.number} ({task.key}) finds no image with split {name!r}', file=str(prepared.folder),
+            raise DataError(f'task {task.number} ({task.key}) finds no image with split {name!r}',
+                            file=str(prepared.folder),
                             fix='Read the data set with its published splits (medvl.data.releases.lovt_splits).')
-        parts[name] = prepared.subset(rows[share_rows(prepared.manifest.patient_id.to_numpy()[rows], fraction, scheme, seed, least)])
+        parts[name] = prepared.subset(
+            rows[share_rows(prepared.manifest.patient_id.to_numpy()[rows], fraction, scheme, seed, least)])
     return parts
 
 # %% ../../../nbs/545_evaluate.localized.tasks.ipynb #00d695d8
@@ -140,8 +146,8 @@ ABSENT = 'data absent, not run'
 
 
 def availability(
-    tasks, # LocalizedTasks
-    data, # names of the data sets that are here, or a dict by name
+    tasks: Sequence[LocalizedTask], # LocalizedTasks
+    data: Sequence[str] | dict, # names of the data sets that are here, or a dict by name
 ) -> pd.DataFrame: # number, task, dataset, status: 'ready' or 'data absent, not run'
     """Say which tasks can run.
 
@@ -149,4 +155,6 @@ def availability(
     """
     for name in data:
         if name not in CLASSES: raise ValueError(unknown_name('data set of the localized tasks', name, CLASSES))
-    return pd.DataFrame([dict(number=t.number, task=t.key, dataset=t.dataset, status='ready' if t.dataset in data else ABSENT) for t in tasks])
+    return pd.DataFrame(
+        [dict(number=t.number, task=t.key, dataset=t.dataset, status='ready' if t.dataset in data else ABSENT)
+         for t in tasks])

@@ -7,25 +7,29 @@ __all__ = ['MONITOR', 'LocalizedConfig', 'changed', 'unit_config', 'truth_of', '
            'detection_draws', 'judge', 'main_value', 'Unit', 'tuning_units', 'final_units', 'run_unit']
 
 # %% ../../../nbs/546a_evaluate.localized.unit.ipynb #a97afbe7
+from collections.abc import Callable, Sequence
 import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 
 from ...core.errors import DataError
 from ...core.paths import append_jsonl, atomic_path, read_json, write_csv, write_json
 from ...core.seed import key_of
+from ...data.prepared import Prepared
 from ...data.samples.dense import DenseDataset
 from ..stats.bootstrap import BLOCK, patient_counts
-from .detection import (OVERLAPS, _ap_draws, _froc_draws, _mean, arrange_localized, find_boxes, hits_of,
-                                                localized_table, localized_validation, marks_of)
+from .detection import (OVERLAPS, precision_draws, froc_draws, class_mean, arrange_localized,
+                                                find_boxes, hits_of, localized_table, localized_validation, marks_of)
 from .tasks import HEAD_LR, LocalizedTask, task_parts
-from ..metrics.segmentation import _mean_of, _values, count_dataset, dice_validation, patient_sums, segmentation_table
-from .taps import WithTaps
-from ...methods.base import evaluating, from_pretrained
+from ..metrics.segmentation import (PixelCounts, metric_means, metric_values, count_dataset,
+                                                 dice_validation, patient_sums, segmentation_table)
+from .taps import Taps, WithTaps
+from ...methods.base import Method, evaluating, from_pretrained
 from ...train.loop import train
 from ...train.settings import TrainConfig
 
@@ -54,7 +58,8 @@ class LocalizedConfig:
 
 
 _FREE = ('eval_batch', 'workers', 'keep', 'cpu')  # change no result, or only its last bits
-_OWN = ('runs', 'seed', 'scheme', 'n_boot', 'features', 'features_gb')  # are stated by columns of their own, or are no cut
+# are stated by columns of their own, or are no cut
+_OWN = ('runs', 'seed', 'scheme', 'n_boot', 'features', 'features_gb')
 
 
 def changed(
@@ -62,7 +67,8 @@ def changed(
 ) -> str: # e.g. 'max_epochs 2, width 0.25'; '' for the paper's protocol
     "Name the settings that are not the paper's."
     plain = LocalizedConfig()
-    names = [f.name for f in fields(config) if f.name not in (*_FREE, *_OWN) and getattr(config, f.name) != getattr(plain, f.name)]
+    names = [f.name for f in fields(config) if f.name not in (*_FREE, *_OWN)
+             and getattr(config, f.name) != getattr(plain, f.name)]
     return ', '.join(f'{n} {getattr(config, n)}' for n in names)
 
 # %% ../../../nbs/546a_evaluate.localized.unit.ipynb #0e9a77e2
@@ -81,22 +87,26 @@ def unit_config(
     epochs = min(task.epochs, config.max_epochs or task.epochs)
     total = epochs * (n_train // batch)
     warm = task.head_warmup if config.max_head_warmup < 0 else min(task.head_warmup, config.max_head_warmup)
-    return TrainConfig(epochs=epochs, batch_size=batch, optimizer='adam', lr=lr, weight_decay=1e-6, no_decay=(), schedule='plateau', warmup=0, plateau_patience=3,
-                       head_warmup=min(warm, total - 1), head_lr=HEAD_LR, early_stop=task.patience, min_delta=1e-5, monitor=MONITOR[task.metric], mode='max', seed=seed,
-                       precision=config.precision, workers=config.workers, save_every=5 * (n_train // batch) if task.frozen else 0, keep_last=1, keep_best=False, trackers=(),
+    return TrainConfig(epochs=epochs, batch_size=batch, optimizer='adam', lr=lr, weight_decay=1e-6, no_decay=(),
+                       schedule='plateau', warmup=0, plateau_patience=3,
+                       head_warmup=min(warm, total - 1), head_lr=HEAD_LR, early_stop=task.patience, min_delta=1e-5,
+                       monitor=MONITOR[task.metric], mode='max', seed=seed,
+                       precision=config.precision, workers=config.workers,
+                       save_every=5 * (n_train // batch) if task.frozen else 0, keep_last=1,
+                       keep_best=False, trackers=(),
                        valid_samples=task.batch, log_every=max(1, n_train // batch // 4), cpu=config.cpu)
 
 # %% ../../../nbs/546a_evaluate.localized.unit.ipynb #c2c991c3
-def truth_of(task): # LocalizedTask
+def truth_of(task: LocalizedTask) -> str: # LocalizedTask
     "Say where the truth of a task lies: NIH's classes overlap and are drawn from boxes; detection needs only boxes."
     return 'boxes' if task.kind == 'detection' or task.dataset == 'nih' else 'mask'
 
 
 def unit_data(
     task:LocalizedTask, # the task
-    prepared, # Prepared: its data set, with splits
+    prepared: Prepared, # Prepared: its data set, with splits
     config:LocalizedConfig, # scheme and seed of the shares
-    taps=None, # Taps of all these images, or None
+    taps: Taps | None = None, # Taps of all these images, or None
 ) -> dict: # 'train', 'valid', 'test' -> dataset
     "Make the datasets of a task."
     parts = task_parts(task, prepared, config.scheme, config.seed, config.min_images)
@@ -104,35 +114,42 @@ def unit_data(
     return {k: WithTaps(d, taps) for k, d in found.items()} if taps is not None else found
 
 # %% ../../../nbs/546a_evaluate.localized.unit.ipynb #a3c56f4c
-def validator(task, dataset, config): # callable(method, state) -> metrics of validation images
+def validator(task: LocalizedTask, dataset,
+              config: LocalizedConfig) -> Callable: # callable(method, state) -> metrics of validation images
     "Make the judge that chooses epochs and learning rates."
     make = localized_validation if task.kind == 'detection' else dice_validation
     return make(dataset, task.classes, config.eval_batch)
 
 
-def _blocks(p, n_boot, seed): return (patient_counts(p, b, seed, min(BLOCK, n_boot - b * BLOCK)) for b in range(-(-n_boot // BLOCK)))
+def _blocks(p, n_boot, seed):
+    return (patient_counts(p, b, seed, min(BLOCK, n_boot - b * BLOCK)) for b in range(-(-n_boot // BLOCK)))
 
 
-def dice_draws(found, n_boot, seed): # PixelCounts
+def dice_draws(found: PixelCounts, n_boot: int, seed: int) -> np.ndarray: # PixelCounts
     "Mean Dice over classes in each draw of patients, (n_boot,)."
     sums = patient_sums(found)
-    return np.concatenate([_mean_of(_values(sums @ w.astype(float)))[0] for w in _blocks(sums.shape[2], n_boot, seed)] or [np.zeros(0)])
+    return np.concatenate(
+        [metric_means(metric_values(sums @ w.astype(float)))[0] for w in _blocks(sums.shape[2], n_boot, seed)]
+                          or [np.zeros(0)])
 
 
-def detection_draws(tables, labels, metric, n_boot, seed): # truth, found, images
+def detection_draws(tables: tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame], labels: Sequence[str], metric: str,
+                    n_boot: int, seed: int) -> np.ndarray: # truth, found, images
     "mAP or fROC in each draw of patients, (n_boot,)."
     scene = arrange_localized(*tables, labels, plus_one=metric == 'mAP')
-    if metric == 'mAP': return _mean(_ap_draws(scene, hits_of(scene, OVERLAPS), np.ones(scene.n_images, bool), n_boot, seed))
+    if metric == 'mAP':
+        return class_mean(precision_draws(scene, hits_of(scene, OVERLAPS), np.ones(scene.n_images, bool), n_boot, seed))
     images_of, out = np.bincount(scene.patient, minlength=scene.patients), []
     for k in range(len(labels)):
-        boxes_of = np.bincount(scene.patient_of(scene.group[scene.label_of(scene.group) == k]), minlength=scene.patients)
-        out.append(_froc_draws(*marks_of(scene, k), boxes_of, images_of, n_boot, seed))
-    return _mean(np.array(out)[:, None])
+        boxes_of = np.bincount(scene.patient_of(scene.group[scene.label_of(scene.group) == k]),
+                               minlength=scene.patients)
+        out.append(froc_draws(*marks_of(scene, k), boxes_of, images_of, n_boot, seed))
+    return class_mean(np.array(out)[:, None])
 
 # %% ../../../nbs/546a_evaluate.localized.unit.ipynb #12618e48
 def judge(
     task:LocalizedTask, # the task
-    method, # trained head
+    method: Method, # trained head
     dataset, # test images
     config:LocalizedConfig, # n_boot, seed, eval_batch
 ) -> tuple: # (table of all metrics, draws (n_boot,), {name: table of every image or box})
@@ -140,13 +157,17 @@ def judge(
     n, seed, labels = config.n_boot, config.seed, list(task.classes)
     if task.kind == 'detection':
         tables = find_boxes(method, dataset, labels, config.eval_batch)
-        return localized_table(*tables, labels, n_boot=n, seed=seed), detection_draws(tables, labels, task.metric, n, seed), {'found': tables[1], 'truth': tables[0], 'images': tables[2]}
+        return (localized_table(*tables, labels, n_boot=n, seed=seed),
+                detection_draws(tables, labels, task.metric, n, seed),
+                {'found': tables[1], 'truth': tables[0], 'images': tables[2]})
     found = count_dataset(method, dataset, labels, config.eval_batch)
-    each = {f'{c}_{k}': found.counts[:, i, j] for i, c in enumerate(found.labels) for j, k in enumerate(('tp', 'fp', 'fn'))}
+    each = {f'{c}_{k}': found.counts[:, i, j] for i, c in enumerate(found.labels)
+            for j, k in enumerate(('tp', 'fp', 'fn'))}
     return segmentation_table(found, n, seed), dice_draws(found, n, seed), {'counts': found.images.assign(**each)}
 
 
-def main_value(task, table): # LocalizedTask, table of `judge`
+def main_value(task: LocalizedTask,
+               table: pd.DataFrame) -> tuple[float, float, float]: # LocalizedTask, table of `judge`
     "Take the task's metric out of the table of all metrics: value, low, high."
     metric = 'dice' if task.kind == 'segmentation' else task.metric
     row = table[(table.metric == metric) & (table.task == 'mean')].iloc[0]
@@ -163,13 +184,15 @@ class Unit:
     test: bool  # whether it counts: only then are test images looked at
 
 
-def tuning_units(task, config): # LocalizedTask, LocalizedConfig
+def tuning_units(task: LocalizedTask, config: LocalizedConfig) -> list: # LocalizedTask, LocalizedConfig
     "List the trainings that try the candidates; none where there is one candidate."
     lrs = task.lrs[:config.max_lrs or None]
-    return [Unit(task, f'lr-{lr:g}', lr, key_of(config.seed, 'tuning') % 10 ** 9, False) for lr in lrs] if len(lrs) > 1 else []
+    return ([Unit(task, f'lr-{lr:g}', lr, key_of(config.seed, 'tuning') % 10 ** 9, False) for lr in lrs]
+            if len(lrs) > 1 else [])
 
 
-def final_units(task, lr, config): # LocalizedTask, learning rate, LocalizedConfig
+def final_units(task: LocalizedTask, lr: float,
+                config: LocalizedConfig) -> list: # LocalizedTask, learning rate, LocalizedConfig
     "List the runs that count, each with its own seed."
     return [Unit(task, f'run-{i}', lr, key_of(config.seed, 'run', i) % 10 ** 9, True) for i in range(config.runs)]
 
@@ -179,16 +202,19 @@ def _trained(unit, make_head, data, folder, config):
     settings = unit_config(unit.task, unit.lr, unit.seed, config, len(data['train']))
     torch.manual_seed(key_of(unit.seed, 'head'))
     method = make_head(unit.task, settings.head_warmup)
-    fitted = train(method, data['train'], settings, folder/'training', valid=data['valid'], validate=validator(unit.task, data['valid'], config))
-    if fitted.best is None: raise DataError(f'{unit.name} of {unit.task.key}: {settings.monitor} was never a number', file=folder, fix='Look at the validation part of the data.')
+    fitted = train(method, data['train'], settings, folder/'training', valid=data['valid'],
+                   validate=validator(unit.task, data['valid'], config))
+    if fitted.best is None:
+        raise DataError(f'{unit.name} of {unit.task.key}: {settings.monitor} was never a number', file=folder,
+                        fix='Look at the validation part of the data.')
     return fitted, from_pretrained(fitted.best, method.device), settings
 
 # %% ../../../nbs/546a_evaluate.localized.unit.ipynb #5a9214a8
 def run_unit(
     unit:Unit, # what to train
-    make_head, # callable(task, head_warmup) -> Method with a fresh head; it may draw from torch's generator
+    make_head: Callable, # callable(task, head_warmup) -> Method with a fresh head; it may draw from torch's generator
     data:dict, # 'train', 'valid', 'test' -> dataset
-    folder, # of this unit
+    folder: str | Path, # of this unit
     config:LocalizedConfig, # settings
 ) -> dict: # result.json
     "Train one unit and, if it counts, test it; or read what a finished one left."
@@ -198,13 +224,16 @@ def run_unit(
     append_jsonl(folder.parent/'journal.jsonl', {'event': 'start', 'unit': unit.name, 'time': time.time()})
     began = time.perf_counter()
     fitted, method, settings = _trained(unit, make_head, data, folder, config)
-    result = dict(unit=unit.name, task=unit.task.key, lr=unit.lr, seed=unit.seed, valid=fitted.best_value, best_step=fitted.best_step, steps=fitted.step, stopped=fitted.stopped,
-                  epochs=fitted.step // (len(data['train']) // settings.batch_size), **{f'n_{k}': len(v) for k, v in data.items()})
+    result = dict(unit=unit.name, task=unit.task.key, lr=unit.lr, seed=unit.seed, valid=fitted.best_value,
+                  best_step=fitted.best_step, steps=fitted.step, stopped=fitted.stopped,
+                  epochs=fitted.step // (len(data['train']) // settings.batch_size),
+                  **{f'n_{k}': len(v) for k, v in data.items()})
     if unit.test:
         with evaluating(method): table, draws, each = judge(unit.task, method, data['test'], config)
         _keep(folder, table, draws, each)
         value, low, high = main_value(unit.task, table)
-        result |= dict(value=value, low=low, high=high, patients=int(table.n_clusters.max()) if 'n_clusters' in table else int(table.patients.max()))
+        result |= dict(value=value, low=low, high=high,
+                       patients=int(table.n_clusters.max()) if 'n_clusters' in table else int(table.patients.max()))
     write_json(folder/'result.json', {**result, 'seconds': round(time.perf_counter() - began, 2)})
     append_jsonl(folder.parent/'journal.jsonl', {'event': 'end', 'unit': unit.name, 'time': time.time()})
     _tidy(folder, keep=config.keep and unit.test)

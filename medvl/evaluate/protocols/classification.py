@@ -6,6 +6,7 @@
 __all__ = ['predict_images', 'scored_predictions', 'Validator', 'ClassificationResult', 'classification', 'out_of_fold']
 
 # %% ../../../nbs/525_evaluate.protocols.classification.ipynb #3fbc35b9
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,26 +25,29 @@ from ..stats.scored import Scored, scored_at
 from ..stats.selection import assert_apart, splits_of
 from ..stats.tables import METRICS_BINARY, Evaluation, evaluate_scored, wide
 from .zero_shot import scores_frame
-from ...methods.base import evaluating, require
+from ...methods.base import Method, evaluating, require
 
 # %% ../../../nbs/525_evaluate.protocols.classification.ipynb #0b7a5d3d
 def predict_images(
-    method,             # Method with `predict`
+    method: Method,             # Method with `predict`
     prepared: Prepared, # data set
     batch_size: int = 16,
     precision: str = 'fp32', # fp32, bf16 or fp16 (autocast on the method's device)
 ) -> np.ndarray: # float64 (n, k): probabilities, in the manifest's order
     """Predict all images of a data set.
 
-    Raises: TypeError when the method cannot predict; DataError for an empty data set or a prediction that is not finite."""
+    Raises: TypeError when the method cannot predict; DataError for an empty data set or a prediction that is not
+    finite."""
     require(method, 'predict', by='predict_images')
     if precision not in _AUTOCAST: raise ValueError(unknown_name('precision', precision, _AUTOCAST))
     if not len(prepared): raise DataError('no images to predict.')
     ids, device, found = prepared.manifest.image_id.astype(str).to_numpy(), _device(method), []
     bar = progress(desc='predict', total=len(prepared), unit='img')
-    with evaluating(method), torch.autocast(device.type, _AUTOCAST[precision], enabled=_AUTOCAST[precision] is not None):
+    with evaluating(method), torch.autocast(device.type, _AUTOCAST[precision],
+                                            enabled=_AUTOCAST[precision] is not None):
         for rows, pixels in _batches(prepared, np.arange(len(prepared)), batch_size):
-            x = torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)*(255/65535)).unsqueeze(1)
+            x = torch.from_numpy(pixels if pixels.dtype == np.uint8
+                                 else pixels.astype(np.float32)*(255/65535)).unsqueeze(1)
             p = method.predict(x.to(device)).float().cpu().numpy()
             _check_finite({'prediction': p}, rows, ids)
             found.append(p); bar.update(len(rows))
@@ -52,7 +56,7 @@ def predict_images(
 
 # %% ../../../nbs/525_evaluate.protocols.classification.ipynb #051eebbe
 def scored_predictions(
-    method,             # Method with `predict`; its config names labels and classes
+    method: Method,             # Method with `predict`; its config names labels and classes
     prepared: Prepared, # images of one split
     split: str,         # train, valid or test
     unit: str = 'image', how: str = 'mean', # image, breast, exam or patient; mean or max
@@ -62,22 +66,26 @@ def scored_predictions(
     labels, classes = method.config.labels, method.config.classes
     truth = target_matrix(prepared.manifest, labels, classes)
     p = predict_images(method, prepared, batch_size, precision)
-    if p.shape[1] != (len(classes) or len(labels)): raise ValueError(f'the method predicts {p.shape[1]} numbers for {len(classes) or len(labels)} targets')
-    return {t: scored_at(t, split, truth[:, j], p if classes else p[:, j], prepared.manifest, unit, how) for j, t in enumerate(labels)}
+    if p.shape[1] != (len(classes) or len(labels)):
+        raise ValueError(f'the method predicts {p.shape[1]} numbers for {len(classes) or len(labels)} targets')
+    return {t: scored_at(t, split, truth[:, j], p if classes else p[:, j], prepared.manifest, unit, how)
+            for j, t in enumerate(labels)}
 
 # %% ../../../nbs/525_evaluate.protocols.classification.ipynb #8d8199db
 class Validator:
-    "Validation metrics of a classifier, for `train(validate=...)`; monitor 'valid_auroc' or 'valid_accuracy', mode 'max'."
+    """Validation metrics of a classifier, for `train(validate=...)`; monitor 'valid_auroc' or 'valid_accuracy', mode
+    'max'."""
     def __init__(self,
         prepared: Prepared, # validation images
-        labels, classes=(), # as the method has them
+        labels: Sequence[str], classes: Sequence[str] = (), # as the method has them
         unit: str = 'image', how: str = 'mean', batch_size: int = 16, # as in `scored_predictions`
     ):
         check_targets({'validation': prepared}, labels, classes)
-        self.prepared, self.options, self.classes = prepared, dict(unit=unit, how=how, batch_size=batch_size), tuple(classes)
+        self.prepared, self.options, self.classes = (prepared, dict(unit=unit, how=how, batch_size=batch_size),
+                                                     tuple(classes))
 
     @property
-    def monitor(self): return 'valid_accuracy' if self.classes else 'valid_auroc'
+    def monitor(self) -> str: return 'valid_accuracy' if self.classes else 'valid_auroc'
 
     def __call__(self, method, state=None): # dict of floats
         found = scored_predictions(method, self.prepared, 'valid', **self.options)
@@ -85,31 +93,38 @@ class Validator:
             (s,) = found.values()
             return {f'valid_{m}': float(score(f'class_{m}', s.labels, s.scores)) for m in ('accuracy', 'macro_f1')}
         each = {t: float(score('auroc', s.labels, s.scores)) for t, s in found.items()}
-        return {'valid_auroc': float(np.mean(list(each.values()))), **({f'valid_auroc_{t}': v for t, v in each.items()} if len(each) > 1 else {})}
+        return {'valid_auroc': float(np.mean(list(each.values()))),
+                **({f'valid_auroc_{t}': v for t, v in each.items()} if len(each) > 1 else {})}
 
 # %% ../../../nbs/525_evaluate.protocols.classification.ipynb #8acb5fec
 @dataclass(frozen=True)
 class ClassificationResult:
     "Tables and predictions of a classifier."
-    table: pd.DataFrame      # task, metric, value, low, high, unit, n, n_positive, patients, split, rule, threshold, ..., note
+    # task, metric, value, low, high, unit, n, n_positive, patients, split, rule, threshold, ..., note
+    table: pd.DataFrame
     predictions: pd.DataFrame # a row a unit: ids, split, labels, scores
     evaluation: Evaluation = field(repr=False) # calibration, subgroups, thresholds
     scored: dict = field(repr=False)           # split -> {label: Scored}
     leaks: str = ''          # what the leak check compared
-    histogram: pd.DataFrame = field(repr=False, default_factory=pd.DataFrame) # what grey values alone reach on the same units: the table's columns
+    # what grey values alone reach on the same units: the table's columns
+    histogram: pd.DataFrame = field(repr=False, default_factory=pd.DataFrame)
 
-    def __repr__(self): return f'ClassificationResult: {len(self.predictions)} rows\n{wide(beside_histogram(self.table, self.histogram))}'
+    def __repr__(self):
+        return (f'ClassificationResult: {len(self.predictions)} '
+                f'rows\n{wide(beside_histogram(self.table, self.histogram))}')
 
     def _repr_html_(self): return wide(beside_histogram(self.table, self.histogram)).to_html()
 
 
 def classification(
-    method,              # Method with `predict`
-    prepared,            # Prepared with a split column, or {'train': ..., 'valid': ..., 'test': ...}
+    method: Method,              # Method with `predict`
+    prepared: Prepared | dict,            # Prepared with a split column, or {'train': ..., 'valid': ..., 'test': ...}
     unit: str = 'image', how: str = 'mean', # what is judged, and how images are combined
-    metrics=METRICS_BINARY, by=None, # metrics of binary labels; subgroup columns (None: those that say something)
+    # metrics of binary labels; subgroup columns (None: those that say something)
+    metrics: Sequence[str] = METRICS_BINARY, by: Sequence[str] | None = None,
     n_boot: int = 2000, level: float = .95, seed: int = 0, # of the intervals
-    batch_size: int = 16, precision: str = 'fp32', check: bool = True, # of the predictions; compare the splits for leaks first
+    # of the predictions; compare the splits for leaks first
+    batch_size: int = 16, precision: str = 'fp32', check: bool = True,
     baseline: bool = True, # also judge what the training images' histograms tell
 ) -> ClassificationResult:
     """Judge a classifier on test.
@@ -117,31 +132,40 @@ def classification(
     Raises: DataError when splits leak or test is missing; TypeError when the method cannot predict."""
     parts = splits_of(prepared, needed=('test',))
     leaks = assert_apart(parts) if check else 'not checked'
-    scored = {s: scored_predictions(method, parts[s], s, unit, how, batch_size, precision) for s in ('valid', 'test') if s in parts}
+    scored = {s: scored_predictions(method, parts[s], s, unit, how, batch_size, precision) for s in ('valid', 'test')
+              if s in parts}
     result = evaluate_scored(scored['test'], scored.get('valid'), metrics, by=by, n_boot=n_boot, level=level, seed=seed)
     labels, classes = method.config.labels, method.config.classes
     truths = {t: lambda m, j=j: target_matrix(m, labels, classes)[:, j] for j, t in enumerate(labels)}
-    histogram = histogram_baseline(parts, 'test', truths, {t: len(classes) or 2 for t in labels}, unit, how, metrics=metrics,
+    histogram = histogram_baseline(parts, 'test', truths, {t: len(classes) or 2 for t in labels}, unit, how,
+                                   metrics=metrics,
                                    n_boot=n_boot, level=level, seed=seed) if baseline else pd.DataFrame()
     return ClassificationResult(result.table, scores_frame(scored), result, scored, leaks, histogram)
 
 # %% ../../../nbs/525_evaluate.protocols.classification.ipynb #27c5e891
 def out_of_fold(
     results: dict,       # fold -> ClassificationResult, each judged on its own test fold
-    metrics=METRICS_BINARY, n_boot: int = 2000, level: float = .95, seed: int = 0, # as in `classification`
+    # as in `classification`
+    metrics: Sequence[str] = METRICS_BINARY, n_boot: int = 2000, level: float = .95, seed: int = 0,
 ) -> tuple: # Evaluation of all folds together; DataFrame of the folds' own values
     """Pool the test folds of a rotation.
 
     Raises: DataError when a patient is judged by two folds."""
     several = pd.concat([r.predictions[r.predictions.split == 'test'].assign(fold=k) for k, r in results.items()])
     twice = several.groupby('patient_id').fold.nunique()
-    if (twice > 1).any(): raise DataError(f'patient {twice.index[twice > 1][0]} is judged by {twice.max()} folds.', column='patient_id', fix='Use medvl.data.folds.')
+    if (twice > 1).any():
+        raise DataError(f'patient {twice.index[twice > 1][0]} is judged by {twice.max()} folds.', column='patient_id',
+                        fix='Use medvl.data.folds.')
     tests = {k: r.scored['test'] for k, r in results.items()}
     first = next(iter(tests.values()))
-    pooled = {t: Scored(t, 'test', np.concatenate([x[t].labels for x in tests.values()]), np.concatenate([x[t].scores for x in tests.values()]),
-                        pd.concat([x[t].frame for x in tests.values()], ignore_index=True), first[t].unit) for t in first}
-    own = [{'fold': k, 'task': t, 'metric': m, 'value': _value(m, s), 'n': len(s.labels), 'patients': s.frame.patient_id.nunique()}
-           for k, x in tests.items() for t, s in x.items() for m in (metrics if np.ndim(s.scores) == 1 else ('class_accuracy', 'class_macro_f1'))]
+    pooled = {t: Scored(t, 'test', np.concatenate([x[t].labels for x in tests.values()]),
+                        np.concatenate([x[t].scores for x in tests.values()]),
+                        pd.concat([x[t].frame for x in tests.values()], ignore_index=True), first[t].unit)
+              for t in first}
+    own = [{'fold': k, 'task': t, 'metric': m, 'value': _value(m, s), 'n': len(s.labels),
+            'patients': s.frame.patient_id.nunique()}
+           for k, x in tests.items() for t, s in x.items()
+           for m in (metrics if np.ndim(s.scores) == 1 else ('class_accuracy', 'class_macro_f1'))]
     return evaluate_scored(pooled, None, metrics, by=(), n_boot=n_boot, level=level, seed=seed), pd.DataFrame(own)
 
 

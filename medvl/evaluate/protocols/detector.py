@@ -6,7 +6,9 @@
 __all__ = ['OUTCOME', 'detect', 'DetectionResult', 'evaluate_detections', 'map_validation', 'outcomes', 'show_detections']
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #0ed5f123
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from matplotlib.figure import Figure
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,30 +16,36 @@ import pandas as pd
 import torch
 
 from ...core.progress import progress
+from ...data.prepared import Prepared
 from ...data.samples.boxes import truth_table
 from ..metrics.coco import BOX, arrange, candidate_pairs, coco_map, match
 from ..metrics.froc import detection_table, froc_curve, froc_table, reference_map
-from ...methods.base import require
+from ...methods.base import Method, require
 from ...show.exam import draw_view
 from ...show.style import BRIGHT, figure
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #2f17fb0c
-def detect(method, # Method with `predict` and `names`, e.g. RetinaNet
-           prepared, # Prepared: images to search
-           batch_size=8, # images at once
-           ): # DataFrame image_id, label, score, x0, y0, x1, y1 (pixels of the store), best first within an image
+def detect(method: Method, # Method with `predict` and `names`, e.g. RetinaNet
+           prepared: Prepared, # Prepared: images to search
+           batch_size: int = 8, # images at once
+           # DataFrame image_id, label, score, x0, y0, x1, y1 (pixels of the store), best first within an image
+           ) -> pd.DataFrame:
     "Search all images of a data set."
     require(method, 'predict', by='detection')
     rows, parts = prepared.manifest[['row', 'image_id']], []
     for start in progress(range(0, len(rows), batch_size), desc='detect', unit='batch'):
         part = rows.iloc[start:start + batch_size]
         pixels = prepared.images.read(part.row.to_numpy())
-        images = torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32) * (255 / 65535))[:, None]
+        images = torch.from_numpy(pixels if pixels.dtype == np.uint8
+                                  else pixels.astype(np.float32) * (255 / 65535))[:, None]
         for name, found in zip(part.image_id, method.predict(images)):
             table = pd.DataFrame(found['boxes'].cpu().double().numpy(), columns=BOX)
-            parts.append(table.assign(image_id=name, label=np.array(method.names, object)[found['labels'].cpu().numpy()], score=found['scores'].cpu().double().numpy()))
+            parts.append(
+                table.assign(image_id=name, label=np.array(method.names, object)[found['labels'].cpu().numpy()],
+                             score=found['scores'].cpu().double().numpy()))
     columns = ['image_id', 'label', 'score', *BOX]
-    return pd.concat(parts, ignore_index=True)[columns].astype({'label': object}) if parts else pd.DataFrame(columns=columns)
+    return (pd.concat(parts, ignore_index=True)[columns].astype({'label': object}) if parts
+            else pd.DataFrame(columns=columns))
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #faff25df
 @dataclass(repr=False)
@@ -52,21 +60,23 @@ class DetectionResult:
     curve: pd.DataFrame  # FROC curves
 
     def __repr__(self):
-        return f'DetectionResult({len(self.found)} detections, {len(self.truth)} true boxes, {len(self.images)} images, {self.images.patient_id.nunique()} patients)'
+        return (f'DetectionResult({len(self.found)} detections, {len(self.truth)} true boxes, {len(self.images)} '
+                f'images, {self.images.patient_id.nunique()} patients)')
 
     def _repr_html_(self):
         rows = self.table[self.table.metric.isin(['AP', 'AP50', 'mean_sensitivity'])]
-        return rows[['task', 'metric', 'value', 'low', 'high', 'n', 'n_positive', 'patients']].round(3).to_html(index=False)
+        return rows[['task', 'metric', 'value', 'low', 'high', 'n', 'n_positive', 'patients']].round(
+            3).to_html(index=False)
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #9198e651
-def evaluate_detections(found, # DataFrame of `detect`
-                        prepared, # Prepared: the images that were searched
-                        classes, # names of the findings
-                        merge=False, # all findings are one, 'finding'
-                        thresholds=(.25, .5), # overlaps reported one by one
-                        n_boot=1000, seed=0, # resamples of patients, key of the draws
+def evaluate_detections(found: pd.DataFrame, # DataFrame of `detect`
+                        prepared: Prepared, # Prepared: the images that were searched
+                        classes: Sequence[str], # names of the findings
+                        merge: bool = False, # all findings are one, 'finding'
+                        thresholds: Sequence[float] = (.25, .5), # overlaps reported one by one
+                        n_boot: int = 1000, seed: int = 0, # resamples of patients, key of the draws
                         **froc, # overlap, criterion, duplicates, rates of `froc_table`
-                        ): # DetectionResult
+                        ) -> DetectionResult: # DetectionResult
     """Score detections against the boxes of a data set.
 
     Raises: DataError when no image has a true box of the classes."""
@@ -74,15 +84,17 @@ def evaluate_detections(found, # DataFrame of `detect`
     if merge: truth, classes = truth.assign(label='finding'), ('finding',)
     tables = (truth, found, images, list(classes))
     marks = {k: v for k, v in froc.items() if k != 'rates'}
-    table = pd.concat([detection_table(*tables, thresholds=thresholds, n_boot=n_boot, seed=seed), froc_table(*tables, n_boot=n_boot, seed=seed, **froc)], ignore_index=True)
-    return DetectionResult(found, truth, images, table, coco_map(*tables), reference_map(*tables), froc_curve(*tables, **marks))
+    table = pd.concat([detection_table(*tables, thresholds=thresholds, n_boot=n_boot, seed=seed),
+                       froc_table(*tables, n_boot=n_boot, seed=seed, **froc)], ignore_index=True)
+    return DetectionResult(found, truth, images, table, coco_map(*tables), reference_map(*tables),
+                           froc_curve(*tables, **marks))
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #cc9ffc6f
-def map_validation(prepared, # Prepared: validation patients
-                   classes, # names of the findings
-                   merge=False, # all findings are one
-                   batch_size=8, # images at once
-                   ): # callable(method, state) -> {'valid_map', 'valid_map50'}
+def map_validation(prepared: Prepared, # Prepared: validation patients
+                   classes: Sequence[str], # names of the findings
+                   merge: bool = False, # all findings are one
+                   batch_size: int = 8, # images at once
+                   ) -> Callable: # callable(method, state) -> {'valid_map', 'valid_map50'}
     "Make the callable that scores a detector on validation patients during training."
     truth, images = truth_table(prepared, classes)
     if merge: truth, classes = truth.assign(label='finding'), ('finding',)
@@ -97,37 +109,41 @@ def map_validation(prepared, # Prepared: validation patients
 OUTCOME = {'truth': BRIGHT[6], 'hit': BRIGHT[3], 'false mark': BRIGHT[5]}
 
 
-def outcomes(result, # DetectionResult
-             score=.3, # detections shown score more
-             overlap=.25, # from which a detection is a hit
-             ): # DataFrame of true boxes and detections with `outcome`: hit, false mark, truth; `found` for the truth
+def outcomes(result: DetectionResult, # DetectionResult
+             score: float = .3, # detections shown score more
+             overlap: float = .25, # from which a detection is a hit
+             # DataFrame of true boxes and detections with `outcome`: hit, false mark, truth; `found` for the truth
+             ) -> pd.DataFrame:
     "Say for each box what became of it."
     shown = result.found[result.found.score > score]
     scene = arrange(result.truth, shown, result.images, sorted({*result.truth.label, *result.found.label}))
     matched = match(scene, candidate_pairs(scene, overlap), [overlap])[0, 0]
-    name = lambda group: (np.array(scene.labels, object)[scene.label_of(group)], result.images.image_id.to_numpy()[group % scene.n_images])
+    name = lambda group: (np.array(scene.labels, object)[scene.label_of(group)],
+                          result.images.image_id.to_numpy()[group % scene.n_images])
     parts = []
     for boxes, group, kind, value in ((scene.boxes, scene.group, np.full(len(scene.group), 'truth', object), np.nan),
-                                      (scene.found, scene.found_group, np.where(matched >= 0, 'hit', 'false mark').astype(object), scene.score)):
+                                      (scene.found, scene.found_group,
+                                       np.where(matched >= 0, 'hit', 'false mark').astype(object), scene.score)):
         label, image = name(group)
         parts.append(pd.DataFrame(boxes, columns=BOX).assign(label=label, image_id=image, outcome=kind, score=value))
     parts[0]['found'] = np.isin(np.arange(len(scene.boxes)), matched)
     return pd.concat([p for p in parts if len(p)], ignore_index=True)
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #f87bb3e7
-def show_detections(result, # DetectionResult
-                    prepared, # Prepared, as searched
-                    count=4, # images
-                    score=.3, # detections shown score more
-                    overlap=.25, # from which a detection is a hit
-                    order='worst', # 'worst', 'first', or a list of image ids
-                    ): # figure
+def show_detections(result: DetectionResult, # DetectionResult
+                    prepared: Prepared, # Prepared, as searched
+                    count: int = 4, # images
+                    score: float = .3, # detections shown score more
+                    overlap: float = .25, # from which a detection is a hit
+                    order: str | Sequence[str] = 'worst', # 'worst', 'first', or a list of image ids
+                    ) -> Figure: # figure
     "Draw images with true boxes, hits and false marks."
     table = outcomes(result, score, overlap)
     missed = table[table.found.eq(False)].groupby('image_id').size()
     false = table[table.outcome == 'false mark'].groupby('image_id').score.sum()
     ids = prepared.manifest.image_id
-    if order == 'worst': ids = ids.iloc[np.argsort(-(ids.map(missed).fillna(0) + ids.map(false).fillna(0)).to_numpy(), kind='stable')]
+    if order == 'worst':
+        ids = ids.iloc[np.argsort(-(ids.map(missed).fillna(0) + ids.map(false).fillna(0)).to_numpy(), kind='stable')]
     ids = list(ids if isinstance(order, str) else order)[:count]
     fig, axes = figure(1, len(ids), height=3.2, squeeze=False)
     place = pd.Series(np.arange(len(prepared)), index=prepared.manifest.image_id)
@@ -135,8 +151,11 @@ def show_detections(result, # DetectionResult
         mine = table[table.image_id == name]
         draw_view(ax, prepared.image(place[name]))
         for r in mine.itertuples():
-            ax.add_patch(plt.Rectangle((r.x0 - .5, r.y0 - .5), r.x1 - r.x0, r.y1 - r.y0, fill=False, edgecolor=OUTCOME[r.outcome], lw=1.4, ls='--' if r.outcome == 'truth' else '-'))
-            if r.outcome != 'truth': ax.text(r.x0, r.y0, f'{r.score:.2f}', color=OUTCOME[r.outcome], fontsize=7, va='bottom')
-    handles = [plt.Line2D([], [], color='grey' if k == 'truth' else c, ls='--' if k == 'truth' else '-', label=k) for k, c in OUTCOME.items()]
+            ax.add_patch(plt.Rectangle((r.x0 - .5, r.y0 - .5), r.x1 - r.x0, r.y1 - r.y0, fill=False,
+                                       edgecolor=OUTCOME[r.outcome], lw=1.4, ls='--' if r.outcome == 'truth' else '-'))
+            if r.outcome != 'truth':
+                ax.text(r.x0, r.y0, f'{r.score:.2f}', color=OUTCOME[r.outcome], fontsize=7, va='bottom')
+    handles = [plt.Line2D([], [], color='grey' if k == 'truth' else c, ls='--' if k == 'truth' else '-', label=k)
+               for k, c in OUTCOME.items()]
     fig.legend(handles=handles, loc='outside lower center', ncols=3)
     return fig

@@ -6,43 +6,60 @@
 __all__ = ['LabelEfficiency', 'label_efficiency', 'plot_label_efficiency']
 
 # %% ../../../nbs/526_evaluate.protocols.label_efficiency.ipynb #973c7dfc
+from collections.abc import Sequence
+from pathlib import Path
 from dataclasses import dataclass, field
+from matplotlib.figure import Figure
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ...data.histogram import histogram_table
+from ...data.prepared import Prepared
 from ...data.splits import fraction_patients
 from ..stats.bootstrap import _estimate, _exact, settled, resample
-from .linear_probe import CS, _one_fit, _plan, _scored, targets_of
+from .linear_probe import CS, fit_subset, fit_plan, score_probe, targets_of
 from ..metrics.curves import METRICS, Evaluator
+from .embeddings import Embeddings
 from ..stats.scored import unit_keys
 from ..stats.selection import assert_apart, splits_of
-from .zero_shot import _vectors_of
-from ...methods.base import require
+from .zero_shot import vectors_of
+from ...methods.base import Method, require
 from ...show.style import PALETTE, figure
 
 # %% ../../../nbs/526_evaluate.protocols.label_efficiency.ipynb #3f05275f
 @dataclass(frozen=True)
 class LabelEfficiency:
     "Tables of a label-efficiency sweep."
-    table: pd.DataFrame # a row a fit and metric: task, metric, fraction, seed, train_patients, train_images, train_positive, C, value, low, high, n, patients, note
-    curve: pd.DataFrame # a row a task, metric and fraction: mean, least, most (over draws), low, high (of the mean, over test patients), fits, draws, train_patients
+    # a row a fit and metric: task, metric, fraction, seed, train_patients, train_images, train_positive, C, value, low,
+    # high, n, patients, note
+    table: pd.DataFrame
+    # a row a task, metric and fraction: mean, least, most (over draws), low, high (of the mean, over test patients),
+    # fits, draws, train_patients
+    curve: pd.DataFrame
     probes: dict = field(repr=False) # (fraction, seed) -> {label: Probe}
     leaks: str = ''     # what the leak check compared
-    histogram: pd.DataFrame = field(repr=False, default_factory=pd.DataFrame) # the same curve of what the grey values alone tell
+    # the same curve of what the grey values alone tell
+    histogram: pd.DataFrame = field(repr=False, default_factory=pd.DataFrame)
 
     def __repr__(self): return f'LabelEfficiency: {len(self.probes)} subsets\n{self.wide()}'
 
     def _repr_html_(self): return self.wide().to_html()
 
-    def wide(self): # DataFrame
+    def wide(self) -> pd.DataFrame: # DataFrame
         "Lay the first metric of each task out: a row a task, a column a share."
-        c = pd.concat([t.drop_duplicates(['task', 'fraction']) for t in (self.curve, self.histogram.assign(task=self.histogram.task + ' (histogram)') if len(self.histogram) else self.histogram) if len(t)])
-        text = [f'{r.mean:.3f} [{r.least:.3f}, {r.most:.3f}]' + (f' ({r.fits}/{r.draws})' if r.fits < r.draws else '') if r.fits else 'not computable' for r in c.itertuples()]
-        return c.assign(text=text, share=c.fraction.map('{:.0%}'.format)).pivot_table(index=['task', 'metric'], columns='share', values='text', aggfunc='first', sort=False)
+        c = pd.concat(
+            [t.drop_duplicates(['task', 'fraction'])
+             for t in (self.curve,
+                       self.histogram.assign(task=self.histogram.task + ' (histogram)') if len(self.histogram)
+                       else self.histogram) if len(t)])
+        text = [f'{r.mean:.3f} [{r.least:.3f}, {r.most:.3f}]' + (f' ({r.fits}/{r.draws})' if r.fits < r.draws else '')
+                if r.fits else 'not computable' for r in c.itertuples()]
+        return c.assign(text=text, share=c.fraction.map('{:.0%}'.format)).pivot_table(
+            index=['task', 'metric'], columns='share', values='text', aggfunc='first', sort=False)
 
-    def plot(self, tasks=None): # figure
+    def plot(self, tasks: Sequence[str] | None = None) -> Figure: # figure
         "Draw the first metric of each task against the number of training patients."
         return plot_label_efficiency(self.curve, tasks)
 
@@ -50,18 +67,22 @@ class LabelEfficiency:
 def _fits(vectors, parts, targets, plan, options):
     "Fit all subsets; give probes, rows of the table without values, and test scores."
     probes, rows, tests = {}, [], {}
-    strata = [c for c in (f'label_{t.name}' for t in targets if not t.classes) if parts['train'].manifest[c].nunique() > 1]
+    strata = [c for c in (f'label_{t.name}' for t in targets if not t.classes)
+              if parts['train'].manifest[c].nunique() > 1]
     for fraction, seed in plan:
-        fitted, reasons, patients = _one_fit(vectors, parts, targets, fraction, seed, options)
+        fitted, reasons, patients = fit_subset(vectors, parts, targets, fraction, seed, options)
         train = parts['train'].manifest
         if fraction < 1: train = train[fraction_patients(train, fraction, strata, seed)]
         probes[fraction, seed] = fitted
         for t in targets:
             positive = np.nan if t.classes else float((t.truth(train) == 1).sum())
-            rows.append({'task': t.name, 'fraction': fraction, 'seed': seed, 'train_patients': patients, 'train_images': len(train), 'train_positive': positive,
+            rows.append({'task': t.name, 'fraction': fraction, 'seed': seed, 'train_patients': patients,
+                         'train_images': len(train), 'train_positive': positive,
                          'C': fitted[t.name].C if t.name in fitted else np.nan, 'note': reasons.get(t.name, '')})
             if t.name in fitted:
-                tests[t.name, fraction, seed] = _scored(fitted[t.name], vectors['test'], parts['test'].manifest, 'test', options['unit'], options['how'])
+                tests[t.name, fraction, seed] = score_probe(
+                    fitted[t.name], vectors['test'], parts['test'].manifest, 'test',
+                                                        options['unit'], options['how'])
     return probes, rows, tests
 
 
@@ -73,7 +94,8 @@ def _evaluated(tests, metrics, n_boot, seed):
     n = int(codes.max()) + 1
     wanted = lambda s: metrics if np.ndim(s.scores) == 1 else ('class_accuracy', 'class_macro_f1')
     evs = {k: Evaluator(s.labels, s.scores, wanted(s), codes, n, np.float32) for k, s in tests.items()}
-    draws = resample(list(evs.values()), n_boot, seed) if n_boot else [np.full((len(e.metrics), 0), np.nan) for e in evs.values()]
+    draws = (resample(list(evs.values()), n_boot, seed) if n_boot
+             else [np.full((len(e.metrics), 0), np.nan) for e in evs.values()])
     return {k: (e, _exact(e), d) for (k, e), d in zip(evs.items(), draws)}
 
 # %% ../../../nbs/526_evaluate.protocols.label_efficiency.ipynb #ce9770be
@@ -82,13 +104,15 @@ def _fit_table(rows, found, unit, level):
     out = []
     for row in rows:
         key = (row['task'], row['fraction'], row['seed'])
-        if key not in found: out.append({**row, 'metric': '', 'value': np.nan, 'note': f'not computable: {row["note"]}'}); continue
+        if key not in found:
+            out.append({**row, 'metric': '', 'value': np.nan, 'note': f'not computable: {row["note"]}'}); continue
         ev, values, draws = found[key]
         for j, m in enumerate(ev.metrics):
             e = _estimate(ev, j, values[j], draws[j], level, 'percentile', unit)
-            out.append({**row, 'metric': m.name, 'value': e.value, 'low': e.low, 'high': e.high, 'unit': unit, 'n': e.n, 'n_positive': e.n_positive, 'patients': e.n_clusters,
-                        'split': 'test', 'note': e.note})
-    columns = ['task', 'metric', 'fraction', 'seed', 'train_patients', 'train_images', 'train_positive', 'C', 'value', 'low', 'high', 'unit', 'n', 'n_positive', 'patients', 'split', 'note']
+            out.append({**row, 'metric': m.name, 'value': e.value, 'low': e.low, 'high': e.high, 'unit': unit, 'n': e.n,
+                        'n_positive': e.n_positive, 'patients': e.n_clusters, 'split': 'test', 'note': e.note})
+    columns = ['task', 'metric', 'fraction', 'seed', 'train_patients', 'train_images', 'train_positive', 'C', 'value',
+               'low', 'high', 'unit', 'n', 'n_positive', 'patients', 'split', 'note']
     return pd.DataFrame(out).reindex(columns=columns)
 
 
@@ -96,43 +120,57 @@ def _curve(table, found, level):
     "One row a task, metric and share; the mean's interval from the joint resamples of its fits."
     out = []
     for (task, fraction), g in table.groupby(['task', 'fraction'], sort=False):
-        metrics = next((m for k, (e, _, _) in found.items() if k[0] == task for m in [[x.name for x in e.metrics]]), [''])
+        metrics = next((m for k, (e, _, _) in found.items() if k[0] == task for m in [[x.name for x in e.metrics]]),
+                       [''])
         for j, name in enumerate(metrics):
-            fits = [(v[j], d[j], e) for k, (e, v, d) in found.items() if k[:2] == (task, fraction) and not np.isnan(v[j])]
-            base = {'task': task, 'metric': name, 'fraction': fraction, 'draws': g.seed.nunique(), 'fits': len(fits), 'train_patients': g.train_patients.mean()}
+            fits = [(v[j], d[j], e) for k, (e, v, d) in found.items() if k[:2] == (task, fraction)
+                    and not np.isnan(v[j])]
+            base = {'task': task, 'metric': name, 'fraction': fraction, 'draws': g.seed.nunique(), 'fits': len(fits),
+                    'train_patients': g.train_patients.mean()}
             if not fits: out.append({**base, 'mean': np.nan}); continue
             values, ev = np.array([v for v, _, _ in fits]), fits[0][2]
             mean = float(values.mean())
-            low, high, *_ = settled(mean, np.mean([d for _, d, _ in fits], axis=0), level, ev.n_stated_groups, ev.patients_behind(j))
-            out.append({**base, 'mean': mean, 'least': values.min(), 'most': values.max(), 'sd': values.std(ddof=1) if len(values) > 1 else np.nan, 'low': low, 'high': high})
-    columns = ['task', 'metric', 'fraction', 'train_patients', 'mean', 'least', 'most', 'sd', 'low', 'high', 'fits', 'draws']
-    return pd.DataFrame(out).reindex(columns=columns).sort_values(['task', 'metric', 'fraction'], kind='stable', ignore_index=True)
+            low, high, *_ = settled(mean, np.mean([d for _, d, _ in fits], axis=0), level, ev.n_stated_groups,
+                                    ev.patients_behind(j))
+            out.append({**base, 'mean': mean, 'least': values.min(), 'most': values.max(),
+                        'sd': values.std(ddof=1) if len(values) > 1 else np.nan, 'low': low, 'high': high})
+    columns = ['task', 'metric', 'fraction', 'train_patients', 'mean', 'least', 'most', 'sd', 'low', 'high',
+               'fits', 'draws']
+    return pd.DataFrame(out).reindex(columns=columns).sort_values(['task', 'metric', 'fraction'], kind='stable',
+                                                                  ignore_index=True)
 
 # %% ../../../nbs/526_evaluate.protocols.label_efficiency.ipynb #bdfc4920
 def label_efficiency(
-    method,              # Method with image_features (what='feature') or encode_image (what='image'); None with embeddings
-    prepared,            # Prepared with a split column, or {'train': ..., 'valid': ..., 'test': ...}
-    labels=None,         # names; None: all labels, and density if stated
-    fractions=(.01, .1, .5, 1.), seeds=(0, 1, 2, 3, 4), # shares of the training patients, and draws of each share
+    # Method with image_features (what='feature') or encode_image (what='image'); None with embeddings
+    method: Method | None,
+    prepared: Prepared | dict,            # Prepared with a split column, or {'train': ..., 'valid': ..., 'test': ...}
+    labels: str | Sequence[str] | None = None,         # names; None: all labels, and density if stated
+    # shares of the training patients, and draws of each share
+    fractions: Sequence[float] = (.01, .1, .5, 1.), seeds: Sequence[int] = (0, 1, 2, 3, 4),
     what: str = 'feature', # 'feature' = pooled backbone features, 'image' = projected embeddings
     unit: str = 'image', how: str = 'mean', # what is judged, and how images are combined
     class_weight: str | None = None, # None, or 'balanced' (weighted cross-entropy, from the rows of each subset)
-    Cs=CS, choose_by: str = 'auroc', # strengths of the regularisation; metric on validation
-    embeddings=None, folder=None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
-    metrics=('auroc', 'average_precision'), n_boot: int = 1000, level: float = .95, seed: int = 0, # of the tables
-    device='cpu', check: bool = True, # of the fits; compare the splits for leaks first
+    Cs: Sequence[float] = CS, choose_by: str = 'auroc', # strengths of the regularisation; metric on validation
+    # of `embed`
+    embeddings: Embeddings | None = None, folder: str | Path | None = None, batch_size: int = 16,
+    precision: str = 'fp32',
+    # of the tables
+    metrics: Sequence[str] = ('auroc', 'average_precision'), n_boot: int = 1000, level: float = .95, seed: int = 0,
+    device: str | torch.device = 'cpu', check: bool = True, # of the fits; compare the splits for leaks first
     baseline: bool = True, # the same for what the images' histograms tell
 ) -> LabelEfficiency:
     """Fit and judge probes for every label, share and draw, on one pass over the images.
 
-    Raises: DataError when splits leak or are missing, or the embeddings are of another model; ValueError for unknown labels.
+    Raises: DataError when splits leak or are missing, or the embeddings are of another model; ValueError for unknown
+    labels.
     Source: Mammo-CLIP, section 3 (10, 50 and 100 % of the training data)."""
-    plan, parts = _plan(fractions, seeds), splits_of(prepared, needed=('train', 'valid', 'test'))
-    if embeddings is None: require(method, {'feature': 'image_features', 'image': 'encode_image'}[what], by='label_efficiency')
+    plan, parts = fit_plan(fractions, seeds), splits_of(prepared, needed=('train', 'valid', 'test'))
+    if embeddings is None:
+        require(method, {'feature': 'image_features', 'image': 'encode_image'}[what], by='label_efficiency')
     targets = targets_of(parts['train'].manifest, labels)
     unit_keys(parts['test'].manifest, unit)
     leaks = assert_apart(parts) if check else 'not checked'
-    vectors = _vectors_of(parts, prepared, method, embeddings, what, folder, batch_size, precision)
+    vectors = vectors_of(parts, prepared, method, embeddings, what, folder, batch_size, precision)
     options = dict(unit=unit, how=how, Cs=tuple(Cs), class_weight=class_weight, choose_by=choose_by, device=device)
     def judged(vectors, options):
         probes, rows, tests = _fits(vectors, parts, targets, plan, options)
@@ -146,9 +184,9 @@ def label_efficiency(
 # %% ../../../nbs/526_evaluate.protocols.label_efficiency.ipynb #2f085535
 def plot_label_efficiency(
     curve: pd.DataFrame, # `LabelEfficiency.curve`; a column `model` draws several in one panel
-    tasks=None,          # which to draw; None: all
+    tasks: Sequence[str] | None = None,          # which to draw; None: all
     columns: int = 3,    # panels beside each other
-): # figure
+) -> Figure: # figure
     "Draw the first metric of each task against the number of training patients."
     c = curve.assign(model=curve['model'] if 'model' in curve else '').drop_duplicates(['task', 'fraction', 'model'])
     tasks = [t for t in dict.fromkeys(c.task) if tasks is None or t in tasks]
@@ -166,13 +204,17 @@ def _panel(ax, c, task):
     for (model, g), colour in zip(c.groupby('model', sort=False), PALETTE):
         g = g[g.fits > 0].sort_values('train_patients')
         ax.fill_between(g.train_patients, g.least, g.most, color=colour, alpha=.2, linewidth=0)
-        ax.errorbar(g.train_patients, g['mean'], [(g['mean'] - g.low).clip(lower=0), (g.high - g['mean']).clip(lower=0)], # NaN: no bar
-                    color=colour, marker='o', markersize=3, linewidth=1.4, elinewidth=.8, capsize=2, label=model or None)
+        # NaN: no bar
+        ax.errorbar(g.train_patients, g['mean'],
+                    [(g['mean'] - g.low).clip(lower=0), (g.high - g['mean']).clip(lower=0)],
+                    color=colour, marker='o', markersize=3, linewidth=1.4, elinewidth=.8, capsize=2,
+                    label=model or None)
     metric = c.metric.iloc[0]
     if metric == 'auroc': ax.axhline(.5, color='0.4', linestyle=':', linewidth=1)
     shown = c[c.fits > 0].train_patients
     if len(shown) and shown.max() / max(shown.min(), 1) > 4: ax.set_xscale('log')
     ax.set_xticks(sorted(set(shown.round())), [f'{n:,.0f}' for n in sorted(set(shown.round()))])
     ax.minorticks_off()
-    ax.set(title=task.replace('_', ' '), xlabel='training patients', ylabel=METRICS[metric].name.replace('class_', '') if metric in METRICS else '')
+    ax.set(title=task.replace('_', ' '), xlabel='training patients',
+           ylabel=METRICS[metric].name.replace('class_', '') if metric in METRICS else '')
     if c.model.nunique() > 1: ax.legend()

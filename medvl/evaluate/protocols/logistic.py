@@ -6,7 +6,7 @@
 __all__ = ['Solution', 'minimise', 'binary_objective', 'row_weights', 'fit_binary', 'softmax_objective', 'fit_softmax']
 
 # %% ../../../nbs/515_evaluate.protocols.logistic.ipynb #d1bcf59d
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -84,9 +84,11 @@ def minimise(
         nx, nf, ng, moved = _line_search(objective, active, cx, f, g, d, first=not memory)
         s, y = nx - cx, ng - g
         sy = (s * y).sum(1)
-        memory = [*memory, (s, y, torch.where(sy > 1e-300, 1 / sy.clamp_min(1e-300), torch.zeros_like(sy)))][-memory_size:]
+        memory = [*memory,
+                  (s, y, torch.where(sy > 1e-300, 1 / sy.clamp_min(1e-300), torch.zeros_like(sy)))][-memory_size:]
         x[active], norm[active], steps = nx, ng.abs().amax(1), steps + 1
-        active, cx, f, g, memory = _keep(moved, active, nx, nf, ng, memory) # who cannot move has reached float64's limit
+        # who cannot move has reached float64's limit
+        active, cx, f, g, memory = _keep(moved, active, nx, nf, ng, memory)
     return Solution(x, norm, norm <= max(tolerance, 1e-6), steps)
 
 # %% ../../../nbs/515_evaluate.protocols.logistic.ipynb #88614965
@@ -114,7 +116,8 @@ def row_weights(
     class_weight: str | None = None, # None, or 'balanced': positives weigh negatives/positives
 ) -> np.ndarray: # (n, k) float64, 0 where not stated
     "Weigh rows: not stated 0, stated 1, positives more if asked."
-    if class_weight not in (None, 'balanced'): raise ValueError(f'unknown class_weight {class_weight!r}: choose None or "balanced"')
+    if class_weight not in (None, 'balanced'):
+        raise ValueError(f'unknown class_weight {class_weight!r}: choose None or "balanced"')
     stated = ~np.isnan(labels)
     if class_weight is None: return stated.astype(float)
     positive = np.nansum(labels, 0)
@@ -123,11 +126,11 @@ def row_weights(
 
 # %% ../../../nbs/515_evaluate.protocols.logistic.ipynb #c17187b4
 def fit_binary(
-    features,            # (n, f)
-    labels,              # (n, k) 1/0/NaN
-    Cs=(1.,),            # strengths; larger = weaker penalty
+    features: np.ndarray,            # (n, f)
+    labels: np.ndarray,              # (n, k) 1/0/NaN
+    Cs: Sequence[float] = (1.,),            # strengths; larger = weaker penalty
     class_weight: str | None = None, # None or 'balanced'
-    device='cpu', tolerance: float = 1e-9, max_steps: int = 2000,
+    device: str | torch.device = 'cpu', tolerance: float = 1e-9, max_steps: int = 2000,
 ) -> tuple: # weight (k, c, f), bias (k, c), Solution; NaN where a label has one class only
     "Fit every label with every strength."
     features, labels = np.asarray(features, np.float64), np.asarray(labels, np.float64)
@@ -138,20 +141,23 @@ def fit_binary(
     send = lambda a: torch.from_numpy(np.ascontiguousarray(a, np.float64)).to(device)
     repeat = lambda a: send(np.repeat(a[:, both].T, c, axis=0))
     start = torch.zeros(int(both.sum()) * c, f + 1, dtype=torch.float64, device=device)
-    objective = binary_objective(send(features), repeat(np.nan_to_num(labels)), repeat(row_weights(labels, class_weight)), send(np.tile(Cs, both.sum())))
+    objective = binary_objective(send(features), repeat(np.nan_to_num(labels)),
+                                 repeat(row_weights(labels, class_weight)), send(np.tile(Cs, both.sum())))
     solution = minimise(objective, start, tolerance, max_steps)
     theta[both] = solution.x.cpu().numpy().reshape(-1, c, f + 1)
     return theta[..., :-1], theta[..., -1], solution
 
 # %% ../../../nbs/515_evaluate.protocols.logistic.ipynb #f3f2b897
-def softmax_objective(x, y, C, k): # (n,f) float64, (n,) int64, (p,) float64, number of classes
+def softmax_objective(x: Tensor, y: Tensor, C: Tensor,
+                      k: int) -> Callable: # (n,f) float64, (n,) int64, (p,) float64, number of classes
     "Make the objective of p softmax regressions that differ in strength."
     n, f = x.shape
     def objective(theta, which):
         w = theta.view(len(theta), k, f + 1)
         z = torch.einsum('nf,pkf->pnk', x, w[..., :-1]) + w[:, None, :, -1]
         penalty = (1 / (C[which] * n))[:, None, None]
-        value = F.cross_entropy(z.flatten(0, 1), y.repeat(len(theta)), reduction='none').view(-1, n).mean(1) + (penalty * w[..., :-1]**2).sum((1, 2)) / 2
+        value = (F.cross_entropy(z.flatten(0, 1), y.repeat(len(theta)), reduction='none').view(-1, n).mean(1)
+                 + (penalty * w[..., :-1]**2).sum((1, 2)) / 2)
         r = (torch.softmax(z, -1) - F.one_hot(y, k)) / n
         grad = torch.cat([torch.einsum('pnk,nf->pkf', r, x) + penalty * w[..., :-1], r.sum(1)[..., None]], -1)
         return value, grad.flatten(1)
@@ -159,10 +165,11 @@ def softmax_objective(x, y, C, k): # (n,f) float64, (n,) int64, (p,) float64, nu
 
 # %% ../../../nbs/515_evaluate.protocols.logistic.ipynb #0294c1d1
 def fit_softmax(
-    features,   # (n, f)
-    classes,    # (n,) class numbers, NaN not stated
+    features: np.ndarray,   # (n, f)
+    classes: np.ndarray,    # (n,) class numbers, NaN not stated
     k: int,     # number of classes
-    Cs=(1.,), device='cpu', tolerance: float = 1e-9, max_steps: int = 2000, # as in `fit_binary`
+    # as in `fit_binary`
+    Cs: Sequence[float] = (1.,), device: str | torch.device = 'cpu', tolerance: float = 1e-9, max_steps: int = 2000,
 ) -> tuple: # weight (c, k, f), bias (c, k), Solution
     """Fit one softmax regression with every strength; classes that never occur get a low intercept and no weight.
 
@@ -170,11 +177,14 @@ def fit_softmax(
     classes = np.asarray(classes, float)
     rows = ~np.isnan(classes)
     seen, y = np.unique(classes[rows].astype(int), return_inverse=True)
-    if len(seen) < 2: raise ValueError(f'a softmax regression needs two classes; the {rows.sum()} stated rows have {seen.tolist()}')
+    if len(seen) < 2:
+        raise ValueError(f'a softmax regression needs two classes; the {rows.sum()} stated rows have {seen.tolist()}')
     x = torch.from_numpy(np.asarray(features, np.float64)[rows]).to(device)
     f, c, m = x.shape[1], len(Cs), len(seen)
-    objective = softmax_objective(x, torch.from_numpy(y).to(device), torch.tensor(Cs, dtype=torch.float64, device=device), m)
-    solution = minimise(objective, torch.zeros(c, m * (f + 1), dtype=torch.float64, device=device), tolerance, max_steps)
+    objective = softmax_objective(x, torch.from_numpy(y).to(device),
+                                  torch.tensor(Cs, dtype=torch.float64, device=device), m)
+    solution = minimise(objective, torch.zeros(c, m * (f + 1), dtype=torch.float64, device=device),
+                        tolerance, max_steps)
     theta = solution.x.cpu().numpy().reshape(c, m, f + 1)
     weight, bias = np.zeros((c, k, f)), np.full((c, k), -30.)
     weight[:, seen], bias[:, seen] = theta[..., :-1], theta[..., -1] - theta[..., -1].mean(1, keepdims=True)

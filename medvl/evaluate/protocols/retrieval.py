@@ -6,6 +6,8 @@
 __all__ = ['DIRECTIONS', 'chance_recall', 'texts_of_units', 'recall_table', 'RetrievalResult', 'retrieval_protocol']
 
 # %% ../../../nbs/512_evaluate.protocols.retrieval.ipynb #d43fe717
+from collections.abc import Sequence
+from pathlib import Path
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +24,7 @@ from .export import embed_texts, refuse_other_model
 from ..metrics.recall import retrieval_ranks
 from ..stats.scored import unit_keys
 from ..stats.selection import assert_apart, splits_of
-from ...methods.base import require
+from ...methods.base import Method, require
 
 # %% ../../../nbs/512_evaluate.protocols.retrieval.ipynb #8c6822cf
 def chance_recall(
@@ -39,7 +41,7 @@ def chance_recall(
 def texts_of_units(
     manifest: pd.DataFrame, # prepared manifest
     unit: str = 'breast',   # image, breast or exam
-    sections=('findings', 'impression'), # of the reports
+    sections: Sequence[str] = ('findings', 'impression'), # of the reports
 ) -> tuple: # codes (n,) of the images' units, frame (u rows: keys, patient_id, text; '' where there is none)
     """Give every unit the text of its report.
 
@@ -62,7 +64,8 @@ def _draws(values, codes, n, n_boot, seed):
     "Means of (q, m) values over resampled patients, (m, n_boot)."
     sums = np.stack([np.bincount(codes, weights=v, minlength=n) for v in values.T])
     sizes = np.bincount(codes, minlength=n)
-    counts = [patient_counts(n, b, seed, min(BLOCK, n_boot - b * BLOCK)).astype(float) for b in range(-(-n_boot // BLOCK))]
+    counts = [patient_counts(n, b, seed, min(BLOCK, n_boot - b * BLOCK)).astype(float)
+              for b in range(-(-n_boot // BLOCK))]
     return np.concatenate([(sums @ c) / (sizes @ c) for c in counts], axis=1)
 
 
@@ -70,21 +73,23 @@ def recall_table(
     ranks: np.ndarray,    # (q,) rank of the first match
     matches: np.ndarray,  # (q,) matches of each query
     n_candidates: int,    # size of the gallery
-    patients,             # (q,) patient of each query
-    ks=(1, 5, 10, 15),    # cut-offs
+    patients: Sequence | np.ndarray | pd.Series,             # (q,) patient of each query
+    ks: Sequence[int] = (1, 5, 10, 15),    # cut-offs
     unit: str = 'breast', # what a query is
     n_boot: int = 2000, level: float = .95, seed: int = 0, # of the bootstrap over patients
 ) -> pd.DataFrame: # a row a metric: value, low, high, chance, ...
     "Estimate recall at k and mean rank, each beside its chance level."
     names, codes = np.unique(np.asarray(patients), return_inverse=True)
     values = np.stack([*((ranks <= k).astype(float) for k in ks), ranks.astype(float)], 1)
-    chance = [*(chance_recall(n_candidates, matches, k).mean() for k in ks), ((n_candidates + 1) / (np.asarray(matches, float) + 1)).mean()]
+    chance = [*(chance_recall(n_candidates, matches, k).mean() for k in ks),
+              ((n_candidates + 1) / (np.asarray(matches, float) + 1)).mean()]
     draws, rows = _draws(values, codes, len(names), n_boot, seed), []
     for j, metric in enumerate([*(f'recall@{k}' for k in ks), 'mean_rank']):
         value, limits = float(values[:, j].mean()), (1, n_candidates) if metric == 'mean_rank' else (0, 1)
         low, high, how, note = settled(value, draws[j], level, len(names), limits=limits)
         better = high < chance[j] if metric == 'mean_rank' else low > chance[j]
-        e = Estimate(value, low, high, level, unit, len(ranks), None, len(names), n_boot, how or 'percentile', note=note)
+        e = Estimate(value, low, high, level, unit, len(ranks), None, len(names), n_boot,
+                     how or 'percentile', note=note)
         extra = {'chance': float(chance[j]), 'candidates': n_candidates, 'better_than_chance': bool(better)}
         rows.append({'metric': metric, **e.row(), **extra})
     return pd.DataFrame(rows).drop(columns=['n_positive', 'n_dropped'])
@@ -95,7 +100,8 @@ DIRECTIONS = ('image to report', 'report to image')
 @dataclass(frozen=True)
 class RetrievalResult:
     "Tables and ranks of a retrieval evaluation."
-    table: pd.DataFrame   # task (direction), metric, value, low, high, chance, unit, n, patients, candidates, split, reports, ...
+    # task (direction), metric, value, low, high, chance, unit, n, patients, candidates, split, reports, ...
+    table: pd.DataFrame
     ranks: pd.DataFrame   # a row a query: direction, keys, rank, matches
     left_out: dict        # reason -> units
     similarity: np.ndarray = field(repr=False) # (units, texts) cosines
@@ -108,7 +114,8 @@ class RetrievalResult:
         ends = lambda r: f' ({r.low:.3g} to {r.high:.3g})' if np.isfinite(r.low) else ''
         number = {'model': lambda r: f'{r.value:.3g}{ends(r)}', 'chance': lambda r: f'{r.chance:.3g}'}
         groups = self.table.groupby('task', sort=False)
-        rows = {(task, kind): {r.metric: number[kind](r) for r in g.itertuples()} for task, g in groups for kind in number}
+        rows = {(task, kind): {r.metric: number[kind](r) for r in g.itertuples()} for task, g in groups
+                for kind in number}
         return pd.DataFrame.from_dict(rows, orient='index')
 
     def __repr__(self): return f'RetrievalResult: {len(self.units)} units, {len(self.texts)} texts\n{self.wide()}'
@@ -126,26 +133,29 @@ def _unit_vectors(vectors, codes, kept):
 
 
 def _gallery(manifest, unit, sections, reports):
-    "Keep the units with a text: codes of all images, numbers and frame of the kept units, distinct texts, and counts of the others."
+    """Keep the units with a text: codes of all images, numbers and frame of the kept units, distinct texts, and
+    counts of the others."""
     if reports not in ('all', 'unique'): raise ValueError(unknown_name('choice of reports', reports, ('all', 'unique')))
     codes, units = texts_of_units(manifest, unit, sections)
     keep = units.text != ''
     left_out = {'no report': int((~keep).sum())}
     if reports == 'unique':
-        exams = units.groupby('text').apply(lambda g: len(g[['patient_id', 'exam_id']].drop_duplicates()), include_groups=False)
+        exams = units.groupby('text').apply(lambda g: len(g[['patient_id', 'exam_id']].drop_duplicates()),
+                                            include_groups=False)
         shared = keep & (units.text.map(exams) > 1)
         left_out['the report of several exams'], keep = int(shared.sum()), keep & ~shared
     frame = units[keep].reset_index(drop=True)
     if frame.text.nunique() < 2:
-        raise DataError(f'{frame.text.nunique()} distinct reports to choose from; left out: {left_out}.', column='report',
-                        fix='Retrieval needs a data set with reports, at least two of them different.')
+        raise DataError(f'{frame.text.nunique()} distinct reports to choose from; left out: {left_out}.',
+                        column='report', fix='Retrieval needs a data set with reports, at least two of them different.')
     group, texts = pd.factorize(frame.text)
     return codes, np.flatnonzero(keep), frame.drop(columns='text').assign(group=group), list(texts), left_out
 
 # %% ../../../nbs/512_evaluate.protocols.retrieval.ipynb #346597e5
 def _asked(frame, direction):
     "Rows of the units that ask: all, or one a patient and report."
-    return np.arange(len(frame)) if direction == DIRECTIONS[0] else np.flatnonzero(~frame.duplicated(['patient_id', 'group']))
+    return (np.arange(len(frame)) if direction == DIRECTIONS[0]
+            else np.flatnonzero(~frame.duplicated(['patient_id', 'group'])))
 
 
 def _directions(x, t, frame, n_texts, ks, options):
@@ -155,7 +165,8 @@ def _directions(x, t, frame, n_texts, ks, options):
     for direction in DIRECTIONS:
         rows = _asked(frame, direction)
         to_text = direction == DIRECTIONS[0]
-        r = retrieval_ranks(x[rows], t, group[rows], distinct) if to_text else retrieval_ranks(t[group[rows]], x, group[rows], group)
+        r = (retrieval_ranks(x[rows], t, group[rows], distinct) if to_text
+             else retrieval_ranks(t[group[rows]], x, group[rows], group))
         matches, n = (np.ones(len(rows)), n_texts) if to_text else (np.bincount(group)[group[rows]], len(x))
         tables.append(recall_table(r, matches, n, frame.patient_id.iloc[rows], ks, **options).assign(task=direction))
         ranks.append(frame.iloc[rows].assign(direction=direction, rank=r, matches=matches.astype(int)))
@@ -164,15 +175,15 @@ def _directions(x, t, frame, n_texts, ks, options):
 
 # %% ../../../nbs/512_evaluate.protocols.retrieval.ipynb #2362f3ef
 def retrieval_protocol(
-    method,                # Method with encode_image and encode_text (or project_text)
+    method: Method,                # Method with encode_image and encode_text (or project_text)
     prepared: Prepared,    # data set with reports
     split: str | None = 'test', # split to judge on; None: all rows, as an external test set
     unit: str = 'breast',  # image, breast or exam
     reports: str = 'all',  # 'unique': only units whose text no other exam has
-    ks=(1, 5, 10, 15),     # cut-offs; the original's
-    sections=('findings', 'impression'), # of the reports
+    ks: Sequence[int] = (1, 5, 10, 15),     # cut-offs; the original's
+    sections: Sequence[str] = ('findings', 'impression'), # of the reports
     embeddings: Embeddings = None, # made before by `embed`, or read from a file
-    folder=None, batch_size: int = 16, # of `embed` and `embed_texts`
+    folder: str | Path | None = None, batch_size: int = 16, # of `embed` and `embed_texts`
     n_boot: int = 2000, level: float = .95, seed: int = 0, # of the intervals
     check: bool = True,    # compare the splits for leaks first
 ) -> RetrievalResult:

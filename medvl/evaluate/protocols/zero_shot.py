@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'Task', 'bank_tasks', 'tasks_of', 'class_probabilities', 'class_vectors', 'ZeroShotResult', 'scores_frame',
-           'zero_shot']
+           'vectors_of', 'zero_shot']
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #b30012b2
+from collections.abc import Sequence
+from pathlib import Path
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +23,7 @@ from ..stats.histogram_baseline import beside_histogram, histogram_baseline
 from ..stats.scored import scored_at
 from ..stats.selection import assert_apart, splits_of
 from ..stats.tables import METRICS_BINARY, Evaluation, evaluate_scored, not_computable, wide
-from ...methods.base import capabilities, evaluating, require
+from ...methods.base import Method, capabilities, evaluating, require
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #d8b78fe8
 @dataclass(frozen=True)
@@ -45,10 +47,13 @@ class Task:
         for name in self.labels:
             if f'label_{name}' in manifest: return manifest[f'label_{name}'].to_numpy(float)
         if self.column and self.column in manifest:
-            truth = manifest[self.column].astype(object).map(lambda v: self.values.get(str(v).strip().lower(), np.nan)).to_numpy(float)
+            truth = manifest[self.column].astype(object).map(
+                lambda v: self.values.get(str(v).strip().lower(), np.nan)).to_numpy(float)
             if not np.isnan(truth).all(): return truth
-        sought = [f'label_{n}' for n in self.labels] + ([f'{self.column} ({", ".join(self.values)})'] if self.column else [])
-        raise DataError(f'the task {self.name!r} finds no truth; it looked for {", ".join(sought)}', fix='Name the label in Task(labels=...).')
+        sought = ([f'label_{n}' for n in self.labels]
+                  + ([f'{self.column} ({", ".join(self.values)})'] if self.column else []))
+        raise DataError(f'the task {self.name!r} finds no truth; it looked for {", ".join(sought)}',
+                        fix='Name the label in Task(labels=...).')
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #bf9bbef4
 _PATHOLOGY = {'malignant': 1, 'benign': 0, 'normal': 0}
@@ -59,27 +64,38 @@ TASKS = {
     'mammo': (
         Task('mass', (('no mass',), ('mass',)), ('mass', 'Mass')),
         Task('suspicious_calcification', (('no suspicious calcification',), ('suspicious calcification',)), _CALC),
-        Task('malignancy', (('no malignancy',), ('malignancy',)), ('malignancy', 'malignant', 'cancer'), 'pathology', _PATHOLOGY),
+        Task('malignancy', (('no malignancy',), ('malignancy',)), ('malignancy', 'malignant', 'cancer'),
+             'pathology', _PATHOLOGY),
         Task('density', (('the breasts being almost entirely fatty',), ('scattered areas of fibroglandular density',),
-                         ('the breast tissue is heterogeneously dense',), ('the breasts are extremely dense',)), (), 'density', _DENSITY)),
+                         ('the breast tissue is heterogeneously dense',), ('the breasts are extremely dense',)), (),
+             'density', _DENSITY)),
 }
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #2aab07b6
 TASKS['mammo_ensemble'] = (
     Task('mass', (('no mass is seen', 'there is no dominant mass', 'no suspicious mass in either breast'),
-                  ('there is a mass', 'an irregular mass with spiculated margins', 'a round mass is seen in the breast')), ('mass', 'Mass')),
-    Task('suspicious_calcification', (('no suspicious calcifications', 'there are no suspicious microcalcifications', 'no grouped calcifications are seen'),
-                                      ('suspicious calcifications are seen', 'grouped pleomorphic calcifications', 'fine linear branching microcalcifications')), _CALC),
+                  ('there is a mass', 'an irregular mass with spiculated margins',
+                   'a round mass is seen in the breast')), ('mass', 'Mass')),
+    Task('suspicious_calcification',
+         (('no suspicious calcifications', 'there are no suspicious microcalcifications',
+           'no grouped calcifications are seen'),
+          ('suspicious calcifications are seen', 'grouped pleomorphic calcifications',
+           'fine linear branching microcalcifications')), _CALC),
     Task('malignancy', (('no evidence of malignancy', 'negative mammogram', 'the findings are benign'),
-                        ('suspicious for malignancy', 'highly suggestive of malignancy', 'findings concerning for carcinoma')),
+                        ('suspicious for malignancy', 'highly suggestive of malignancy',
+                         'findings concerning for carcinoma')),
          ('malignancy', 'malignant', 'cancer'), 'pathology', _PATHOLOGY),
-    Task('density', (('the breasts are almost entirely fatty', 'breast density a'), ('there are scattered areas of fibroglandular density', 'breast density b'),
+    Task('density', (('the breasts are almost entirely fatty', 'breast density a'),
+                     ('there are scattered areas of fibroglandular density', 'breast density b'),
                      ('the breasts are heterogeneously dense, which may obscure small masses', 'breast density c'),
-                     ('the breasts are extremely dense, which lowers the sensitivity of mammography', 'breast density d')), (), 'density', _DENSITY))
+                     ('the breasts are extremely dense, which lowers the sensitivity of mammography',
+                      'breast density d')), (), 'density', _DENSITY))
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #220b1fe8
 _CANCER = ('cancer', 'malignancy', 'malignant')
-_BIRADS = {f'{prefix}{n}{part}': k for k, (n, parts) in enumerate([('1', ('',)), ('2', ('',)), ('3', ('',)), ('4', ('', 'a', 'b', 'c')), ('5', ('',))])
+_BIRADS = {f'{prefix}{n}{part}': k
+           for k, (n, parts) in enumerate(
+               [('1', ('',)), ('2', ('',)), ('3', ('',)), ('4', ('', 'a', 'b', 'c')), ('5', ('',))])
            for part in parts for prefix in ('', 'bi-rads ', 'birads ')}
 _MASS, _CALCIFICATION, _MALIGNANCY, _DENSITIES = TASKS['mammo']
 
@@ -87,17 +103,20 @@ TASKS |= {
     'vindr': (_MASS, _CALCIFICATION, _DENSITIES),
     'rsna': (Task('malignancy', _MALIGNANCY.prompts, _CANCER, 'pathology', _PATHOLOGY),),
     'rsna_cancer': (Task('cancer', (('no cancer',), ('cancer',)), _CANCER, 'pathology', _PATHOLOGY),),
-    'findings': tuple(Task(f.lower().replace(' ', '_'), ((f'no {f.lower()}',), (f.lower(),)), (f.lower().replace(' ', '_'),)) for f in FINDINGS),
+    'findings': tuple(Task(f.lower().replace(' ', '_'), ((f'no {f.lower()}',), (f.lower(),)),
+                           (f.lower().replace(' ', '_'),)) for f in FINDINGS),
     'birads': (
         Task('birads', (('bi-rads 1: negative',), ('bi-rads 2: benign findings',), ('bi-rads 3: probably benign',),
-                        ('bi-rads 4: suspicious abnormality',), ('bi-rads 5: highly suggestive of malignancy',)), (), 'birads', _BIRADS),
-        Task('suspicious_birads', (('bi-rads 1: negative', 'bi-rads 2: benign findings'), ('bi-rads 4: suspicious abnormality', 'bi-rads 5: highly suggestive of malignancy')),
+                        ('bi-rads 4: suspicious abnormality',), ('bi-rads 5: highly suggestive of malignancy',)), (),
+             'birads', _BIRADS),
+        Task('suspicious_birads', (('bi-rads 1: negative', 'bi-rads 2: benign findings'),
+                                   ('bi-rads 4: suspicious abnormality', 'bi-rads 5: highly suggestive of malignancy')),
              (), 'birads', {value: int(k > 2) for value, k in _BIRADS.items() if k != 2})),
 }
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #1659cd2d
 def bank_tasks(
-    findings=FINDINGS,     # names of the bank
+    findings: Sequence[str] = FINDINGS,     # names of the bank
     detail: str = 'full',  # 'full': hundreds of sentences a class; 'plain': a few
 ) -> list: # of Task
     """Ask for findings with all sentences of the bank.
@@ -112,7 +131,8 @@ TASKS['bank'] = tuple(bank_tasks(detail='plain'))
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #c50ac2fb
 def tasks_of(
-    tasks, # name in TASKS, a Task, a list of either, or {label: (absent prompts, present prompts)}
+    # name in TASKS, a Task, a list of either, or {label: (absent prompts, present prompts)}
+    tasks: str | Task | Sequence | dict,
 ) -> list: # of Task
     """Turn what was asked into tasks.
 
@@ -127,8 +147,10 @@ def tasks_of(
     out = [t for item in tasks for t in (tasks_of(item) if isinstance(item, str) else [item])]
     for t in out:
         if len(t.prompts) < 2 or not all(t.prompts) or not all(p.strip() for c in t.prompts for p in c):
-            raise ValueError(f'task {t.name!r} needs at least one non-empty prompt for each of two or more classes; got {t.prompts}')
-    if len({t.name for t in out}) != len(out): raise ValueError(f'two tasks have the same name: {[t.name for t in out]}')
+            raise ValueError(f'task {t.name!r} needs at least one non-empty prompt for each of two or more classes; '
+                             f'got {t.prompts}')
+    if len({t.name for t in out}) != len(out):
+        raise ValueError(f'two tasks have the same name: {[t.name for t in out]}')
     return out
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #dbe821a5
@@ -147,7 +169,7 @@ def class_probabilities(
     return e / e.sum(1, keepdims=True)
 
 def class_vectors(
-    method,      # Method with project_text or encode_text
+    method: Method,      # Method with project_text or encode_text
     task: Task,
 ) -> np.ndarray: # (k, d) unit rows, float64
     "Embed the prompts of each class and average them."
@@ -167,9 +189,12 @@ class ZeroShotResult:
     prompts: dict = field(repr=False)          # task -> prompts that were asked
     scored: dict = field(repr=False)           # split -> {task: Scored}
     leaks: str = ''          # what the leak check compared
-    histogram: pd.DataFrame = field(repr=False, default_factory=pd.DataFrame) # what grey values alone reach on the same units: the table's columns
+    # what grey values alone reach on the same units: the table's columns
+    histogram: pd.DataFrame = field(repr=False, default_factory=pd.DataFrame)
 
-    def __repr__(self): return f'ZeroShotResult: {len(self.scores)} rows, {len(self.prompts)} tasks\n{wide(beside_histogram(self.table, self.histogram))}'
+    def __repr__(self):
+        return (f'ZeroShotResult: {len(self.scores)} rows, {len(self.prompts)} '
+                f'tasks\n{wide(beside_histogram(self.table, self.histogram))}')
 
     def _repr_html_(self): return wide(beside_histogram(self.table, self.histogram)).to_html()
 
@@ -194,11 +219,13 @@ def scores_frame(
     for split, tasks in scored.items():
         if not tasks: continue
         frame = next(iter(tasks.values())).frame
-        keep = [c for c in ('image_id', 'patient_id', 'exam_id', 'laterality', 'view', 'source', 'density', 'age') if c in frame and frame[c].notna().any()]
+        keep = [c for c in ('image_id', 'patient_id', 'exam_id', 'laterality', 'view', 'source', 'density', 'age')
+                if c in frame and frame[c].notna().any()]
         out = frame[keep].reset_index(drop=True).assign(split=split)
         for t, s in tasks.items():
             out[f'label_{t}'] = s.labels
-            for k, column in enumerate(np.reshape(s.scores, (len(out), -1)).T): out[f'score_{t}' + (f'_{k}' if np.ndim(s.scores) == 2 else '')] = column
+            for k, column in enumerate(np.reshape(s.scores, (len(out), -1)).T):
+                out[f'score_{t}' + (f'_{k}' if np.ndim(s.scores) == 2 else '')] = column
         parts.append(out)
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
@@ -208,27 +235,33 @@ def _parts(prepared, split):
     if split is None: # an external test set: whatever split its rows were tagged with, none of them was trained on
         one = prepared if isinstance(prepared, Prepared) else prepared['test']
         if 'split' not in one.manifest: return {'test': one}
-        return {'test': Prepared(one.folder, one.info, one.images, one.masks, one.manifest.assign(split='test'), one.boxes, one.sentences)}
-    if split not in ('valid', 'test', 'train'): raise ValueError(unknown_name('split', split, ('train', 'valid', 'test')))
+        return {'test': Prepared(one.folder, one.info, one.images, one.masks, one.manifest.assign(split='test'),
+                                 one.boxes, one.sentences)}
+    if split not in ('valid', 'test', 'train'):
+        raise ValueError(unknown_name('split', split, ('train', 'valid', 'test')))
     return splits_of(prepared, needed=(split,))
 
-def _vectors_of(parts, prepared, method, embeddings, what, folder, batch_size, precision):
+def vectors_of(parts: dict, prepared: Prepared | dict, method: Method | None, embeddings: Embeddings | None, what: str,
+               folder: str | Path | None, batch_size: int, precision: str) -> dict:
     "Embeddings for every part: given ones (of this model), or the whole data set embedded once."
     if embeddings is not None and method is not None: refuse_other_model(embeddings.facts, method)
-    if embeddings is None and isinstance(prepared, Prepared): embeddings = embed(method, prepared, folder, batch_size, (what,), precision)
+    if embeddings is None and isinstance(prepared, Prepared):
+        embeddings = embed(method, prepared, folder, batch_size, (what,), precision)
     if embeddings is not None: return {s: embeddings.of(p, what) for s, p in parts.items()}
     return {s: embed(method, p, folder, batch_size, (what,), precision).of(p, what) for s, p in parts.items()}
 
 # %% ../../../nbs/510_evaluate.protocols.zero_shot.ipynb #2fa7a129
 def zero_shot(
-    method,                # Method with encode_image and encode_text (or project_text)
-    prepared,              # Prepared, or {'test': Prepared, 'valid': Prepared, ...}
-    tasks='mammo',         # a set's name, Tasks, or {label: (absent prompts, present prompts)}
-    split: str | None = 'test', # split to judge on; None: all rows, as an external test set (the model must have seen none of them)
+    method: Method,                # Method with encode_image and encode_text (or project_text)
+    prepared: Prepared | dict,              # Prepared, or {'test': Prepared, 'valid': Prepared, ...}
+    # a set's name, Tasks, or {label: (absent prompts, present prompts)}
+    tasks: str | Task | Sequence | dict = 'mammo',
+    # split to judge on; None: all rows, as an external test set (the model must have seen none of them)
+    split: str | None = 'test',
     unit: str = 'image', how: str = 'mean', # image, breast, exam or patient; mean or max of its images' scores
     embeddings: Embeddings = None, # made before by `embed`
-    folder=None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
-    metrics=METRICS_BINARY, by=None, # of binary tasks; subgroup columns
+    folder: str | Path | None = None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
+    metrics: Sequence[str] = METRICS_BINARY, by: Sequence[str] | None = None, # of binary tasks; subgroup columns
     n_boot: int = 2000, level: float = .95, seed: int = 0, # of the intervals
     check: bool = True,    # compare the splits for leaks first, near-duplicates included
     baseline: bool = True, # also judge what the training images' histograms tell
@@ -243,13 +276,17 @@ def zero_shot(
     leaks = assert_apart(parts) if check else 'not checked'
     judged = split or 'test'
     used = {s: p for s, p in parts.items() if s in ('valid', judged)}
-    vectors = _vectors_of(used, prepared, method, embeddings, 'image', folder, batch_size, precision)
+    vectors = vectors_of(used, prepared, method, embeddings, 'image', folder, batch_size, precision)
     scored, missing = {}, {}
     for s, p in used.items(): scored[s], missing[s] = _predict(method, tasks, p.manifest, vectors[s], s, unit, how)
     valids = scored['valid'] if judged == 'test' and 'valid' in scored else None
     result = evaluate_scored(scored[judged], valids, metrics, by=by, n_boot=n_boot, level=level, seed=seed)
-    table = pd.concat([result.table, *(pd.DataFrame([not_computable(t, 'auroc', why, judged, unit)]) for t, why in missing[judged].items())], ignore_index=True)
+    table = pd.concat(
+        [result.table, *(pd.DataFrame([not_computable(t, 'auroc', why, judged, unit)])
+                         for t, why in missing[judged].items())], ignore_index=True)
     asked = [t for t in tasks if t.name not in missing[judged]]
-    histogram = histogram_baseline(parts, judged, {t.name: t.truth for t in asked}, {t.name: len(t.prompts) for t in asked}, unit, how, metrics=metrics,
+    histogram = histogram_baseline(parts, judged, {t.name: t.truth for t in asked},
+                                   {t.name: len(t.prompts) for t in asked}, unit, how, metrics=metrics,
                                    n_boot=n_boot, level=level, seed=seed) if baseline else pd.DataFrame()
-    return ZeroShotResult(table, scores_frame(scored), result, {t.name: t.prompts for t in tasks}, scored, leaks, histogram)
+    return ZeroShotResult(table, scores_frame(scored), result, {t.name: t.prompts for t in tasks}, scored,
+                          leaks, histogram)
