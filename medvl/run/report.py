@@ -31,18 +31,18 @@ class _Cleaner(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.out, self.muted = [], 0
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list):
         if tag in ('script', 'style'): self.muted += 1
         if tag not in _TAGS or self.muted: return
         keep = {k: v for k, v in attrs if v and ((k in ('colspan', 'rowspan') and v.isdigit())
                                                  or (k == 'href' and v.startswith(('http://', 'https://'))))}
         self.out.append(f'<{tag}' + ''.join(f' {k}="{html.escape(v)}"' for k, v in keep.items()) + '>')
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str):
         if tag in ('script', 'style'): self.muted = max(0, self.muted - 1)
         elif tag in _TAGS and not self.muted and tag not in ('br', 'hr'): self.out.append(f'</{tag}>')
 
-    def handle_data(self, data):
+    def handle_data(self, data: str):
         if not self.muted: self.out.append(html.escape(data))
 
 # %% ../../nbs/702_run.report.ipynb #aa9d9264

@@ -77,7 +77,7 @@ def _kernel_class(env, started):
     argv = [sys.executable, '-c', _KERNEL.format(parent=os.getpid()), '-f', '{connection_file}']
 
     class Specs(KernelSpecManager):
-        def get_kernel_spec(self, kernel_name):
+        def get_kernel_spec(self, kernel_name: str):
             return KernelSpec(argv=argv, env=env, display_name='python3', language='python')
 
     class Kernel(AsyncKernelManager):
@@ -172,7 +172,7 @@ def _papermill(run, notebook, cwd, started, box):
     # papermill formats paths: a folder `a {seed}` must stay one
     plain = str(run.folder/'run.ipynb').replace('{', '{{').replace('}', '}}')
 
-    def see(cell, cell_index, **kwargs): run.cell = cell_index
+    def see(cell: dict, cell_index: int, **kwargs): run.cell = cell_index
     try:
         node = nbformat.read(str(notebook), as_version=4)
         with open(run.folder/'run.log', 'a', encoding='utf-8') as log:
@@ -208,7 +208,7 @@ class _Terminated:
         self.main = threading.current_thread() is threading.main_thread()
         if self.main: self.old = signal.signal(signal.SIGTERM, self.stop)
 
-    def stop(self, number, frame): raise _StopError()
+    def stop(self, number: int, frame: object): raise _StopError()
 
     def __exit__(self, *error):
         if self.main: signal.signal(signal.SIGTERM, self.old)

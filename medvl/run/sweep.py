@@ -190,7 +190,7 @@ def _local(folder, indices, jobs, gpus, **how):
     for k in range(jobs): slots.put(k)
     threads = {} if 'OMP_NUM_THREADS' in os.environ else {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // jobs))}
 
-    def one(index):
+    def one(index: int):
         slot = slots.get()
         try:
             return launch(folder, index,

@@ -32,7 +32,7 @@ def kept_for_backward(
     own = {t.untyped_storage().data_ptr() for t in (*method.parameters(), *method.buffers())}
     found = {}
 
-    def pack(tensor):
+    def pack(tensor: torch.Tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own: found[storage.data_ptr()] = storage.nbytes()
         return tensor

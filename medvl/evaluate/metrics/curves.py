@@ -47,7 +47,7 @@ def pfbeta_metric(
     beta: float = 1., # weight of recall against precision
 ) -> Metric:
     "Probabilistic F-beta; scores are clipped to 0..1 as the challenge's code does."
-    def columns(y, s):
+    def columns(y: np.ndarray, s: np.ndarray):
         p = np.clip(s, 0, 1)
         return np.stack([p * y, p * ~y, y], axis=1)
     return Metric('pf1' if beta == 1 else f'pf{beta:g}', 'sums', lambda sums: _pfbeta_value(sums, beta), columns)
@@ -79,7 +79,7 @@ def at_threshold(
     Raises: ValueError for an unknown name."""
     if name not in _AT:
         raise ValueError(f'no metric {name!r} at a threshold; choose one of {", ".join(_AT)}')
-    def columns(y, s):
+    def columns(y: np.ndarray, s: np.ndarray):
         called = s >= threshold
         return np.stack([called & y, called & ~y, ~called & y, ~called & ~y], axis=1)
     return Metric(name, 'sums', lambda sums: _AT[name](*sums), columns, behind=_BEHIND.get(name, ()))

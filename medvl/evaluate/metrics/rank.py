@@ -136,7 +136,7 @@ def sensitivity_at_specificity_of(
 ) -> Callable: # RankCounts -> (r,) sensitivities
     """Make the metric: the best sensitivity among thresholds with at least this specificity (0 if only 'nothing is
     positive' has it)."""
-    def value(c):
+    def value(c: RankCounts):
         allowed = c.fp <= (1 - specificity) * c.n_neg * (1 + 1e-12)
         best = np.max(np.where(allowed, c.tp, 0), axis=0, initial=0)
         return np.where(c.n_neg > 0, ratio(best, c.n_pos), np.nan)
@@ -146,7 +146,7 @@ def specificity_at_sensitivity_of(
     sensitivity: float, # lowest sensitivity allowed, 0..1
 ) -> Callable: # RankCounts -> (r,) specificities
     "Make the metric: the best specificity among thresholds with at least this sensitivity."
-    def value(c):
+    def value(c: RankCounts):
         allowed = c.tp >= sensitivity * c.n_pos * (1 - 1e-12)
         fewest = np.min(np.where(allowed, c.fp, c.n_neg), axis=0, initial=np.inf)
         return np.where(c.n_pos > 0, ratio(c.n_neg - np.minimum(fewest, c.n_neg), c.n_neg), np.nan)

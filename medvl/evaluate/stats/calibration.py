@@ -73,10 +73,10 @@ def ece_metric(
 ) -> Metric:
     "Expected calibration error with fixed bins, as a metric that can be bootstrapped."
     k = len(edges) + 1
-    def columns(y, p):
+    def columns(y: np.ndarray, p: np.ndarray):
         one = np.eye(k)[np.searchsorted(edges, p, side='right')]
         return np.concatenate([one * (p - y)[:, None], np.ones((len(p), 1))], axis=1)
-    def value(sums):
+    def value(sums: np.ndarray):
         return np.divide(np.abs(sums[:k]).sum(0), sums[k], out=np.full(sums.shape[1], np.nan), where=sums[k] > 0)
     return Metric(name, 'sums', value, columns, better='lower')
 

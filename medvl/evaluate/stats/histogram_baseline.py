@@ -44,7 +44,7 @@ def histogram_baseline(
     judged:str, # split to judge
     truths:dict, # task -> callable: manifest -> (n,) truth
     classes:dict|None=None, # task -> number of classes, where it is not two
-    unit:str='image', how:str='mean', normalise='none', # as in `histogram_scored`
+    unit:str='image', how:str='mean', normalise: str|Callable = 'none', # as in `histogram_scored`
     metrics:tuple|list=METRICS_BINARY, n_boot:int=2000, level:float=.95, seed:int=0, # as in `evaluate_scored`
 ) -> pd.DataFrame: # columns of `evaluate_scored`'s table, and model = 'histogram'
     "Make the rows of the histogram for a result table."

@@ -146,7 +146,7 @@ def evaluate_scored(
         rows += more; tables += t; groups.append(g)
         chosen |= c; maps |= m; curves |= r
     table = pd.DataFrame(rows).reindex(columns=COLUMNS)
-    def join(parts):
+    def join(parts: list):
         parts = [p for p in parts if len(p)]
         return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     return Evaluation(table, join(tables), join(groups), chosen, maps, curves)
