@@ -6,19 +6,71 @@
 __all__ = []
 
 # %% ../nbs/810_init.ipynb #f8162256
+import sys
+from types import ModuleType
+
 __version__ = "0.1.0"
 
-_LAZY = {'load': 'medvl.api', 'Model': 'medvl.api', 'embed': 'medvl.api', 'zero_shot': 'medvl.api', 'explain': 'medvl.api',
-         'from_pretrained': 'medvl.api', 'save_pretrained': 'medvl.api', 'push_to_hub': 'medvl.api'}
+_LAZY = {'load': 'medvl.api', 'Model': 'medvl.api', 'embed': 'medvl.api', 'zero_shot': 'medvl.api',
+         'explain': 'medvl.api', 'from_pretrained': 'medvl.api', 'save_pretrained': 'medvl.api',
+         'push_to_hub': 'medvl.api'}
+
+# %% ../nbs/810_init.ipynb #40a2675e
+_ROOMS = {
+    'core': 'Seeds, run folders, provenance, errors, progress: what every room needs, without torch or medicine.',
+    'show': 'Figures in one style: exams with boxes and heat maps, curves, embeddings; exercises.',
+    'data': 'From DICOM files and reports to batches: reading, preparing, splitting, phantoms, public releases.',
+    'models': 'Networks: image and text encoders, pooling, projection, heads, decoders, detectors; reading '
+              'checkpoints.',
+    'losses': 'Tensors in, one number out: every loss beside its formula.',
+    'methods': 'Systems: encoders and losses wired to one contract, with configuration and recipes.',
+    'train': 'One loop for all methods: optimisers, schedules, checkpoints, exact resume, several processes.',
+    'evaluate': 'Metrics, intervals, protocols and tables: how good a model is, and how sure that is.',
+    'attribute': 'Explanations, and the benchmark that scores them.',
+    'run': 'Experiments from a terminal: runs, sweeps, reports, history.',
+    'api': 'One image, one call: load, embed, zero_shot, explain.',
+}
+_PACKAGES = {
+    'data.dicom': 'A DICOM file: its header, its compressed pixels, reading and writing.',
+    'data.pixels': 'From any image file to a good picture: isolate, crop, resize.',
+    'data.prepare': 'A folder of files, prepared once, in parallel.',
+    'data.text': 'Reports, sentences, words and tokens.',
+    'data.augment': 'Versions of an image.',
+    'data.samples': 'What one training sample is.',
+    'data.phantom': 'Images and reports whose truth is known.',
+    'data.releases': 'Public data sets, one module each.',
+    'evaluate.metrics': 'What a number is.',
+    'evaluate.stats': 'How sure a number is.',
+    'evaluate.protocols': 'How a model is asked.',
+    'evaluate.localized': 'The localized downstream tasks on chest radiographs.',
+    'evaluate.analysis': 'How image and text vectors lie in their space.',
+    'methods.parts': 'What systems share: image side, text side, local heads.',
+    'methods.released': 'Checkpoints that their authors published, in and out.',
+}
+_LINES = _ROOMS | _PACKAGES
+
+# %% ../nbs/810_init.ipynb #779e0de8
+class _Package(ModuleType):
+    "A package whose parts get their one-line docstrings when they are imported."
+    def __setattr__(self, name, value):
+        line = _LINES.get(f'{self.__name__}.{name}'.partition('.')[2])
+        if line and type(value) is ModuleType and not value.__doc__:
+            value.__doc__, value.__class__ = line, _Package
+        super().__setattr__(name, value)
 
 
+if __name__ == 'medvl': sys.modules[__name__].__class__ = _Package
+
+# %% ../nbs/810_init.ipynb #6eba0ae8
 def __getattr__(name):
-    "Find a public name in its room the first time it is used."
-    if name not in _LAZY: raise AttributeError(f'module medvl has no attribute {name!r}. There are: {", ".join(_LAZY)}.')
+    "Find a room, or a public name in its room, the first time it is used."
     from importlib import import_module
+    if name in _ROOMS: return import_module(f'medvl.{name}')
+    if name not in _LAZY:
+        raise AttributeError(f'module medvl has no attribute {name!r}. There are: {", ".join([*_LAZY, *_ROOMS])}.')
     value = getattr(import_module(_LAZY[name]), name)
     globals()[name] = value
     return value
 
 
-def __dir__(): return [*globals(), *_LAZY]
+def __dir__(): return sorted({*_ROOMS, *_LAZY, *(n for n in globals() if n.startswith('__'))})

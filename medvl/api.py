@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from .attribute.evidence import CARD, best_cells, best_channels, card_text, match_of, match_text, phrase_vectors, read_card, unrelated
+from .attribute.evidence import (CARD, best_cells, best_channels, card_text, match_of, match_text, phrase_vectors,
+                                      read_card, unrelated)
 from .attribute.mammo_factor import Explainer, MammoFactor
 from .attribute.maps import boxes_from_map, scale_01, upsample
 from .attribute.similarity import similarity_map
@@ -23,8 +24,10 @@ from .core.errors import DataError
 from .core.paths import read_json, write_json
 from .data.pixels.file import read_image
 from .data.pixels.profiles import get_profile, preprocess
-from .methods import classifier as _classifier, mammoclip as _mammoclip  # noqa: F401  (their import registers the methods)
-from .methods import byol as _byol, clip as _clip, convirt as _convirt, initialised as _initialised, lovt as _lovt  # noqa: F401
+# the import of a method registers it
+from .methods import classifier as _classifier, mammoclip as _mammoclip  # noqa: F401
+from .methods import byol as _byol, clip as _clip, convirt as _convirt  # noqa: F401
+from .methods import initialised as _initialised, lovt as _lovt  # noqa: F401
 from .methods import pixelpro as _pixelpro, simclr as _simclr, supervised as _supervised  # noqa: F401
 from .methods.base import from_pretrained, push_to_hub, require, save_pretrained
 
@@ -39,7 +42,8 @@ class Model:
     profile: str = 'mammo_clip_v1' # name of the preprocessing profile
     size: tuple = (1520, 912) # height and width that the network sees
     factor: MammoFactor|None = field(default=None, repr=False) # the mapper that explains it, where there is one
-    card: dict = field(default_factory=dict, repr=False) # what it was trained on, how well it points (`medvl.attribute.evidence`)
+    # what it was trained on, how well it points (`medvl.attribute.evidence`)
+    card: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         self.size = tuple(int(s) for s in self.size)
@@ -51,8 +55,8 @@ class Model:
         return f'Model({self.method.name}, {self.profile} at {self.size[0]} x {self.size[1]}, explained by {explained})'
 
     def save_pretrained(self,
-        folder, # where to
-    ): # Path
+        folder: str|Path, # where to
+    ) -> Path: # the folder
         "Write weights, configuration and preparation into a folder that `load` reads."
         folder = save_pretrained(self.factor or self.method, folder)
         write_json(folder/PREPROCESS, {'profile': self.profile, 'size': list(self.size)})
@@ -63,7 +67,8 @@ class Model:
 def _model_folder(source):
     "Find the folder of a model: itself, or `model/` of a run."
     folder = Path(source)
-    return folder/'model' if (folder/'model'/'config.json').is_file() and not (folder/'config.json').is_file() else folder
+    return (folder/'model' if (folder/'model'/'config.json').is_file() and not (folder/'config.json').is_file()
+            else folder)
 
 
 def load(
@@ -72,18 +77,22 @@ def load(
     revision:str|None=None, # hub branch, tag or commit
     allow_outside:bool=False, # let the stored configuration name hubs and paths outside its folder
 ) -> Model:
-    """Load a trained model: `medvl.load('outputs/my-run')`. A folder is read alone: nothing outside it is opened, nothing is contacted, nothing of it is run.
+    """Load a trained model: `medvl.load('outputs/my-run')`. A folder is read alone: nothing outside it is opened,
+    nothing is contacted, nothing of it is run.
 
     Raises: DataError when the folder holds no complete model, or is damaged."""
     device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
     if not Path(source).exists() and str(source).count('/') == 1 and not str(source).startswith(('.', '/')):
         from huggingface_hub import snapshot_download
-        source = snapshot_download(str(source), revision=revision, allow_patterns=['*.json', '*.txt', '*.safetensors', '*/*.json', '*/*.txt', '*/*.safetensors'])
+        source = snapshot_download(str(source), revision=revision,
+                                   allow_patterns=['*.json', '*.txt', '*.safetensors', '*/*.json', '*/*.txt',
+                                                   '*/*.safetensors'])
     folder = _model_folder(source)
     method = from_pretrained(folder, device=device, allow_outside=allow_outside)
     if not (folder/PREPROCESS).is_file():
         raise DataError('the model does not say how its images were prepared.', file=folder/PREPROCESS,
-                        fix='Write {"profile": "mammo_clip_v1", "size": [1520, 912]} (or what it was trained with) into that file.')
+                        fix='Write {"profile": "mammo_clip_v1", "size": [1520, 912]} (or what it was trained with) '
+                            'into that file.')
     return Model(method, *read_preprocess(folder/PREPROCESS), card=read_card(folder))
 
 # %% ../nbs/800_api.ipynb #c5683aba
@@ -98,12 +107,15 @@ def read_preprocess(
     Raises: DataError for anything but a known profile and a usable size."""
     try: stored = read_json(file)
     except (ValueError, RecursionError) as e: raise DataError(str(e)[:200], file=file) from e
-    if not isinstance(stored, dict) or set(stored) != {'profile', 'size'}: raise DataError('needs exactly "profile" and "size".', file=file)
+    if not isinstance(stored, dict) or set(stored) != {'profile', 'size'}:
+        raise DataError('needs exactly "profile" and "size".', file=file)
     try: profile = get_profile(str(stored['profile'])).name
     except (TypeError, ValueError) as e: raise DataError(str(e)[:200], file=file) from e
     size = stored['size']
-    if not isinstance(size, list) or len(size) != 2 or not all(type(s) is int and SIDES[0] <= s <= SIDES[1] for s in size):
-        raise DataError(f'size is {str(size)[:60]}; give [height, width], whole numbers from {SIDES[0]} to {SIDES[1]}.', file=file)
+    if not isinstance(size, list) or len(size) != 2 or not all(type(s) is int and SIDES[0] <= s <= SIDES[1]
+                                                               for s in size):
+        raise DataError(
+            f'size is {str(size)[:60]}; give [height, width], whole numbers from {SIDES[0]} to {SIDES[1]}.', file=file)
     return profile, tuple(size)
 
 # %% ../nbs/800_api.ipynb #30d1fedd
@@ -112,14 +124,16 @@ def _one(image, profile, size):
     if isinstance(image, torch.Tensor): image = image.detach().cpu().numpy()
     source = read_image(image) if isinstance(image, (str, Path)) else np.asarray(image)
     if isinstance(source, np.ndarray) and (source.ndim != 2 or source.dtype.kind not in 'ui'):
-        raise ValueError(f'An image is an array (h,w) of whole stored values, not {source.dtype} {source.shape}. Scale and round floats, e.g. (x * 255).astype("uint8").')
+        raise ValueError(
+            f'An image is an array (h,w) of whole stored values, not {source.dtype} {source.shape}. Scale and round '
+            'floats, e.g. (x * 255).astype("uint8").')
     pixels = preprocess(source, profile, size).pixels
     return pixels if pixels.dtype == np.uint8 else (pixels / 257).round().astype(np.uint8)
 
 
 def pixels_of(
     model:Model, # the model that will see them
-    images, # path, array (h,w) of stored values, or a list of these
+    images:str|Path|np.ndarray|list|tuple, # path, array (h,w) of stored values, or a list of these
 ) -> torch.Tensor: # uint8 (n,1,h,w), on the model's device
     "Prepare images as the model's training images were."
     images = images if isinstance(images, (list, tuple)) else [images]
@@ -131,7 +145,7 @@ def pixels_of(
 @torch.no_grad()
 def embed(
     model:Model,
-    images, # path, array, or a list
+    images:str|Path|np.ndarray|list|tuple, # path, array, or a list
 ) -> np.ndarray: # float32 (d,) for one image, (n,d) for a list; unit rows
     "Give the embedding of an image in the space it shares with text."
     require(model.method, 'encode_image', by='embed')
@@ -143,14 +157,15 @@ def _encode(model, images, batch_size=8):
     "Prepare and encode images a few at a time, so that a long list fits into memory."
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     if not images: raise ValueError('There is no image in the list.')
-    return torch.cat([model.method.encode_image(pixels_of(model, images[i:i + batch_size])).float() for i in range(0, len(images), batch_size)])
+    return torch.cat([model.method.encode_image(pixels_of(model, images[i:i + batch_size])).float()
+                      for i in range(0, len(images), batch_size)])
 
 # %% ../nbs/800_api.ipynb #866373a8
 @torch.no_grad()
 def zero_shot(
     model:Model,
-    images, # path, array, or a list
-    prompts, # list of sentences, one a class; or {class: sentence or list of sentences}
+    images:str|Path|np.ndarray|list|tuple, # path, array, or a list
+    prompts:list|dict, # list of sentences, one a class; or {class: sentence or list of sentences}
     scale:float=1.0, # multiplies the cosines before the softmax; the paper: 1
 ) -> pd.Series|pd.DataFrame: # share of each class (sum 1): a Series for one image, rows for a list
     """Compare images with sentences; several sentences a class are averaged before they are normalised.
@@ -158,10 +173,12 @@ def zero_shot(
     Raises: ValueError for fewer than two classes.
     Source: Mammo-CLIP, MICCAI 2024: softmax over the cosines, without logit scale."""
     require(model.method, 'encode_image', 'project_text', by='zero_shot')
-    if isinstance(prompts, str): raise ValueError(f'Give a list of sentences, one a class, such as ["no {prompts}", "{prompts}"].')
+    if isinstance(prompts, str):
+        raise ValueError(f'Give a list of sentences, one a class, such as ["no {prompts}", "{prompts}"].')
     classes = prompts if isinstance(prompts, dict) else {p: [p] for p in prompts}
     if len(classes) < 2: raise ValueError('Zero-shot needs at least two classes, such as ["no mass", "mass"].')
-    vectors = torch.stack([model.method.project_text([p] if isinstance(p, str) else list(p)).float().mean(0) for p in classes.values()])
+    vectors = torch.stack([model.method.project_text([p] if isinstance(p, str) else list(p)).float().mean(0)
+                           for p in classes.values()])
     cosines = _encode(model, images) @ F.normalize(vectors, dim=1).T
     table = pd.DataFrame((scale * cosines).softmax(1).cpu().numpy(), columns=list(classes))
     return table if isinstance(images, (list, tuple)) else table.iloc[0]
@@ -192,7 +209,10 @@ class Explanation:
         from medvl.show.style import figure
         fig, axes = figure(1, 2, width=5.2, height=2.5 * self.image.shape[0] / self.image.shape[1] + 0.6)
         draw_view(axes[0], self.image)
-        if self.match['matches'] is False: axes[1].text(.5, .5, 'nothing\nmatches', ha='center', va='center', fontsize=9, color='0.4', transform=axes[1].transAxes); axes[1].axis('off')
+        if self.match['matches'] is False:
+            axes[1].text(.5, .5, 'nothing\nmatches', ha='center', va='center', fontsize=9, color='0.4',
+                         transform=axes[1].transAxes)
+            axes[1].axis('off')
         else: draw_view(axes[1], self.image, boxes=[(*map(float, b), '') for b in self.boxes[:1]], heat=self.heat)
         fig.suptitle(f'“{self.sentence}”', fontsize=10)
         lines = [self.by + ('' if self.match['matches'] is False else '; box: hottest region'), *self.notes]
@@ -211,7 +231,7 @@ class Explanation:
 @torch.no_grad()
 def explain(
     model:Model,
-    image, # path or array
+    image:str|Path|np.ndarray, # path or array
     sentence:str, # what to look for
     quantile:float=0.95, # boxes: regions above this quantile of the heat
 ) -> Explanation: # with `match`: whether anything matches at all
@@ -225,11 +245,14 @@ def explain(
         explainer = Explainer(model.factor)
         heat, head = explainer.sentence({'images': pixels[:, None]}, sentence)
         by = f'Mammo-FActOR, head of {head}'
-    else: heat, by, explainer = similarity_map(model.method, pixels, sentence), 'similarity map (no Mammo-FActOR trained)', None
+    else:
+        heat, by, explainer = (similarity_map(model.method, pixels, sentence),
+                               'similarity map (no Mammo-FActOR trained)', None)
     vectors = phrase_vectors(model.method, [sentence, *unrelated(sentence)])
     values = best_channels(explainer, pixels, vectors) if explainer else best_cells(model.method, pixels, vectors)
     heat = scale_01(upsample(heat, model.size))[0].cpu().numpy()
-    return Explanation(pixels[0, 0].cpu().numpy(), heat, *boxes_from_map(heat, quantile), sentence, by, match_of(values[0], values[1:]), model.card)
+    return Explanation(pixels[0, 0].cpu().numpy(), heat, *boxes_from_map(heat, quantile), sentence, by,
+                       match_of(values[0], values[1:]), model.card)
 
 # %% ../nbs/800_api.ipynb #8f0539a6
 def _push(
@@ -240,7 +263,9 @@ def _push(
     api=None, # a huggingface_hub.HfApi
 ):
     "Upload the model with its preparation."
-    return push_to_hub(self.factor or self.method, repo, private, token, api, files={PREPROCESS: {'profile': self.profile, 'size': list(self.size)}, **({CARD: self.card} if self.card else {})})
+    return push_to_hub(self.factor or self.method, repo, private, token, api,
+                       files={PREPROCESS: {'profile': self.profile, 'size': list(self.size)},
+                              **({CARD: self.card} if self.card else {})})
 
 
 Model.embed, Model.zero_shot, Model.explain, Model.push_to_hub = embed, zero_shot, explain, _push

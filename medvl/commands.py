@@ -44,7 +44,7 @@ def _room_for(out):
 def embed_command(
     model: Source, images: Annotated[list[Path], typer.Argument(help='One or more images.')],
     out: Annotated[Path, typer.Option('-o', '--out', help='File of one row an image (.npy).')] = Path('embeddings.npy'),
-):
+) -> None:
     "Write the embeddings of images as a NumPy array, one row an image."
     import numpy as np
     from medvl.api import load
@@ -58,15 +58,20 @@ def embed_command(
 # %% ../nbs/820_commands.ipynb #2ce92938
 @app.command('zero-shot')
 def zero_shot_command(model: Source, image: Image,
-                      prompts: Annotated[Optional[list[str]], typer.Argument(help='Two or more sentences, one a class; default: "no mass" and "mass".')] = None):
+                      prompts: Annotated[Optional[list[str]], typer.Argument(
+                          help='Two or more sentences, one a class; default: "no mass" and "mass".')] = None) -> None:
     "Compare an image with sentences. The shares are similarities, not probabilities of disease."
     from medvl.api import load
-    for sentence, share in load(model_of(model)).zero_shot(image, prompts or ['no mass', 'mass']).items(): typer.echo(f'{share:8.4f}  {sentence}')
+    for sentence, share in load(model_of(model)).zero_shot(image, prompts or ['no mass', 'mass']).items():
+        typer.echo(f'{share:8.4f}  {sentence}')
 
 
 @app.command('explain')
-def explain_command(model: Source, image: Image, sentence: Annotated[str, typer.Argument(help='A sentence of a report.')],
-                    out: Annotated[Path, typer.Option('-o', '--out', help='Picture to write (.png).')] = Path('explanation.png')):
+def explain_command(model: Source, image: Image,
+                    sentence: Annotated[str, typer.Argument(help='A sentence of a report.')],
+                    out: Annotated[Path, typer.Option('-o', '--out',
+                                                      help='Picture to write (.png).')] = Path(
+                                                          'explanation.png')) -> None:
     "Draw where in the image a sentence is found."
     from medvl.api import load
     from medvl.show.style import save
@@ -80,11 +85,15 @@ def explain_command(model: Source, image: Image, sentence: Annotated[str, typer.
 def convert_command(
     source: Annotated[Path, typer.Argument(help='Released .tar or .pth (with --back: a saved model).')],
     out: Annotated[Path, typer.Argument(help='Folder to write (with --back: a .tar or .pth).')],
-    label: Annotated[Optional[list[str]], typer.Option('-l', '--label', help='Name of an output of a classifier or detector; may be repeated.')] = None,
-    tokenizer: Annotated[Optional[str], typer.Option(help='Folder, vocab.txt or hub name; default: BioClinicalBERT from the hub.')] = None,
+    label: Annotated[Optional[list[str]],
+                     typer.Option('-l', '--label',
+                                  help='Name of an output of a classifier or detector; may be repeated.')] = None,
+    tokenizer: Annotated[Optional[str],
+                         typer.Option(
+                             help='Folder, vocab.txt or hub name; default: BioClinicalBERT from the hub.')] = None,
     strict: Annotated[bool, typer.Option(help='Refuse a file of which any tensor does not fit.')] = True,
     back: Annotated[bool, typer.Option('--back', help='Write a file in the layout of the original code.')] = False,
-):
+) -> None:
     "Turn a checkpoint of the Mammo-CLIP authors into a model folder, or back."
     from medvl.methods.released.mammoclip_files import convert_released, export_released
     _room_for(out)
@@ -95,6 +104,6 @@ def convert_command(
         typer.echo(f'{convert_released(source, out, labels=tuple(label or ()), tokenizer=given, strict=strict)}: {out}')
 
 # %% ../nbs/820_commands.ipynb #c5a19883
-def main():
+def main() -> None:
     "Entry point of `medvl`."
     app()

@@ -22,13 +22,14 @@ def said(
     "Say an error in one line; a file that cannot be read or written is named."
     text = str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
-        text = f'{error.filename}: {error.strerror}. Give a path that exists and may be read, or written where something is to be written.'
+        text = (f'{error.filename}: {error.strerror}. Give a path that exists and may be read, or written where '
+                'something is to be written.')
     return ' '.join(text.split())
 
 
 class OneLine(TyperGroup):
     "Commands whose errors are one line and exit code 2: wrong input says itself what to do. MEDVL_DEBUG=1 shows where."
-    def invoke(self, ctx):
+    def invoke(self, ctx:typer.Context):
         try: return super().invoke(ctx)
         except BrokenPipeError: raise # `medvl runs list | head`: no error
         except (ValueError, TypeError, OSError) as e:
@@ -36,14 +37,18 @@ class OneLine(TyperGroup):
             _refuse(said(e))
 
 
-app = typer.Typer(cls=OneLine, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help='A reproducible laboratory for medical vision-language pre-training. Research software, not a medical device.')
+app = typer.Typer(cls=OneLine, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
+                  rich_markup_mode=None,
+                  help='A reproducible laboratory for medical vision-language pre-training. Research software, not a '
+                       'medical device.')
 runs_app = typer.Typer(no_args_is_help=True, help='List, show and compare runs.')
 app.add_typer(runs_app, name='runs')
 
-Params = Annotated[Optional[list[str]], typer.Option('-p', '--param', metavar='NAME=VALUE', help='A parameter; may be repeated.')]
+Params = Annotated[Optional[list[str]],
+                   typer.Option('-p', '--param', metavar='NAME=VALUE', help='A parameter; may be repeated.')]
 ParamFile = Annotated[Optional[Path], typer.Option('-f', '--file', help='YAML file of parameters; -p wins.')]
-Outputs = Annotated[Optional[Path], typer.Option('--outputs', help='Folder of runs (default: $MEDVL_OUTPUTS, else outputs/).')]
+Outputs = Annotated[Optional[Path],
+                    typer.Option('--outputs', help='Folder of runs (default: $MEDVL_OUTPUTS, else outputs/).')]
 Timeout = Annotated[Optional[float], typer.Option('--timeout', help='Time limit of an attempt, in seconds.')]
 
 
@@ -61,13 +66,21 @@ def _given(params, file):
 # %% ../../nbs/720_run.cli.ipynb #d79e9f1f
 @app.command('run')
 def run_command(
-    experiment: Annotated[Optional[str], typer.Argument(help='Name of an experiment, or path of a notebook; without it they are listed.')] = None,
+    experiment: Annotated[Optional[str],
+                          typer.Argument(
+                              help='Name of an experiment, or path of a notebook; without it they are listed.')] = None,
     params: Params = None, file: ParamFile = None, outputs: Outputs = None, timeout: Timeout = None,
-    resume: Annotated[Optional[str], typer.Option('--resume', help='Continue this run: folder, name, or beginning of its name.')] = None,
+    resume: Annotated[Optional[str],
+                      typer.Option('--resume',
+                                   help='Continue this run: folder, name, or beginning of its name.')] = None,
     report: Annotated[bool, typer.Option(help='Write report.html.')] = True,
-    plan: Annotated[bool, typer.Option('--plan', help='Train nothing: state memory, time and disk of the run (experiments that pre-train).')] = False,
-):
-    "Run an experiment notebook. Exit: 0 done, 1 failed, 2 refused, 124 time limit, 130 interrupted, 137 killed, 143 terminated."
+    plan: Annotated[bool,
+                    typer.Option('--plan',
+                                 help='Train nothing: state memory, time and disk of the run (experiments that '
+                                      'pre-train).')] = False,
+) -> None:
+    """Run an experiment notebook. Exit: 0 done, 1 failed, 2 refused, 124 time limit, 130 interrupted, 137 killed, 143
+    terminated."""
     from medvl.core.paths import read_jsonl
     from medvl.run.parameters import RefusedError
     from medvl.run.runner import RunFailedError, experiments, run_experiment
@@ -75,11 +88,14 @@ def run_command(
         for name, path in experiments().items(): typer.echo(f'{name:24} {path.name}')
         return
     if plan and resume: _refuse('--plan is for a run that has not started; --resume continues one. Give one of them.')
-    try: run = run_experiment(experiment, {**_given(params, file), **({'plan': True} if plan else {})}, outputs, resume, timeout, report)
+    try:
+        run = run_experiment(experiment, {**_given(params, file), **({'plan': True} if plan else {})}, outputs, resume,
+                             timeout, report)
     except RefusedError as e: _refuse(e)
     except RunFailedError as e:
         again = ('The same would happen again: mend what it says, then start a new run.' if e.repeats else
-                 f'Continue with: medvl run --resume {e.run.folder.name}' + (f' --outputs {outputs}' if outputs else ''))
+                 f'Continue with: medvl run --resume {e.run.folder.name}'
+                 + (f' --outputs {outputs}' if outputs else ''))
         typer.echo(f'medvl: {e}\nKept in {e.run.folder}\n{again}', err=True)
         raise typer.Exit(e.exit_code) from None
     if plan:
@@ -87,22 +103,27 @@ def run_command(
         table = pd.read_csv(run.folder/'tables'/'plan.csv')
         _print(table.assign(value=[f'{v:,.4g}' if v < 100 else f'{v:,.0f}' for v in table.value]))
     for event in read_jsonl(run.folder/'journal.jsonl'):
-        if event['event'] == 'note' and event.get('attempt') == run.info['attempt']: typer.echo(f'note: {event["text"]}')
+        if event['event'] == 'note' and event.get('attempt') == run.info['attempt']:
+            typer.echo(f'note: {event["text"]}')
     typer.echo(f'done: {run.folder}' + (f'\nreport: {run.folder/"report.html"}' if report else ''))
 
 # %% ../../nbs/720_run.cli.ipynb #d66edede
 @app.command('params')
-def params_command(experiment: Annotated[str, typer.Argument(help='Name of an experiment, or path of a notebook.')]):
+def params_command(experiment: Annotated[str,
+                                         typer.Argument(help='Name of an experiment, or path of a notebook.')]) -> None:
     "Show what an experiment can be told: name, type, default, meaning."
     from medvl.run.parameters import RefusedError, notebook_parameters
     from medvl.run.runner import find_experiment
     try: found = notebook_parameters(find_experiment(experiment))
     except RefusedError as e: _refuse(e)
-    for p in found: typer.echo(f'{p.name}: {p.type} = {"…" if p.computed else repr(p.default)}' + (f'  # {p.help}' if p.help else ''))
+    for p in found:
+        typer.echo(f'{p.name}: {p.type} = {"…" if p.computed else repr(p.default)}'
+                   + (f'  # {p.help}' if p.help else ''))
 
 
 @app.command('report')
-def report_command(run: Annotated[str, typer.Argument(help='Run folder, name, or beginning of its name.')], outputs: Outputs = None):
+def report_command(run: Annotated[str, typer.Argument(help='Run folder, name, or beginning of its name.')],
+                   outputs: Outputs = None) -> None:
     "Write a run's report.html again, from its folder."
     from medvl.run.parameters import RefusedError
     from medvl.run.report import write_report
@@ -129,21 +150,29 @@ def _finish_sweep(table):
 @app.command('sweep')
 def sweep_command(
     experiment: Annotated[Optional[str], typer.Argument(help='Name of an experiment, or path of a notebook.')] = None,
-    grid: Annotated[Optional[list[str]], typer.Option('-g', '--grid', metavar='NAME=V1,V2', help='A grid axis; may be repeated.')] = None,
+    grid: Annotated[Optional[list[str]],
+                    typer.Option('-g', '--grid', metavar='NAME=V1,V2', help='A grid axis; may be repeated.')] = None,
     params: Params = None, file: ParamFile = None, outputs: Outputs = None, timeout: Timeout = None,
     jobs: Annotated[int, typer.Option(help='Runs at a time.')] = 1,
     backend: Annotated[str, typer.Option(help='local, dask or slurm.')] = 'local',
-    resume: Annotated[Optional[Path], typer.Option('--resume', help='Continue this sweep folder (the same command does so, too).')] = None,
+    resume: Annotated[Optional[Path],
+                      typer.Option('--resume',
+                                   help='Continue this sweep folder (the same command does so, too).')] = None,
     retries: Annotated[int, typer.Option(help='How often a killed run is continued at once.')] = 1,
-    retry_failed: Annotated[bool, typer.Option('--retry-failed', help='Run those again that failed in an earlier start.')] = False,
+    retry_failed: Annotated[bool, typer.Option('--retry-failed',
+                                               help='Run those again that failed in an earlier start.')] = False,
     fresh: Annotated[bool, typer.Option('--fresh', help='A new sweep even if the same one exists.')] = False,
     gpus: Annotated[int, typer.Option(help='local: share this many GPUs, one a run.')] = 0,
-    option: Annotated[Optional[list[str]], typer.Option('-o', '--option', metavar='NAME=VALUE', help='For dask (address) or slurm (slurm_partition, mem_gb …).')] = None,
-):
+    option: Annotated[Optional[list[str]],
+                      typer.Option('-o', '--option', metavar='NAME=VALUE',
+                                   help='For dask (address) or slurm (slurm_partition, mem_gb …).')] = None,
+) -> None:
     "Run a grid; started again, it continues. Exit: 0 all done, 1 some not, 2 refused."
     from medvl.run.parameters import RefusedError
     from medvl.run.sweep import parse_grid, run_sweep
-    try: table = run_sweep(experiment, parse_grid(grid), _given(params, file), outputs, resume, jobs, backend, retries, retry_failed, timeout, fresh, gpus,
+    try:
+        table = run_sweep(experiment, parse_grid(grid), _given(params, file), outputs, resume, jobs, backend, retries,
+                          retry_failed, timeout, fresh, gpus,
                            _option_values(option))
     except RefusedError as e: _refuse(e)
     except KeyboardInterrupt: _refuse('interrupted; the same command continues the sweep.', 130)
@@ -152,12 +181,15 @@ def sweep_command(
 # %% ../../nbs/720_run.cli.ipynb #0eee5768
 def _print(table):
     import pandas as pd
-    with pd.option_context('display.width', 200, 'display.max_columns', 30, 'display.max_colwidth', 48): typer.echo(table.fillna('').to_string(index=isinstance(table.index, pd.MultiIndex)))
+    with pd.option_context('display.width', 200, 'display.max_columns', 30, 'display.max_colwidth', 48):
+        typer.echo(table.fillna('').to_string(index=isinstance(table.index, pd.MultiIndex)))
 
 
 @runs_app.command('list')
-def list_command(outputs: Outputs = None, experiment: Annotated[Optional[str], typer.Option(help='Only this experiment.')] = None,
-                 state: Annotated[Optional[str], typer.Option(help='Only this state: running, done, failed, killed.')] = None):
+def list_command(outputs: Outputs = None,
+                 experiment: Annotated[Optional[str], typer.Option(help='Only this experiment.')] = None,
+                 state: Annotated[Optional[str],
+                                  typer.Option(help='Only this state: running, done, failed, killed.')] = None) -> None:
     "List the runs: state, times, metrics."
     from medvl.run.history import list_runs
     table = list_runs(outputs, experiment, state)
@@ -167,7 +199,8 @@ def list_command(outputs: Outputs = None, experiment: Annotated[Optional[str], t
 
 @runs_app.command('compare')
 def compare_command(runs: Annotated[list[str], typer.Argument(help='Two or more runs.')], outputs: Outputs = None,
-                    everything: Annotated[bool, typer.Option('--all', help='Show also what is equal.')] = False):
+                    everything: Annotated[bool,
+                                          typer.Option('--all', help='Show also what is equal.')] = False) -> None:
     "Put runs side by side: metrics, and whatever differs."
     from medvl.run.history import compare_runs
     from medvl.run.parameters import RefusedError
@@ -176,7 +209,8 @@ def compare_command(runs: Annotated[list[str], typer.Argument(help='Two or more 
 
 # %% ../../nbs/720_run.cli.ipynb #c4b74760
 @runs_app.command('show')
-def show_command(run: Annotated[str, typer.Argument(help='Run folder, name, or beginning of its name.')], outputs: Outputs = None):
+def show_command(run: Annotated[str, typer.Argument(help='Run folder, name, or beginning of its name.')],
+                 outputs: Outputs = None) -> None:
     "Show one run: state, parameters, metrics, files."
     from medvl.core.run import Run
     from medvl.run.parameters import RefusedError
@@ -184,16 +218,18 @@ def show_command(run: Annotated[str, typer.Argument(help='Run folder, name, or b
     try: found = Run(find_run(run, outputs))
     except RefusedError as e: _refuse(e)
     info = found.info
-    typer.echo(f'{found.folder.name}: {info["state"]} (attempt {info["attempt"]}, {info["seconds"]:.0f} s) {info["reason"]}')
+    typer.echo(
+        f'{found.folder.name}: {info["state"]} (attempt {info["attempt"]}, {info["seconds"]:.0f} s) {info["reason"]}')
     for name, value in found.params.items(): typer.echo(f'  {name} = {value!r}')
     for name, m in found.metrics.items():
-        interval = f'  ({m["low"]:.4g} to {m["high"]:.4g})' if m.get('low') is not None and m.get('high') is not None else ''
+        interval = (f'  ({m["low"]:.4g} to {m["high"]:.4g})' if m.get('low') is not None
+                    and m.get('high') is not None else '')
         typer.echo(f'  {name}: {m.get("text", "") if m["value"] is None else format(m["value"], ".4g")}{interval}')
     typer.echo('files: ' + ', '.join(sorted(p.name for p in found.folder.iterdir() if not p.name.startswith('.'))))
 
 
 @app.command('info')
-def info_command():
+def info_command() -> None:
     "Show versions and hardware."
     import json
     import torch # noqa: F401  (so that the GPUs are named)
@@ -212,7 +248,7 @@ def phantom_command(
     size: Size = (256, 160), seed: Annotated[int, typer.Option(help='Seed of the population.')] = 0,
     difficulty: Annotated[str, typer.Option(help='easy, medium, hard, or 0 to 1.')] = 'medium',
     fmt: Annotated[str, typer.Option('--format', help='png or dicom.')] = 'png', jobs: Jobs = 1,
-):
+) -> None:
     "Write a data set of phantom exams with reports, boxes and masks."
     from medvl.data.phantom.breast_dataset import write_phantom
     try: level = float(difficulty)
@@ -225,9 +261,11 @@ def phantom_command(
 def prepare_command(
     source: Annotated[Path, typer.Argument(help='Folder in the documented layout (index.csv …).')],
     out: Annotated[Path, typer.Argument(help='Prepared folder to write, or to finish.')],
-    profile: Annotated[str, typer.Option(help='Preprocessing profile.')] = 'mammo_clip_v1', size: Size = (1520, 912), jobs: Jobs = -1,
-    overwrite: Annotated[bool, typer.Option('--overwrite', help='Prepare again over another preparation in OUT.')] = False,
-):
+    profile: Annotated[str, typer.Option(help='Preprocessing profile.')] = 'mammo_clip_v1', size: Size = (1520, 912),
+    jobs: Jobs = -1,
+    overwrite: Annotated[bool,
+                         typer.Option('--overwrite', help='Prepare again over another preparation in OUT.')] = False,
+) -> None:
     "Validate, crop, resize and store a data set once; bad files go to rejects.csv."
     from medvl.data.releases.folder import read_folder
     from medvl.data.prepare.run import prepare
@@ -236,6 +274,6 @@ def prepare_command(
     typer.echo(f'{found!r}: {out}')
 
 # %% ../../nbs/720_run.cli.ipynb #1d92eb27
-def main():
+def main() -> None:
     "Entry point of `medvl` without the commands that need a model."
     app()

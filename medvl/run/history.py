@@ -27,18 +27,21 @@ def _entry(folder, root):
         metrics = {k: m['value'] for k, m in Run(folder, {}).metrics.items()}
         found.get('commit')
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-        return dict(run=str(folder.relative_to(root)), state='damaged', reason=str(e) if isinstance(e, (ValueError, OSError)) else f'its files hold something else ({e!r})')
+        return dict(run=str(folder.relative_to(root)), state='damaged',
+                    reason=str(e) if isinstance(e, (ValueError, OSError)) else f'its files hold something else ({e!r})')
     commit = (found.get('commit') or '')[:8] + ('+' if found.get('dirty') else '')
-    return {'run': str(folder.relative_to(root)), 'experiment': info['name'], 'state': info['state'], 'started': (info['started'] or '')[:23].replace('T', ' '),
-            'seconds': round(info['seconds'], 1), 'attempts': info['attempt'], 'commit': commit, 'reason': info['reason'],
-            **metrics}
+    return {'run': str(folder.relative_to(root)), 'experiment': info['name'], 'state': info['state'],
+            'started': (info['started'] or '')[:23].replace('T', ' '), 'seconds': round(info['seconds'], 1),
+            'attempts': info['attempt'], 'commit': commit, 'reason': info['reason'], **metrics}
 
 
 def list_runs(
-    outputs=None, # folder of runs; default: outputs/
+    outputs:str|Path|None=None, # folder of runs; default: outputs/
     experiment:str|None=None, # only runs of this experiment
     state:str|None=None, # only runs in this state
-) -> pd.DataFrame: # one row a run, the newest last: run, experiment, state, started, seconds, attempts, commit ('+': uncommitted changes), reason, metrics
+# one row a run, the newest last: run, experiment, state, started, seconds, attempts, commit ('+': uncommitted changes),
+# reason, metrics
+) -> pd.DataFrame:
     "List all runs, those of sweeps included."
     root = Path(outputs or outputs_path())
     rows = [_entry(folder, root) for folder in run_folders(root)]
@@ -46,7 +49,8 @@ def list_runs(
     table = pd.DataFrame(rows, columns=list(dict.fromkeys([*first, *(k for row in rows for k in row)])))
     if experiment and len(table): table = table[table.experiment == experiment]
     if state and len(table): table = table[table.state == state]
-    return table.sort_values('started', na_position='first', kind='stable').reset_index(drop=True).dropna(axis=1, how='all') if len(table) else table
+    return (table.sort_values('started', na_position='first',
+                              kind='stable').reset_index(drop=True).dropna(axis=1, how='all') if len(table) else table)
 
 # %% ../../nbs/712_run.history.ipynb #27b907a3
 def _facts(folder):
@@ -55,7 +59,8 @@ def _facts(folder):
     facts = {('run', k): info[k] for k in ('name', 'state', 'attempt', 'seconds')}
     facts |= {('parameter', k): v for k, v in params.items()}
     for k, m in Run(folder, params).metrics.items():
-        interval = f' ({m["low"]:.4g} to {m["high"]:.4g})' if m.get('low') is not None and m.get('high') is not None else ''
+        interval = (f' ({m["low"]:.4g} to {m["high"]:.4g})' if m.get('low') is not None
+                    and m.get('high') is not None else '')
         facts['metric', k] = (m.get('text') or '') if m['value'] is None else f'{m["value"]:.4g}{interval}'
     facts['code', 'commit'] = (found.get('commit') or 'unknown')[:12] + (' + changes' if found.get('dirty') else '')
     facts |= {('version', k): v for k, v in found.get('versions', {}).items()}
@@ -64,14 +69,15 @@ def _facts(folder):
 
 def compare_runs(
     *runs:str, # folders, names, or beginnings of names
-    outputs=None, # folder of runs; default: outputs/
+    outputs:str|Path|None=None, # folder of runs; default: outputs/
     all:bool=False, # show also what is equal
 ) -> pd.DataFrame: # rows (kind, name): parameters, metrics, code, versions, inputs; one column a run
     """Put runs side by side; by default metrics and what differs.
 
     Raises: RefusedError when there is no such run."""
     folders = [find_run(r, outputs) for r in runs]
-    facts = {f'{k}: {f.name}' if [g.name for g in folders].count(f.name) > 1 else f.name: _facts(f) for k, f in enumerate(folders)}
+    facts = {f'{k}: {f.name}' if [g.name for g in folders].count(f.name) > 1 else f.name: _facts(f)
+             for k, f in enumerate(folders)}
     keys = list(dict.fromkeys(key for column in facts.values() for key in column))
     table = pd.DataFrame({name: [column.get(key, '') for key in keys] for name, column in facts.items()}, dtype=object,
                          index=pd.MultiIndex.from_tuples(keys, names=['kind', 'name']))

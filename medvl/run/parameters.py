@@ -12,6 +12,7 @@ import io
 import json
 import re
 import tokenize
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
@@ -44,10 +45,14 @@ def _parameters_cell(path):
     Raises: RefusedError when the file is no notebook or has not exactly one such cell."""
     path = Path(path)
     try: cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e: raise RefusedError(f'{path.name} is no notebook: {e!r}.') from e
-    tagged = [c for c in cells if c.get('cell_type') == 'code' and 'parameters' in c.get('metadata', {}).get('tags', [])]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as e:
+        raise RefusedError(f'{path.name} is no notebook: {e!r}.') from e
+    tagged = [c for c in cells if c.get('cell_type') == 'code'
+              and 'parameters' in c.get('metadata', {}).get('tags', [])]
     if len(tagged) != 1:
-        raise RefusedError(f'{path.name} has {len(tagged) or "no"} cell{"s" if len(tagged) > 1 else ""} tagged "parameters"; exactly one is needed. '
+        raise RefusedError(
+            f'{path.name} has {len(tagged) or "no"} cell{"s" if len(tagged) > 1 else ""} tagged "parameters"; exactly '
+            'one is needed. '
                            f'In JupyterLab: select the cell, open the gears at the top right, add the tag.')
     source = ''.join(tagged[0]['source'])
     return '\n'.join('' if line.lstrip().startswith(('%', '!')) else line for line in source.split('\n'))
@@ -73,19 +78,21 @@ def _parameter(name, annotation, value, text):
     except ValueError: default, computed = None, True
     kind = annotation or ('Any' if default is None else type(default).__name__)
     inside = {type(v).__name__ for v in default} if kind == 'list' and default else set()
-    if len(inside) == 1 or inside == {'int', 'float'}: kind = f'list[{sorted(inside)[0]}]' # `fractions: list = [0.5, 1]` are floats
+    # `fractions: list = [0.5, 1]` are floats
+    if len(inside) == 1 or inside == {'int', 'float'}: kind = f'list[{sorted(inside)[0]}]'
     return Parameter(name, kind, default, text, _choices(kind, text), computed)
 
 # %% ../../nbs/700_run.parameters.ipynb #6d3ded20
 def notebook_parameters(
-    path, # experiment notebook
+    path: str|Path, # experiment notebook
 ) -> list: # `Parameter` objects in the order of the cell
     """List what a notebook can be told.
 
     Raises: RefusedError when there is no cell tagged `parameters` or it is not Python."""
     source = _parameters_cell(path)
     try: tree, comments = ast.parse(source), _comments(source)
-    except (SyntaxError, tokenize.TokenError) as e: raise RefusedError(f'The parameters cell of {Path(path).name} is not Python: {e}.') from e
+    except (SyntaxError, tokenize.TokenError) as e:
+        raise RefusedError(f'The parameters cell of {Path(path).name} is not Python: {e}.') from e
     found = {}
     for node in tree.body:
         text = comments.get(getattr(node, 'end_lineno', 0), '')
@@ -140,7 +147,8 @@ def _boolean(value):
 def _items(value, kinds):
     "Read a list: '[1, 2]', '1,2', or a list; its items get their types."
     if isinstance(value, str):
-        value = read_structure(value) if value.strip().startswith(('[', '(')) else [Word(v.strip()) for v in value.split(',') if v.strip()]
+        value = (read_structure(value) if value.strip().startswith(('[', '('))
+                 else [Word(v.strip()) for v in value.split(',') if v.strip()])
     if not isinstance(value, (list, tuple)): raise ValueError
     if len(kinds) < 2 or kinds[-1] == '...': kinds = kinds[:1] * len(value) # but tuple[int, str] has a type for each
     if len(kinds) != len(value): raise ValueError(f'{len(kinds)} values are needed')
@@ -162,7 +170,9 @@ def _convert(value, kind):
     if value is None or (optional and isinstance(value, str) and value.strip().lower() in _NONE):
         if optional or kinds[0] in ('Any', 'None'): return None
         raise ValueError
-    if isinstance(value, Word) and {'str', 'Any'} & set(kinds) and (optional or kinds != ['str']) and re.fullmatch(r'"(.*)"', value, re.S): # "null" is text
+    quoted = isinstance(value, Word) and re.fullmatch(r'"(.*)"', value, re.S)
+    # "null" is text
+    if quoted and {'str', 'Any'} & set(kinds) and (optional or kinds != ['str']):
         return str(value)[1:-1]
     if len(kinds) > 1: return _first(value, kinds)
     base, _, inner = kinds[0].partition('[')
@@ -174,7 +184,8 @@ def _convert(value, kind):
         return str(value)
     if base in ('int', 'float'): return _number(value, {'int': int, 'float': float}[base])
     if base == 'bool': return _boolean(value)
-    if isinstance(value, str) and value.strip().startswith(('[', '{')) and isinstance(value, Word): return plain_value(read_structure(value))
+    if isinstance(value, str) and value.strip().startswith(('[', '{')) and isinstance(value, Word):
+        return plain_value(read_structure(value))
     return plain_value(value)
 
 # %% ../../nbs/700_run.parameters.ipynb #706e30c5
@@ -188,17 +199,20 @@ def _first(value, kinds):
 
 def convert(
     parameter:Parameter, # what is asked for
-    value, # text from the command line, or a typed value
-): # value of the parameter's type
+    value:Any, # text from the command line, or a typed value
+) -> Any: # value of the parameter's type
     """Turn a given value into the parameter's type.
 
     Raises: RefusedError, naming the parameter, its type, the value and the choices."""
     article = 'an' if parameter.type[:1] in 'aeiouAEIOU' else 'a'
     try: result = _convert(value, parameter.type)
     except (ValueError, OverflowError, RecursionError) as e:
-        why = f' ({" ".join(str(e).split())})' if isinstance(value, str) and value.strip().startswith(('[', '{', '(')) and str(e) else ''
+        why = (f' ({" ".join(str(e).split())})' if isinstance(value, str) and value.strip().startswith(('[', '{', '('))
+               and str(e) else '')
         hint = ' Quote it to make it text.' if 'str' in parameter.type else ''
-        raise RefusedError(f'Parameter {parameter.name} must be {article} {parameter.type} (default {parameter.default!r}), not {str(value) if isinstance(value, Word) else value!r}{why}.{hint}') from e
+        raise RefusedError(
+            f'Parameter {parameter.name} must be {article} {parameter.type} (default {parameter.default!r}), not '
+            f'{str(value) if isinstance(value, Word) else value!r}{why}.{hint}') from e
     if parameter.choices and result is not None:
         same = [c for c in parameter.choices if str(c) == str(result)]
         if not same: raise RefusedError(unknown_name(f'value for {parameter.name}:', result, parameter.choices))
@@ -208,20 +222,22 @@ def convert(
 # %% ../../nbs/700_run.parameters.ipynb #c74db829
 def check_bounds(
     p:Parameter, # with its help
-    value, # the typed value
-):
+    value:Any, # the typed value
+) -> None:
     """Hold a value against what the parameter's help promises.
 
     Raises: RefusedError for a number below its bound, or a path that is not there."""
     match = re.search(r'\b(at least|more than) (-?\d+(?:\.\d+)?(?:e-?\d+)?)', p.help)
     if match and isinstance(value, (int, float)) and not isinstance(value, bool):
         bound = float(match[2])
-        if value < bound or (match[1] == 'more than' and value == bound): raise RefusedError(f'{p.name} is {value!r}; it must be {match[1]} {match[2]}.')
+        if value < bound or (match[1] == 'more than' and value == bound):
+            raise RefusedError(f'{p.name} is {value!r}; it must be {match[1]} {match[2]}.')
     if p.help.startswith('existing ') and value and not Path(value).expanduser().exists():
         raise RefusedError(f'{p.name} is {str(value)!r}, but there is no such {p.help.split()[1].rstrip(";,")}.')
 
 # %% ../../nbs/700_run.parameters.ipynb #bce20c8d
-FILES = ('image_encoder', 'text_encoder', 'image_weights', 'tokenizer') # fields of configurations that may name a file or a folder
+# fields of configurations that may name a file or a folder
+FILES = ('image_encoder', 'text_encoder', 'image_weights', 'tokenizer')
 
 
 def _place(kind, text, outputs, say):
@@ -233,17 +249,18 @@ def _place(kind, text, outputs, say):
 
 def placed(
     p:Parameter, # with its type
-    value, # typed
-    outputs=None, # folder of runs; default: outputs/
-    say=None, # callable(str): told which of two meanings was taken
-): # the value, with absolute paths
+    value:Any, # typed
+    outputs:str|Path|None=None, # folder of runs; default: outputs/
+    say:Callable|None=None, # callable(str): told which of two meanings was taken
+) -> Any: # the value, with absolute paths
     """Make the paths of a value absolute from the working directory.
 
     Raises: RefusedError for a name that several runs have."""
     kind = next((k for k in PLACES if re.search(rf'\b{k}\b', p.type)), None)
     told = None if say is None else lambda text: say(f'{p.name}: {text}')
     try:
-        if isinstance(value, dict): return {k: place(v, outputs, told) if k in FILES and isinstance(v, str) else v for k, v in value.items()}
+        if isinstance(value, dict):
+            return {k: place(v, outputs, told) if k in FILES and isinstance(v, str) else v for k, v in value.items()}
         if kind is None: return value
         if isinstance(value, list): return [_place(kind, v, outputs, told) for v in value]
         return _place(kind, value, outputs, told) if isinstance(value, str) else value
@@ -253,9 +270,10 @@ def placed(
 def options_class(
     p:Parameter, # a parameter whose help names a dataclass
     values:dict, # parameters by name, for a class that depends on one of them
-): # the dataclass, or None where the help names none
+) -> type|None: # the dataclass, or None where the help names none
     "Find the dataclass whose fields a mapping holds."
-    name, chosen = re.search(r'fields of (medvl(?:\.\w+)+)', p.help), re.search(r'fields of the configuration of `(\w+)`', p.help)
+    name, chosen = (re.search(r'fields of (medvl(?:\.\w+)+)', p.help),
+                    re.search(r'fields of the configuration of `(\w+)`', p.help))
     if name:
         module, _, name = name[1].rpartition('.')
         return getattr(import_module(module), name)
@@ -267,8 +285,8 @@ def options_class(
 def check_options(
     p:Parameter, # a parameter that is a mapping
     values:dict, # all typed values
-    given=(), # names of the parameters that were given
-):
+    given:Iterable=(), # names of the parameters that were given
+) -> None:
     """Hold a mapping of options against the dataclass that its help names.
 
     Raises: RefusedError for a field that does not exist, is of another type, or was given as a parameter too."""
@@ -286,19 +304,21 @@ def _unknown(path, name, known, given):
     if closest(name, known): return text
     for p in known.values():
         if 'fields of' in p.help and name in {f.name for f in fields(options_class(p, given) or Parameter)}:
-            return f'{name} is no parameter of {Path(path).stem} but a field of {p.name}: write -p {p.name}=\'{{"{name}": …}}\'.'
+            return (f'{name} is no parameter of {Path(path).stem} but a field of {p.name}: write -p '
+                    f'{p.name}=\'{{"{name}": …}}\'.')
     return text
 
 
 def check_parameters(
-    path, # experiment notebook
+    path:str|Path, # experiment notebook
     given:dict, # values by name: text or typed
-    outputs=None, # folder of runs, where names of runs are looked up; default: outputs/
-    say=None, # callable(str): told which of two meanings a path was given
+    outputs:str|Path|None=None, # folder of runs, where names of runs are looked up; default: outputs/
+    say:Callable|None=None, # callable(str): told which of two meanings a path was given
 ) -> dict: # every parameter with its typed value, paths absolute; computed defaults are left to the notebook
     """Check names and types of all given values and add the defaults.
 
-    Raises: RefusedError for an unknown name (with the closest valid one), a wrong type, or a field that an options parameter does not have."""
+    Raises: RefusedError for an unknown name (with the closest valid one), a wrong type, or a field that an options
+    parameter does not have."""
     known = {p.name: p for p in notebook_parameters(path)}
     for name in given:
         if name not in known: raise RefusedError(_unknown(path, name, known, given))
@@ -314,7 +334,7 @@ def check_parameters(
 
 # %% ../../nbs/700_run.parameters.ipynb #a7cc1702
 def parse_assignments(
-    texts, # e.g. ['lr=1e-4', 'seed=1']
+    texts: Iterable, # e.g. ['lr=1e-4', 'seed=1']
 ) -> dict: # text by name
     """Split `name=value` texts.
 
@@ -330,7 +350,7 @@ def parse_assignments(
 
 
 def read_parameters(
-    path, # YAML or JSON file: one mapping of names to values
+    path: str|Path, # YAML or JSON file: one mapping of names to values
 ) -> dict: # values by name
     """Read parameters from a file.
 

@@ -21,7 +21,8 @@ from ..core.run import Run, run_events, run_info
 from .parameters import RefusedError, notebook_parameters
 
 # %% ../../nbs/702_run.report.ipynb #38f69a29
-_TAGS = set('table thead tbody tr th td b i em strong code pre p br hr div span ul ol li h1 h2 h3 h4 sub sup blockquote a'.split())
+_TAGS = set('table thead tbody tr th td b i em strong code pre p br hr div span ul ol li h1 h2 h3 h4 sub sup '
+            'blockquote a'.split())
 
 
 class _Cleaner(HTMLParser):
@@ -30,17 +31,18 @@ class _Cleaner(HTMLParser):
         super().__init__(convert_charrefs=True)
         self.out, self.muted = [], 0
 
-    def handle_starttag(self, tag, attrs):
+    def handle_starttag(self, tag: str, attrs: list):
         if tag in ('script', 'style'): self.muted += 1
         if tag not in _TAGS or self.muted: return
-        keep = {k: v for k, v in attrs if v and ((k in ('colspan', 'rowspan') and v.isdigit()) or (k == 'href' and v.startswith(('http://', 'https://'))))}
+        keep = {k: v for k, v in attrs if v and ((k in ('colspan', 'rowspan') and v.isdigit())
+                                                 or (k == 'href' and v.startswith(('http://', 'https://'))))}
         self.out.append(f'<{tag}' + ''.join(f' {k}="{html.escape(v)}"' for k, v in keep.items()) + '>')
 
-    def handle_endtag(self, tag):
+    def handle_endtag(self, tag: str):
         if tag in ('script', 'style'): self.muted = max(0, self.muted - 1)
         elif tag in _TAGS and not self.muted and tag not in ('br', 'hr'): self.out.append(f'</{tag}>')
 
-    def handle_data(self, data):
+    def handle_data(self, data: str):
         if not self.muted: self.out.append(html.escape(data))
 
 # %% ../../nbs/702_run.report.ipynb #aa9d9264
@@ -62,7 +64,8 @@ def _number(value):
     return str(value)
 
 
-_COUNTS = (('n', 'rows'), ('n_positive', 'positive'), ('n_clusters', 'patients'), ('n_dropped', 'not stated'), ('n_boot', 'resamples'))
+_COUNTS = (('n', 'rows'), ('n_positive', 'positive'), ('n_clusters', 'patients'), ('n_dropped', 'not stated'),
+           ('n_boot', 'resamples'))
 
 
 def _interval(m):
@@ -77,7 +80,8 @@ def _metric_rows(metrics):
     for name, m in metrics.items():
         counts = ', '.join(f'{m[k]} {label}' for k, label in _COUNTS if m.get(k))
         rest = ', '.join(f'{k} {v}' for k, v in m.items() if k not in named and v not in (0, ''))
-        rows.append((name, _number(m['value']) or m.get('text', ''), _interval(m), m.get('unit', ''), '; '.join(p for p in (counts, rest) if p)))
+        rows.append((name, _number(m['value']) or m.get('text', ''), _interval(m), m.get('unit', ''),
+                     '; '.join(p for p in (counts, rest) if p)))
     return rows
 
 # %% ../../nbs/702_run.report.ipynb #150bc2a1
@@ -91,7 +95,8 @@ def _parameter_rows(folder, params):
     for name, value in params.items():
         p = known.get(name)
         changed = p is not None and not p.computed and p.default != value
-        rows.append((name, json.dumps(value, ensure_ascii=False), changed, '' if p is None else json.dumps(p.default, default=str), p.help if p else ''))
+        rows.append((name, json.dumps(value, ensure_ascii=False), changed,
+                     '' if p is None else json.dumps(p.default, default=str), p.help if p else ''))
     return rows
 
 
@@ -102,9 +107,11 @@ def _provenance_rows(found):
     code = (commit[:12] + (' with uncommitted changes' if found.get('dirty') else '')) if commit else 'no commit known'
     versions = ', '.join(f'{k} {v}' for k, v in found.get('versions', {}).items() if v)
     hardware = ', '.join(f'{k} {v}' for k, v in found.get('hardware', {}).items() if v not in (None, [], ''))
-    rows = [('code', code), ('python', found.get('python', '')), ('packages', versions), ('hardware', hardware), ('made at', found.get('time', ''))]
+    rows = [('code', code), ('python', found.get('python', '')), ('packages', versions), ('hardware', hardware),
+            ('made at', found.get('time', ''))]
     rows += [('seeds', ', '.join(f'{k} {v}' for k, v in found['seeds'].items()))] if found.get('seeds') else []
-    return rows + [(f'input {e["name"]}', f'sha256 {e["sha256"][:16]}…' if 'sha256' in e else f'{e["files"]} files, {e["bytes"]} bytes, names and sizes '
+    return rows + [(f'input {e["name"]}', f'sha256 {e["sha256"][:16]}…' if 'sha256' in e
+                    else f'{e["files"]} files, {e["bytes"]} bytes, names and sizes '
                     f'{e["listing"][:16]}…') for e in found.get('inputs', [])]
 
 # %% ../../nbs/702_run.report.ipynb #61bf0c52
@@ -112,7 +119,8 @@ def _table(path, rows=40):
     "A CSV table as HTML, with a word on what was left out."
     try: frame = pd.read_csv(path)
     except pd.errors.EmptyDataError: return path.stem.replace('_', ' '), '', 'an empty table'
-    note = f'{len(frame)} rows' + (f', the first {rows} shown; all of them in tables/{path.name}' if len(frame) > rows else '')
+    note = f'{len(frame)} rows' + (f', the first {rows} shown; all of them in tables/{path.name}'
+                                   if len(frame) > rows else '')
     shown = frame.head(rows).map(lambda v: '' if isinstance(v, float) and v != v else _number(restored_cell(v)))
     return path.stem.replace('_', ' '), shown.to_html(index=False, border=0, escape=True), note
 
@@ -128,7 +136,8 @@ def _figures(folder):
 def _output(output):
     "One output of a cell: (kind, content)."
     text = lambda v: ''.join(v) if isinstance(v, list) else v
-    if output['output_type'] == 'stream': return ('text', text(output['text'])[-3000:]) if output['name'] == 'stdout' else None
+    if output['output_type'] == 'stream':
+        return ('text', text(output['text'])[-3000:]) if output['name'] == 'stdout' else None
     if output['output_type'] == 'error': return 'error', f'{output["ename"]}: {output["evalue"]}'
     data = output.get('data', {})
     if 'image/png' in data: return 'image', _image(text(data['image/png']).strip())
@@ -156,54 +165,77 @@ def _tail(path, lines=30):
 # %% ../../nbs/702_run.report.ipynb #d18b7d91
 _STYLE = '''
 :root{--ink:#1d2733;--soft:#5b6876;--line:#d9dfe5;--wash:#f5f7f9;--blue:#0b5c8f}
-*{box-sizing:border-box} body{margin:0;background:#fff;color:var(--ink);font:16px/1.6 -apple-system,"Segoe UI",Roboto,"Noto Sans","Liberation Sans","DejaVu Sans",Arial,sans-serif}
-main{max-width:60rem;margin:0 auto;padding:2.5rem 1.5rem 4rem} h1{font-size:2rem;line-height:1.2;margin:0 0 .3rem} h2{font-size:1.3rem;margin:2.6rem 0 .8rem;
-padding-bottom:.3rem;border-bottom:1px solid var(--line)} h3{font-size:1.05rem;margin:1.6rem 0 .4rem} .soft{color:var(--soft);font-size:.9rem}
-.state{display:inline-block;padding:.1rem .7rem;border-radius:1rem;font-weight:600;font-size:.9rem;color:#fff;background:#6b7280}
+*{box-sizing:border-box} body{margin:0;background:#fff;color:var(--ink);font:16px/1.6 -apple-system,"Segoe \
+UI",Roboto,"Noto Sans","Liberation Sans","DejaVu Sans",Arial,sans-serif}
+main{max-width:60rem;margin:0 auto;padding:2.5rem 1.5rem 4rem} h1{font-size:2rem;line-height:1.2;margin:0 0 .3rem} \
+h2{font-size:1.3rem;margin:2.6rem 0 .8rem;
+padding-bottom:.3rem;border-bottom:1px solid var(--line)} h3{font-size:1.05rem;margin:1.6rem 0 .4rem} \
+.soft{color:var(--soft);font-size:.9rem}
+.state{display:inline-block;padding:.1rem \
+.7rem;border-radius:1rem;font-weight:600;font-size:.9rem;color:#fff;background:#6b7280}
 .done{background:#11734b}.failed{background:#b3261e}.killed{background:#9a5b00}.running{background:#0b5c8f}
-.use{border-left:4px solid #9a5b00;background:#fdf6ea;padding:.6rem 1rem;margin:1.2rem 0} .bad{border-left:4px solid #b3261e;background:#fdefee;padding:.6rem 1rem;margin:1.2rem 0}
+.use{border-left:4px solid #9a5b00;background:#fdf6ea;padding:.6rem 1rem;margin:1.2rem 0} .bad{border-left:4px solid \
+#b3261e;background:#fdefee;padding:.6rem 1rem;margin:1.2rem 0}
 .wide{overflow-x:auto} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.4rem 0}
-th,td{text-align:left;vertical-align:top;padding:.32rem .9rem .32rem 0;border-bottom:1px solid var(--line)} th{font-weight:600;color:var(--soft)}
+th,td{text-align:left;vertical-align:top;padding:.32rem .9rem .32rem 0;border-bottom:1px solid var(--line)} \
+th{font-weight:600;color:var(--soft)}
 td:first-child,td.k{font-weight:500;color:var(--ink)} td.num{text-align:right} tr.changed td{background:#eef5fa}
-pre{background:var(--wash);padding:.7rem .9rem;overflow-x:auto;font-size:.82rem;line-height:1.45;border-radius:4px;white-space:pre-wrap;overflow-wrap:anywhere}
-code{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;font-size:.92em} figure{margin:1.2rem 0} img{max-width:100%;height:auto}
-figcaption{color:var(--soft);font-size:.9rem} details{margin:.4rem 0} summary{cursor:pointer;color:var(--blue);font-size:.9rem}
-.nb h1{font-size:1.35rem;margin-top:1.5rem}.nb h2{font-size:1.15rem;border:0;margin-top:1.4rem}.nb blockquote{margin:0;color:var(--soft)}
+pre{background:var(--wash);padding:.7rem \
+.9rem;overflow-x:auto;font-size:.82rem;line-height:1.45;border-radius:4px;white-space:pre-wrap;overflow-wrap:anywhere}
+code{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;font-size:.92em} figure{margin:1.2rem 0} \
+img{max-width:100%;height:auto}
+figcaption{color:var(--soft);font-size:.9rem} details{margin:.4rem 0} \
+summary{cursor:pointer;color:var(--blue);font-size:.9rem}
+.nb h1{font-size:1.35rem;margin-top:1.5rem}.nb h2{font-size:1.15rem;border:0;margin-top:1.4rem}.nb \
+blockquote{margin:0;color:var(--soft)}
 @media print{main{max-width:none} details{display:none}}
 '''
-INTENDED_USE = 'Research software. Not a medical device: nothing on this page is meant for diagnosis or for decisions about patients.'
+INTENDED_USE = ('Research software. Not a medical device: nothing on this page is meant for diagnosis or for decisions '
+                'about patients.')
 
 # %% ../../nbs/702_run.report.ipynb #6c595014
-_TOP = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+_TOP = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" \
+content="width=device-width,initial-scale=1">
 <title>{{ info.name }}: {{ info.state }}</title><style>{{ style | safe }}</style></head><body><main>
 <h1>{{ info.name }}</h1>
-<p class="soft"><span class="state {{ info.state }}">{{ info.state }}</span> &nbsp; {{ folder }} &middot; attempt {{ info.attempt }} &middot; {{ duration }}
+<p class="soft"><span class="state {{ info.state }}">{{ info.state }}</span> &nbsp; {{ folder }} &middot; attempt {{ \
+info.attempt }} &middot; {{ duration }}
 {%- if info.started %} &middot; started {{ info.started[:19] | replace("T", " ") }} UTC{% endif %}</p>
 <p class="use">{{ use }}</p>
-{% if info.state != "done" %}<div class="bad"><b>This run is not done ({{ info.state }}).</b>{% if info.reason %} {{ info.reason }}.{% endif %}
+{% if info.state != "done" %}<div class="bad"><b>This run is not done ({{ info.state }}).</b>{% if info.reason %} {{ \
+info.reason }}.{% endif %}
 {%- if info.state != "running" %} Numbers and figures below are what it had written until then.{% endif %}
-{%- if log and info.state != "running" %}<details><summary>last lines of the log</summary><pre>{{ log }}</pre></details>{% endif %}</div>{% endif %}
+{%- if log and info.state != "running" %}<details><summary>last lines of the log</summary><pre>{{ log \
+}}</pre></details>{% endif %}</div>{% endif %}
 {% if notes %}<h2>Remarks</h2><ul>{% for n in notes %}<li>{{ n }}</li>{% endfor %}</ul>{% endif %}
 <h2>Results</h2>
-{% if metrics %}<div class="wide"><table><tr><th>metric</th><th>value</th><th>confidence interval</th><th>unit</th><th>counts and details</th></tr>
-{% for n, v, ci, unit, more in metrics %}<tr><td>{{ n }}</td><td class="num">{{ v }}</td><td>{{ ci }}</td><td>{{ unit }}</td><td>{{ more }}</td></tr>
+{% if metrics %}<div class="wide"><table><tr><th>metric</th><th>value</th><th>confidence \
+interval</th><th>unit</th><th>counts and details</th></tr>
+{% for n, v, ci, unit, more in metrics %}<tr><td>{{ n }}</td><td class="num">{{ v }}</td><td>{{ ci }}</td><td>{{ unit \
+}}</td><td>{{ more }}</td></tr>
 {% endfor %}</table></div>{% else %}<p class="soft">This run recorded no metrics.</p>{% endif %}
-{% for name, image in figures %}<figure><img src="{{ image }}" alt="{{ name }}"><figcaption>{{ name }}</figcaption></figure>{% endfor %}
-{% for name, body, note in tables %}<h3>{{ name }}</h3><div class="wide">{{ body | safe }}</div><p class="soft">{{ note }}</p>{% endfor %}
+{% for name, image in figures %}<figure><img src="{{ image }}" alt="{{ name }}"><figcaption>{{ name \
+}}</figcaption></figure>{% endfor %}
+{% for name, body, note in tables %}<h3>{{ name }}</h3><div class="wide">{{ body | safe }}</div><p class="soft">{{ \
+note }}</p>{% endfor %}
 '''
 
 # %% ../../nbs/702_run.report.ipynb #515c7025
 _REST = '''<h2>Parameters</h2>
 {% if parameters %}<div class="wide"><table><tr><th>name</th><th>value</th><th>default</th><th>meaning</th></tr>
-{% for n, v, changed, default, help in parameters %}<tr{% if changed %} class="changed"{% endif %}><td><code>{{ n }}</code></td><td><code>{{ v }}</code></td>
+{% for n, v, changed, default, help in parameters %}<tr{% if changed %} class="changed"{% endif %}><td><code>{{ n \
+}}</code></td><td><code>{{ v }}</code></td>
 <td class="soft"><code>{{ default if changed else "" }}</code></td><td>{{ help }}</td></tr>{% endfor %}</table></div>
 <p class="soft">Shaded: changed from the default.</p>{% else %}<p class="soft">None.</p>{% endif %}
-<h2>Where it comes from</h2><div class="wide"><table>{% for k, v in provenance %}<tr><th>{{ k }}</th><td>{{ v }}</td></tr>{% endfor %}</table></div>
+<h2>Where it comes from</h2><div class="wide"><table>{% for k, v in provenance %}<tr><th>{{ k }}</th><td>{{ v \
+}}</td></tr>{% endfor %}</table></div>
 {% if cells %}<h2>The notebook as it ran</h2><div class="nb">
 {% for c in cells %}{% if c.kind == "markdown" %}{{ c.body | safe }}{% else %}
 <details{% if c.open %} open{% endif %}><summary>code</summary><pre><code>{{ c.source }}</code></pre></details>
-{% for kind, body in c.outputs %}{% if kind == "image" %}<figure><img src="{{ body }}" alt="figure"></figure>{% elif kind == "html" %}<div class="wide">{{ body | safe }}</div>
-{% elif kind == "error" %}<pre class="bad">{{ body }}</pre>{% else %}<pre>{{ body }}</pre>{% endif %}{% endfor %}{% endif %}{% endfor %}</div>{% endif %}
+{% for kind, body in c.outputs %}{% if kind == "image" %}<figure><img src="{{ body }}" alt="figure"></figure>{% elif \
+kind == "html" %}<div class="wide">{{ body | safe }}</div>
+{% elif kind == "error" %}<pre class="bad">{{ body }}</pre>{% else %}<pre>{{ body }}</pre>{% endif %}{% endfor %}{% \
+endif %}{% endfor %}</div>{% endif %}
 <p class="soft">Written by medvl {{ version }} from the run folder alone. {{ use }}</p></main></body></html>
 '''
 
@@ -211,12 +243,13 @@ _REST = '''<h2>Parameters</h2>
 def _duration(seconds):
     seconds = int(seconds)
     if seconds < 60: return f'{seconds} s'
-    return f'{seconds // 60} min {seconds % 60} s' if seconds < 3600 else f'{seconds // 3600} h {seconds % 3600 // 60} min'
+    return (f'{seconds // 60} min {seconds % 60} s' if seconds < 3600
+            else f'{seconds // 3600} h {seconds % 3600 // 60} min')
 
 # %% ../../nbs/702_run.report.ipynb #79f358f5
 def write_report(
-    folder, # run folder
-    path=None, # file to write; default: report.html in the folder
+    folder: str|Path, # run folder
+    path: str|Path|None = None, # file to write; default: report.html in the folder
 ) -> Path: # the file
     """Write the page of a run from its folder alone.
 
@@ -225,10 +258,12 @@ def write_report(
     info, events = run_info(folder), run_events(folder)
     found = read_json(folder/'provenance.json') if (folder/'provenance.json').exists() else {}
     params = read_json(folder/'params.json') if (folder/'params.json').exists() else {}
-    parts = dict(info=info, folder=folder.name, duration=_duration(info['seconds']), style=_STYLE, use=INTENDED_USE, log=_tail(folder/'run.log'),
-                 notes=[e['text'] for e in events if e['event'] == 'note'], metrics=_metric_rows(Run(folder, params).metrics), figures=_figures(folder),
-                 tables=[_table(p) for p in sorted((folder/'tables').glob('*.csv'))], parameters=_parameter_rows(folder, params),
-                 provenance=_provenance_rows(found), cells=_notebook(folder/'run.ipynb'), version=found.get('versions', {}).get('medvl', ''))
+    parts = dict(info=info, folder=folder.name, duration=_duration(info['seconds']), style=_STYLE, use=INTENDED_USE,
+                 log=_tail(folder/'run.log'), notes=[e['text'] for e in events if e['event'] == 'note'],
+                 metrics=_metric_rows(Run(folder, params).metrics), figures=_figures(folder),
+                 tables=[_table(p) for p in sorted((folder/'tables').glob('*.csv'))],
+                 parameters=_parameter_rows(folder, params), provenance=_provenance_rows(found),
+                 cells=_notebook(folder/'run.ipynb'), version=found.get('versions', {}).get('medvl', ''))
     page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(_TOP + _REST).render(parts)
     path = Path(path or folder/'report.html')
     with atomic_path(path) as temporary: temporary.write_text(page, encoding='utf-8')

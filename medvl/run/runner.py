@@ -28,23 +28,25 @@ from .parameters import RefusedError, check_parameters
 from .report import write_report
 
 # %% ../../nbs/705_run.runner.ipynb #b9fefff3
-def experiment_name(path): # file name without number: 'e20_pretrain.ipynb' -> 'pretrain'
+def experiment_name(path: str|Path) -> str: # file name without number: 'e20_pretrain.ipynb' -> 'pretrain'
     "Name of the experiment in a notebook file."
     return re.sub(r'^[a-z]\d+[a-z]?_', '', Path(path).stem)
 
 
 def experiments() -> dict: # path by name
     "List the experiments of the checkout, or else of the installed package."
-    repo, spec = find_repo() or find_repo(Path(__file__).parent if '__file__' in globals() else None), None # the checkout we stand in, or were installed from
+    # the checkout we stand in, or were installed from
+    repo, spec = find_repo() or find_repo(Path(__file__).parent if '__file__' in globals() else None), None
     if repo is None:
         try: spec = importlib.util.find_spec('medvl.experiments')
         except ModuleNotFoundError: spec = None
-    folders = [repo/'nbs'/'experiments'] if repo else [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    inside = [Path(p) for p in (spec.submodule_search_locations or ())] if spec else []
+    folders = [repo/'nbs'/'experiments'] if repo else inside
     return {experiment_name(p): p for folder in folders for p in sorted(folder.glob('[!_.]*.ipynb'))}
 
 
 def find_experiment(
-    name, # name ('pretrain'), file stem ('e20_pretrain') or path of a notebook
+    name: str|Path, # name ('pretrain'), file stem ('e20_pretrain') or path of a notebook
 ) -> Path: # the notebook
     """Find an experiment notebook.
 
@@ -71,16 +73,19 @@ def _kernel_class(env, started):
     "A kernel manager of this interpreter; `started` collects the managers, so that the runner can stop them."
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
-    argv = [sys.executable, '-c', _KERNEL.format(parent=os.getpid()), '-f', '{connection_file}'] # it ends with this process, also while it starts
+    # it ends with this process, also while it starts
+    argv = [sys.executable, '-c', _KERNEL.format(parent=os.getpid()), '-f', '{connection_file}']
 
     class Specs(KernelSpecManager):
-        def get_kernel_spec(self, kernel_name): return KernelSpec(argv=argv, env=env, display_name='python3', language='python')
+        def get_kernel_spec(self, kernel_name: str):
+            return KernelSpec(argv=argv, env=env, display_name='python3', language='python')
 
     class Kernel(AsyncKernelManager):
         def __init__(self, **kwargs):
             super().__init__(**{**kwargs, 'kernel_spec_manager': Specs()})
             sockets = Path(tempfile.mkdtemp(prefix='medvl-'))
-            if os.name == 'posix' and len(str(sockets)) < 80: self.transport, self.ip = 'ipc', str(sockets/'k') # 107 characters at most
+            # 107 characters at most
+            if os.name == 'posix' and len(str(sockets)) < 80: self.transport, self.ip = 'ipc', str(sockets/'k')
             self.connection_file = str(sockets/'kernel.json')
             started.append((self, sockets))
     return Kernel
@@ -96,7 +101,7 @@ def _stop_kernels(started, sig=signal.SIGKILL):
 
 # %% ../../nbs/705_run.runner.ipynb #874e30eb
 def unfinished(
-    cells, # cells of the executed notebook
+    cells:list, # cells of the executed notebook
 ) -> str: # '' when every code cell ran to its end
     "Say what kept a notebook from running through."
     code = [c for c in cells if c['cell_type'] == 'code' and ''.join(c['source']).strip()]
@@ -104,30 +109,37 @@ def unfinished(
         for output in cell['outputs']:
             if output['output_type'] == 'error' and 'raises-exception' not in cell['metadata'].get('tags', []):
                 left = sum(c['execution_count'] is None for c in code)
-                return f'{output["ename"]}: {output["evalue"]} in code cell {k}; {left} of {len(code)} code cells never ran'
+                return (f'{output["ename"]}: {output["evalue"]} in code cell {k}; {left} of {len(code)} code cells '
+                        'never ran')
     never = [k for k, cell in enumerate(code, 1) if cell['execution_count'] is None]
     return f'code cells {never[0]} to {never[-1]} of {len(code)} never ran' if never else ''
 
 # %% ../../nbs/705_run.runner.ipynb #c946d5e8
-EXIT_CODES = {0: 'done', 1: 'failed: an error in the notebook, or it stopped early', 2: 'refused: wrong name, type or state; nothing ran',
-              124: 'killed: time limit', 130: 'killed: interrupted by the user', 137: 'killed: the kernel died (for want of memory, or it was shot)',
+EXIT_CODES = {0: 'done', 1: 'failed: an error in the notebook, or it stopped early',
+              2: 'refused: wrong name, type or state; nothing ran', 124: 'killed: time limit',
+              130: 'killed: interrupted by the user',
+              137: 'killed: the kernel died (for want of memory, or it was shot)',
               143: 'killed: the runner was told to end (SIGTERM)'}
 
 
 class RunFailedError(RuntimeError):
-    "A run that did not get done; `run`, `state`, `reason`, `exit_code` say more, and `repeats` whether going on would end the same."
-    def __init__(self, run, state, reason, exit_code, repeats=False):
+    """A run that did not get done; `run`, `state`, `reason`, `exit_code` say more, and `repeats` whether going on would
+    end the same."""
+    def __init__(self, run: Run, state: str, reason: str, exit_code: int, repeats: bool = False):
         super().__init__(f'{run.folder.name}: {state}. {reason}')
         self.run, self.state, self.reason, self.exit_code, self.repeats = run, state, reason, exit_code, repeats
 
 
-REPEATS = set('DataError TornCheckpoint RefusedError ValueError TypeError KeyError IndexError AttributeError NameError UnboundLocalError AssertionError '
-              'ZeroDivisionError NotImplementedError ImportError ModuleNotFoundError SyntaxError FileNotFoundError NotADirectoryError IsADirectoryError '
-              'PermissionError UnicodeDecodeError JSONDecodeError StopIteration RecursionError'.split()) # what the same input does again
+# what the same input does again
+REPEATS = set('DataError TornCheckpoint RefusedError ValueError TypeError KeyError IndexError AttributeError NameError '
+              'UnboundLocalError AssertionError ZeroDivisionError NotImplementedError ImportError ModuleNotFoundError '
+              'SyntaxError FileNotFoundError NotADirectoryError IsADirectoryError PermissionError UnicodeDecodeError '
+              'JSONDecodeError StopIteration RecursionError'.split())
 
 
 def _repeats(state, reason, error):
-    "Whether the same run would fail at the same place again: the fault lies in the input or the notebook, not in the machine."
+    """Whether the same run would fail at the same place again: the fault lies in the input or the notebook, not in the
+    machine."""
     return state == 'failed' and (getattr(error, 'ename', '') in REPEATS or 'never called run.done()' in reason)
 
 
@@ -136,7 +148,8 @@ class _StopError(BaseException):
 
 # %% ../../nbs/705_run.runner.ipynb #a19e49f0
 def _import_papermill():
-    "Import papermill without building a grammar of internet addresses, which jsonschema would and which takes longer than all the rest."
+    """Import papermill without building a grammar of internet addresses, which jsonschema would and which takes longer
+    than all the rest."""
     grammar = 'rfc3987_syntax'
     spare = grammar not in sys.modules and 'jsonschema' not in sys.modules
     if spare: sys.modules[grammar] = None # jsonschema goes without it; notebooks hold no such addresses to check
@@ -156,15 +169,17 @@ def _papermill(run, notebook, cwd, started, box):
     quiet = os.environ.get('MEDVL_PROGRESS') == '0' or 'IN_TEST' in os.environ or not sys.stderr.isatty()
     env = {'MEDVL_RUN': str(run.folder.resolve()), 'MEDVL_ATTEMPT': str(run.attempt)}
     env |= {k: absolute(os.environ[k]) for k in ('MEDVL_OUTPUTS', 'MEDVL_SALT') if os.environ.get(k)}
-    plain = str(run.folder/'run.ipynb').replace('{', '{{').replace('}', '}}') # papermill formats paths: a folder `a {seed}` must stay one
+    # papermill formats paths: a folder `a {seed}` must stay one
+    plain = str(run.folder/'run.ipynb').replace('{', '{{').replace('}', '}}')
 
-    def see(cell, cell_index, **kwargs): run.cell = cell_index
+    def see(cell: dict, cell_index: int, **kwargs): run.cell = cell_index
     try:
         node = nbformat.read(str(notebook), as_version=4)
         with open(run.folder/'run.log', 'a', encoding='utf-8') as log:
             papermill.execute_notebook(
                 node, plain, parameters=run.params, kernel_name='python3', language='python', progress_bar=not quiet,
-                stdout_file=log, stderr_file=log, autosave_cell_every=30, kernel_manager_class=_kernel_class(env, started), on_cell_start=see,
+                stdout_file=log, stderr_file=log, autosave_cell_every=30,
+                kernel_manager_class=_kernel_class(env, started), on_cell_start=see,
                 resources={'metadata': {'path': str(cwd)}}, raise_on_iopub_timeout=False, ipython_hist_file=':memory:')
     except BaseException as e: box['error'] = e # judged by `_verdict` in the main thread
     finally:
@@ -193,7 +208,7 @@ class _Terminated:
         self.main = threading.current_thread() is threading.main_thread()
         if self.main: self.old = signal.signal(signal.SIGTERM, self.stop)
 
-    def stop(self, number, frame): raise _StopError()
+    def stop(self, number: int, frame: object): raise _StopError()
 
     def __exit__(self, *error):
         if self.main: signal.signal(signal.SIGTERM, self.old)
@@ -208,8 +223,11 @@ def _verdict(run, why, error):
         where = f' in cell {run.cell + 1} of {len(cells)}' if run.cell is not None else ' before its first cell'
         return 'killed', f'the kernel died{where} (for want of memory, or it was shot)', 137
     reason = unfinished(cells)
-    if error is not None: return 'failed', reason if 'never ran' in reason and 'Error' in reason else f'{type(error).__name__}: {error}'.split('\n')[0] \
-        if not hasattr(error, 'ename') else f'{error.ename}: {error.evalue}; {reason}', 1
+    if error is not None:
+        if 'never ran' in reason and 'Error' in reason: text = reason
+        elif hasattr(error, 'ename'): text = f'{error.ename}: {error.evalue}; {reason}'
+        else: text = f'{type(error).__name__}: {error}'.split('\n')[0]
+        return 'failed', text, 1
     if reason or not cells: return 'failed', reason or 'no executed notebook was written', 1
     if not any(e['event'] == 'finished' and e.get('attempt') == run.attempt for e in run_events(run.folder)):
         return 'failed', 'every cell ran, but the notebook never called run.done()', 1
@@ -234,26 +252,32 @@ def _new(experiment, params, outputs, folder):
     "Check everything, then make the folder."
     notebook, told = find_experiment(experiment), []
     values = check_parameters(notebook, params or {}, outputs, told.append)
-    if folder is not None and (Path(folder)/'journal.jsonl').exists(): raise RefusedError(f'{Path(folder).name} is a run already; resume it.')
-    run = Run.create(experiment_name(notebook), values, absolute(outputs or outputs_path()), folder and absolute(folder), notebook=str(notebook),
-                     notebook_sha256=sha256_file(notebook), cwd=os.getcwd())
+    if folder is not None and (Path(folder)/'journal.jsonl').exists():
+        raise RefusedError(f'{Path(folder).name} is a run already; resume it.')
+    run = Run.create(experiment_name(notebook), values, absolute(outputs or outputs_path()),
+                     folder and absolute(folder), notebook=str(notebook), notebook_sha256=sha256_file(notebook),
+                     cwd=os.getcwd())
     shutil.copyfile(notebook, run.folder/'source.ipynb')
     for text in told: _say(text); run.note(text)
     return run, notebook
 
 
 def find_run(
-    name, # run folder, its name (of a sweep's member also `sweep/name`), or the beginning of its name
-    outputs=None, # folder of runs; default: outputs/
+    name: str|Path, # run folder, its name (of a sweep's member also `sweep/name`), or the beginning of its name
+    outputs: str|Path|None = None, # folder of runs; default: outputs/
 ) -> Path: # the folder
     """Find a run.
 
     Raises: RefusedError with the closest name when there is none, or several."""
     if is_run(name): return Path(name).resolve()
     root = Path(outputs or outputs_path())
-    hits = runs_named(name, root) or [f for f in run_folders(root) if any(n.startswith(str(name)) for n in (f.name, str(f.relative_to(root))))]
+    hits = (runs_named(name, root) or [f for f in run_folders(root)
+                                       if any(n.startswith(str(name)) for n in (f.name, str(f.relative_to(root))))])
     if len(hits) == 1: return hits[0]
-    if hits: raise RefusedError(f'{str(name)!r} is the beginning of {len(hits)} runs: {", ".join(str(f.relative_to(root)) for f in hits[:5])}.')
+    if hits:
+        raise RefusedError(
+            f'{str(name)!r} is the beginning of {len(hits)} runs: '
+            f'{", ".join(str(f.relative_to(root)) for f in hits[:5])}.')
     raise RefusedError(unknown_name('run', str(name), [f.name for f in run_folders(root)][-20:]))
 
 # %% ../../nbs/705_run.runner.ipynb #bbff5141
@@ -280,26 +304,35 @@ def _old(experiment, params, resume, outputs):
     "Open a run that is not done, and check that what is asked for is what it was."
     run = Run(find_run(resume, outputs))
     if run.state == 'done': raise RefusedError(f'{run.folder.name} is done; there is nothing to resume.')
-    if run.state == 'running': raise RefusedError(f'{run.folder.name} is running (process {run.info["owner"]["pid"]} on {run.info["owner"]["host"]}).')
+    if run.state == 'running':
+        raise RefusedError(
+            f'{run.folder.name} is running (process {run.info["owner"]["pid"]} on {run.info["owner"]["host"]}).')
     created = _created(run)
-    if 'notebook' not in created: raise RefusedError(f'{run.folder.name} was made by hand; open its notebook to continue it.')
+    if 'notebook' not in created:
+        raise RefusedError(f'{run.folder.name} was made by hand; open its notebook to continue it.')
     notebook = Path(created['notebook'])
     if not notebook.is_file(): notebook = run.folder/'source.ipynb'
     if experiment is not None and experiment_name(find_experiment(experiment)) != run.name:
         raise RefusedError(f'{run.folder.name} is a run of {run.name}, not of {experiment}.')
     values = check_parameters(notebook, {**run.params, **(params or {})}, outputs)
     changed = [k for k, v in (params or {}).items() if digest([values[k]]) != digest([run.params.get(k)])]
-    if changed: raise RefusedError(f'{run.folder.name} has {changed[0]} = {run.params.get(changed[0])!r}; other parameters need a run of their own.')
+    if changed:
+        raise RefusedError(
+            f'{run.folder.name} has {changed[0]} = {run.params.get(changed[0])!r}; other parameters need a run of '
+            'their own.')
     return run, notebook
 
 # %% ../../nbs/705_run.runner.ipynb #5c584806
 def _changes(old, new):
     "Say what is no longer as it was: the code, versions, threads and cores that the bits of a result depend on."
     before, now = ({**p.get('versions', {}), 'python': p.get('python'), 'commit': (p.get('commit') or '')[:12],
-                    **{k: v for k, v in p.get('hardware', {}).items() if k in ('machine', 'system', 'cpus', 'cpus_usable', 'omp_threads')}} for p in (old, new))
+                    **{k: v for k, v in p.get('hardware', {}).items()
+                       if k in ('machine', 'system', 'cpus', 'cpus_usable', 'omp_threads')}} for p in (old, new))
     names = {'omp_threads': 'threads (OMP_NUM_THREADS)', 'cpus_usable': 'cores that may be used', 'cpus': 'cores'}
-    changed = [f'{names.get(k, k)} {before[k] or "not set"} → {now[k] or "not set"}' for k in before if k in now and before[k] != now[k]]
-    return [f'this attempt has other {", ".join(changed)} than the one before: results may agree only up to rounding, not to the bit.'] if changed else []
+    changed = [f'{names.get(k, k)} {before[k] or "not set"} → {now[k] or "not set"}' for k in before
+               if k in now and before[k] != now[k]]
+    return [f'this attempt has other {", ".join(changed)} than the one before: results may agree only up to rounding, '
+            'not to the bit.'] if changed else []
 
 
 def _set_aside(run, notebook):
@@ -309,14 +342,16 @@ def _set_aside(run, notebook):
     for name in ('run.ipynb', 'run.log', 'provenance.json'):
         if (run.folder/name).exists():
             target = run.path('attempts', str(last), name)
-            shutil.copyfile(run.folder/name, target) if name == 'provenance.json' else os.replace(run.folder/name, target)
+            if name == 'provenance.json': shutil.copyfile(run.folder/name, target)
+            else: os.replace(run.folder/name, target)
     fresh, old = provenance(), read_json(run.folder/'provenance.json')
     for text in _changes(old, fresh): _say(text); run.note(text)
     write_json(run.folder/'provenance.json', {**fresh, 'seeds': old.get('seeds', {}), 'inputs': old.get('inputs', [])})
     source = run.folder/'source.ipynb'
     if not source.exists(): shutil.copyfile(notebook, source) # killed before it was copied
     if notebook != source and sha256_file(notebook) != sha256_file(source):
-        run.note(f'Attempt {run.attempt} ran a notebook that was changed since attempt {last}; the earlier one is kept in attempts/{last}.')
+        run.note(f'Attempt {run.attempt} ran a notebook that was changed since attempt {last}; '
+                 f'the earlier one is kept in attempts/{last}.')
         os.replace(source, run.path('attempts', str(last), 'source.ipynb'))
         shutil.copyfile(notebook, source)
 
@@ -330,7 +365,8 @@ def _attempt(run, notebook, timeout):
         with _Terminated():
             _wait_for_orphan(run)
             _set_aside(run, notebook)
-            thread = threading.Thread(target=_papermill, args=(run, notebook, _home(run, notebook), started, box), daemon=True)
+            thread = threading.Thread(target=_papermill, args=(run, notebook, _home(run, notebook), started, box),
+                                      daemon=True)
             thread.start()
             why = _wait(thread, started, timeout)
         state, reason, code = _verdict(run, why, box.get('error'))
@@ -345,25 +381,27 @@ def _attempt(run, notebook, timeout):
 
 # %% ../../nbs/705_run.runner.ipynb #06f8bbdb
 def run_experiment(
-    experiment=None, # name ('pretrain') or path of a notebook; may be left out with `resume`
+    experiment:str|Path|None=None, # name ('pretrain') or path of a notebook; may be left out with `resume`
     params:dict|None=None, # parameters by name, text or typed; the others keep their defaults
-    outputs=None, # folder of runs; default: outputs/
-    resume=None, # run to continue: folder, name, or the beginning of its name
+    outputs:str|Path|None=None, # folder of runs; default: outputs/
+    resume:str|Path|None=None, # run to continue: folder, name, or the beginning of its name
     timeout:float|None=None, # limit for the whole attempt, s
     report:bool=True, # write report.html at the end
-    folder=None, # exact folder of the run instead of a made-up one
+    folder:str|Path|None=None, # exact folder of the run instead of a made-up one
     check:bool=True, # raise when the run did not get done
 ) -> Run: # the run; its state is 'done' unless `check` is off
     """Run an experiment notebook, or continue a run, and wait for its end.
 
     Raises: RefusedError before anything runs; RunFailedError when it was not done and `check` is on."""
     if resume is None and experiment is None: raise RefusedError('Name an experiment, or a run to resume.')
-    run, notebook = _new(experiment, params, outputs, folder) if resume is None else _old(experiment, params, resume, outputs)
+    run, notebook = (_new(experiment, params, outputs, folder) if resume is None
+                     else _old(experiment, params, resume, outputs))
     state, reason, code, repeats = _attempt(run, notebook, timeout)
     if report:
         try: write_report(run.folder)
         except Exception as e: # the run's result stands without its page
             run.note(f'The report could not be written: {type(e).__name__}: {e}')
-            warnings.warn(f'{run.folder.name}: the report could not be written ({type(e).__name__}: {e}).', stacklevel=2)
+            warnings.warn(f'{run.folder.name}: the report could not be written ({type(e).__name__}: {e}).',
+                          stacklevel=2)
     if check and state != 'done': raise RunFailedError(run, state, reason, code, repeats)
     return run

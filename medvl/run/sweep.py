@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def split_values(
 ) -> list: # texts
     """Split at the commas that stand outside brackets and quotes.
 
-    A bracket or quote counts where a value (or an item in it) begins, so that an apostrophe or a bracket in the middle of a path is a letter like others."""
+    A bracket or quote counts where a value (or an item in it) begins, so that an apostrophe or a bracket in the middle
+    of a path is a letter like others."""
     parts, depth, quote, start = [], 0, '', 0
     for k, c in enumerate(text):
         begins = depth or not text[start:k].strip()
@@ -56,7 +58,7 @@ def _unquoted(text):
 
 
 def parse_grid(
-    texts, # e.g. ['lr=1e-4,1e-5', 'seed=0,1']
+    texts:Iterable, # e.g. ['lr=1e-4,1e-5', 'seed=0,1']
 ) -> dict: # list of texts by name
     """Read a grid.
 
@@ -78,16 +80,17 @@ def _points(notebook, grid, params, outputs=None, say=None):
     Raises: RefusedError for a wrong name or type, or two equal points."""
     both = set(grid) & set(params)
     if both: raise RefusedError(f'{sorted(both)[0]} is in the grid and among the fixed parameters.')
-    points = [check_parameters(notebook, {**params, **dict(zip(grid, values))}, outputs, say) for values in itertools.product(*grid.values())]
+    points = [check_parameters(notebook, {**params, **dict(zip(grid, values))}, outputs, say)
+              for values in itertools.product(*grid.values())]
     if len({digest(p) for p in points}) < len(points): raise RefusedError('The grid holds the same point twice.')
     return points
 
 # %% ../../nbs/710_run.sweep.ipynb #36c91b37
 def plan_sweep(
-    experiment, # name or path of an experiment notebook
+    experiment:str|Path, # name or path of an experiment notebook
     grid:dict, # values (text or typed) by parameter name
     params:dict|None=None, # fixed parameters
-    outputs=None, # folder of runs; default: outputs/
+    outputs:str|Path|None=None, # folder of runs; default: outputs/
     fresh:bool=False, # make a new sweep even if this one exists
 ) -> Path: # the sweep folder, with sweep.json
     """Write the plan of a sweep, or find the one that exists.
@@ -95,7 +98,8 @@ def plan_sweep(
     Raises: RefusedError before anything is written."""
     notebook = find_experiment(experiment)
     told = {} # each remark once, however many points have it
-    points = _points(notebook, {k: v if isinstance(v, (list, tuple)) else [v] for k, v in grid.items()}, params or {}, outputs, lambda text: told.setdefault(text))
+    points = _points(notebook, {k: v if isinstance(v, (list, tuple)) else [v] for k, v in grid.items()}, params or {},
+                     outputs, lambda text: told.setdefault(text))
     for text in told: print(f'medvl: {text}', file=sys.stderr)
     name, sha = experiment_name(notebook), sha256_file(notebook)
     key = digest([name, sha, points, time.time_ns() if fresh else 0])[:10]
@@ -110,7 +114,7 @@ def plan_sweep(
 
 # %% ../../nbs/710_run.sweep.ipynb #d0e09b08
 def run_planned(
-    folder, # sweep folder
+    folder:str|Path, # sweep folder
     index:int, # number of the run in the plan
     timeout:float|None=None, # limit of the attempt, s
 ) -> Run: # the run
@@ -149,12 +153,14 @@ def _start(folder, index, timeout, env):
     code = 'import sys; from medvl.run.sweep import _main; _main(*sys.argv[1:])'
     (folder/'logs').mkdir(exist_ok=True)
     with open(folder/'logs'/f'{index:04d}.log', 'ab') as log:
-        return subprocess.Popen([sys.executable, '-c', code, str(folder), str(index), str(timeout or 0), str(os.getpid())], stdin=subprocess.DEVNULL,
-                                stdout=log, stderr=log, cwd=_home(folder), env={**os.environ, 'MEDVL_PROGRESS': '0', **(env or {})})
+        return subprocess.Popen([sys.executable, '-c', code, str(folder), str(index), str(timeout or 0),
+                                 str(os.getpid())], stdin=subprocess.DEVNULL,
+                                stdout=log, stderr=log, cwd=_home(folder),
+                                env={**os.environ, 'MEDVL_PROGRESS': '0', **(env or {})})
 
 # %% ../../nbs/710_run.sweep.ipynb #2fca9f96
 def launch(
-    folder, # sweep folder
+    folder:str|Path, # sweep folder
     index:int, # number of the run in the plan
     retries:int=1, # how often a killed run is continued at once
     retry_failed:bool=False, # run those again that had failed before
@@ -184,9 +190,12 @@ def _local(folder, indices, jobs, gpus, **how):
     for k in range(jobs): slots.put(k)
     threads = {} if 'OMP_NUM_THREADS' in os.environ else {'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 1) // jobs))}
 
-    def one(index):
+    def one(index: int):
         slot = slots.get()
-        try: return launch(folder, index, env={**threads, **({'CUDA_VISIBLE_DEVICES': str(slot % gpus)} if gpus else {})}, children=children, **how)
+        try:
+            return launch(folder, index,
+                          env={**threads, **({'CUDA_VISIBLE_DEVICES': str(slot % gpus)} if gpus else {})},
+                          children=children, **how)
         finally: slots.put(slot)
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -203,14 +212,16 @@ def _local(folder, indices, jobs, gpus, **how):
 def _dask(folder, indices, jobs, address=None, **how):
     "Run on a Dask cluster: the scheduler at `address`, or one on this machine."
     from distributed import Client, LocalCluster, as_completed
-    cluster = None if address else LocalCluster(n_workers=1, threads_per_worker=jobs, processes=False, dashboard_address=None)
+    cluster = (None if address
+               else LocalCluster(n_workers=1, threads_per_worker=jobs, processes=False, dashboard_address=None))
     with Client(address or cluster) as client:
         futures = [client.submit(launch, str(folder), k, pure=False, **how) for k in indices]
         for future in progress(as_completed(futures), desc='sweep', total=len(futures), unit='run'):
-            if future.status == 'error': warnings.warn(f'A Dask task failed: {future.exception()!r}. The journals tell which run.', stacklevel=2)
+            if future.status == 'error':
+                warnings.warn(f'A Dask task failed: {future.exception()!r}. The journals tell which run.', stacklevel=2)
     if cluster is not None: cluster.close()
 
-# %% ../../nbs/710_run.sweep.ipynb #f7141e7f
+
 def _slurm(folder, indices, jobs, cluster=None, **how):
     "Run as Slurm jobs, at most `jobs` at a time; `cluster='local'` or 'debug' is submitit's own stand-in."
     import submitit
@@ -218,11 +229,13 @@ def _slurm(folder, indices, jobs, cluster=None, **how):
     executor = submitit.AutoExecutor(folder=folder/'submitit', cluster=cluster)
     parallel = {'slurm_array_parallelism': jobs} if executor.cluster == 'slurm' else {}
     executor.update_parameters(**{'timeout_min': 24 * 60, **parallel, **options})
-    submitted = executor.map_array(launch, [str(folder)] * len(indices), indices, *[[how[k]] * len(indices) for k in ('retries', 'retry_failed', 'timeout')])
+    submitted = executor.map_array(launch, [str(folder)] * len(indices), indices,
+                                   *[[how[k]] * len(indices) for k in ('retries', 'retry_failed', 'timeout')])
     for job in progress(submitted, desc='sweep', unit='run'):
         try: job.result()
         except Exception as e: # a lost node or a time limit; the journals hold the truth
-            warnings.warn(f'Job {job.job_id} failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}.', stacklevel=2)
+            warnings.warn(f'Job {job.job_id} failed: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}.',
+                          stacklevel=2)
 
 # %% ../../nbs/710_run.sweep.ipynb #18d0ef7c
 def _row(folder, entry, grid):
@@ -235,14 +248,16 @@ def _row(folder, entry, grid):
     own = read_json(target/'params.json')
     if digest(own) != digest(entry['params']):
         wrong = next(k for k in {**own, **entry['params']} if digest([own.get(k)]) != digest([entry['params'].get(k)]))
-        raise DataError(f'The run has {wrong} = {own.get(wrong)!r}, the plan {entry["params"].get(wrong)!r}.', file=f'{entry["folder"]}/params.json',
+        raise DataError(f'The run has {wrong} = {own.get(wrong)!r}, the plan {entry["params"].get(wrong)!r}.',
+                        file=f'{entry["folder"]}/params.json',
                         fix='Restore or remove that run folder, then start the sweep again.')
     info, metrics = run_info(target), Run(target, own).metrics
-    return {**row, **{k: m['value'] for k, m in metrics.items()}, 'seconds': info['seconds'], 'attempts': info['attempt'], 'reason': info['reason']}
+    return {**row, **{k: m['value'] for k, m in metrics.items()}, 'seconds': info['seconds'],
+            'attempts': info['attempt'], 'reason': info['reason']}
 
 
 def sweep_table(
-    folder, # sweep folder
+    folder: str|Path, # sweep folder
 ) -> pd.DataFrame: # one row a planned run: run, state, grid parameters, metrics, seconds, attempts, reason
     """Say what became of every run of a sweep.
 
@@ -253,11 +268,11 @@ def sweep_table(
 
 # %% ../../nbs/710_run.sweep.ipynb #391e40e6
 def run_sweep(
-    experiment=None, # name or path of an experiment notebook; may be left out with `folder`
+    experiment:str|Path|None=None, # name or path of an experiment notebook; may be left out with `folder`
     grid:dict|None=None, # values by parameter name
     params:dict|None=None, # fixed parameters
-    outputs=None, # folder of runs; default: outputs/
-    folder=None, # continue this sweep folder
+    outputs:str|Path|None=None, # folder of runs; default: outputs/
+    folder:str|Path|None=None, # continue this sweep folder
     jobs:int=1, # runs at a time
     backend:str='local', # 'local' | 'dask' | 'slurm'
     retries:int=1, # how often a killed run is continued at once
@@ -273,7 +288,9 @@ def run_sweep(
     backends = dict(local=_local, dask=_dask, slurm=_slurm)
     if backend not in backends: raise RefusedError(f'Backend {backend!r} is none of {", ".join(backends)}.')
     if jobs < 1: raise RefusedError(f'jobs must be at least 1, not {jobs}.')
-    if folder and not Path(folder).is_dir() and (Path(outputs or outputs_path())/folder).is_dir(): folder = Path(outputs or outputs_path())/folder # a sweep's name
+    # a sweep's name
+    if folder and not Path(folder).is_dir() and (Path(outputs or outputs_path())/folder).is_dir():
+        folder = Path(outputs or outputs_path())/folder
     folder = Path(folder).resolve() if folder else plan_sweep(experiment, grid or {}, params, outputs, fresh).resolve()
     if not (folder/'sweep.json').exists(): raise RefusedError(f'{folder.name} is no sweep: it has no sweep.json.')
     how = dict(retries=retries, retry_failed=retry_failed, timeout=timeout, **(options or {}))

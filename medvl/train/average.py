@@ -6,6 +6,7 @@
 __all__ = ['Average']
 
 # %% ../../nbs/414_train.average.ipynb #6779ce2c
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +17,7 @@ from ..core.errors import DataError
 class Average:
     "The running average of a module's weights and BatchNorm statistics."
     def __init__(self,
-        module, # torch module, on its device
+        module:torch.nn.Module, # torch module, on its device
         decay:float, # final decay, 0..1
     ):
         self.decay = decay
@@ -27,9 +28,9 @@ class Average:
 
     @torch.no_grad()
     def update(self,
-        module, # the same module after an optimiser step
+        module:torch.nn.Module, # the same module after an optimiser step
         step:int, # optimiser steps done before this one
-    ):
+    ) -> None:
         "Move the average towards the current weights."
         keep, now = min(self.decay, (1 + step) / (10 + step)), module.state_dict()
         torch._foreach_lerp_([self.values[k] for k in self.moving], [now[k].detach() for k in self.moving], 1 - keep)
@@ -37,7 +38,7 @@ class Average:
 
     def load(self,
         values:dict, # name -> tensor, from a checkpoint
-    ):
+    ) -> None:
         "Take over a stored average."
         if values.keys() != self.values.keys():
             raise DataError(f'the stored average has other names: {sorted(values.keys() ^ self.values.keys())[:3]}')
@@ -45,8 +46,8 @@ class Average:
 
     @contextmanager
     def applied(self,
-        module, # the module whose weights are replaced for a while
-    ):
+        module:torch.nn.Module, # the module whose weights are replaced for a while
+    ) -> Iterator[None]:
         "Within this context the module has the averaged weights."
         kept = {k: v.detach().clone() for k, v in module.state_dict().items()}
         module.load_state_dict(self.values)

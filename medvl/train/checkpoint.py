@@ -10,6 +10,7 @@ __all__ = ['CHECKSUMS', 'STATE', 'optimizer_tensors', 'restore_optimizer', 'chec
 import errno
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,21 +23,24 @@ from ..core.paths import atomic_path, read_json, sha256_file, write_json
 
 # %% ../../nbs/410_train.checkpoint.ipynb #d46bb9b7
 def _named(optimizer):
-    return [(name, parameter) for group in optimizer.param_groups for name, parameter in zip(group['names'], group['params'])]
+    return [(name, parameter) for group in optimizer.param_groups
+            for name, parameter in zip(group['names'], group['params'])]
 
 
 def optimizer_tensors(
-    optimizer, # from `make_optimizer` (its groups carry names)
+    optimizer:torch.optim.Optimizer, # from `make_optimizer` (its groups carry names)
 ) -> dict: # 'parameter name/state name' -> CPU tensor
     "Give the state of an optimiser as named tensors."
-    return {f'{name}/{key}': (value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)).detach().cpu().contiguous()
-            for name, parameter in _named(optimizer) for key, value in optimizer.state.get(parameter, {}).items() if value is not None}
+    return {f'{name}/{key}': (value if isinstance(value, Tensor)
+                              else torch.tensor(value, dtype=torch.float64)).detach().cpu().contiguous()
+            for name, parameter in _named(optimizer) for key, value in optimizer.state.get(parameter, {}).items()
+            if value is not None}
 
 # %% ../../nbs/410_train.checkpoint.ipynb #9e8eab32
 def restore_optimizer(
-    optimizer, # freshly made for the same model
+    optimizer:torch.optim.Optimizer, # freshly made for the same model
     tensors:dict, # from `optimizer_tensors`
-):
+) -> None:
     """Put the named tensors back into an optimiser.
 
     Raises: DataError when a name or a shape does not fit.
@@ -44,12 +48,15 @@ def restore_optimizer(
     parameters, state = dict(_named(optimizer)), {}
     for name, value in tensors.items():
         parameter, key = name.rsplit('/', 1)
-        if parameter not in parameters: raise DataError(f'the optimiser of the checkpoint has {parameter!r}, which is not trained now')
+        if parameter not in parameters:
+            raise DataError(f'the optimiser of the checkpoint has {parameter!r}, which is not trained now')
         target = parameters[parameter]
         if value.ndim and value.shape != target.shape:
-            raise DataError(f'the optimiser state {name!r} has shape {tuple(value.shape)}, the parameter {tuple(target.shape)}')
+            raise DataError(
+                f'the optimiser state {name!r} has shape {tuple(value.shape)}, the parameter {tuple(target.shape)}')
         where = target.device if value.ndim or optimizer.defaults.get('fused') else 'cpu'
-        kept = torch.empty_like(target, dtype=value.dtype) if value.ndim else torch.empty((), dtype=value.dtype, device=where)
+        kept = (torch.empty_like(target, dtype=value.dtype) if value.ndim
+                else torch.empty((), dtype=value.dtype, device=where))
         state.setdefault(target, {})[key] = kept.copy_(value)
     optimizer.state.clear()
     optimizer.state.update(state)
@@ -58,7 +65,7 @@ def restore_optimizer(
 CHECKSUMS, STATE = 'checksums.json', 'state.json'
 
 
-def checkpoint_name(step): return f'step-{step:08d}'
+def checkpoint_name(step:int) -> str: return f'step-{step:08d}'
 
 
 def _no_space(error):
@@ -79,7 +86,7 @@ def _write(folder, tensors, state):
 
 # %% ../../nbs/410_train.checkpoint.ipynb #8637bc20
 def save_checkpoint(
-    root, # folder of checkpoints
+    root:str|Path, # folder of checkpoints
     step:int, # optimiser steps done
     tensors:dict, # file name without ending -> dict of named tensors
     state:dict, # what JSON can hold
@@ -98,12 +105,13 @@ def save_checkpoint(
         older = [p.name for p in checkpoints(root) if p != path]
         left = f'{older[0]} is intact' if older else 'There is no earlier checkpoint'
         raise OSError(errno.ENOSPC, f'the disk is full: the checkpoint of step {step} needs {need/1e6:.1f} MB, '
-                      f'{shutil.disk_usage(root).free/1e6:.1f} MB are free. {left}. Free space and start again') from error
+                      f'{shutil.disk_usage(root).free/1e6:.1f} MB are free. {left}. '
+                    'Free space and start again') from error
     return path
 
 
 def checkpoints(
-    root, # folder of checkpoints
+    root:str|Path, # folder of checkpoints
 ) -> list: # folders of finished checkpoints, newest first; their content is not looked at
     "List the checkpoints of a run."
     found = [p for p in Path(root).glob('step-*') if p.is_dir() and p.name[5:].isdigit()]
@@ -122,13 +130,15 @@ def _verify(folder):
         path = folder/Path(name).name
         if not path.is_file(): raise TornCheckpoint(f'{name} is missing', file=folder.name)
         size = path.stat().st_size
-        if size != entry['bytes']: raise TornCheckpoint(f'{name} has {size} bytes, not {entry["bytes"]}', file=folder.name)
-        if sha256_file(path) != entry['sha256']: raise TornCheckpoint(f'{name} was changed (its checksum differs)', file=folder.name)
+        if size != entry['bytes']:
+            raise TornCheckpoint(f'{name} has {size} bytes, not {entry["bytes"]}', file=folder.name)
+        if sha256_file(path) != entry['sha256']:
+            raise TornCheckpoint(f'{name} was changed (its checksum differs)', file=folder.name)
     if STATE not in listed: raise TornCheckpoint(f'{STATE} is not listed', file=folder.name)
 
 # %% ../../nbs/410_train.checkpoint.ipynb #0d9d70f0
 def load_checkpoint(
-    folder, # of one checkpoint
+    folder: str|Path, # of one checkpoint
 ) -> tuple: # (tensors: file name -> dict of named CPU tensors, state)
     """Read one checkpoint after checking every file.
 
@@ -142,9 +152,9 @@ def load_checkpoint(
 
 
 def latest_checkpoint(
-    root, # folder of checkpoints
-    say=None, # callable(str) for the message about a damaged one; default: stderr
-): # (folder, tensors, state) of the newest good checkpoint, or None when there is none
+    root: str|Path, # folder of checkpoints
+    say: Callable|None = None, # callable(str) for the message about a damaged one; default: stderr
+) -> tuple|None: # (folder, tensors, state) of the newest good checkpoint, or None when there is none
     """Load the newest checkpoint that is whole; damaged ones are named and passed over.
 
     Raises: TornCheckpoint when there are checkpoints but none is whole.
@@ -154,23 +164,25 @@ def latest_checkpoint(
         try: return (folder, *load_checkpoint(folder))
         except TornCheckpoint as e:
             damaged.append(e); say(f'damaged checkpoint passed over: {e}')
-    if damaged: raise TornCheckpoint(f'none of the {len(damaged)} checkpoints is whole', file=root, fix='Start again in a new folder.')
+    if damaged:
+        raise TornCheckpoint(f'none of the {len(damaged)} checkpoints is whole', file=root,
+                             fix='Start again in a new folder.')
     return None
 
 # %% ../../nbs/410_train.checkpoint.ipynb #c8d39c5b
 def prune_checkpoints(
-    root, # folder of checkpoints
+    root:str|Path, # folder of checkpoints
     keep:int=2, # newest ones to keep, at least 1
     best:int|None=None, # step of a checkpoint to keep besides
-):
+) -> None:
     "Remove all but the newest checkpoints and the best one."
     for folder in checkpoints(root)[max(1, keep):]:
         if int(folder.name[5:]) != best: shutil.rmtree(folder)
 
 
 def clear_leftovers(
-    folder, # a folder in which `atomic_path` has written
-):
+    folder:str|Path, # a folder in which `atomic_path` has written
+) -> None:
     "Remove what killed processes left half-written; put a folder back that was being replaced."
     folder = Path(folder)
     for path in folder.glob('.*.tmp') if folder.is_dir() else ():

@@ -8,6 +8,7 @@ __all__ = ['UNSTATED', 'names_of', 'check_texts', 'check_rows', 'check_chunk_nor
 
 # %% ../../nbs/415_train.checks.ipynb #d56a844e
 import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -16,9 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.errors import DataError
 from ..data.batch import batch_size, slice_batch
+from ..methods.base import Method
 
 # %% ../../nbs/415_train.checks.ipynb #b4a8509c
-def names_of(batch, rows=None):
+def names_of(batch:dict, rows:Iterable|None=None) -> list:
     "Give the sample ids of a batch, or of some of its rows."
     ids = list(batch.get('sample_id', ())) or [f'row {i}' for i in range(batch_size(batch))]
     return ids if rows is None else [str(ids[i]) for i in rows]
@@ -30,7 +32,7 @@ def _listed(names, limit=8):
 
 def check_texts(
     batch:dict, # the batch contract; without 'text' nothing is checked
-):
+) -> None:
     """Refuse a batch with a sample that has no text at all.
 
     Raises: DataError naming the samples.
@@ -38,35 +40,42 @@ def check_texts(
     texts = [[t] if isinstance(t, str) else t for t in batch.get('text', ())]
     empty = [i for i, t in enumerate(texts) if t and all(not isinstance(s, str) or not s.strip() for s in t)]
     if empty:
-        raise DataError(f'empty report text: sample {_listed(names_of(batch, empty))}.', fix='Drop these samples or give them a report.')
+        raise DataError(f'empty report text: sample {_listed(names_of(batch, empty))}.',
+                        fix='Drop these samples or give them a report.')
 
 # %% ../../nbs/415_train.checks.ipynb #b2aab3e5
 def check_rows(
-    method, # Method, with `least_batch` and `advised_batch`
+    method:Method, # the method, with `least_batch` and `advised_batch`
     rows:int, # samples that the loss will see at once
     what:str, # what they are, for the message
     names:list=(), # sample ids, where they are known
-):
+) -> None:
     """Refuse, or warn about, fewer samples than a method's losses need.
 
     Raises: DataError below `least_batch`."""
     count = f'{what} has {rows} sample{"" if rows == 1 else "s"}' + (f' ({_listed(names)})' if len(names) else '')
     if rows < method.least_batch:
-        raise DataError(f'{count}, but {type(method).__name__} tells samples apart and needs at least {method.least_batch}: with fewer the loss is 0 and nothing is learnt.',
+        raise DataError(
+            f'{count}, but {type(method).__name__} tells samples apart and needs at least {method.least_batch}: with '
+            'fewer the loss is 0 and nothing is learnt.',
                         fix='Raise batch_size, or bring more data (chunk_size and accumulate change nothing about it).')
     if rows < method.advised_batch:
-        warnings.warn(f'{count}: {type(method).__name__} can compute its loss, but its recipe means at least {method.advised_batch}.', stacklevel=3)
+        warnings.warn(
+            f'{count}: {type(method).__name__} can compute its loss, but its recipe means at least '
+            f'{method.advised_batch}.', stacklevel=3)
 
 
 def check_chunk_norms(
-    module, # the method
+    module:torch.nn.Module, # the method
     rows:int, # samples of a batch
     chunk_size:int|None, # samples encoded at once
-):
+) -> None:
     "Warn where a chunk of one sample is normalised by itself."
     alone = chunk_size is not None and rows > 1 and (chunk_size == 1 or (chunk_size < rows and rows % chunk_size == 1))
     if alone and any(isinstance(m, _BatchNorm) for m in module.modules()):
-        warnings.warn(f'chunk_size={chunk_size} leaves a chunk of one sample in a batch of {rows}: BatchNorm takes the statistics of that sample alone. '
+        warnings.warn(
+            f'chunk_size={chunk_size} leaves a chunk of one sample in a batch of {rows}: BatchNorm takes the '
+            'statistics of that sample alone. '
                       'Choose a chunk_size that divides the batch, or freeze_bn=True.', stacklevel=3)
 
 # %% ../../nbs/415_train.checks.ipynb #62a0f3f6
@@ -87,7 +96,7 @@ UNSTATED = ('labels', 'boxes', 'masks')
 
 
 @contextmanager
-def mended(module):
+def mended(module:torch.nn.Module) -> Iterator[None]:
     "Within this context a module is in evaluation mode, with finite BatchNorm statistics."
     modes = {m: m.training for m in module.modules()}
     kept = {n: b.clone() for n, b in module.named_buffers() if b.is_floating_point() and not torch.isfinite(b).all()}
@@ -101,10 +110,10 @@ def mended(module):
 
 # %% ../../nbs/415_train.checks.ipynb #a27c56f0
 def guilty(
-    method, # Method
+    method:Method, # the method
     batch:dict, # the batch whose loss is not finite
-    prepare=None, # callable(batch) -> batch on the device, augmented
-    autocast=nullcontext, # context of the precision
+    prepare:Callable|None=None, # callable(batch) -> batch on the device, augmented
+    autocast:Callable=nullcontext, # context of the precision
 ) -> dict: # row -> what is not finite: an input's name, or 'features'
     "Encode every sample alone and find those that are not finite."
     found = {}
@@ -112,7 +121,8 @@ def guilty(
         for i in range(batch_size(batch)):
             one = slice_batch(batch, i, i + 1)
             one = prepare(one) if prepare else one
-            inputs = {k: v for k, v in one.items() if isinstance(v, Tensor) and v.is_floating_point() and k not in UNSTATED}
+            inputs = {k: v for k, v in one.items() if isinstance(v, Tensor) and v.is_floating_point()
+                      and k not in UNSTATED}
             bad = [k for k, v in inputs.items() if not torch.isfinite(v).all()]
             if not bad:
                 try:
@@ -125,7 +135,7 @@ def guilty(
 # %% ../../nbs/415_train.checks.ipynb #72b0d8fb
 def not_finite(
     losses:dict, # name -> 0-d tensor
-    method, # torch module
+    method:torch.nn.Module, # torch module
     ids:list, # sample ids of the batch
     rows:dict, # row -> what is not finite
 ) -> str: # an explanation with names
@@ -134,18 +144,21 @@ def not_finite(
     weights = [n for n, p in method.named_parameters() if not torch.isfinite(p).all()]
     if weights: return wrong + f'the weights already are not ({_listed(weights, 3)}); lower lr or set clip.'
     if len(rows) == len(ids) > 1 and set(rows.values()) == {'features'}:
-        return wrong + f'none of the {len(ids)} samples has finite features, even alone, so the weights have diverged; lower lr or set clip.'
+        return (wrong
+                + f'none of the {len(ids)} samples has finite features, even alone, so the weights have diverged; '
+                  'lower lr or set clip.')
     if not rows: return wrong + f'each sample alone has finite features; the batch was: {_listed(ids, 32)}.'
     return wrong + f'{", ".join(sorted(set(rows.values())))} of sample {_listed([ids[i] for i in rows])}.'
 
 # %% ../../nbs/415_train.checks.ipynb #a1a372d4
 class Guarded:
     "A dataset whose errors name the sample."
-    def __init__(self, dataset): self.dataset = dataset
+    def __init__(self, dataset: object): self.dataset = dataset
     def __len__(self): return len(self.dataset)
     def __getitem__(self, key): # int, or (epoch, index)
         try: return self.dataset[key]
         except Exception as e:
             epoch, index = key if isinstance(key, tuple) else (0, key)
             text = f'sample {index} of epoch {epoch} cannot be loaded: {type(e).__name__}: {getattr(e, "message", e)}'
-            raise DataError(text, file=getattr(e, 'file', None), row=getattr(e, 'row', None), column=getattr(e, 'column', None)) from e
+            raise DataError(text, file=getattr(e, 'file', None), row=getattr(e, 'row', None),
+                            column=getattr(e, 'column', None)) from e

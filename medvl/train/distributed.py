@@ -11,6 +11,7 @@ import io
 import os
 import socket
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -22,8 +23,8 @@ from .gradcache import Alone
 
 # %% ../../nbs/408_train.distributed.ipynb #02c50e87
 def gather_rows(
-    x, # tensor (n_r, ...) or list of n_r items; n_r may differ between processes
-): # (tensor or list with the rows of all processes in the order of their ranks, slice of the own rows)
+    x:Tensor|list, # tensor (n_r, ...) or list of n_r items; n_r may differ between processes
+) -> tuple: # (tensor or list with the rows of all processes in the order of their ranks, slice of the own rows)
     "Gather rows from all processes, without gradient."
     rank, world = dist.get_rank(), dist.get_world_size()
     if not isinstance(x, Tensor):
@@ -44,12 +45,12 @@ def gather_rows(
 class Together(Alone):
     "The exchange of several processes."
     def __init__(self): self.rank, self.world = dist.get_rank(), dist.get_world_size()
-    def rows(self, x): # tensor of rows, or a list
+    def rows(self, x:Tensor|list) -> tuple: # tensor of rows, or a list
         "Give the rows of all processes in the order of their ranks, and the slice that is mine."
         return gather_rows(x)
 
 
-def exchange_of(): # Together() inside a process group of more than one, else Alone()
+def exchange_of() -> object: # Together() inside a process group of more than one, else Alone()
     "Give the exchange that fits the running process group."
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return Together() if several else Alone()
@@ -74,8 +75,8 @@ def _averaged(tensors, world):
 
 # %% ../../nbs/408_train.distributed.ipynb #e0ae9bb6
 def spread_weights(
-    module, # torch module, built alike in every process
-):
+    module:torch.nn.Module, # torch module, built alike in every process
+) -> None:
     "Overwrite the weights and buffers of every process with those of rank 0."
     if isinstance(exchange_of(), Together):
         for value in module.state_dict().values(): dist.broadcast(value.data, 0)
@@ -83,8 +84,8 @@ def spread_weights(
 
 @torch.no_grad()
 def average_gradients(
-    parameters, # the trainable parameters, in the same order in every process
-):
+    parameters:Iterable, # the trainable parameters, in the same order in every process
+) -> None:
     "Replace each parameter's gradient by its mean over the processes."
     exchange, parameters = exchange_of(), list(parameters)
     if exchange.world == 1 or not parameters: return
@@ -98,8 +99,8 @@ def average_gradients(
 # %% ../../nbs/408_train.distributed.ipynb #f8d3404d
 @torch.no_grad()
 def average_statistics(
-    module, # torch module
-):
+    module:torch.nn.Module, # torch module
+) -> None:
     "Replace the running statistics of every BatchNorm by their mean over the processes."
     exchange = exchange_of()
     if exchange.world == 1: return
@@ -109,7 +110,7 @@ def average_statistics(
 
 def anywhere(
     flag:bool, # something that may be true in one process only, such as "my loss is NaN"
-    device='cpu', # where the process group can reduce
+    device:str|torch.device='cpu', # where the process group can reduce
 ) -> bool: # whether it is true in any process
     "Agree on a flag, so that all processes stop together instead of waiting for one that has stopped."
     if exchange_of().world == 1: return bool(flag)
@@ -118,7 +119,7 @@ def anywhere(
     return bool(value.item())
 
 # %% ../../nbs/408_train.distributed.ipynb #fc743815
-def gather_objects(value):
+def gather_objects(value:object) -> list:
     "Give the list of every process's object, in the order of the ranks."
     boxes = [None] * exchange_of().world
     if len(boxes) == 1: return [value]
@@ -126,7 +127,7 @@ def gather_objects(value):
     return boxes
 
 
-def from_first(value):
+def from_first(value:object) -> object:
     "Give every process the object of rank 0."
     if exchange_of().world == 1: return value
     box = [value]
@@ -147,7 +148,8 @@ def _worker(rank, function, args, world, port, queue):
                       MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='yes')
     torch.set_num_threads(1)
     from accelerate.state import AcceleratorState
-    AcceleratorState._reset_state(reset_partial_state=True) # what the parent found about its own process came along with the fork
+    # what the parent found about its own process came along with the fork
+    AcceleratorState._reset_state(reset_partial_state=True)
     dist.init_process_group('gloo', rank=rank, world_size=world)
     try:
         stream = io.BytesIO() # bytes, not shared memory: they outlive this process
@@ -157,10 +159,10 @@ def _worker(rank, function, args, world, port, queue):
 
 # %% ../../nbs/408_train.distributed.ipynb #03964b83
 def launch(
-    function, # callable; runs in every process and returns something that pickles
+    function:Callable, # callable; runs in every process and returns something that pickles
     *args, # its arguments
     processes:int=2, # how many
-): # list of the results in the order of the ranks (on GPUs: None)
+) -> list: # list of the results in the order of the ranks (on GPUs: None)
     """Run a function in several processes from a notebook or a script.
 
     Raises: torch.multiprocessing.ProcessRaisedException with the traceback of the process that failed first.
@@ -170,8 +172,8 @@ def launch(
         return notebook_launcher(function, args, num_processes=processes)
     context = torch.multiprocessing.get_context('fork')
     queue = context.SimpleQueue()
-    running = torch.multiprocessing.start_processes(_worker, (function, args, processes, _free_port(), queue), processes, join=False,
-                                                    start_method='fork')
+    running = torch.multiprocessing.start_processes(_worker, (function, args, processes, _free_port(), queue),
+                                                    processes, join=False, start_method='fork')
     found = {}
     while len(found) < processes:
         if running.join(timeout=0.05) and queue.empty(): break

@@ -6,6 +6,8 @@
 __all__ = ['RunBatches', 'make_loader', 'data_digest']
 
 # %% ../../nbs/416_train.feed.ipynb #a2901ff6
+from collections.abc import Iterable
+
 import torch
 from torch.utils.data import DataLoader
 
@@ -15,21 +17,24 @@ from ..data.batch import collate
 from ..data.sampler import EpochBatches
 from .checks import Guarded
 from .distributed import exchange_of
-from .settings import run_length
+from .settings import TrainConfig, run_length
 
 # %% ../../nbs/416_train.feed.ipynb #730456a1
 class RunBatches:
     "The batches of a whole run, from one optimiser step to another."
     def __init__(self,
-        dataset, # with a length; optionally `lengths`, for bucketing, or `batches`: callable(batch_size, seed, rank=, world=) -> its own sampler
-        config, # TrainConfig
+        # with a length; optionally `lengths`, for bucketing, or `batches`: callable(batch_size, seed, rank=, world=) ->
+        # its own sampler
+        dataset:object,
+        config:TrainConfig, # settings of the run
         start:int=0, # optimiser step to start at
     ):
         exchange = exchange_of()
         self.config, self.start = config, start
         own, share = getattr(dataset, 'batches', None), dict(rank=exchange.rank, world=exchange.world)
         self.epoch_batches = (own(config.batch_size, config.seed, **share) if own else
-                              EpochBatches(len(dataset), config.batch_size, config.seed, lengths=getattr(dataset, 'lengths', None), **share))
+                              EpochBatches(len(dataset), config.batch_size, config.seed,
+                                           lengths=getattr(dataset, 'lengths', None), **share))
         self.in_epoch, self.total = run_length(config, self.epoch_batches.steps)
 
     def __len__(self): return (self.total - self.start) * self.config.accumulate
@@ -48,18 +53,19 @@ def _begin_worker(number): end_with_pool() # a loader process ends with the trai
 
 
 def make_loader(
-    dataset, # map-style; takes (epoch, index)
-    batches, # iterable of lists of (epoch, index)
+    dataset:object, # map-style; takes (epoch, index)
+    batches:Iterable, # iterable of lists of (epoch, index)
     workers:int=0, # loader processes
     pin:bool=False, # page-locked memory, for copies to a GPU
-): # DataLoader
+) -> DataLoader: # DataLoader
     "Load batches; errors name the sample."
-    return DataLoader(Guarded(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=_begin_worker,
-                      collate_fn=getattr(dataset, 'collate', collate), generator=torch.Generator().manual_seed(0))
+    return DataLoader(Guarded(dataset), batch_sampler=batches, num_workers=workers, pin_memory=pin,
+                      worker_init_fn=_begin_worker, collate_fn=getattr(dataset, 'collate', collate),
+                      generator=torch.Generator().manual_seed(0))
 
 # %% ../../nbs/416_train.feed.ipynb #53f4c79f
 def data_digest(
-    dataset, # any dataset, or None
+    dataset:object, # any dataset, or None
 ) -> str: # text that changes when the data changes; '' for None
     "Identify a dataset."
     if dataset is None: return ''

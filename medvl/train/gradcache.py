@@ -7,6 +7,7 @@ __all__ = ['PIXELS', 'join', 'seed_chunk', 'statistics_kept', 'Alone', 'share', 
            'Backward', 'check_chunks', 'backward_batch']
 
 # %% ../../nbs/405_train.gradcache.ipynb #a29cbf1d
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -17,15 +18,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.seed import key_of
 from ..data.batch import VERSIONS, batch_size, slice_batch
+from ..methods.base import Method, StepState
 
 # %% ../../nbs/405_train.gradcache.ipynb #8cf28b66
-def join(parts):
+def join(parts:list) -> object:
     "Put rows back together: the inverse of `slice_batch`, for a list of batches or of entries."
     first = parts[0]
     if len(parts) == 1: return first
     if isinstance(first, dict):
         each = lambda k: [p[k] for p in parts]
-        return {k: [join(list(v)) for v in zip(*each(k))] if k in VERSIONS and isinstance(first[k], list) else join(each(k)) for k in first}
+        return {k: [join(list(v)) for v in zip(*each(k))] if k in VERSIONS and isinstance(first[k], list)
+                else join(each(k)) for k in first}
     if isinstance(first, (list, tuple)): return [v for p in parts for v in p]
     if not isinstance(first, Tensor) or not first.ndim: return first
     size = [max(p.shape[d] for p in parts) for d in range(1, first.ndim)]
@@ -34,18 +37,18 @@ def join(parts):
 
 # %% ../../nbs/405_train.gradcache.ipynb #3258fb38
 def seed_chunk(
-    state, # StepState
+    state:StepState, # where the run stands
     micro:int=0, # which micro-batch of the step (accumulation)
     chunk:int=0, # which chunk of the micro-batch
-):
+) -> None:
     "Seed torch's global generators for one chunk of one step."
     torch.manual_seed(key_of(state.seed, 'step', state.step, state.rank, micro, chunk))
 
 # %% ../../nbs/405_train.gradcache.ipynb #07d43b53
 @contextmanager
 def statistics_kept(
-    module, # torch module
-):
+    module: torch.nn.Module, # torch module
+) -> Iterator[None]:
     "Within this context no BatchNorm updates its running statistics; normalisation is unchanged."
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     for m in norms: m.track_running_stats = False
@@ -57,12 +60,12 @@ def statistics_kept(
 class Alone:
     "The exchange of a single process: everything is mine."
     rank, world = 0, 1
-    def rows(self, x): # tensor of rows, or a list
+    def rows(self, x:Tensor|list) -> tuple: # tensor of rows, or a list
         "Give the rows of all processes in the order of their ranks, and the slice that is mine."
         return x, slice(0, len(x))
 
 # %% ../../nbs/405_train.gradcache.ipynb #2922dbcb
-def share(features, method, exchange):
+def share(features:dict, method:Method, exchange:object) -> tuple:
     "Cut features from their graph and gather what the method's losses need of the other processes."
     leaves, mine = {}, {}
     for name, feature in features.items():
@@ -74,7 +77,7 @@ def share(features, method, exchange):
     return leaves, mine
 
 
-def own_gradient(leaves, mine, world):
+def own_gradient(leaves:dict, mine:dict, world:int) -> dict:
     "Give the gradient of the own rows of each leaf that has one."
     return {name: leaf.grad[mine[name]] * world if name in mine else leaf.grad
             for name, leaf in leaves.items() if isinstance(leaf, Tensor) and leaf.grad is not None}
@@ -93,14 +96,15 @@ class Parts:
     prepare: object = None  # callable(batch) -> batch on the device, augmented
     autocast: object = nullcontext  # callable giving the precision's context
 
-    def encode(self, i):
+    def encode(self, i: int) -> tuple:
         "Encode chunk `i` with its own random draws; give features and the prepared chunk."
         chunk = self.prepare(self.chunks[i]) if self.prepare else self.chunks[i]
         seed_chunk(self.state, self.micro, i)
         with self.autocast(): return self.method.encode(chunk), chunk
 
-    def first_pass(self):
-        "Encode all chunks; give joined features, the batch for the losses, and the last chunk's features with their graph."
+    def first_pass(self) -> tuple:
+        """Encode all chunks; give joined features, the batch for the losses, and the last chunk's features with their
+        graph."""
         found, rests, last = [], [], len(self.chunks) - 1
         for i in range(last + 1):
             with torch.set_grad_enabled(i == last): features, chunk = self.encode(i)
@@ -113,7 +117,8 @@ def _rows_of(gradients, counts, i):
     "Give the part of the feature gradients that belongs to chunk `i`; a feature may hold several rows a sample."
     total, before, found = sum(counts), sum(counts[:i]), {}
     for name, g in gradients.items():
-        if g.ndim and len(g) % total: raise ValueError(f'feature {name!r} has {len(g)} rows for {total} samples: it cannot be chunked')
+        if g.ndim and len(g) % total:
+            raise ValueError(f'feature {name!r} has {len(g)} rows for {total} samples: it cannot be chunked')
         if g.ndim: found[name] = g[before * (len(g) // total):(before + counts[i]) * (len(g) // total)]
         elif i == 0: found[name] = g
     return found
@@ -122,15 +127,16 @@ def _rows_of(gradients, counts, i):
 def _push(features, gradients):
     "Send feature gradients through the graph of a chunk; where `join` padded, what belongs to the padding is cut off."
     cut = lambda g, f: g[tuple(slice(n) for n in f.shape)] if g.shape != f.shape else g
-    pairs = [(features[k], cut(g, features[k]).to(features[k].dtype)) for k, g in gradients.items() if features[k].requires_grad]
+    pairs = [(features[k], cut(g, features[k]).to(features[k].dtype)) for k, g in gradients.items()
+             if features[k].requires_grad]
     if pairs: torch.autograd.backward([f for f, _ in pairs], [g for _, g in pairs])
 
 # %% ../../nbs/405_train.gradcache.ipynb #e0eb862a
 def second_pass(
-    parts, # Parts, after its first pass
+    parts:Parts, # after its first pass
     gradients:dict, # name -> gradient at the features of the whole batch
     tail:dict, # features of the last chunk with their graph
-):
+) -> None:
     "Push the feature gradients through all chunks: the kept graph of the last one, then the others, encoded again."
     counts = [batch_size(c) for c in parts.chunks]
     last = len(counts) - 1
@@ -152,26 +158,29 @@ class Backward:
     batch: dict  # the batch the losses saw
 
 
-def check_chunks(method, chunk_size):
+def check_chunks(method: Method, chunk_size: int|None) -> None:
     "Refuse chunks where the method cannot be chunked."
     if chunk_size is None: return
-    if chunk_size < 1: raise ValueError(f'chunk_size={chunk_size} must be at least 1 (or None for the whole batch at once)')
+    if chunk_size < 1:
+        raise ValueError(f'chunk_size={chunk_size} must be at least 1 (or None for the whole batch at once)')
     if not method.chunkable:
-        raise ValueError(f'{type(method).__name__} cannot be chunked (chunkable=False): its losses run networks on the samples themselves. '
+        raise ValueError(
+            f'{type(method).__name__} cannot be chunked (chunkable=False): its losses run networks on the samples '
+            'themselves. '
                          'Set chunk_size=None and use a smaller batch_size, or accumulate.')
 
 # %% ../../nbs/405_train.gradcache.ipynb #144f5a5e
 def backward_batch(
-    method, # Method
+    method:Method, # the method
     batch:dict, # the batch contract, b rows
-    state, # StepState
+    state:StepState, # where the run stands
     chunk_size:int|None=None, # rows encoded at once; None for all
-    prepare=None, # callable(batch) -> batch on the device, augmented; keyed by sample
-    autocast=nullcontext, # callable giving the context of the precision
+    prepare:Callable|None=None, # callable(batch) -> batch on the device, augmented; keyed by sample
+    autocast:Callable=nullcontext, # callable giving the context of the precision
     scale:float|Tensor=1.0, # factor of the gradient (not of the reported losses)
-    exchange=None, # Alone() or Together()
+    exchange:object=None, # Alone() or Together()
     micro:int=0, # which micro-batch of the step
-    check=None, # callable(Backward) that raises when the losses are not finite
+    check:Callable|None=None, # callable(Backward) that raises when the losses are not finite
 ) -> Backward: # gradients are added to the parameters' .grad
     """Add the gradient of the batch's loss to the parameters, in the memory of one chunk.
 
@@ -186,7 +195,8 @@ def backward_batch(
     local, rest, tail = parts.first_pass()
     features, mine = share(local, method, exchange)
     rest = {k: exchange.rows(v)[0] if k in method.gathered_batch else v for k, v in rest.items()}
-    with autocast() if getattr(method, 'autocast_losses', False) else nullcontext(): losses = method.losses(features, rest, state)
+    with autocast() if getattr(method, 'autocast_losses', False) else nullcontext():
+        losses = method.losses(features, rest, state)
     plain = {k: v.detach() if isinstance(v, Tensor) else torch.tensor(float(v)) for k, v in losses.items()}
     out = Backward(plain, {k: v.detach() if isinstance(v, Tensor) else v for k, v in features.items()}, local, {}, rest)
     if check: check(out)

@@ -8,7 +8,9 @@ __all__ = ['validated', 'judge', 'save', 'restore', 'begin', 'log', 'after', 'ru
 # %% ../../nbs/420_train.loop.ipynb #6fd18f9a
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 
@@ -17,9 +19,9 @@ from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
 from ..core.run import FolderLock, RunBusy
 from ..data.batch import to_device
-from ..methods.base import evaluating, plain_state, save_pretrained
-from .checkpoint import (checkpoints, clear_leftovers, latest_checkpoint, optimizer_tensors, prune_checkpoints, restore_optimizer,
-                                    save_checkpoint)
+from ..methods.base import Method, evaluating, plain_state, save_pretrained
+from .checkpoint import (checkpoints, clear_leftovers, latest_checkpoint, optimizer_tensors,
+                                    prune_checkpoints, restore_optimizer, save_checkpoint)
 from .distributed import anywhere, from_first
 from .feed import data_digest, make_loader
 from .machine import Interruptions, arithmetic, compiled, training_mode
@@ -29,19 +31,21 @@ from .step import Loop, one_step
 from .validation import check_blocks, validation_loss
 
 # %% ../../nbs/420_train.loop.ipynb #177cd34c
-def validated(loop):
+def validated(loop:Loop) -> dict:
     "Compute all validation metrics of the current (averaged) weights; the same in every process."
     found, config = {}, loop.config
     with ExitStack() as stack:
         if loop.average: stack.enter_context(loop.average.applied(loop.method))
         if loop.valid is not None:
-            found = validation_loss(loop.method, loop.valid, loop.state(), config.chunk_size or config.batch_size, config.valid_samples,
-                                    config.workers, lambda b: to_device(b, loop.device), loop.autocast)
+            found = validation_loss(loop.method, loop.valid, loop.state(), config.chunk_size or config.batch_size,
+                                    config.valid_samples, config.workers, lambda b: to_device(b, loop.device),
+                                    loop.autocast)
         if loop.validate is not None and loop.first:
             with evaluating(loop.method): found = {**found, **loop.validate(loop.method, loop.state())}
     found = {k: float(v) for k, v in from_first(found).items()}
     tests = [k for k in found if k.lower().startswith('test')]
-    if tests: raise ValueError(f'validate gave {tests[0]!r}: weights are chosen on validation data, test data is for the end')
+    if tests:
+        raise ValueError(f'validate gave {tests[0]!r}: weights are chosen on validation data, test data is for the end')
     for name in (config.monitor, *([config.plateau_monitor] if loop.plateau else [])):
         if found and name not in found: raise ValueError(unknown_name('monitor', name, found))
     return found
@@ -61,8 +65,9 @@ def _publish(loop, name, metrics=None):
         save_pretrained(loop.method, loop.folder/name, metrics)
 
 
-def judge(loop, metrics):
-    "Keep the weights if they are the best so far, or count towards early stopping; a plateau lowers the rate of the steps that follow."
+def judge(loop:Loop, metrics:dict) -> None:
+    """Keep the weights if they are the best so far, or count towards early stopping; a plateau lowers the rate of the
+    steps that follow."""
     value = metrics[loop.config.monitor]
     if loop.plateau and loop.step >= loop.config.head_warmup: loop.plateau.see(metrics[loop.config.plateau_monitor])
     if _better(loop.config, value, loop.best):
@@ -79,26 +84,31 @@ def _machine(loop):
     return {'medvl': __version__, 'torch': torch.__version__, 'device': name, 'threads': torch.get_num_threads()}
 
 
-def save(loop):
+def save(loop: Loop) -> None:
     "Write a checkpoint of the run as it stands, and remove old ones."
     loop.journal.sync()
     if not loop.first: return
     tensors = {'model': plain_state(loop.method), 'optimizer': optimizer_tensors(loop.optimizer)}
     if loop.average: tensors['average'] = {k: v.clone() for k, v in loop.average.values.items()}
     save_checkpoint(loop.folder/'checkpoints', loop.step, tensors, {
-        'run': loop.identity, 'machine': _machine(loop), 'best': loop.best, 'best_step': loop.best_step, 'bad': loop.bad,
-        'stopped': loop.stopped, 'scaler': loop.scaler.state_dict(), 'plateau': loop.plateau.state() if loop.plateau else None})
-    prune_checkpoints(loop.folder/'checkpoints', loop.config.keep_last, loop.best_step if loop.config.keep_best else None)
+        'run': loop.identity, 'machine': _machine(loop), 'best': loop.best, 'best_step': loop.best_step,
+        'bad': loop.bad, 'stopped': loop.stopped, 'scaler': loop.scaler.state_dict(),
+        'plateau': loop.plateau.state() if loop.plateau else None})
+    prune_checkpoints(loop.folder/'checkpoints', loop.config.keep_last,
+                      loop.best_step if loop.config.keep_best else None)
     for tracker in loop.accelerator.trackers: getattr(tracker.tracker, 'flush', lambda: None)()
 
 
-def restore(loop, found):
+def restore(loop: Loop, found: tuple) -> None:
     "Bring a fresh loop to where a checkpoint stands."
     folder, tensors, state = found
     check_same_run(state['run'], loop.identity)
     now = _machine(loop)
     changed = [f'{k} {v} (now {now[k]})' for k, v in state['machine'].items() if now.get(k) != v]
-    if changed: warnings.warn(f'the checkpoint was made with {", ".join(changed)}: results agree up to rounding, not to the bit', stacklevel=2)
+    if changed:
+        warnings.warn(
+            f'the checkpoint was made with {", ".join(changed)}: results agree up to rounding, not to the bit',
+            stacklevel=2)
     try: loop.method.load_state_dict(tensors['model'])
     except RuntimeError as e: raise DataError(f'the weights do not fit the method: {e}', file=folder) from e
     restore_optimizer(loop.optimizer, tensors.get('optimizer', {}))
@@ -116,22 +126,26 @@ def _own(loop):
     if loop.first:
         try: loop.lock = FolderLock(loop.folder)
         except RunBusy: busy = True
-    if from_first(busy): raise DataError('another training is using this folder.', file=loop.folder, fix='Wait for it, stop it, or choose another folder.')
+    if from_first(busy):
+        raise DataError('another training is using this folder.', file=loop.folder,
+                        fix='Wait for it, stop it, or choose another folder.')
 
 
-def begin(loop, resume=True):
+def begin(loop: Loop, resume: bool = True) -> None:
     "Find the run in its folder and go on, or start it; open the journal and the trackers."
-    if loop.plateau and loop.valid is None and loop.validate is None: raise ValueError("schedule='plateau' needs validation: give valid=, or validate=")
+    if loop.plateau and loop.valid is None and loop.validate is None:
+        raise ValueError("schedule='plateau' needs validation: give valid=, or validate=")
     if loop.valid is not None: check_blocks(loop.method, len(loop.valid), loop.config.valid_samples)
     root = loop.folder/'checkpoints'
     root.mkdir(parents=True, exist_ok=True)
     _own(loop)
-    loop.identity = fingerprint(loop.config, loop.method, data_digest(loop.dataset), data_digest(loop.valid), loop.exchange.world,
-                                loop.transform)
+    loop.identity = fingerprint(loop.config, loop.method, data_digest(loop.dataset), data_digest(loop.valid),
+                                loop.exchange.world, loop.transform)
     if loop.first: clear_leftovers(root); clear_leftovers(loop.folder)
     loop.accelerator.wait_for_everyone()
     if not resume and checkpoints(root):
-        raise DataError('this folder holds a run already', file=loop.folder, fix='Choose another folder, or resume=True.')
+        raise DataError('this folder holds a run already', file=loop.folder,
+                        fix='Choose another folder, or resume=True.')
     found = latest_checkpoint(root, say=None if loop.first else lambda text: None)
     if found: restore(loop, found)
     if loop.stopped == 'finished' and loop.step < loop.total: loop.stopped = ''
@@ -144,13 +158,13 @@ def begin(loop, resume=True):
 def _due(step, every, last): return step == last or (every > 0 and step % every == 0)
 
 
-def log(loop, kind, values):
+def log(loop:Loop, kind:str, values:dict) -> None:
     "Write metrics to the journal and the trackers."
     loop.journal.write({'step': loop.step, 'kind': kind, 'epoch': (loop.step - 1) // loop.in_epoch, **values})
     if loop.accelerator.trackers: loop.accelerator.log(values, step=loop.step)
 
 
-def after(loop):
+def after(loop:Loop) -> None:
     "Validate and save when it is time."
     config = loop.config
     checked = loop.valid is not None or loop.validate is not None
@@ -162,7 +176,8 @@ def after(loop):
         training_mode(loop.method, config.freeze_bn)
     if loop.step == loop.total and not loop.stopped: loop.stopped = 'finished'
     if loop.stopped: _publish(loop, 'last')
-    if loop.stopped or _due(loop.step, config.save_every, loop.total) or (at_validation and not config.save_every): save(loop)
+    if loop.stopped or _due(loop.step, config.save_every, loop.total) or (at_validation and not config.save_every):
+        save(loop)
 
 # %% ../../nbs/420_train.loop.ipynb #0d159333
 def _steps(loop):
@@ -178,14 +193,16 @@ def _interrupted(loop, interruptions):
     "Save and stop where a signal asked for it."
     if not anywhere(interruptions.asked is not None, loop.device): return
     save(loop)
-    raise KeyboardInterrupt(f'stopped by {interruptions.asked or "another process"} after step {loop.step} of {loop.total}; '
+    raise KeyboardInterrupt(
+        f'stopped by {interruptions.asked or "another process"} after step {loop.step} of {loop.total}; '
                             'the checkpoint is written, start again to go on')
 
 
-def run_steps(loop):
+def run_steps(loop:Loop) -> None:
     "Make all remaining steps."
     training_mode(loop.method, loop.config.freeze_bn)
-    bar = progress(desc='train', total=loop.total, initial=loop.step, unit='step', **({} if loop.first else {'position': 1}))
+    bar = progress(desc='train', total=loop.total, initial=loop.step, unit='step',
+                   **({} if loop.first else {'position': 1}))
     with Interruptions() as interruptions, bar:
         began = time.perf_counter()
         for group in _steps(loop):
@@ -200,18 +217,19 @@ def run_steps(loop):
 
 # %% ../../nbs/420_train.loop.ipynb #19e2002a
 def train(
-    method, # Method; trained in place
-    dataset, # training samples, indexed by (epoch, index)
-    config=None, # TrainConfig
-    folder='outputs/run', # gets metrics.jsonl, checkpoints/, tensorboard/, best/, last/
-    valid=None, # validation samples for the validation loss
-    transform=None, # callable(batch, seed, epoch) -> batch on the device, such as Augment; training only
-    validate=None, # callable(method, state) -> dict of validation metrics; called in the first process
+    method:Method, # trained in place
+    dataset:object, # training samples, indexed by (epoch, index)
+    config:TrainConfig|None=None, # settings of the run
+    folder:str|Path='outputs/run', # gets metrics.jsonl, checkpoints/, tensorboard/, best/, last/
+    valid:object=None, # validation samples for the validation loss
+    transform:Callable|None=None, # callable(batch, seed, epoch) -> batch on the device, such as Augment; training only
+    validate:Callable|None=None, # callable(method, state) -> dict of validation metrics; called in the first process
     resume:bool=True, # go on with the run in `folder`; False refuses a folder that holds one
 ) -> TrainResult:
     """Train a method, or go on with a run that was interrupted.
 
-    Raises: DataError naming samples (NaN loss, empty report, unreadable file), or settings that differ from the run in `folder`.
+    Raises: DataError naming samples (NaN loss, empty report, unreadable file), or settings that differ from the run in
+    `folder`.
     """
     loop = Loop(method, dataset, config or TrainConfig(), folder, valid, transform, validate)
     with arithmetic(loop.config.deterministic), compiled(method, loop.config.compile):
@@ -227,7 +245,10 @@ def train(
     method.eval()
     told = history(loop.folder/'metrics.jsonl')
     if 'grad_norm' in told and told.grad_norm.notna().any() and (told.grad_norm.dropna() == 0).all():
-        raise DataError('the gradient of every step was exactly 0: nothing was learnt, the weights are those of the beginning.', file=loop.folder,
-                        fix='Look whether the samples of a batch differ (texts that are all alike are masked), and whether anything may move.')
+        raise DataError(
+            'the gradient of every step was exactly 0: nothing was learnt, the weights are those of the beginning.',
+            file=loop.folder,
+                        fix='Look whether the samples of a batch differ (texts that are all alike are masked), and '
+                            'whether anything may move.')
     return TrainResult(loop.folder, told, loop.step, loop.total, loop.stopped, loop.config.monitor,
                        loop.best_step, loop.best)

@@ -10,6 +10,7 @@ __all__ = ['HALVES', 'COMPILE_MODES', 'make_accelerator', 'autocast_of', 'scaler
 import os
 import signal
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -17,11 +18,12 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..core.errors import unknown_name
+from .settings import TrainConfig
 
 # %% ../../nbs/417_train.machine.ipynb #c4910dcc
 def make_accelerator(
-    config, # TrainConfig
-    folder, # of the run
+    config:TrainConfig, # settings of the run
+    folder:str|Path, # of the run
 ): # accelerate.Accelerator
     "Find device and processes, and prepare the trackers."
     from accelerate import Accelerator
@@ -39,22 +41,23 @@ HALVES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 def autocast_of(
     precision:str, # 'fp32', 'bf16' or 'fp16'
-    device, # torch.device
-): # callable that gives a fresh context
+    device:torch.device, # torch.device
+) -> Callable: # callable that gives a fresh context
     "Give the context in which encoders run."
     if precision == 'fp32': return nullcontext
     return lambda: torch.autocast(device.type, dtype=HALVES[precision])
 
 
-def scaler_of(precision, device): # torch.amp.GradScaler; switched off except for fp16
+# torch.amp.GradScaler; switched off except for fp16
+def scaler_of(precision:str, device:torch.device) -> torch.amp.GradScaler:
     "Give the loss scaling of a precision."
     return torch.amp.GradScaler(device.type, enabled=precision == 'fp16')
 
 # %% ../../nbs/417_train.machine.ipynb #ec5b2ad3
 def training_mode(
-    module, # torch module
+    module:torch.nn.Module, # torch module
     freeze_bn:bool=False, # BatchNorm stays in evaluation mode
-):
+) -> None:
     "Put a module into training mode."
     module.train()
     for m in module.modules() if freeze_bn else ():
@@ -64,7 +67,7 @@ def training_mode(
 COMPILE_MODES = ('default', 'reduce-overhead', 'max-autotune', 'max-autotune-no-cudagraphs')
 
 
-def encoders_of(module): # list of modules
+def encoders_of(module:torch.nn.Module) -> list: # list of modules
     "Find the encoders of a method: modules whose name ends in 'encoder', outermost ones."
     names = [n for n, _ in module.named_modules() if n.rsplit('.', 1)[-1].endswith('encoder')]
     return [module.get_submodule(n) for n in names if not any(n != o and n.startswith(o + '.') for o in names)]
@@ -72,14 +75,16 @@ def encoders_of(module): # list of modules
 
 @contextmanager
 def compiled(
-    module, # Method
+    module:torch.nn.Module, # Method
     how:str, # '' for not at all; a mode or a backend of torch.compile
-):
+) -> Iterator[None]:
     "Within this context the encoders of a method are compiled."
     encoders = encoders_of(module) if how else []
-    if how and not encoders: raise ValueError(f'{type(module).__name__} has no module whose name ends in "encoder": set compile=\'\'')
+    if how and not encoders:
+        raise ValueError(f'{type(module).__name__} has no module whose name ends in "encoder": set compile=\'\'')
     if how and how not in COMPILE_MODES and how not in torch.compiler.list_backends(exclude_tags=()):
-        raise ValueError(unknown_name('compile mode or backend', how, [*COMPILE_MODES, *torch.compiler.list_backends()]))
+        raise ValueError(unknown_name('compile mode or backend', how,
+                                      [*COMPILE_MODES, *torch.compiler.list_backends()]))
     for encoder in encoders: encoder.compile(**({'mode': how} if how in COMPILE_MODES else {'backend': how}))
     try: yield
     finally:
@@ -89,12 +94,13 @@ def compiled(
 @contextmanager
 def arithmetic(
     deterministic:bool, # deterministic algorithms only
-):
+) -> Iterator[None]:
     "Within this context the run has its own generators and flags; afterwards the old ones are back."
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     old = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
            torch.backends.cudnn.benchmark)
-    fill, torch.utils.deterministic.fill_uninitialized_memory = torch.utils.deterministic.fill_uninitialized_memory, False
+    fill, torch.utils.deterministic.fill_uninitialized_memory = (torch.utils.deterministic.fill_uninitialized_memory,
+                                                                 False)
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     try:

@@ -25,9 +25,11 @@ def warmup_steps(
     Raises: ValueError when it is negative, or does not leave a step to train.
     """
     if isinstance(warmup, float) and not warmup.is_integer():
-        if not 0 < warmup < 1: raise ValueError(f'warmup={warmup}: a share of the run lies in [0, 1); for steps give a whole number')
+        if not 0 < warmup < 1:
+            raise ValueError(f'warmup={warmup}: a share of the run lies in [0, 1); for steps give a whole number')
         return min(math.ceil(warmup * total), total - 1)
-    if warmup < 0 or warmup >= max(total, 1): raise ValueError(f'warmup={warmup} steps do not fit into a run of {total} steps')
+    if warmup < 0 or warmup >= max(total, 1):
+        raise ValueError(f'warmup={warmup} steps do not fit into a run of {total} steps')
     return int(warmup)
 
 # %% ../../nbs/400_train.optim.ipynb #d887a1da
@@ -41,7 +43,8 @@ _shapes = {
 
 # %% ../../nbs/400_train.optim.ipynb #48483d47
 def _bolts(epoch, warm, epochs, start=0.0):
-    "Give the share of the peak in an epoch of lightning-bolts' LinearWarmupCosineAnnealingLR; warm and epochs are whole epochs."
+    """Give the share of the peak in an epoch of lightning-bolts' LinearWarmupCosineAnnealingLR; warm and epochs are
+    whole epochs."""
     if warm == 0: return start * _shapes['cosine'](epoch / epochs) # its recursion never leaves where it starts
     if epoch < warm: return start + (1 - start) * epoch / max(1, warm - 1) if warm > 1 else start
     return _shapes['cosine']((epoch - warm) / max(1, epochs - warm))
@@ -50,7 +53,8 @@ def _bolts(epoch, warm, epochs, start=0.0):
 _by_epoch = {
     'cosine_bounce': lambda step, warm, total, epoch: 0.5 * (1 + math.cos(math.pi * (step - warm) / epoch)),
     'cosine_restarts': lambda step, warm, total, epoch: 0.5 * (1 + math.cos(math.pi * ((step - warm) % epoch) / epoch)),
-    'bolts_reference': lambda step, warm, total, epoch: _bolts(step // epoch, round(warm / epoch), max(1, total // epoch)),
+    'bolts_reference': lambda step, warm, total, epoch: _bolts(step // epoch, round(warm / epoch),
+                                                               max(1, total // epoch)),
 }
 FALLING = tuple(_shapes) # schedules that need the step only, and fall after the warm-up
 SCHEDULES = (*FALLING, *_by_epoch, 'plateau')
@@ -73,12 +77,15 @@ def lr_scale(
 ) -> float: # factor of the peak learning rate, 0..1
     """Give the factor of the learning rate at a step; what a plateau has taken off comes on top.
 
-    Raises: ValueError for an unknown schedule, with the nearest name, or without the length of an epoch where it is needed.
-    Source: Mammo-CLIP, `LinearWarmupCosineAnnealingLR` for 'reference'; LoVT's and lightning-bolts' schedulers for those by epoch.
+    Raises: ValueError for an unknown schedule, with the nearest name, or without the length of an epoch where it is
+    needed.
+    Source: Mammo-CLIP, `LinearWarmupCosineAnnealingLR` for 'reference'; LoVT's and lightning-bolts' schedulers for
+    those by epoch.
     """
     if schedule not in SCHEDULES: raise ValueError(unknown_name('schedule', schedule, SCHEDULES))
     warm = warmup_steps(warmup, total)
-    if schedule in _by_epoch and epoch_steps < 1: raise ValueError(f'{schedule} needs epoch_steps, the number of optimiser steps in an epoch')
+    if schedule in _by_epoch and epoch_steps < 1:
+        raise ValueError(f'{schedule} needs epoch_steps, the number of optimiser steps in an epoch')
     if step < warm and schedule != 'bolts_reference': return _warming(step, warm, schedule)
     if schedule == 'plateau': return 1.0
     if schedule in _by_epoch: return floor + (1 - floor) * _by_epoch[schedule](step, warm, total, epoch_steps)
@@ -99,7 +106,8 @@ class Plateau:
     bad: int = 0  # validations since, counted anew after a reduction
     def _better(self, value):
         if self.best is None: return value == value
-        return value < self.best * (1 - self.threshold) if self.mode == 'min' else value > self.best * (1 + self.threshold)
+        return (value < self.best * (1 - self.threshold) if self.mode == 'min'
+                else value > self.best * (1 + self.threshold))
 
     def see(self,
         value:float, # metric of this validation; NaN never improves
@@ -110,24 +118,26 @@ class Plateau:
         if self.bad > self.patience: self.scale, self.bad = self.scale * self.factor, 0
         return self.scale
 
-    def state(self): # the memory, for a checkpoint
+    def state(self) -> dict: # the memory, for a checkpoint
         return {k: v for k, v in asdict(self).items() if k in ('scale', 'best', 'bad')}
 
-    def restore(self, state):
+    def restore(self, state:dict) -> None:
         "Take a memory back."
         for k, v in state.items(): setattr(self, k, v)
 
 # %% ../../nbs/400_train.optim.ipynb #fb87e61e
 def _matches(name, parameter, pattern):
-    return parameter.ndim < 2 if pattern == '1d' else fnmatch(name, pattern) or name == pattern or name.startswith(pattern + '.')
+    return (parameter.ndim < 2 if pattern == '1d' else fnmatch(name, pattern) or name == pattern
+            or name.startswith(pattern + '.'))
 
 
 def param_groups(
-    model, # torch module; parameters that ask for no gradient are left out
+    model:torch.nn.Module, # torch module; parameters that ask for no gradient are left out
     lr:float, # peak learning rate
     weight_decay:float=0.0, # decay of the groups that decay
     no_decay:tuple=('1d',), # patterns of names that are not decayed; '1d' = fewer than two dimensions
-    lr_scales:dict|None=None, # pattern -> factor of lr, e.g. {'text_encoder': 0.1}; the first match counts; 0 freezes: no gradient is computed
+    # pattern -> factor of lr, e.g. {'text_encoder': 0.1}; the first match counts; 0 freezes: no gradient is computed
+    lr_scales:dict|None=None,
 ) -> list: # dicts with params, names, lr, peak, weight_decay for a torch optimiser
     """Sort the trainable parameters into groups of one decay and one learning rate.
 
@@ -146,7 +156,8 @@ def param_groups(
         group['params'].append(parameter); group['names'].append(name)
     if not groups: raise ValueError('no parameter asks for a gradient: nothing to train')
     lost = [p for p in (*no_decay, *(lr_scales or {})) if p not in used and p != '1d']
-    if lost: raise ValueError(f'no trainable parameter matches {lost[0]!r}; names look like {groups[key]["names"][0]!r}')
+    if lost:
+        raise ValueError(f'no trainable parameter matches {lost[0]!r}; names look like {groups[key]["names"][0]!r}')
     return list(groups.values())
 
 # %% ../../nbs/400_train.optim.ipynb #7583b5bd
@@ -159,14 +170,14 @@ OPTIMIZERS = tuple(_optimisers)
 
 
 def make_optimizer(
-    model, # torch module
+    model:torch.nn.Module, # torch module
     lr:float, # peak learning rate
     weight_decay:float=1e-4, # decay of the groups that decay
     name:str='adamw', # one of OPTIMIZERS
     betas:tuple=(0.9, 0.999), # Adam's and AdamW's decay rates of the moments
     momentum:float=0.9, # SGD's momentum
     **groups, # no_decay, lr_scales: see `param_groups`
-): # torch.optim.Optimizer
+) -> torch.optim.Optimizer: # torch.optim.Optimizer
     """Make the optimiser over the groups of `param_groups`.
 
     Raises: ValueError for an unknown name, with the nearest one.
@@ -176,7 +187,7 @@ def make_optimizer(
 
 # %% ../../nbs/400_train.optim.ipynb #38224fd3
 def set_lr(
-    optimizer, # from `make_optimizer`
+    optimizer:torch.optim.Optimizer, # from `make_optimizer`
     scale:float, # factor from `lr_scale`
 ) -> float: # the highest learning rate set
     "Set every group's learning rate to its peak times `scale`."

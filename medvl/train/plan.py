@@ -9,6 +9,7 @@ __all__ = ['kept_for_backward', 'line_at', 'Plan', 'plan']
 import copy
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,19 +18,21 @@ import psutil
 import torch
 
 from ..core.errors import DataError
+from ..methods.base import Method
 from .machine import arithmetic, training_mode
+from .settings import TrainConfig
 from .step import Loop, one_step
 
 # %% ../../nbs/421_train.plan.ipynb #35f49125
 def kept_for_backward(
-    method, # torch module
-    call, # callable() -> losses, a forward pass of this module
+    method:torch.nn.Module, # torch module
+    call:Callable, # callable() -> losses, a forward pass of this module
 ) -> int: # bytes
     "Count the bytes that a forward pass keeps for its backward pass, the module's own tensors aside."
     own = {t.untyped_storage().data_ptr() for t in (*method.parameters(), *method.buffers())}
     found = {}
 
-    def pack(tensor):
+    def pack(tensor: torch.Tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own: found[storage.data_ptr()] = storage.nbytes()
         return tensor
@@ -62,8 +65,12 @@ class Plan:
         "One number of the table."
         return self.table.set_index('what').value[what]
 
-    def __repr__(self): return self.table.to_string(index=False, float_format='%.4g') + '\n' + (' '.join(self.short) or 'This machine has enough of each.')
-    def _repr_html_(self): return self.table.to_html(index=False, float_format='%.4g') + f'<p>{" ".join(self.short) or "This machine has enough of each."}</p>'
+    def _said(self): return ' '.join(self.short) or 'This machine has enough of each.'
+
+    def __repr__(self):
+        return self.table.to_string(index=False, float_format='%.4g') + '\n' + self._said()
+    def _repr_html_(self):
+        return self.table.to_html(index=False, float_format='%.4g') + f'<p>{self._said()}</p>'
 
 # %% ../../nbs/421_train.plan.ipynb #9456b57f
 def _batch_of(loop, n):
@@ -113,36 +120,41 @@ def _rows(loop, points, together):
     loading = config.accumulate * n * large[2] / b
     waits = loading if not config.workers else max(0., loading / config.workers - step)
     validations = 0 if loop.valid is None else loop.total // (config.valid_every or loop.in_epoch)
-    judging = validations * (0 if loop.valid is None else len(loop.valid)) * (step / (config.accumulate * n) / 3 + large[2] / b)
+    judged = 0 if loop.valid is None else len(loop.valid)
+    judging = validations * judged * (step / (config.accumulate * n) / 3 + large[2] / b)
     checkpoint = weights + slots * trained + average
     kept = config.keep_last + bool(config.keep_best and validations) + 1
     mib, hours = 2 ** 20, 3600
     return [
-        ('weights, gradients, moments', (weights + trained * (1 + slots) + average) / mib, 'MiB', f'counted, {config.optimizer}' + (' with ema' if average else '')),
-        ('activations', line_at((a, small[0]), (b, large[0]), together) / mib, 'MiB', f'kept for the backward pass of {together} samples at once, from {a} and {b}'),
+        ('weights, gradients, moments', (weights + trained * (1 + slots) + average) / mib, 'MiB',
+         f'counted, {config.optimizer}' + (' with ema' if average else '')),
+        ('activations', line_at((a, small[0]), (b, large[0]), together) / mib, 'MiB',
+         f'kept for the backward pass of {together} samples at once, from {a} and {b}'),
         ('steps', loop.total, '', f'{loop.in_epoch} an epoch, {config.accumulate} × {n} samples each'),
         ('time of a step', step + waits, 's', f'from real steps of {a} and {b} samples, on {loop.device}'),
         ('of that waiting for data', waits, 's', f'{config.workers} loader processes'),
         ('training', loop.total * (step + waits) / hours, 'h', 'steps × time of a step'),
         ('validation', judging / hours, 'h', f'{validations} times, a third of a step a sample'),
         ('checkpoint', checkpoint / mib, 'MiB', 'weights, moments' + (', average' if average else '')),
-        ('disk', (kept * checkpoint + 3 * weights) / mib, 'MiB', f'{kept} checkpoints while one is written; best, last and the model'),
+        ('disk', (kept * checkpoint + 3 * weights) / mib, 'MiB',
+         f'{kept} checkpoints while one is written; best, last and the model'),
     ]
 
 # %% ../../nbs/421_train.plan.ipynb #04b84fa6
 def plan(
-    method, # Method; it is copied, not changed
-    dataset, # training samples, indexed by (epoch, index), with `collate`
-    config, # TrainConfig
-    folder='outputs/run', # where the run would lie; nothing is written
-    valid=None, # validation samples
-    transform=None, # callable(batch, seed, epoch) -> batch on the device
+    method:Method, # it is copied, not changed
+    dataset:object, # training samples, indexed by (epoch, index), with `collate`
+    config:TrainConfig, # settings of the run
+    folder:str|Path='outputs/run', # where the run would lie; nothing is written
+    valid:object=None, # validation samples
+    transform:Callable|None=None, # callable(batch, seed, epoch) -> batch on the device
     samples:int=2, # samples of the smaller measurement, at least 2 (BatchNorm)
 ) -> Plan:
     """State memory, time and disk of a run before it starts, from steps of `samples` and twice as many samples.
 
     Raises: DataError when the training set has no samples; whatever the method raises on its first step."""
-    if not len(dataset): raise DataError('there is no training sample to plan with', fix='Look at the splits of the manifest.')
+    if not len(dataset):
+        raise DataError('there is no training sample to plan with', fix='Look at the splits of the manifest.')
     if samples < 2: raise ValueError(f'samples={samples} must be at least 2')
     with torch.random.fork_rng(), arithmetic(config.deterministic):
         loop = Loop(copy.deepcopy(method), dataset, replace(config, trackers=()), folder, valid, transform)
@@ -154,7 +166,13 @@ def plan(
     values = {r[0]: r[1] for r in rows}
     need = values['weights, gradients, moments'] + values['activations']
     rows.insert(2, ('memory, together', need, 'MiB', 'leave a tenth free beside it'))
-    rows += [('memory that is free', room / 2 ** 20, 'MiB', 'now, on this device'), ('disk that is free', disk / 2 ** 20, 'MiB', 'where the run would lie')]
-    short = [f'The memory will not do: {need:,.0f} MiB and a tenth, {room / 2 ** 20:,.0f} are free; lower chunk_size or batch_size.'] if 1.1 * need * 2 ** 20 > room else []
-    if values['disk'] * 2 ** 20 > disk: short.append(f'The disk will not do: {values["disk"]:,.0f} MiB are needed; lower keep_last, or choose another folder.')
+    rows += [('memory that is free', room / 2 ** 20, 'MiB', 'now, on this device'),
+             ('disk that is free', disk / 2 ** 20, 'MiB', 'where the run would lie')]
+    short = []
+    if 1.1 * need * 2 ** 20 > room:
+        short.append(f'The memory will not do: {need:,.0f} MiB and a tenth, {room / 2 ** 20:,.0f} are free; '
+                     'lower chunk_size or batch_size.')
+    if values['disk'] * 2 ** 20 > disk:
+        short.append(
+            f'The disk will not do: {values["disk"]:,.0f} MiB are needed; lower keep_last, or choose another folder.')
     return Plan(pd.DataFrame(rows, columns=['what', 'value', 'unit', 'how']), short)

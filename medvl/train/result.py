@@ -20,44 +20,48 @@ from ..core.paths import FULL, atomic_path, read_jsonl
 class Journal:
     "Lines of metrics, one a step; in a process that does not write, a silent one."
     def __init__(self,
-        path, # metrics.jsonl
+        path:str|Path, # metrics.jsonl
         upto:int=0, # step of the checkpoint the run goes on from: later lines are removed
         writes:bool=True, # False in all processes but the first
     ):
         self.path, self.file = Path(path), None
         if not writes: return
         kept = [row for row in read_jsonl(self.path, damaged='skip') if row.get('step', upto + 1) <= upto]
-        with atomic_path(self.path) as temporary: temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept), encoding='utf-8')
+        with atomic_path(self.path) as temporary:
+            temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept), encoding='utf-8')
         self.file = open(self.path, 'a', encoding='utf-8')
 
     def write(self,
         row:dict, # step, kind ('train' or 'valid') and numbers
-    ):
+    ) -> None:
         "Append one line; readers see it at once."
         if self.file is None: return
         line = json.dumps({k: (None if isinstance(v, float) and v - v != 0 else v) for k, v in row.items()}) + '\n'
         left = line.encode()
         try:
-            while left: left = left[os.write(self.file.fileno(), left):] # at once: nothing is kept back to fail again later
+            # at once: nothing is kept back to fail again later
+            while left: left = left[os.write(self.file.fileno(), left):]
         except OSError as e:
             if e.errno not in FULL: raise
-            raise OSError(e.errno, 'the disk is full; the checkpoints are intact. Free some space and start again', str(self.path)) from e
+            raise OSError(e.errno, 'the disk is full; the checkpoints are intact. Free some space and start again',
+                          str(self.path)) from e
 
-    def sync(self):
+    def sync(self) -> None:
         "Make sure that the lines are on the disk, before a checkpoint relies on them."
         if self.file is not None: os.fsync(self.file.fileno())
 
-    def close(self):
+    def close(self) -> None:
         if self.file is not None: self.file.close()
         self.file = None
 
 # %% ../../nbs/419_train.result.ipynb #57fd2dd6
 def history(
-    path, # metrics.jsonl
+    path:str|Path, # metrics.jsonl
 ) -> pd.DataFrame: # one row a step; training and validation columns side by side
     "Read the metrics of a run."
     rows = {}
-    for row in (r for r in read_jsonl(path, damaged='skip') if 'step' in r): rows.setdefault(row['step'], {}).update({k: v for k, v in row.items() if k not in ('step', 'kind')})
+    for row in (r for r in read_jsonl(path, damaged='skip') if 'step' in r):
+        rows.setdefault(row['step'], {}).update({k: v for k, v in row.items() if k not in ('step', 'kind')})
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('step').sort_index()
 
 # %% ../../nbs/419_train.result.ipynb #fc0eb195
@@ -74,22 +78,26 @@ class TrainResult:
     best_value: float | None = None  # the monitor there
 
     @property
-    def last(self): return self.folder/'last'  # the last weights, for from_pretrained
+    def last(self) -> Path: return self.folder/'last'  # the last weights, for from_pretrained
 
     @property
-    def best(self): return self.folder/'best' if self.best_step is not None else None  # the best validated weights, for from_pretrained
+    # the best validated weights, for from_pretrained
+    def best(self) -> Path|None: return self.folder/'best' if self.best_step is not None else None
 
-    def summary(self):
+    def summary(self) -> dict:
         "Give the run in one dictionary."
         losses = self.history['loss'].dropna() if 'loss' in self.history else pd.Series(dtype=float)
-        return {'steps': f'{self.step} of {self.total}', 'stopped': self.stopped, 'first loss': losses.iloc[0] if len(losses) else None,
-                'last loss': losses.iloc[-1] if len(losses) else None, f'best {self.monitor}': self.best_value, 'best step': self.best_step}
+        return {'steps': f'{self.step} of {self.total}', 'stopped': self.stopped,
+                'first loss': losses.iloc[0] if len(losses) else None, 'last loss': losses.iloc[-1] if len(losses)
+                else None, f'best {self.monitor}': self.best_value, 'best step': self.best_step}
 
-    def _shown(self): return {k: f'{v:.4g}' if isinstance(v, float) else str(v) for k, v in self.summary().items() if v is not None}
+    def _shown(self):
+        return {k: f'{v:.4g}' if isinstance(v, float) else str(v) for k, v in self.summary().items() if v is not None}
 
     def __repr__(self): return 'TrainResult(' + ', '.join(f'{k}: {v}' for k, v in self._shown().items()) + ')'
 
     def _repr_html_(self):
         left = 'style="text-align:left"'
-        rows = ''.join(f'<tr><th {left}>{html.escape(k)}</th><td {left}>{html.escape(v)}</td></tr>' for k, v in self._shown().items())
+        rows = ''.join(f'<tr><th {left}>{html.escape(k)}</th><td {left}>{html.escape(v)}</td></tr>'
+                       for k, v in self._shown().items())
         return f'<table>{rows}</table>'

@@ -6,10 +6,12 @@
 __all__ = ['FREE', 'TrainConfig', 'check_config', 'run_length', 'fingerprint', 'check_same_run']
 
 # %% ../../nbs/412_train.settings.ipynb #21c04c02
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, is_dataclass
 
 from ..core.config import config_dict
 from ..core.errors import DataError, unknown_name
+from ..methods.base import Method
 from .gradcache import check_chunks
 from .optim import OPTIMIZERS, SCHEDULES, warmup_steps
 
@@ -27,7 +29,8 @@ class TrainConfig:
     weight_decay: float = 1e-4  # of the groups that decay
     betas: tuple[float, float] = (0.9, 0.999)  # Adam's and AdamW's decay rates of the moments
     momentum: float = 0.9  # SGD's
-    no_decay: tuple[str, ...] = ('1d',)  # name patterns without decay; '1d' = biases, norms, scalars; () = decay all (the paper)
+    # name patterns without decay; '1d' = biases, norms, scalars; () = decay all (the paper)
+    no_decay: tuple[str, ...] = ('1d',)
     lr_scales: dict | None = None  # name pattern -> factor of lr, e.g. {'text_encoder': 0.1}; 0 freezes
     schedule: str = 'cosine'  # one of medvl.train.optim.SCHEDULES; 'reference' = the original's
     warmup: int | float = 0.1  # steps (int) or share of the run (float)
@@ -35,7 +38,8 @@ class TrainConfig:
     plateau_monitor: str = 'valid_loss'  # schedule 'plateau': what no longer improves; lower is better
     plateau_factor: float = 0.5  # what lr is multiplied with then
     plateau_patience: int = 3  # validations without improvement that are borne
-    head_warmup: int = 0  # first steps, at head_lr, while the method keeps its encoder frozen; the schedule begins after them
+    # first steps, at head_lr, while the method keeps its encoder frozen; the schedule begins after them
+    head_warmup: int = 0
     head_lr: float = 1e-3  # learning rate of these steps
     clip: float = 0.0  # largest norm of the gradient; 0 = no clipping (the paper)
     precision: str = 'fp32'  # 'fp32', 'bf16' or 'fp16' (with loss scaling)
@@ -62,14 +66,14 @@ class TrainConfig:
 
 # %% ../../nbs/412_train.settings.ipynb #107a2a23
 _choices = dict(schedule=SCHEDULES, precision=('fp32', 'bf16', 'fp16'), mode=('min', 'max'), optimizer=OPTIMIZERS)
-_least = dict(epochs=1, batch_size=1, accumulate=1, keep_last=1, log_every=1, valid_samples=1, workers=0, save_every=0, valid_every=0,
-              early_stop=0, plateau_patience=0, head_warmup=0)
+_least = dict(epochs=1, batch_size=1, accumulate=1, keep_last=1, log_every=1, valid_samples=1, workers=0, save_every=0,
+              valid_every=0, early_stop=0, plateau_patience=0, head_warmup=0)
 
 
 def check_config(
-    config, # TrainConfig
-    method=None, # the method it will train, to check that it can be chunked
-):
+    config: TrainConfig, # settings of the run
+    method: Method|None = None, # the method it will train, to check that it can be chunked
+) -> None:
     """Refuse settings that cannot work.
 
     Raises: ValueError naming the field, its value and what is possible.
@@ -82,16 +86,19 @@ def check_config(
         value = getattr(config, name)
         if not 0 <= value < float('inf'): raise ValueError(f'{name}={value} must be a finite number, 0 or more')
     if not 0 <= config.ema < 1: raise ValueError(f'ema={config.ema} is a decay in [0, 1), such as 0.999')
-    if not 0 < config.plateau_factor < 1: raise ValueError(f'plateau_factor={config.plateau_factor} is a factor between 0 and 1, such as 0.5')
-    if config.head_warmup and not config.lr: raise ValueError('head_warmup needs an lr above 0: its rate is stated as a multiple of lr')
-    if config.max_steps is not None and config.max_steps < 1: raise ValueError(f'max_steps={config.max_steps} must be at least 1, or None')
+    if not 0 < config.plateau_factor < 1:
+        raise ValueError(f'plateau_factor={config.plateau_factor} is a factor between 0 and 1, such as 0.5')
+    if config.head_warmup and not config.lr:
+        raise ValueError('head_warmup needs an lr above 0: its rate is stated as a multiple of lr')
+    if config.max_steps is not None and config.max_steps < 1:
+        raise ValueError(f'max_steps={config.max_steps} must be at least 1, or None')
     if config.monitor.startswith('test'):
         raise ValueError(f'monitor={config.monitor!r}: weights are chosen on validation data, never on test data')
     if method is not None: check_chunks(method, config.chunk_size)
 
 # %% ../../nbs/412_train.settings.ipynb #fbb7080e
 def run_length(
-    config, # TrainConfig
+    config:TrainConfig, # settings of the run
     batches:int, # batches of one process in one epoch
 ) -> tuple: # (optimiser steps in an epoch, in the run)
     """Count the optimiser steps.
@@ -103,7 +110,8 @@ def run_length(
         raise ValueError(f'an epoch has {batches} full batches of batch_size={config.batch_size}, and a step needs '
                          f'accumulate={config.accumulate}: lower one of the two, or bring more data')
     total = config.max_steps or config.epochs * in_epoch
-    if config.head_warmup >= total: raise ValueError(f'head_warmup={config.head_warmup} steps do not fit into a run of {total} steps')
+    if config.head_warmup >= total:
+        raise ValueError(f'head_warmup={config.head_warmup} steps do not fit into a run of {total} steps')
     warmup_steps(config.warmup, total - config.head_warmup)
     return in_epoch, total
 
@@ -112,31 +120,33 @@ FREE = ('workers', 'save_every', 'keep_last', 'keep_best', 'log_every', 'tracker
 
 
 def fingerprint(
-    config, # TrainConfig
-    method, # Method
+    config:TrainConfig, # settings of the run
+    method:Method, # the method
     data:str, # digest of the training data
     valid:str='', # digest of the validation data
     world:int=1, # number of processes
-    transform=None, # the augmentation; its `config` counts where it has one
+    transform:Callable|None=None, # the augmentation; its `config` counts where it has one
 ) -> dict: # plain values
     "Describe a run by everything that its weights depend on."
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in config_dict(config).items()}
     own = {} if method.config is None else config_dict(method.config)
-    return {'train': settings, 'method': {'name': method.name, **own}, 'data': data, 'valid_data': valid, 'processes': world,
-            'transform': _describe(transform)}
+    return {'train': settings, 'method': {'name': method.name, **own}, 'data': data, 'valid_data': valid,
+            'processes': world, 'transform': _describe(transform)}
 
 
 def _describe(transform):
     "Name a transform, with its settings where it has a dataclass of them."
     if transform is None: return None
     inner = getattr(transform, 'config', None)
-    return {'name': getattr(transform, '__qualname__', type(transform).__name__), **(config_dict(inner) if is_dataclass(inner) else {})}
+    return {'name': getattr(transform, '__qualname__', type(transform).__name__),
+            **(config_dict(inner) if is_dataclass(inner) else {})}
 
 
 def _differences(old, new, name=''):
     "Give 'name: old -> new' for every leaf that differs."
     if isinstance(old, dict) and isinstance(new, dict):
-        return [d for k in sorted({*old, *new}) for d in _differences(old.get(k), new.get(k), f'{name}.{k}' if name else k)]
+        return [d for k in sorted({*old, *new})
+                for d in _differences(old.get(k), new.get(k), f'{name}.{k}' if name else k)]
     plain = lambda x: [plain(i) for i in x] if isinstance(x, (list, tuple)) else x
     return [] if plain(old) == plain(new) else [f'{name}: {old!r} -> {new!r}']
 
@@ -144,7 +154,7 @@ def _differences(old, new, name=''):
 def check_same_run(
     old:dict, # fingerprint in the checkpoint
     new:dict, # fingerprint of the run that wants to go on
-):
+) -> None:
     """Refuse to resume a run that is another one.
 
     Raises: DataError naming every field that differs.
@@ -155,4 +165,5 @@ def check_same_run(
     if endless: free |= {'train.epochs', 'train.max_steps'}
     wrong = [d for d in _differences(old, new) if d.split(':')[0] not in free]
     if not wrong: return
-    raise DataError('this folder holds another run: ' + '; '.join(wrong) + '.', fix='Choose another folder, or give the same settings.')
+    raise DataError('this folder holds another run: ' + '; '.join(wrong) + '.',
+                    fix='Choose another folder, or give the same settings.')

@@ -6,6 +6,7 @@
 __all__ = ['Loop', 'rate', 'one_step']
 
 # %% ../../nbs/419a_train.step.ipynb #bd620888
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,38 +16,45 @@ from ..data.batch import batch_size, to_device
 from ..methods.base import Method, StepState
 from .average import Average
 from .checks import broken_rows, check_chunk_norms, check_rows, check_texts, guilty, names_of, not_finite
-from .distributed import anywhere, average_gradients, average_statistics, exchange_of, gather_objects, spread_weights
+from .distributed import (anywhere, average_gradients, average_statistics, exchange_of, gather_objects,
+                                     spread_weights)
 from .feed import RunBatches
 from .gradcache import backward_batch, join
 from .machine import autocast_of, make_accelerator, scaler_of
 from .optim import Plateau, lr_scale, make_optimizer, set_lr
-from .settings import check_config
+from .settings import TrainConfig, check_config
 
 # %% ../../nbs/419a_train.step.ipynb #619ef71a
 class Loop:
     "One training run: what it is made of, and where it stands."
-    def __init__(self, method, dataset, config, folder, valid=None, transform=None, validate=None):
+    def __init__(self, method:Method, dataset:object, config:TrainConfig, folder:str|Path, valid:object=None,
+                 transform:Callable|None=None, validate:Callable|None=None):
         check_config(config, method)
         self.method, self.dataset, self.config, self.folder = method, dataset, config, Path(folder)
         self.valid, self.transform, self.validate = valid, transform, validate
         self.accelerator = make_accelerator(config, folder)
         self.device, self.exchange = self.accelerator.device, exchange_of()
         self.first = self.exchange.rank == 0
-        check_rows(method, self.together(config.batch_size), f'a batch (batch_size={config.batch_size}, {self.exchange.world} process{"es" * (self.exchange.world > 1)})')
+        check_rows(method, self.together(config.batch_size),
+                   f'a batch (batch_size={config.batch_size}, {self.exchange.world} '
+                   f'process{"es" * (self.exchange.world > 1)})')
         if not config.freeze_bn: check_chunk_norms(method, config.batch_size, config.chunk_size)
         self.batches = RunBatches(dataset, config)
         self.total, self.in_epoch = self.batches.total, self.batches.in_epoch
-        self.empty_texts = getattr(getattr(dataset, 'config', None), 'empty', '') == 'keep' # the paper's datasets ask for them
+        # the paper's datasets ask for them
+        self.empty_texts = getattr(getattr(dataset, 'config', None), 'empty', '') == 'keep'
         self._place()
-        self.optimizer = make_optimizer(method, config.lr, config.weight_decay, config.optimizer, config.betas, config.momentum,
-                                        no_decay=config.no_decay, lr_scales=config.lr_scales)
+        self.optimizer = make_optimizer(method, config.lr, config.weight_decay, config.optimizer, config.betas,
+                                        config.momentum, no_decay=config.no_decay, lr_scales=config.lr_scales)
         self.plateau = Plateau(config.plateau_factor, config.plateau_patience) if config.schedule == 'plateau' else None
         self.trainable = [p for g in self.optimizer.param_groups for p in g['params']]
         self.average = Average(method, config.ema) if config.ema else None
-        self.autocast, self.scaler = autocast_of(config.precision, self.device), scaler_of(config.precision, self.device)
-        self.step, self.best, self.best_step, self.bad, self.stopped, self.journal, self.lock = 0, None, None, 0, '', None, None
+        self.autocast, self.scaler = (autocast_of(config.precision, self.device),
+                                      scaler_of(config.precision, self.device))
+        self.step, self.bad, self.stopped = 0, 0, ''
+        self.best, self.best_step, self.journal, self.lock = None, None, None, None
 
-    def together(self, rows):
+    def together(self, rows:int) -> int:
         "Count the samples that the losses see at once, where a process has `rows`."
         return rows * (self.exchange.world if self.method.gathered else 1)
 
@@ -60,25 +68,28 @@ class Loop:
         spread_weights(self.method)
 
     def _sync_norms(self, module):
-        for name, child in module.named_children(): setattr(module, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(child))
+        for name, child in module.named_children():
+            setattr(module, name, torch.nn.SyncBatchNorm.convert_sync_batchnorm(child))
 
-    def state(self):
+    def state(self) -> StepState:
         "Say where the run stands, in the method's terms."
-        return StepState(self.step, self.total, self.step // self.in_epoch, self.config.seed, self.exchange.rank, self.exchange.world)
+        return StepState(self.step, self.total, self.step // self.in_epoch, self.config.seed, self.exchange.rank,
+                         self.exchange.world)
 
-    def prepare(self, batch):
+    def prepare(self, batch:dict) -> dict:
         "Move a batch to the device and augment it."
         batch = to_device(batch, self.device)
         return self.transform(batch, self.config.seed, batch.get('epoch', 0)) if self.transform else batch
 
 # %% ../../nbs/419a_train.step.ipynb #7bb8c8a7
 def rate(
-    loop, # Loop
+    loop:Loop, # the run
 ) -> float: # factor of the peak learning rate at the step that comes next
     "Give the factor of the learning rate: of the head's warm-up, or of the schedule and the plateau."
     c = loop.config
     if loop.step < c.head_warmup: return c.head_lr / c.lr
-    scale = lr_scale(loop.step - c.head_warmup, loop.total - c.head_warmup, c.warmup, c.schedule, c.floor, loop.in_epoch)
+    scale = lr_scale(loop.step - c.head_warmup, loop.total - c.head_warmup, c.warmup, c.schedule, c.floor,
+                     loop.in_epoch)
     return scale * loop.plateau.scale if loop.plateau else scale
 
 # %% ../../nbs/419a_train.step.ipynb #8d2df83a
@@ -87,8 +98,10 @@ def _check_loss(loop, result, batch):
     finite = bool(torch.stack([v.float() for v in result.losses.values()]).isfinite().all())
     if not anywhere(not finite, loop.device): return
     rows = guilty(loop.method, batch, loop.prepare, loop.autocast) if not finite else {}
-    why = [w for w in gather_objects('' if finite else not_finite(result.losses, loop.method, names_of(batch), rows)) if w]
-    raise DataError(f'step {loop.step + 1}: {" ".join(dict.fromkeys(why))}', fix='The checkpoints before this step are kept.')
+    why = [w for w in gather_objects('' if finite else not_finite(result.losses, loop.method, names_of(batch), rows))
+           if w]
+    raise DataError(f'step {loop.step + 1}: {" ".join(dict.fromkeys(why))}',
+                    fix='The checkpoints before this step are kept.')
 
 
 def _check_norm(loop, norm, results):
@@ -96,7 +109,8 @@ def _check_norm(loop, norm, results):
     if torch.isfinite(norm): return
     if loop.scaler.is_enabled() and loop.scaler.get_scale() > 1e-4: return
     bad = [n for r in results for n in names_of(r.batch, broken_rows(r.gradients, batch_size(r.batch)))]
-    raise DataError(f'step {loop.step + 1}: the gradient is not finite' + (f': sample {", ".join(bad[:8])}.' if bad else '.'),
+    whose = f': sample {", ".join(bad[:8])}.' if bad else '.'
+    raise DataError(f'step {loop.step + 1}: the gradient is not finite{whose}',
                     fix='Lower lr, set clip, or use bf16. The checkpoints before this step are kept.')
 
 # %% ../../nbs/419a_train.step.ipynb #d8d7ce90
@@ -108,9 +122,11 @@ def _gradient(loop, batches, state):
     results = []
     for micro, batch in enumerate(batches):
         if not loop.empty_texts: check_texts(batch)
-        if batch_size(batch) < loop.config.batch_size: check_rows(loop.method, loop.together(batch_size(batch)), f'step {loop.step + 1}: a batch', names_of(batch))
-        results.append(backward_batch(loop.method, batch, state, loop.config.chunk_size, loop.prepare, loop.autocast, scale, loop.exchange,
-                                      micro, check=lambda result, batch=batch: _check_loss(loop, result, batch)))
+        if batch_size(batch) < loop.config.batch_size:
+            check_rows(loop.method, loop.together(batch_size(batch)), f'step {loop.step + 1}: a batch', names_of(batch))
+        results.append(backward_batch(loop.method, batch, state, loop.config.chunk_size, loop.prepare, loop.autocast,
+                                      scale, loop.exchange, micro,
+                                      check=lambda result, batch=batch: _check_loss(loop, result, batch)))
     average_gradients(loop.trainable)
     return results
 
@@ -121,14 +137,15 @@ def _update(loop, results):
     gradients = [p.grad for p in loop.trainable if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     _check_norm(loop, norm, results)
-    if loop.config.clip and torch.isfinite(norm): torch.nn.utils.clip_grads_with_norm_(loop.trainable, loop.config.clip, norm)
+    if loop.config.clip and torch.isfinite(norm):
+        torch.nn.utils.clip_grads_with_norm_(loop.trainable, loop.config.clip, norm)
     loop.scaler.step(loop.optimizer)
     loop.scaler.update()
     return norm
 
 # %% ../../nbs/419a_train.step.ipynb #e7fabc90
 def one_step(
-    loop, # Loop, in training mode
+    loop:Loop, # the run, in training mode
     batches:list, # the batches of this step, `accumulate` of them
 ) -> dict: # losses (means over the batches), lr, grad_norm
     """Make one optimiser step.
@@ -141,7 +158,8 @@ def one_step(
     norm = _update(loop, results)
     average_statistics(loop.method)
     if loop.average: loop.average.update(loop.method, loop.step)
-    if type(loop.method).after_step is not Method.after_step: loop.method.after_step(join([r.features for r in results]), state)
+    if type(loop.method).after_step is not Method.after_step:
+        loop.method.after_step(join([r.features for r in results]), state)
     loop.step += 1
     names = list(results[0].losses)
     means = torch.stack([torch.stack([r.losses[n].float() for n in names]) for r in results]).mean(0)

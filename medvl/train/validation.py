@@ -7,6 +7,7 @@ __all__ = ['check_blocks', 'blocks', 'validation_loss']
 
 # %% ../../nbs/418_train.validation.ipynb #a125df7d
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..core.errors import DataError
 from ..core.seed import key_of
 from ..data.batch import batch_size as rows_of
-from ..methods.base import evaluating
+from ..methods.base import Method, StepState, evaluating
 from .checks import broken_rows, check_rows, names_of, not_finite
 from .distributed import exchange_of, gather_objects
 from .feed import make_loader
@@ -24,14 +25,16 @@ from .gradcache import PIXELS, join
 
 # %% ../../nbs/418_train.validation.ipynb #85d3dae6
 def check_blocks(
-    method, # Method, with `least_batch`
+    method:Method, # the method, with `least_batch`
     n:int, # samples of the validation set
     samples:int, # largest block
-):
+) -> None:
     """Refuse a validation set, or blocks of it, in which nothing can be compared.
 
     Raises: DataError: a loss that is always 0 would choose the first weights as the best."""
-    if n: check_rows(method, n // math.ceil(n / samples), f'a block of the validation set (valid_samples={samples} of {n})')
+    if n:
+        check_rows(method, n // math.ceil(n / samples),
+                   f'a block of the validation set (valid_samples={samples} of {n})')
 
 
 def blocks(
@@ -46,7 +49,8 @@ def _encoded(method, chunk, prepare, autocast):
     "Encode one batch; give features (float32, CPU where processes exchange them) and the batch without pixels."
     chunk = prepare(chunk) if prepare else chunk
     with autocast(): features = method.encode(chunk)
-    features = {k: v.float() if isinstance(v, Tensor) and v.dtype in (torch.float16, torch.bfloat16) else v for k, v in features.items()}
+    features = {k: v.float() if isinstance(v, Tensor) and v.dtype in (torch.float16, torch.bfloat16) else v
+                for k, v in features.items()}
     return features, chunk if not method.chunkable else {k: v for k, v in chunk.items() if k not in PIXELS}
 
 # %% ../../nbs/418_train.validation.ipynb #0af6c6ab
@@ -79,19 +83,20 @@ def _everyones(parts, device):
 
 # %% ../../nbs/418_train.validation.ipynb #c2610da6
 def validation_loss(
-    method, # Method
-    dataset, # validation samples; read at epoch 0, so that drawn sentences are the same every time
-    state, # StepState
+    method:Method, # the method
+    dataset:object, # validation samples; read at epoch 0, so that drawn sentences are the same every time
+    state:StepState, # where the run stands
     batch_size:int=16, # samples encoded at once: memory, not result
     samples:int=1024, # samples compared at once: result, not memory
     workers:int=0, # loader processes
-    prepare=None, # callable(batch) -> batch on the device
-    autocast=nullcontext, # callable giving the context of the precision
+    prepare:Callable|None=None, # callable(batch) -> batch on the device
+    autocast:Callable=nullcontext, # callable giving the context of the precision
 ) -> dict: # loss names with 'valid_' before them -> float, means over samples
     "Compute the validation loss over blocks of the whole set."
     exchange, plan = exchange_of(), []
     for block in blocks(len(dataset), samples):
-        mine = np.array_split(block, exchange.world)[exchange.rank] if method.chunkable or exchange.world == 1 else block
+        mine = (np.array_split(block, exchange.world)[exchange.rank] if method.chunkable
+                or exchange.world == 1 else block)
         plan.append([[(0, int(i)) for i in mine[a:a + batch_size]] for a in range(0, len(mine), batch_size)])
     loader, found = iter(make_loader(dataset, [keys for chunks in plan for keys in chunks], workers)), []
     torch.manual_seed(key_of(state.seed, 'valid'))

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_matrix
 
 from medvl.evaluate.metrics.rank import (
-    NotComputable, auroc_of, average_precision_of, best_f1_of, pr_auc_of, rank_table, ratio, sensitivity_at_specificity_of, specificity_at_sensitivity_of, stated,
+    NotComputable, auroc_of, average_precision_of, best_f1_of, pr_auc_of, rank_table, ratio,
+    sensitivity_at_specificity_of, specificity_at_sensitivity_of, stated,
 )
 
 # %% ../../../nbs/500b_evaluate.metrics.curves.ipynb #6e67bd57
@@ -24,11 +26,14 @@ from medvl.evaluate.metrics.rank import (
 class Metric:
     "A metric that can be evaluated for many re-weighted copies of the data at once."
     name: str               # short name, the value of the column `metric` in result tables
-    kind: str               # 'rank': value(RankCounts); 'sums': value((q, r) sums); 'classes': value((k, k, r) confusion, rows = truth)
+    # 'rank': value(RankCounts); 'sums': value((q, r) sums); 'classes': value((k, k, r) confusion, rows = truth)
+    kind: str
     value: Callable         # gives (r,) values, NaN where the metric does not exist
     columns: Callable = None # kind 'sums' only: (labels bool (n,), scores (n,)) -> (n, q) columns that are added up
     better: str = 'higher'  # 'higher' or 'lower'
-    behind: tuple = ()      # of a share within 0..1: whose patients it rests on ('rows', 'positives', 'negatives', 'classes', or columns that are its denominator)
+    # of a share within 0..1: whose patients it rests on ('rows', 'positives', 'negatives', 'classes', or columns that
+    # are its denominator)
+    behind: tuple = ()
 
 # %% ../../../nbs/500b_evaluate.metrics.curves.ipynb #f4184968
 def _pfbeta_value(sums, beta):
@@ -42,7 +47,7 @@ def pfbeta_metric(
     beta: float = 1., # weight of recall against precision
 ) -> Metric:
     "Probabilistic F-beta; scores are clipped to 0..1 as the challenge's code does."
-    def columns(y, s):
+    def columns(y: np.ndarray, s: np.ndarray):
         p = np.clip(s, 0, 1)
         return np.stack([p * y, p * ~y, y], axis=1)
     return Metric('pf1' if beta == 1 else f'pf{beta:g}', 'sums', lambda sums: _pfbeta_value(sums, beta), columns)
@@ -56,11 +61,13 @@ _AT = {
     'accuracy': lambda tp, fp, fn, tn: ratio(tp + tn, tp + fp + fn + tn),
     'balanced_accuracy': lambda tp, fp, fn, tn: (ratio(tp, tp + fn) + ratio(tn, tn + fp)) / 2,
     'f1': lambda tp, fp, fn, tn: np.where(tp + fn > 0, ratio(2 * tp, 2 * tp + fp + fn), np.nan),
-    'macro_f1': lambda tp, fp, fn, tn: (np.nan_to_num(ratio(2 * tp, 2 * tp + fp + fn)) + np.nan_to_num(ratio(2 * tn, 2 * tn + fp + fn))) / 2,
+    'macro_f1': lambda tp, fp, fn, tn: (np.nan_to_num(ratio(2 * tp, 2 * tp + fp + fn))
+                                        + np.nan_to_num(ratio(2 * tn, 2 * tn + fp + fn))) / 2,
 }
 
 # %% ../../../nbs/500b_evaluate.metrics.curves.ipynb #05921619
-_BEHIND = {'sensitivity': ((0, 2),), 'specificity': ((1, 3),), 'precision': ((0, 1),), 'npv': ((2, 3),), 'accuracy': ('rows',), 'balanced_accuracy': ((0, 2), (1, 3))}
+_BEHIND = {'sensitivity': ((0, 2),), 'specificity': ((1, 3),), 'precision': ((0, 1),), 'npv': ((2, 3),),
+           'accuracy': ('rows',), 'balanced_accuracy': ((0, 2), (1, 3))}
 
 
 def at_threshold(
@@ -72,7 +79,7 @@ def at_threshold(
     Raises: ValueError for an unknown name."""
     if name not in _AT:
         raise ValueError(f'no metric {name!r} at a threshold; choose one of {", ".join(_AT)}')
-    def columns(y, s):
+    def columns(y: np.ndarray, s: np.ndarray):
         called = s >= threshold
         return np.stack([called & y, called & ~y, ~called & y, ~called & ~y], axis=1)
     return Metric(name, 'sums', lambda sums: _AT[name](*sums), columns, behind=_BEHIND.get(name, ()))
@@ -108,10 +115,13 @@ METRICS = {m.name: m for m in (
     Metric('average_precision', 'rank', average_precision_of),
     Metric('pr_auc', 'rank', pr_auc_of),
     Metric('pf1_binarized', 'rank', best_f1_of),
-    Metric('sensitivity_at_90_specificity', 'rank', sensitivity_at_specificity_of(.9), behind=('positives', 'negatives')),
-    Metric('specificity_at_90_sensitivity', 'rank', specificity_at_sensitivity_of(.9), behind=('positives', 'negatives')),
+    Metric('sensitivity_at_90_specificity', 'rank', sensitivity_at_specificity_of(.9),
+           behind=('positives', 'negatives')),
+    Metric('specificity_at_90_sensitivity', 'rank', specificity_at_sensitivity_of(.9),
+           behind=('positives', 'negatives')),
     pfbeta_metric(),
-    Metric('brier', 'sums', lambda sums: ratio(*sums), lambda y, s: np.stack([(s - y)**2, np.ones(len(s))], axis=1), better='lower'),
+    Metric('brier', 'sums', lambda sums: ratio(*sums), lambda y, s: np.stack([(s - y)**2, np.ones(len(s))], axis=1),
+           better='lower'),
     Metric('mean', 'sums', lambda sums: ratio(*sums), lambda y, s: np.stack([s, np.ones(len(s))], axis=1)),
     Metric('class_accuracy', 'classes', class_accuracy_of, behind=('rows',)),
     Metric('class_macro_f1', 'classes', class_macro_f1_of),
@@ -128,7 +138,9 @@ def metric_of(
     Raises: ValueError naming the known metrics."""
     if isinstance(metric, Metric): return metric
     if metric not in METRICS:
-        raise ValueError(f'unknown metric {metric!r}; known: {", ".join(METRICS)} (or pass a Metric, e.g. at_threshold("sensitivity", .5))')
+        raise ValueError(
+            f'unknown metric {metric!r}; known: {", ".join(METRICS)} (or pass a Metric, e.g. '
+            'at_threshold("sensitivity", .5))')
     return METRICS[metric]
 
 # %% ../../../nbs/500b_evaluate.metrics.curves.ipynb #ec9b9c6a
@@ -138,7 +150,8 @@ def _group_sums(
     n_groups: int,       # c
 ) -> csr_matrix: # (q, c) float64; sparse, so that no BLAS threads are woken for a small product
     "Add up the columns within each group."
-    return csr_matrix(np.stack([np.bincount(groups, weights=col.astype(float), minlength=n_groups) for col in columns.T]))
+    return csr_matrix(np.stack([np.bincount(groups, weights=col.astype(float), minlength=n_groups)
+                                for col in columns.T]))
 
 def _class_rows(
     labels, # (n,) class numbers, NaN not stated
@@ -153,7 +166,8 @@ def _class_rows(
     keep = ~np.isnan(y)
     wrong = np.flatnonzero(keep & ((y < 0) | (y >= s.shape[1]) | (y != np.round(y))))
     if len(wrong): raise ValueError(f'class {y[wrong[0]]} at row {wrong[0]}: classes are 0..{s.shape[1] - 1} or NaN')
-    if np.isnan(s[keep]).any(): raise ValueError(f'score NaN at row {np.flatnonzero(keep)[np.isnan(s[keep]).any(1)][0]}')
+    if np.isnan(s[keep]).any():
+        raise ValueError(f'score NaN at row {np.flatnonzero(keep)[np.isnan(s[keep]).any(1)][0]}')
     return keep, y[keep].astype(int), s[keep].argmax(1), s.shape[1]
 
 # %% ../../../nbs/500b_evaluate.metrics.curves.ipynb #a86e2045
@@ -163,10 +177,12 @@ class _Rows:
         self.keep, y, s = stated(labels, scores)
         groups, self.n_positive = groups[self.keep], int(y.sum())
         self.table = rank_table(y, s, groups, self.n_groups, dtype) if 'rank' in kinds else None
-        self.sums = {i: _group_sums(m.columns(y, s), groups, self.n_groups) for i, m in enumerate(self.metrics) if m.kind == 'sums'}
+        self.sums = {i: _group_sums(m.columns(y, s), groups, self.n_groups) for i, m in enumerate(self.metrics)
+                     if m.kind == 'sums'}
 
     def _classes(self, labels, scores, groups, kinds):
-        if len(kinds) > 1: raise ValueError(f'class metrics and binary metrics cannot be mixed in one call: {sorted(kinds)}')
+        if len(kinds) > 1:
+            raise ValueError(f'class metrics and binary metrics cannot be mixed in one call: {sorted(kinds)}')
         self.keep, truth, guess, k = _class_rows(labels, scores)
         self.n_positive, self.k = None, k
         self.cells = _group_sums(np.eye(k * k)[truth * k + guess], groups[self.keep], self.n_groups)
@@ -175,12 +191,12 @@ class _Rows:
 class Evaluator(_Rows):
     "Metrics of one label, ready to be evaluated for many re-weighted copies of the rows."
     def __init__(self,
-        labels,          # (n,) 1/0/NaN, or class numbers 0..k-1 (NaN not stated) for metrics of kind 'classes'
-        scores,          # (n,) scores, or (n, k) class scores
-        metrics=('auroc',), # names or Metric objects
-        groups=None,     # (n,) int, group (patient) of each row; None: all rows in one group
-        n_groups=None,   # number of groups; None: largest group + 1
-        dtype=np.float64, # of the sums; float32 suffices for whole weights
+        labels: ArrayLike, # (n,) 1/0/NaN, or class numbers 0..k-1 (NaN not stated) for metrics of kind 'classes'
+        scores: ArrayLike, # (n,) scores, or (n, k) class scores
+        metrics: tuple|list = ('auroc',), # names or Metric objects
+        groups: np.ndarray|None = None, # (n,) int, group (patient) of each row; None: all rows in one group
+        n_groups: int|None = None, # number of groups; None: largest group + 1
+        dtype: type = np.float64, # of the sums; float32 suffices for whole weights
     ):
         self.metrics = [metric_of(m) for m in metrics]
         kinds = {m.kind for m in self.metrics}
@@ -198,12 +214,14 @@ class Evaluator(_Rows):
             confusion = (self.cells @ w).reshape(self.k, self.k, -1).astype(float)
             return np.stack([m.value(confusion) for m in self.metrics])
         counts = self.table.counts(w) if self.table is not None else None
-        return np.stack([m.value(counts) if m.kind == 'rank' else m.value(self.sums[i] @ w) for i, m in enumerate(self.metrics)])
+        return np.stack([m.value(counts) if m.kind == 'rank' else m.value(self.sums[i] @ w)
+                         for i, m in enumerate(self.metrics)])
 
     def patients_behind(self,
         j: int, # number of the metric
     ) -> int: # 0: the metric is no share
-        "Count the patients a share rests on: of sensitivity those with the finding, of AUROC the rarer kind (so many pairs share no patient)."
+        """Count the patients a share rests on: of sensitivity those with the finding, of AUROC the rarer kind (so many
+        pairs share no patient)."""
         return min((n for part in self.metrics[j].behind for n in self._patients(j, part)), default=0)
 
     def _patients(self, j, part):
@@ -218,9 +236,9 @@ class Evaluator(_Rows):
 # %% ../../../nbs/500b_evaluate.metrics.curves.ipynb #846e52a8
 def score(
     metric: str | Metric, # name or Metric
-    labels,               # (n,) 1/0/NaN, or class numbers
-    scores,               # (n,) or (n, k)
-    weights=None,         # (n,) weight of each row; None: 1
+    labels: ArrayLike,    # (n,) 1/0/NaN, or class numbers
+    scores: ArrayLike,    # (n,) or (n, k)
+    weights: ArrayLike|None = None, # (n,) weight of each row; None: 1
 ) -> float:
     """Compute one metric.
 
@@ -238,46 +256,49 @@ def why_not(
     name, n, dropped = evaluator.metrics[0].name, evaluator.n, evaluator.n_dropped
     seen = f'{n} rows with a stated label' + (f' ({dropped} not stated)' if dropped else '')
     if evaluator.n_positive is None: return f'{name}: {seen}'
-    return f'{name} needs both classes: {evaluator.n_positive} positive and {n - evaluator.n_positive} negative among {seen}'
+    return (f'{name} needs both classes: {evaluator.n_positive} positive and {n - evaluator.n_positive} negative '
+            f'among {seen}')
 
 # %% ../../../nbs/500b_evaluate.metrics.curves.ipynb #32815015
-def auroc(labels, scores, weights=None) -> float:
+def auroc(labels:ArrayLike, scores:ArrayLike, weights:ArrayLike|None=None) -> float:
     "Area under the ROC curve; ties count half."
     return score('auroc', labels, scores, weights)
 
-def average_precision(labels, scores, weights=None) -> float:
+def average_precision(labels:ArrayLike, scores:ArrayLike, weights:ArrayLike|None=None) -> float:
     "Average precision, the step-wise area under the precision-recall curve (the original's `auprc`)."
     return score('average_precision', labels, scores, weights)
 
-def pr_auc(labels, scores, weights=None) -> float:
+def pr_auc(labels:ArrayLike, scores:ArrayLike, weights:ArrayLike|None=None) -> float:
     "Trapezoidal area under the precision-recall points (the original's `pr_auc`)."
     return score('pr_auc', labels, scores, weights)
 
-def pfbeta(labels, scores, beta=1., weights=None) -> float:
+def pfbeta(labels:ArrayLike, scores:ArrayLike, beta:float=1., weights:ArrayLike|None=None) -> float:
     "Probabilistic F-beta of the RSNA breast challenge; scores are clipped to 0..1."
     return score(pfbeta_metric(beta), labels, scores, weights)
 
-def pfbeta_binarized(labels, scores, weights=None) -> float:
+def pfbeta_binarized(labels:ArrayLike, scores:ArrayLike, weights:ArrayLike|None=None) -> float:
     "Best F1 over all thresholds: chosen on the data it is computed on, so optimistic; for comparison only."
     return score('pf1_binarized', labels, scores, weights)
 
 # %% ../../../nbs/500b_evaluate.metrics.curves.ipynb #1daeb211
-def sensitivity_at_specificity(labels, scores, specificity=.9, weights=None) -> float:
+def sensitivity_at_specificity(labels:ArrayLike, scores:ArrayLike, specificity:float=.9,
+                               weights:ArrayLike|None=None) -> float:
     "Best sensitivity among thresholds with at least this specificity on the same data (a point of the ROC curve)."
-    return score(Metric('sensitivity_at_specificity', 'rank', sensitivity_at_specificity_of(specificity)), labels, scores, weights)
+    return score(Metric('sensitivity_at_specificity', 'rank', sensitivity_at_specificity_of(specificity)), labels,
+                 scores, weights)
 
-def accuracy(labels, scores, threshold=.5, weights=None) -> float:
+def accuracy(labels:ArrayLike, scores:ArrayLike, threshold:float=.5, weights:ArrayLike|None=None) -> float:
     "Share of rows on the right side of the threshold."
     return score(at_threshold('accuracy', threshold), labels, scores, weights)
 
-def balanced_accuracy(labels, scores, threshold=.5, weights=None) -> float:
+def balanced_accuracy(labels:ArrayLike, scores:ArrayLike, threshold:float=.5, weights:ArrayLike|None=None) -> float:
     "Mean of sensitivity and specificity at a threshold."
     return score(at_threshold('balanced_accuracy', threshold), labels, scores, weights)
 
-def macro_f1(labels, scores, threshold=.5, weights=None) -> float:
+def macro_f1(labels:ArrayLike, scores:ArrayLike, threshold:float=.5, weights:ArrayLike|None=None) -> float:
     "Mean of the F1 of positives and of negatives at a threshold."
     return score(at_threshold('macro_f1', threshold), labels, scores, weights)
 
-def class_accuracy(labels, scores, weights=None) -> float:
+def class_accuracy(labels:ArrayLike, scores:ArrayLike, weights:ArrayLike|None=None) -> float:
     "Share of rows whose highest class score is the true class (density accuracy)."
     return score('class_accuracy', labels, scores, weights)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.sparse import csr_matrix
 
 # %% ../../../nbs/500_evaluate.metrics.rank.ipynb #d1dcb875
@@ -19,8 +20,8 @@ class NotComputable(ValueError):
 
 # %% ../../../nbs/500_evaluate.metrics.rank.ipynb #99b382ea
 def stated(
-    labels, # (n,) 1 present, 0 absent, NaN not stated
-    scores, # (n,) real numbers, larger means more likely present
+    labels: ArrayLike, # (n,) 1 present, 0 absent, NaN not stated
+    scores: ArrayLike, # (n,) real numbers, larger means more likely present
 ) -> tuple: # keep bool (n,), labels bool (m,), scores float64 (m,): the m rows whose label is stated
     """Select the rows with a stated label and check the rest.
 
@@ -34,7 +35,8 @@ def stated(
         raise ValueError(f'label {y[wrong[0]]} at row {wrong[0]}: a binary label is 1, 0 or NaN (not stated)')
     broken = np.flatnonzero(keep & np.isnan(s))
     if len(broken):
-        raise ValueError(f'score NaN at row {broken[0]} ({len(broken)} in all): repair the predictions before scoring them')
+        raise ValueError(
+            f'score NaN at row {broken[0]} ({len(broken)} in all): repair the predictions before scoring them')
     return keep, y[keep] == 1, s[keep]
 
 # %% ../../../nbs/500_evaluate.metrics.rank.ipynb #39403eab
@@ -86,7 +88,7 @@ def rank_table(
     s: np.ndarray,      # (n,) float scores
     groups: np.ndarray, # (n,) int group of each row, 0..c-1
     n_groups: int,      # c
-    dtype=np.float64,   # number type of the sums; float32 is exact for whole weights below 2**24
+    dtype: type = np.float64, # number type of the sums; float32 is exact for whole weights below 2**24
 ) -> RankTable:
     "Build the table: one sort, one sparse matrix."
     up = np.unique(s[y])
@@ -99,7 +101,7 @@ def rank_table(
     return RankTable(matrix, up[::-1])
 
 # %% ../../../nbs/500_evaluate.metrics.rank.ipynb #fb6aa1b1
-def ratio(a, b):
+def ratio(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     "Divide arrays, with NaN where the denominator is zero."
     a, b = np.broadcast_arrays(np.asarray(a, float), np.asarray(b, float))
     return np.divide(a, b, out=np.full(a.shape, np.nan), where=b != 0)
@@ -132,8 +134,9 @@ def best_f1_of(c: RankCounts) -> np.ndarray:
 def sensitivity_at_specificity_of(
     specificity: float, # lowest specificity allowed, 0..1
 ) -> Callable: # RankCounts -> (r,) sensitivities
-    "Make the metric: the best sensitivity among thresholds with at least this specificity (0 if only 'nothing is positive' has it)."
-    def value(c):
+    """Make the metric: the best sensitivity among thresholds with at least this specificity (0 if only 'nothing is
+    positive' has it)."""
+    def value(c: RankCounts):
         allowed = c.fp <= (1 - specificity) * c.n_neg * (1 + 1e-12)
         best = np.max(np.where(allowed, c.tp, 0), axis=0, initial=0)
         return np.where(c.n_neg > 0, ratio(best, c.n_pos), np.nan)
@@ -143,7 +146,7 @@ def specificity_at_sensitivity_of(
     sensitivity: float, # lowest sensitivity allowed, 0..1
 ) -> Callable: # RankCounts -> (r,) specificities
     "Make the metric: the best specificity among thresholds with at least this sensitivity."
-    def value(c):
+    def value(c: RankCounts):
         allowed = c.tp >= sensitivity * c.n_pos * (1 - 1e-12)
         fewest = np.min(np.where(allowed, c.fp, c.n_neg), axis=0, initial=np.inf)
         return np.where(c.n_pos > 0, ratio(c.n_neg - np.minimum(fewest, c.n_neg), c.n_neg), np.nan)

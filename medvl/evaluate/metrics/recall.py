@@ -7,6 +7,7 @@ __all__ = ['TIED', 'retrieval_ranks', 'retrieval']
 
 # %% ../../../nbs/500c_evaluate.metrics.recall.ipynb #35d2bf25
 import numpy as np
+from numpy.typing import ArrayLike
 
 # %% ../../../nbs/500c_evaluate.metrics.recall.ipynb #3de4f20f
 TIED = 1e-9 # cosines that differ by less are equal: sums of equal vectors are rounded differently at different places
@@ -25,7 +26,9 @@ def retrieval_ranks(
     q, c, ranks = unit(queries), unit(candidates), []
     query_group, candidate_group = np.asarray(query_group), np.asarray(candidate_group)
     lonely = ~np.isin(query_group, candidate_group)
-    if lonely.any(): raise ValueError(f'query {np.flatnonzero(lonely)[0]} has no matching candidate (group {query_group[lonely][0]!r})')
+    if lonely.any():
+        raise ValueError(
+            f'query {np.flatnonzero(lonely)[0]} has no matching candidate (group {query_group[lonely][0]!r})')
     for i in range(0, len(q), chunk):
         similarity = q[i:i + chunk] @ c.T
         match = query_group[i:i + chunk, None] == candidate_group[None]
@@ -36,8 +39,8 @@ def retrieval_ranks(
 # %% ../../../nbs/500c_evaluate.metrics.recall.ipynb #0554bd66
 def retrieval(
     queries: np.ndarray, candidates: np.ndarray, # (q, d) and (c, d) embeddings
-    query_group, candidate_group,                # (q,) and (c,) groups that say what matches
-    ks=(1, 5, 10, 15),                           # cut-offs
+    query_group: ArrayLike, candidate_group: ArrayLike, # (q,) and (c,) groups that say what matches
+    ks: tuple = (1, 5, 10, 15),                  # cut-offs
 ) -> dict: # {'Recall@k': share, ..., 'MeanRank': mean}
     "Recall at k and mean rank."
     ranks = retrieval_ranks(queries, candidates, query_group, candidate_group)

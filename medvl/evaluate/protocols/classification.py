@@ -17,7 +17,7 @@ from ...core.errors import DataError, unknown_name
 from ...core.progress import progress
 from ...data.prepared import Prepared
 from ...data.samples.targets import check_targets, target_matrix
-from .embeddings import _AUTOCAST, _batches, _check_finite, _device
+from .embeddings import AUTOCAST, pixel_batches, check_finite, device_of
 from ..stats.histogram_baseline import beside_histogram, histogram_baseline
 from ..metrics.curves import score
 from ..metrics.rank import NotComputable
@@ -39,17 +39,17 @@ def predict_images(
     Raises: TypeError when the method cannot predict; DataError for an empty data set or a prediction that is not
     finite."""
     require(method, 'predict', by='predict_images')
-    if precision not in _AUTOCAST: raise ValueError(unknown_name('precision', precision, _AUTOCAST))
+    if precision not in AUTOCAST: raise ValueError(unknown_name('precision', precision, AUTOCAST))
     if not len(prepared): raise DataError('no images to predict.')
-    ids, device, found = prepared.manifest.image_id.astype(str).to_numpy(), _device(method), []
+    ids, device, found = prepared.manifest.image_id.astype(str).to_numpy(), device_of(method), []
     bar = progress(desc='predict', total=len(prepared), unit='img')
-    with evaluating(method), torch.autocast(device.type, _AUTOCAST[precision],
-                                            enabled=_AUTOCAST[precision] is not None):
-        for rows, pixels in _batches(prepared, np.arange(len(prepared)), batch_size):
+    with evaluating(method), torch.autocast(device.type, AUTOCAST[precision],
+                                            enabled=AUTOCAST[precision] is not None):
+        for rows, pixels in pixel_batches(prepared, np.arange(len(prepared)), batch_size):
             x = torch.from_numpy(pixels if pixels.dtype == np.uint8
                                  else pixels.astype(np.float32)*(255/65535)).unsqueeze(1)
             p = method.predict(x.to(device)).float().cpu().numpy()
-            _check_finite({'prediction': p}, rows, ids)
+            check_finite({'prediction': p}, rows, ids)
             found.append(p); bar.update(len(rows))
     bar.close()
     return np.concatenate(found).astype(np.float64)

@@ -23,14 +23,14 @@ from ...core.provenance import provenance
 from ...data.prepared import Prepared
 from ...data.text.tokens import tokenizer_digest
 from .embeddings import Embeddings, weights_digest
-from ...methods.base import capabilities, evaluating
+from ...methods.base import Method, capabilities, evaluating
 
 # %% ../../../nbs/506_evaluate.protocols.export.ipynb #37e52228
 SETTINGS = ( # of a configuration: they change vectors
     'padding', 'image_mean', 'image_std', 'pooling', 'image_pooling', 'lower_case', 'max_length', 'dim')
 
 def model_facts(
-    method, # Method
+    method:Method, # the method
 ) -> dict: # method, weights, settings, tokenizer
     "Identify a model by what decides its vectors."
     config = config_dict(method.config) if getattr(method, 'config', None) is not None else {}
@@ -42,9 +42,9 @@ def model_facts(
 # %% ../../../nbs/506_evaluate.protocols.export.ipynb #a7e6587d
 def refuse_other_model(
     facts: dict,   # of vectors: from a cache, or from a file
-    method,        # Method they are to be used with
+    method: Method, # the method they are to be used with
     file: str = '', # for the message
-):
+) -> None:
     """Let vectors pass that this model made.
 
     Raises: DataError for vectors of other weights, settings or tokens."""
@@ -54,7 +54,9 @@ def refuse_other_model(
         raise DataError(f'these embeddings were made by another model: {theirs}.', file=file or None, fix=fix)
     now, then = mine['settings'], facts.get('settings', {})
     changed = {k: (v, now[k]) for k, v in then.items() if k in now and now[k] != v}
-    if changed: raise DataError(f'the model has these weights, but reads differently: {changed} (file, now).', file=file or None, fix=fix)
+    if changed:
+        raise DataError(f'the model has these weights, but reads differently: {changed} (file, now).',
+                        file=file or None, fix=fix)
     if facts.get('tokenizer') and mine['tokenizer'] and facts['tokenizer'] != mine['tokenizer']:
         raise DataError('the sentences were cut by another tokenizer.', file=file or None, fix=fix)
 
@@ -88,7 +90,7 @@ def _write(file, frame, key, arrays, facts):
 
 # %% ../../../nbs/506_evaluate.protocols.export.ipynb #7abe9924
 def file_facts(
-    file, # Parquet file
+    file: str|Path, # Parquet file
 ) -> dict:
     """Read what a file says about itself, without its vectors.
 
@@ -96,7 +98,8 @@ def file_facts(
     if not Path(file).exists(): raise DataError('there is no such file.', file=str(file))
     try: meta = pq.read_schema(file).metadata or {}
     except (pa.ArrowInvalid, OSError) as e:
-        raise DataError(f'not a readable Parquet file ({type(e).__name__}: {e}).', file=str(file), fix='Export again.') from e
+        raise DataError(f'not a readable Parquet file ({type(e).__name__}: {e}).', file=str(file),
+                        fix='Export again.') from e
     if KEY not in meta:
         raise DataError('this Parquet file holds no embeddings of medvl.', file=str(file),
                         fix='Write it with export_embeddings: vectors without their model cannot be trusted.')
@@ -105,7 +108,8 @@ def file_facts(
 def _read(file, kind):
     "Read table and arrays, checking the vectors against their digest."
     facts = file_facts(file)
-    if facts['kind'] != kind: raise DataError(f'this file holds embeddings of {facts["kind"]}s, not of {kind}s.', file=str(file))
+    if facts['kind'] != kind:
+        raise DataError(f'this file holds embeddings of {facts["kind"]}s, not of {kind}s.', file=str(file))
     try: table = pq.read_table(file)
     except (pa.ArrowInvalid, OSError) as e:
         raise DataError(f'not readable ({type(e).__name__}: {e}).', file=str(file), fix='Export again.') from e
@@ -118,22 +122,24 @@ def _read(file, kind):
     return frame, arrays, facts
 
 # %% ../../../nbs/506_evaluate.protocols.export.ipynb #0609d3bc
-COLUMNS = ('patient_id', 'exam_id', 'laterality', 'view', 'source', 'split', 'density', 'birads', 'pathology', 'pixel_sha256')
+COLUMNS = ('patient_id', 'exam_id', 'laterality', 'view', 'source', 'split', 'density', 'birads', 'pathology',
+           'pixel_sha256')
 
 def preprocessing_of(
     prepared: Prepared, # data set
 ) -> dict: # profile, height, width
     "Say how the pixels were made."
-    return {'profile': prepared.info.get('profile', ''), 'height': int(prepared.images.shape[1]), 'width': int(prepared.images.shape[2])}
+    return {'profile': prepared.info.get('profile', ''), 'height': int(prepared.images.shape[1]),
+            'width': int(prepared.images.shape[2])}
 
 
 def export_embeddings(
     embeddings: Embeddings, # from `embed`
     prepared: Prepared,     # data set they belong to; its rows are written
-    file,                   # Parquet file
-    method=None,            # the model: adds its settings, and refuses vectors that are not its own
-    columns=COLUMNS,        # columns of the manifest to add; labels always come along
-    what=None,              # arrays; None: all
+    file: str|Path,         # Parquet file
+    method: Method|None = None, # the model: adds its settings, and refuses vectors that are not its own
+    columns: tuple|list = COLUMNS, # columns of the manifest to add; labels always come along
+    what: str|tuple|list|None = None, # arrays; None: all
 ) -> Path: # the file
     """Write image vectors with ids, labels and provenance.
 
@@ -143,9 +149,10 @@ def export_embeddings(
     arrays = {k: embeddings.of(prepared, k) for k in names}
     m = prepared.manifest
     keep = ['image_id', *(c for c in columns if c in m and c != 'image_id'), *(c for c in m if c.startswith('label_'))]
-    settings = {} if method is None else {k: v for k, v in model_facts(method).items() if k in ('settings', 'tokenizer')}
-    facts = {**embeddings.facts, **settings, 'kind': 'image', 'preprocessing': preprocessing_of(prepared), 'dataset': prepared.digest,
-             'provenance': provenance()}
+    settings = ({} if method is None
+                else {k: v for k, v in model_facts(method).items() if k in ('settings', 'tokenizer')})
+    facts = {**embeddings.facts, **settings, 'kind': 'image', 'preprocessing': preprocessing_of(prepared),
+             'dataset': prepared.digest, 'provenance': provenance()}
     return _write(Path(file), m[keep], 'image_id', arrays, facts)
 
 # %% ../../../nbs/506_evaluate.protocols.export.ipynb #f528fc9d
@@ -160,8 +167,8 @@ def _same_pixels(frame, manifest, file):
 
 # %% ../../../nbs/506_evaluate.protocols.export.ipynb #2fb39217
 def read_embeddings(
-    file,          # written by `export_embeddings`
-    method=None,   # refuse the vectors of any other model
+    file: str|Path, # written by `export_embeddings`
+    method: Method|None = None, # refuse the vectors of any other model
     prepared: Prepared = None, # refuse vectors of other pixels or another preprocessing
 ) -> tuple: # Embeddings, and the table that travelled along
     """Read image vectors back.
@@ -179,35 +186,40 @@ def read_embeddings(
 
 # %% ../../../nbs/506_evaluate.protocols.export.ipynb #25f5c1c4
 def embed_texts(
-    method,      # Method with encode_text or project_text
-    texts,       # list of n str
-    folder=None, # where the files lie; None: outputs/embeddings
+    method: Method, # the method with encode_text or project_text
+    texts: list, # list of n str
+    folder: str|Path|None = None, # where the files lie; None: outputs/embeddings
     batch_size: int = 64,
 ) -> np.ndarray: # (n, d) float32, unit rows
     """Embed sentences, or read what was embedded before; equal sentences are embedded once.
 
     Raises: DataError for a text that leaves no token; TypeError when the method reads no text."""
     offered = [c for c in ('encode_text', 'project_text') if c in capabilities(method)]
-    if not offered: raise TypeError(f'{type(method).__name__} cannot read text: it offers neither encode_text nor project_text')
+    if not offered:
+        raise TypeError(f'{type(method).__name__} cannot read text: it offers neither encode_text nor project_text')
     distinct = list(dict.fromkeys(texts))
     for i, t in enumerate(distinct):
         if not isinstance(t, str) or not t.strip():
-            raise DataError(f'the text {t!r} has no token.', row=i, fix='Leave out samples without a report, or give them a text.')
+            raise DataError(f'the text {t!r} has no token.', row=i,
+                            fix='Leave out samples without a report, or give them a text.')
     facts = model_facts(method)
-    path = Path(folder or outputs_path('embeddings'))/f'texts-{digest([facts["weights"], facts["settings"], distinct])[:20]}.parquet'
+    key = digest([facts['weights'], facts['settings'], distinct])[:20]
+    path = Path(folder or outputs_path('embeddings'))/f'texts-{key}.parquet'
     if not path.exists():
-        encode, groups = getattr(method, offered[0]), [distinct[i:i + batch_size] for i in range(0, len(distinct), batch_size)]
+        encode = getattr(method, offered[0])
+        groups = [distinct[i:i + batch_size] for i in range(0, len(distinct), batch_size)]
         with evaluating(method): x = np.concatenate([encode(g).float().cpu().numpy() for g in groups])
         x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {**model_facts(method), 'kind': 'text', 'provenance': provenance()} # anew: the tokenizer may have been loaded only now
+        # anew: the tokenizer may have been loaded only now
+        facts = {**model_facts(method), 'kind': 'text', 'provenance': provenance()}
         _write(path, pd.DataFrame({'text': distinct}), 'text', {'vector': x}, facts)
     return read_texts(path, method)[1][pd.Index(distinct).get_indexer(texts)]
 
 # %% ../../../nbs/506_evaluate.protocols.export.ipynb #22e8a272
 def read_texts(
-    file,        # written by `embed_texts`
-    method=None, # refuse the vectors of any other model
+    file: str|Path, # written by `embed_texts`
+    method: Method|None = None, # refuse the vectors of any other model
 ) -> tuple: # list of texts, (n, d) float32
     """Read sentence vectors.
 

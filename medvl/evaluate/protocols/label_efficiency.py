@@ -18,7 +18,7 @@ import torch
 from ...data.histogram import histogram_table
 from ...data.prepared import Prepared
 from ...data.splits import fraction_patients
-from ..stats.bootstrap import _estimate, _exact, settled, resample
+from ..stats.bootstrap import estimate_of, exact_values, settled, resample
 from .linear_probe import CS, fit_subset, fit_plan, score_probe, targets_of
 from ..metrics.curves import METRICS, Evaluator
 from .embeddings import Embeddings
@@ -96,7 +96,7 @@ def _evaluated(tests, metrics, n_boot, seed):
     evs = {k: Evaluator(s.labels, s.scores, wanted(s), codes, n, np.float32) for k, s in tests.items()}
     draws = (resample(list(evs.values()), n_boot, seed) if n_boot
              else [np.full((len(e.metrics), 0), np.nan) for e in evs.values()])
-    return {k: (e, _exact(e), d) for (k, e), d in zip(evs.items(), draws)}
+    return {k: (e, exact_values(e), d) for (k, e), d in zip(evs.items(), draws)}
 
 # %% ../../../nbs/526_evaluate.protocols.label_efficiency.ipynb #ce9770be
 def _fit_table(rows, found, unit, level):
@@ -108,7 +108,7 @@ def _fit_table(rows, found, unit, level):
             out.append({**row, 'metric': '', 'value': np.nan, 'note': f'not computable: {row["note"]}'}); continue
         ev, values, draws = found[key]
         for j, m in enumerate(ev.metrics):
-            e = _estimate(ev, j, values[j], draws[j], level, 'percentile', unit)
+            e = estimate_of(ev, j, values[j], draws[j], level, 'percentile', unit)
             out.append({**row, 'metric': m.name, 'value': e.value, 'low': e.low, 'high': e.high, 'unit': unit, 'n': e.n,
                         'n_positive': e.n_positive, 'patients': e.n_clusters, 'split': 'test', 'note': e.note})
     columns = ['task', 'metric', 'fraction', 'seed', 'train_patients', 'train_images', 'train_positive', 'C', 'value',

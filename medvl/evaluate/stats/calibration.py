@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 
@@ -20,7 +21,7 @@ from .scored import Scored, need_split
 
 # %% ../../../nbs/503_evaluate.stats.calibration.ipynb #3aba52e9
 def bin_edges(
-    probabilities, # (n,) 0..1
+    probabilities: ArrayLike, # (n,) 0..1
     bins: int = 15, # number of bins
     binning: str = 'mass', # 'mass' (equal counts) or 'width' (equal widths)
 ) -> np.ndarray: # inner edges, ascending; a value belongs to bin number searchsorted(edges, value, 'right')
@@ -28,14 +29,15 @@ def bin_edges(
 
     Raises: ValueError for an unknown binning or values outside 0..1."""
     p = np.asarray(probabilities, float)
-    if len(p) and (p.min() < 0 or p.max() > 1): raise ValueError(f'calibration needs probabilities in 0..1; got {p.min():.3g} to {p.max():.3g}')
+    if len(p) and (p.min() < 0 or p.max() > 1):
+        raise ValueError(f'calibration needs probabilities in 0..1; got {p.min():.3g} to {p.max():.3g}')
     if binning == 'width': return np.linspace(0, 1, bins + 1)[1:-1]
     if binning != 'mass': raise ValueError(f'unknown binning {binning!r}: choose mass or width')
     return np.unique(np.quantile(p, np.linspace(0, 1, bins + 1)[1:-1], method='higher')) if len(p) else np.array([])
 
 # %% ../../../nbs/503_evaluate.stats.calibration.ipynb #555ceb1e
 def reliability(
-    labels, probabilities, # (n,) 1/0/NaN and (n,) 0..1
+    labels: ArrayLike, probabilities: ArrayLike, # (n,) 1/0/NaN and (n,) 0..1
     bins: int = 10, binning: str = 'mass', # as in `bin_edges`
 ) -> pd.DataFrame: # one row a bin: n, predicted, observed, low, high
     "Tabulate predicted against observed frequency."
@@ -51,15 +53,16 @@ def reliability(
 def plot_reliability(
     table: pd.DataFrame, # from `reliability`
     label: str = None,   # name in the legend
-    ax=None,             # matplotlib axes
-): # the axes
+    ax: object = None,   # matplotlib axes
+) -> object: # the axes
     "Draw a reliability table; the diagonal is perfect calibration."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(3.2, 3.2), layout='constrained')[1]
     ax.plot([0, 1], [0, 1], color='0.6', lw=.8, ls='--')
     error = np.clip([table.observed - table.low, table.high - table.observed], 0, None)
     ax.errorbar(table.predicted, table.observed, yerr=error, marker='o', ms=4, lw=1.2, capsize=2, label=label)
-    ax.set(xlabel='predicted probability', ylabel='observed frequency', xlim=(-.02, 1.02), ylim=(-.02, 1.02), aspect='equal')
+    ax.set(xlabel='predicted probability', ylabel='observed frequency', xlim=(-.02, 1.02), ylim=(-.02, 1.02),
+           aspect='equal')
     if label: ax.legend(frameon=False, fontsize=8)
     return ax
 
@@ -70,13 +73,14 @@ def ece_metric(
 ) -> Metric:
     "Expected calibration error with fixed bins, as a metric that can be bootstrapped."
     k = len(edges) + 1
-    def columns(y, p):
+    def columns(y: np.ndarray, p: np.ndarray):
         one = np.eye(k)[np.searchsorted(edges, p, side='right')]
         return np.concatenate([one * (p - y)[:, None], np.ones((len(p), 1))], axis=1)
-    def value(sums): return np.divide(np.abs(sums[:k]).sum(0), sums[k], out=np.full(sums.shape[1], np.nan), where=sums[k] > 0)
+    def value(sums: np.ndarray):
+        return np.divide(np.abs(sums[:k]).sum(0), sums[k], out=np.full(sums.shape[1], np.nan), where=sums[k] > 0)
     return Metric(name, 'sums', value, columns, better='lower')
 
-def ece(labels, probabilities, bins=15, binning='mass') -> float:
+def ece(labels: ArrayLike, probabilities: ArrayLike, bins: int = 15, binning: str = 'mass') -> float:
     "Expected calibration error."
     _, y, p = stated(labels, probabilities)
     m = ece_metric(bin_edges(p, bins, binning))
@@ -90,9 +94,11 @@ def calibration(
 ) -> pd.DataFrame: # rows: brier, ece_mass, ece_width, mean probability minus prevalence
     "Tabulate calibration errors with patient-clustered intervals."
     _, _, p = stated(scored.labels, scored.scores)
-    bias = Metric('calibration_in_the_large', 'sums', METRICS['mean'].value, lambda y, s: np.stack([s - y, np.ones(len(s))], axis=1))
+    bias = Metric('calibration_in_the_large', 'sums', METRICS['mean'].value,
+                  lambda y, s: np.stack([s - y, np.ones(len(s))], axis=1))
     metrics = [METRICS['brier'], *(ece_metric(bin_edges(p, bins, b), f'ece_{b}') for b in ('mass', 'width')), bias]
-    found = estimates({scored.task: (scored.labels, scored.scores)}, scored.patients, metrics, n_boot, level, seed=seed, unit=scored.unit)
+    found = estimates({scored.task: (scored.labels, scored.scores)}, scored.patients, metrics, n_boot, level,
+                      seed=seed, unit=scored.unit)
     return pd.DataFrame([{'task': t, 'metric': m, **e.row(), 'split': scored.split} for (t, m), e in found.items()])
 
 # %% ../../../nbs/503_evaluate.stats.calibration.ipynb #af4b5390
@@ -135,16 +141,23 @@ def fit_scaling(
 ) -> Scaling:
     """Fit a calibration map on validation data.
 
-    Raises: LeakError for other data; NotComputable with one class or a negative Platt slope; ValueError for an unknown kind.
+    Raises: LeakError for other data; NotComputable with one class or a negative Platt slope; ValueError for an unknown
+    kind.
     Source: Guo et al. 2017 (temperature), Platt 1999."""
     need_split(valid, 'valid', purpose='fitting a calibration map')
     _, y, p = stated(valid.labels, valid.scores)
-    if y.all() or not y.any(): raise NotComputable(f'{valid.task}: a calibration map needs both classes, {y.sum()} of {len(y)} are positive')
+    if y.all() or not y.any():
+        raise NotComputable(f'{valid.task}: a calibration map needs both classes, {y.sum()} of {len(y)} are positive')
     x = _logit(p)
     if kind == 'temperature':
         loss = lambda a: np.mean(np.logaddexp(0, np.exp(a) * x) - y * np.exp(a) * x)
-        return Scaling(kind, float(np.exp(minimize_scalar(loss, bounds=(-8, 8), method='bounded', options={'xatol': 1e-10}).x)), 0., valid.task, len(y))
+        return Scaling(kind,
+                       float(np.exp(minimize_scalar(loss, bounds=(-8, 8), method='bounded',
+                                                    options={'xatol': 1e-10}).x)), 0., valid.task, len(y))
     if kind != 'platt': raise ValueError(f'unknown scaling {kind!r}: choose temperature or platt')
     slope, shift = _platt(x, y)
-    if slope <= 0: raise NotComputable(f'{valid.task}: the Platt slope is {slope:.3g}, so larger scores mean fewer findings; the scores are not better than chance on validation')
+    if slope <= 0:
+        raise NotComputable(
+            f'{valid.task}: the Platt slope is {slope:.3g}, so larger scores mean fewer findings; the scores are not '
+            'better than chance on validation')
     return Scaling(kind, slope, shift, valid.task, len(y))

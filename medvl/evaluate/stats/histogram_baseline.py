@@ -6,6 +6,8 @@
 __all__ = ['histogram_scored', 'histogram_baseline', 'beside_histogram']
 
 # %% ../../../nbs/509_evaluate.stats.histogram_baseline.ipynb #94754c4a
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 
@@ -20,7 +22,7 @@ def histogram_scored(
     truths:dict, # task -> callable: manifest -> (n,) 1/0/NaN, or class numbers with NaN
     classes:dict|None=None, # task -> number of classes, where it is not two
     unit:str='image', how:str='mean', # what is judged, and how images are combined
-    normalise='none', # as in `histogram_table`
+    normalise:str|Callable='none', # as in `histogram_table`
 ) -> tuple: # task -> Scored; task -> reason
     "Learn each task from the training images' histograms and score another split."
     if 'train' not in parts: return {}, {t: 'no training patients in these data to learn the rule from' for t in truths}
@@ -29,7 +31,8 @@ def histogram_scored(
         y, k = np.asarray(truth(parts['train'].manifest), float), (classes or {}).get(task, 2)
         known = np.isfinite(y)
         found = {int(v): int((y == v).sum()) for v in np.unique(y[known])}
-        if len(found) < 2 or (k == 2 and min(found.values()) < LEAST): reasons[task] = f'too few training images to learn from ({found or "none stated"})'; continue
+        if len(found) < 2 or (k == 2 and min(found.values()) < LEAST):
+            reasons[task] = f'too few training images to learn from ({found or "none stated"})'; continue
         s = fit_histogram(numbers['train'][known], y[known], classes=k if k > 2 else 0)(numbers[judged])
         s = 1/(1 + np.exp(-np.clip(s, -700, 700))) if k == 2 else s
         scored[task] = scored_at(task, judged, truth(parts[judged].manifest), s, parts[judged].manifest, unit, how)
@@ -41,14 +44,16 @@ def histogram_baseline(
     judged:str, # split to judge
     truths:dict, # task -> callable: manifest -> (n,) truth
     classes:dict|None=None, # task -> number of classes, where it is not two
-    unit:str='image', how:str='mean', normalise='none', # as in `histogram_scored`
-    metrics=METRICS_BINARY, n_boot:int=2000, level:float=.95, seed:int=0, # as in `evaluate_scored`
+    unit:str='image', how:str='mean', normalise: str|Callable = 'none', # as in `histogram_scored`
+    metrics:tuple|list=METRICS_BINARY, n_boot:int=2000, level:float=.95, seed:int=0, # as in `evaluate_scored`
 ) -> pd.DataFrame: # columns of `evaluate_scored`'s table, and model = 'histogram'
     "Make the rows of the histogram for a result table."
     scored, reasons = histogram_scored(parts, judged, truths, classes, unit, how, normalise)
     rows = evaluate_scored(scored, None, metrics, by=(), n_boot=n_boot, level=level, seed=seed).table
-    absent = pd.DataFrame([not_computable(t, 'auroc' if (classes or {}).get(t, 2) == 2 else 'class_accuracy', why, judged, unit) for t, why in reasons.items()])
-    return pd.concat([r for r in (rows, absent) if len(r)] or [rows], ignore_index=True).reindex(columns=COLUMNS).assign(model='histogram')
+    absent = pd.DataFrame([not_computable(t, 'auroc' if (classes or {}).get(t, 2) == 2 else 'class_accuracy', why,
+                                          judged, unit) for t, why in reasons.items()])
+    return pd.concat([r for r in (rows, absent) if len(r)] or [rows],
+                     ignore_index=True).reindex(columns=COLUMNS).assign(model='histogram')
 
 
 def beside_histogram(
@@ -58,6 +63,7 @@ def beside_histogram(
     "Put the histogram's rows behind the model's, task by task."
     if not len(histogram): return table
     rows = histogram.drop(columns='model').assign(task=histogram.task + ' (histogram)')
-    order = {t: 2*k for k, t in enumerate(dict.fromkeys(table.task))} | {f'{t} (histogram)': 2*k + 1 for k, t in enumerate(dict.fromkeys(table.task))}
+    tasks = list(dict.fromkeys(table.task))
+    order = {t: 2*k for k, t in enumerate(tasks)} | {f'{t} (histogram)': 2*k + 1 for k, t in enumerate(tasks)}
     both = pd.concat([table, rows[rows.task.isin(order)]], ignore_index=True)
     return both.iloc[np.argsort(both.task.map(order).to_numpy(), kind='stable')].reset_index(drop=True)

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ...core.errors import DataError, unknown_name
 
 # %% ../../../nbs/500a_evaluate.stats.scored.ipynb #dc0a765a
-UNITS = {'image': ('image_id',), 'breast': ('patient_id', 'exam_id', 'laterality'), 'exam': ('patient_id', 'exam_id'), 'patient': ('patient_id',)}
+UNITS = {'image': ('image_id',), 'breast': ('patient_id', 'exam_id', 'laterality'), 'exam': ('patient_id', 'exam_id'),
+         'patient': ('patient_id',)}
 
 class LeakError(ValueError):
     "Data of one split was about to be used for what only another split may do."
@@ -30,7 +32,9 @@ def unit_keys(
     if unit not in UNITS: raise ValueError(unknown_name('unit', unit, UNITS))
     columns = [c for c in UNITS[unit] if c in manifest or c != 'exam_id']
     for c in columns:
-        if c not in manifest: raise DataError(f'the unit {unit!r} needs this column.', column=c, fix='Prepare the data with it, or choose another unit.')
+        if c not in manifest:
+            raise DataError(f'the unit {unit!r} needs this column.', column=c,
+                            fix='Prepare the data with it, or choose another unit.')
     grouped = manifest.groupby(columns, sort=False, dropna=False)
     return grouped.ngroup().to_numpy(), grouped.ngroups, manifest[columns].drop_duplicates().reset_index(drop=True)
 
@@ -58,16 +62,19 @@ def aggregate(
 ) -> tuple: # scores (u, k), labels (u, k) and frame (u rows: keys and shared columns); 1-D in, 1-D out
     """Turn rows of images into rows of a unit.
 
-    Raises: ValueError for lengths that differ or a NaN score (an image without a score would silently leave its breast)."""
+    Raises: ValueError for lengths that differ or a NaN score (an image without a score would silently leave its
+    breast)."""
     s, y = np.asarray(scores, float), np.asarray(labels, float)
     if len(s) != len(manifest) or len(y) != len(manifest):
         raise ValueError(f'{len(s)} scores, {len(y)} labels and {len(manifest)} manifest rows must be aligned')
     if np.isnan(s).any(): raise ValueError(f'score NaN at row {np.argwhere(np.isnan(s))[0][0]}')
-    if unit == 'image' and 'image_id' in manifest and manifest['image_id'].is_unique: return s, y, manifest.reset_index(drop=True)
+    if unit == 'image' and 'image_id' in manifest and manifest['image_id'].is_unique:
+        return s, y, manifest.reset_index(drop=True)
     codes, n, _ = unit_keys(manifest, unit)
     frame = pd.DataFrame({c: _shared(manifest[c].reset_index(drop=True), codes) for c in manifest})
     shape = lambda out, ref: out.reshape((n,) + ref.shape[1:])
-    return shape(_reduce(s.reshape(len(s), -1), codes, n, how), s), shape(_reduce(y.reshape(len(y), -1), codes, n, label_how), y), frame
+    return (shape(_reduce(s.reshape(len(s), -1), codes, n, how), s),
+            shape(_reduce(y.reshape(len(y), -1), codes, n, label_how), y), frame)
 
 # %% ../../../nbs/500a_evaluate.stats.scored.ipynb #4ba466e2
 @dataclass(frozen=True)
@@ -82,9 +89,13 @@ class Scored:
 
     def __post_init__(self):
         if not len(self.labels) == len(self.scores) == len(self.frame):
-            raise ValueError(f'{self.task}: {len(self.labels)} labels, {len(self.scores)} scores and {len(self.frame)} rows must be aligned')
-        if self.split not in ('train', 'valid', 'test'): raise ValueError(unknown_name('split', self.split, ('train', 'valid', 'test')))
-        if 'patient_id' not in self.frame: raise DataError('rows without patients cannot have intervals', column='patient_id')
+            raise ValueError(
+                f'{self.task}: {len(self.labels)} labels, {len(self.scores)} scores and {len(self.frame)} rows must '
+                'be aligned')
+        if self.split not in ('train', 'valid', 'test'):
+            raise ValueError(unknown_name('split', self.split, ('train', 'valid', 'test')))
+        if 'patient_id' not in self.frame:
+            raise DataError('rows without patients cannot have intervals', column='patient_id')
         tagged = set(self.frame['split'].dropna().unique()) - {''} if 'split' in self.frame else set()
         if tagged - {self.split}:
             raise LeakError(f'{self.task}: rows tagged {sorted(tagged)} were passed as split {self.split!r}')
@@ -106,13 +117,15 @@ def need_split(
     if not isinstance(scored, Scored):
         raise TypeError(f'{purpose} needs a Scored object, which knows its split; got {type(scored).__name__}')
     if scored.split not in allowed:
-        raise LeakError(f'{purpose} may only use {" or ".join(allowed)} data, not {scored.split!r}: anything chosen on the data it is judged on looks too good')
+        raise LeakError(
+            f'{purpose} may only use {" or ".join(allowed)} data, not {scored.split!r}: anything chosen on the data '
+            'it is judged on looks too good')
     return scored
 
 # %% ../../../nbs/500a_evaluate.stats.scored.ipynb #95b1227a
 def scored_at(
     task: str, split: str,  # name of the label; train, valid or test
-    labels, scores,         # (n,) labels and (n,) or (n, classes) scores of the images
+    labels: ArrayLike, scores: ArrayLike, # (n,) labels and (n,) or (n, classes) scores of the images
     manifest: pd.DataFrame, # n rows
     unit: str = 'image', how: str = 'mean', # as in `aggregate`
 ) -> Scored:

@@ -15,7 +15,7 @@ from ...core.errors import DataError
 from ...data.leaks import assert_no_leak, near_pairs, said, stored_thumbnails
 from ...data.prepared import Prepared
 from .bootstrap import estimates
-from ..metrics.curves import at_threshold, metric_of, score
+from ..metrics.curves import Metric, at_threshold, metric_of, score
 from ..metrics.rank import NotComputable, rank_table, stated
 from .scored import LeakError, Scored, need_split
 
@@ -33,7 +33,8 @@ class Threshold:
     split: str = 'valid'
 
     def __post_init__(self):
-        if self.split != 'valid': raise LeakError(f'{self.task}: a threshold is chosen on valid data, not {self.split!r}')
+        if self.split != 'valid':
+            raise LeakError(f'{self.task}: a threshold is chosen on valid data, not {self.split!r}')
 
 # %% ../../../nbs/504_evaluate.stats.selection.ipynb #11b8001a
 def _utilities(c, rule, target):
@@ -51,13 +52,19 @@ def choose_threshold(
 ) -> Threshold:
     """Choose a threshold on validation data; of equal ones the highest.
 
-    Raises: LeakError for other data; NotComputable with one class; ValueError for an unknown rule or a missing target."""
+    Raises: LeakError for other data; NotComputable with one class; ValueError for an unknown rule or a missing
+    target."""
     need_split(valid, 'valid', purpose='choosing a threshold')
-    if rule not in ('youden', 'f1', 'specificity', 'sensitivity'): raise ValueError(f'unknown rule {rule!r}: choose youden, f1, specificity or sensitivity')
-    if (rule in ('specificity', 'sensitivity')) != (target is not None): raise ValueError(f'the rule {rule!r} with target {target!r}: specificity and sensitivity need one, the others take none')
+    if rule not in ('youden', 'f1', 'specificity', 'sensitivity'):
+        raise ValueError(f'unknown rule {rule!r}: choose youden, f1, specificity or sensitivity')
+    if (rule in ('specificity', 'sensitivity')) != (target is not None):
+        raise ValueError(
+            f'the rule {rule!r} with target {target!r}: specificity and sensitivity need one, the others take none')
     if target is not None and not 0 <= target <= 1: raise ValueError(f'target {target!r} must lie in 0..1')
     _, y, s = stated(valid.labels, valid.scores)
-    if y.all() or not y.any(): raise NotComputable(f'{valid.task}: a threshold needs both classes, {int(y.sum())} of {len(y)} validation rows are positive')
+    if y.all() or not y.any():
+        raise NotComputable(
+            f'{valid.task}: a threshold needs both classes, {int(y.sum())} of {len(y)} validation rows are positive')
     table = rank_table(y, s, np.zeros(len(y), int), 1)
     utility = _utilities(table.counts(np.ones((1, 1))), rule, target)
     best = int(np.argmax(utility))
@@ -70,18 +77,21 @@ AT = ('sensitivity', 'specificity', 'precision', 'npv', 'balanced_accuracy', 'ac
 def at_chosen(
     threshold: Threshold, # from `choose_threshold`
     scored: Scored,       # usually test
-    metrics=AT,           # names known to `at_threshold`
+    metrics: tuple|list = AT, # names known to `at_threshold`
     n_boot: int = 2000, level: float = .95, seed: int = 0,
 ) -> pd.DataFrame: # one row a metric
     """Apply a chosen threshold and tabulate what comes out.
 
     Raises: ValueError when task or unit differ from what the threshold was chosen for."""
     if (threshold.task, threshold.unit) != (scored.task, scored.unit):
-        raise ValueError(f'the threshold was chosen for {threshold.task} per {threshold.unit}, not for {scored.task} per {scored.unit}')
-    found = estimates({scored.task: (scored.labels, scored.scores)}, scored.patients, [at_threshold(m, threshold.value) for m in metrics],
-                      n_boot, level, seed=seed, unit=scored.unit)
+        raise ValueError(
+            f'the threshold was chosen for {threshold.task} per {threshold.unit}, not for {scored.task} per '
+            f'{scored.unit}')
+    found = estimates({scored.task: (scored.labels, scored.scores)}, scored.patients,
+                      [at_threshold(m, threshold.value) for m in metrics], n_boot, level, seed=seed, unit=scored.unit)
     rule = threshold.rule + ('' if threshold.target is None else f' {threshold.target:g}')
-    return pd.DataFrame([{'task': task, 'metric': m, **e.row(), 'split': scored.split, 'threshold': threshold.value, 'rule': rule} for (task, m), e in found.items()])
+    return pd.DataFrame([{'task': task, 'metric': m, **e.row(), 'split': scored.split, 'threshold': threshold.value,
+                          'rule': rule} for (task, m), e in found.items()])
 
 # %% ../../../nbs/504_evaluate.stats.selection.ipynb #20382cd7
 @dataclass(frozen=True)
@@ -94,7 +104,7 @@ class Choice:
 # %% ../../../nbs/504_evaluate.stats.selection.ipynb #bfd8ec7a
 def choose(
     candidates: dict,   # name -> Scored on validation rows
-    metric='auroc',     # name or Metric
+    metric: str|Metric = 'auroc', # name or Metric
 ) -> Choice:
     """Choose the candidate with the best validation value; of equal ones the first named.
 
@@ -111,8 +121,8 @@ def choose(
 
 # %% ../../../nbs/504_evaluate.stats.selection.ipynb #1c081838
 def splits_of(
-    prepared,        # Prepared with a `split` column, or {'train': Prepared, ...}
-    needed=(),       # splits that must be there and not empty
+    prepared: Prepared|dict, # Prepared with a `split` column, or {'train': Prepared, ...}
+    needed: tuple|list = (), # splits that must be there and not empty
 ) -> dict: # split -> Prepared
     """Take the splits apart.
 
@@ -120,11 +130,14 @@ def splits_of(
     if isinstance(prepared, dict): parts = {k: v for k, v in prepared.items() if len(v)}
     else:
         column = prepared.manifest['split']
-        parts = {s: prepared.subset((column == s).to_numpy()) for s in ('train', 'valid', 'test') if (column == s).any()}
+        parts = {s: prepared.subset((column == s).to_numpy()) for s in ('train', 'valid', 'test')
+                 if (column == s).any()}
     for s in needed:
         if s not in parts:
-            raise DataError(f'no images in the split {s!r} (there are: {", ".join(f"{k} {len(v)}" for k, v in parts.items()) or "none"}).', column='split',
-                            fix='Divide the patients with medvl.data.splits, or pass a dictionary of prepared data sets.')
+            there = ', '.join(f'{k} {len(v)}' for k, v in parts.items()) or 'none'
+            raise DataError(f'no images in the split {s!r} (there are: {there}).', column='split',
+                            fix='Divide the patients with medvl.data.splits, or pass a dictionary of prepared data '
+                                'sets.')
     return parts
 
 # %% ../../../nbs/504_evaluate.stats.selection.ipynb #a9e83e42
@@ -153,9 +166,13 @@ def assert_apart(
         return repr(assert_no_leak(together, np.repeat(list(parts), [len(p) for p in parts.values()]), by))
     for column, kind in (('patient_id', 'patient'), ('pixel_sha256', 'image'), ('image_sha256', 'file')):
         shared = _across(parts, column)
-        if len(shared): raise DataError(f'the splits leak: {kind} {shared.index[0]} is in {" and ".join(shared.iloc[0])} ({len(shared)} in all).', column=column)
+        if len(shared):
+            raise DataError(
+                f'the splits leak: {kind} {shared.index[0]} is in {" and ".join(shared.iloc[0])} ({len(shared)} in '
+                'all).', column=column)
     if near: _assert_not_alike(parts)
-    return f'No leak by {", ".join(by)} between ' + ', '.join(f'{s} {len(p)}' for s, p in parts.items()) + ' (several folders).'
+    sizes = ', '.join(f'{s} {len(p)}' for s, p in parts.items())
+    return f'No leak by {", ".join(by)} between {sizes} (several folders).'
 
 # %% ../../../nbs/504_evaluate.stats.selection.ipynb #e6f6fc6e
 def _assert_not_alike(parts):
@@ -167,4 +184,5 @@ def _assert_not_alike(parts):
             if len(pairs):
                 one, two = parts[a].manifest.image_id[pairs.a[0]], parts[b].manifest.image_id[pairs.b[0]]
                 how = said(next(pairs.itertuples()))
-                raise DataError(f'the splits leak: {one} ({a}) and {two} ({b}) look alike, {how} ({pairs.pairs.sum()} pairs in all).')
+                raise DataError(f'the splits leak: {one} ({a}) and {two} ({b}) look alike, {how} '
+                                f'({pairs.pairs.sum()} pairs in all).')

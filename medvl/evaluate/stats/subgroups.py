@@ -8,6 +8,7 @@ __all__ = ['SUBGROUPS', 'NOT_STATED', 'age_band', 'group_of', 'subgroups', 'plot
 # %% ../../../nbs/502_evaluate.stats.subgroups.ipynb #33144e11
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ...core.errors import unknown_name
 from .bootstrap import estimates, settled, resample
@@ -19,10 +20,11 @@ SUBGROUPS = ('density', 'age', 'view', 'source')
 NOT_STATED = 'not stated'
 
 def age_band(
-    age, # (n,) years, NaN not stated
+    age:ArrayLike, # (n,) years, NaN not stated
 ) -> np.ndarray: # (n,) str
     "Cut ages into bands."
-    bands = pd.cut(pd.Series(np.asarray(age, float)), [-np.inf, 40, 50, 60, 70, np.inf], right=False, labels=['<40', '40-49', '50-59', '60-69', '70+'])
+    bands = pd.cut(pd.Series(np.asarray(age, float)), [-np.inf, 40, 50, 60, 70, np.inf], right=False,
+                   labels=['<40', '40-49', '50-59', '60-69', '70+'])
     return bands.astype(object).where(bands.notna(), NOT_STATED).to_numpy()
 
 # %% ../../../nbs/502_evaluate.stats.subgroups.ipynb #8c518551
@@ -53,7 +55,8 @@ def _differences(scored, masks, metric, n_boot, level, seed):
     out = {}
     for i, g in enumerate(masks):
         d = values[2 * i] - values[2 * i + 1]
-        people, behind = (min(f(e) for e in evs[2 * i:2 * i + 2]) for f in (lambda e: e.n_stated_groups, lambda e: e.patients_behind(0)))
+        people, behind = (min(f(e) for e in evs[2 * i:2 * i + 2])
+                          for f in (lambda e: e.n_stated_groups, lambda e: e.patients_behind(0)))
         out[g] = (d, *settled(d, draws[2 * i] - draws[2 * i + 1], level, people, behind, (-1, 1))[:2])
     return out
 
@@ -62,12 +65,15 @@ def _warning(e, dropped, smallest):
     "Say that a group is small."
     positive = e.n_positive if e.n_positive is not None else e.n
     rarer = min(positive, e.n - positive) if e.n_positive is not None else e.n
-    return rarer < smallest, {'n_dropped': dropped, 'note': '; '.join(filter(None, [e.note, f'small group ({rarer} of the rarer class)' if rarer < smallest else '']))}
+    return (rarer < smallest,
+            {'n_dropped': dropped,
+             'note': '; '.join(
+                 filter(None, [e.note, f'small group ({rarer} of the rarer class)' if rarer < smallest else '']))})
 
 def subgroups(
     scored: Scored,        # test predictions of one task
-    by=None,               # columns; None: those of density, age, view, source that say something
-    metrics=('auroc',),    # names or Metrics
+    by: tuple|list|None = None, # columns; None: those of density, age, view, source that say something
+    metrics: tuple|list = ('auroc',), # names or Metrics
     n_boot: int = 2000, level: float = .95, seed: int = 0,
     smallest: int = 10,    # groups with fewer rows of the rarer class are flagged
 ) -> pd.DataFrame: # one row a group and metric; `difference*` = group minus all others
@@ -79,20 +85,24 @@ def subgroups(
     for column in ([by] if isinstance(by, str) else by):
         groups = group_of(scored.frame, column)
         masks = _masked(scored, groups)
-        found = estimates({g: (y, scored.scores) for g, (y, _) in masks.items()}, scored.patients, metrics, n_boot, level, seed=seed, unit=scored.unit)
-        gaps = {m.name: _differences(scored, masks, m, n_boot, level, seed) for m in map(metric_of, metrics)} if len(masks) > 1 else {}
+        found = estimates({g: (y, scored.scores) for g, (y, _) in masks.items()}, scored.patients, metrics, n_boot,
+                          level, seed=seed, unit=scored.unit)
+        gaps = ({m.name: _differences(scored, masks, m, n_boot, level, seed) for m in map(metric_of, metrics)}
+                if len(masks) > 1 else {})
         for (g, name), e in found.items():
             small, more = _warning(e, int(np.isnan(np.asarray(scored.labels, float)[groups == g]).sum()), smallest)
-            gap = dict(zip(('difference', 'difference_low', 'difference_high'), gaps[name][g] if gaps else (np.nan,) * 3))
-            rows.append({'task': scored.task, 'by': column, 'group': g, 'metric': name, **e.row(), **more, **gap, 'small': small, 'split': scored.split})
+            gap = dict(zip(('difference', 'difference_low', 'difference_high'),
+                           gaps[name][g] if gaps else (np.nan,) * 3))
+            rows.append({'task': scored.task, 'by': column, 'group': g, 'metric': name, **e.row(), **more, **gap,
+                         'small': small, 'split': scored.split})
     return pd.DataFrame(rows)
 
 # %% ../../../nbs/502_evaluate.stats.subgroups.ipynb #832ce5a0
 def plot_subgroups(
     table: pd.DataFrame, # from `subgroups`, one metric and task
     overall: float = None, # value of all rows, drawn as a dashed line
-    ax=None,             # matplotlib axes
-): # the axes
+    ax: object = None,   # matplotlib axes
+) -> object: # the axes
     "Draw values and intervals of subgroups; small groups are grey."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, .3 * len(table) + .8), layout='constrained')[1]

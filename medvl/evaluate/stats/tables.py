@@ -22,8 +22,10 @@ from .subgroups import subgroups
 # %% ../../../nbs/508_evaluate.stats.tables.ipynb #7f415f0f
 METRICS_BINARY = ('auroc', 'average_precision', 'pf1')
 METRICS_CLASSES = ('class_accuracy', 'class_balanced_accuracy', 'class_macro_f1', 'majority')
-RULES = (('youden', None, ('balanced_accuracy', 'sensitivity', 'specificity', 'macro_f1')), ('specificity', .9, ('sensitivity', 'specificity')))
-COLUMNS = ['task', 'metric', 'value', 'low', 'high', 'unit', 'n', 'n_positive', 'patients', 'split', 'rule', 'threshold', 'n_dropped', 'interval', 'level', 'n_boot', 'note']
+RULES = (('youden', None, ('balanced_accuracy', 'sensitivity', 'specificity', 'macro_f1')),
+         ('specificity', .9, ('sensitivity', 'specificity')))
+COLUMNS = ['task', 'metric', 'value', 'low', 'high', 'unit', 'n', 'n_positive', 'patients', 'split', 'rule',
+           'threshold', 'n_dropped', 'interval', 'level', 'n_boot', 'note']
 
 def not_computable(
     task: str, metric: str, # what was asked
@@ -31,7 +33,8 @@ def not_computable(
     split: str = 'test', unit: str = 'image',
 ) -> dict: # a row of the table
     "Make the row of a number that does not exist."
-    return {'task': task, 'metric': metric, 'value': np.nan, 'low': np.nan, 'high': np.nan, 'unit': unit, 'n': 0, 'split': split, 'note': f'not computable: {reason}'}
+    return {'task': task, 'metric': metric, 'value': np.nan, 'low': np.nan, 'high': np.nan, 'unit': unit, 'n': 0,
+            'split': split, 'note': f'not computable: {reason}'}
 
 # %% ../../../nbs/508_evaluate.stats.tables.ipynb #b1534556
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def wide(
     name = table['metric'] + rule.map(lambda r: f' @ {r}' if isinstance(r, str) and r else '')
     cells = table.assign(metric=name, text=[_text(r) for r in table.itertuples()])
     order = lambda c: list(dict.fromkeys(cells[c]))
-    return cells.pivot_table(index='task', columns='metric', values='text', aggfunc='first', sort=False).reindex(order('task'))[order('metric')].fillna('')
+    return cells.pivot_table(index='task', columns='metric', values='text', aggfunc='first',
+                             sort=False).reindex(order('task'))[order('metric')].fillna('')
 
 # %% ../../../nbs/508_evaluate.stats.tables.ipynb #b54a8b46
 def _check_rows(tests):
@@ -77,7 +81,8 @@ def _main_rows(tests, metrics, options):
     "Metrics without threshold."
     first = _check_rows(tests)
     wanted = {t: METRICS_CLASSES if _is_classes(s) else metrics for t, s in tests.items()}
-    found = estimates({t: (s.labels, s.scores) for t, s in tests.items()}, first.frame['patient_id'], wanted, unit=first.unit, **options)
+    found = estimates({t: (s.labels, s.scores) for t, s in tests.items()}, first.frame['patient_id'], wanted,
+                      unit=first.unit, **options)
     return [{'task': t, 'metric': m, **e.row(), 'split': tests[t].split} for (t, m), e in found.items()]
 
 # %% ../../../nbs/508_evaluate.stats.tables.ipynb #49da025e
@@ -95,11 +100,13 @@ def _threshold_rows(test, valid, rules, options):
 
 def _calibration_tables(test, valid, options):
     "Calibration before and after scaling; also the maps and the reliability tables."
-    tables, maps, curves = [calibration(test, **options).assign(scaling='none')], {}, {(test.task, 'none'): reliability(test.labels, test.scores)}
+    tables, maps, curves = ([calibration(test, **options).assign(scaling='none')], {},
+                            {(test.task, 'none'): reliability(test.labels, test.scores)})
     for kind in ('temperature', 'platt') if valid is not None else ():
         try: maps[test.task, kind] = scale = fit_scaling(valid, kind)
         except NotComputable as e:
-            tables.append(pd.DataFrame([{**not_computable(test.task, 'brier', str(e), test.split, test.unit), 'scaling': kind}]))
+            tables.append(
+                pd.DataFrame([{**not_computable(test.task, 'brier', str(e), test.split, test.unit), 'scaling': kind}]))
             continue
         scaled = replace(test, scores=scale(test.scores))
         tables.append(calibration(scaled, **options).assign(scaling=kind))
@@ -113,16 +120,17 @@ def _binary_parts(test, valid, rules, by, options):
     stated = ~np.isnan(np.asarray(test.labels, float))
     in_range = stated.any() and np.min(test.scores) >= 0 and np.max(test.scores) <= 1
     tables, maps, curves = _calibration_tables(test, valid, options) if in_range else ([], {}, {})
-    groups = subgroups(test, by, n_boot=options['n_boot'], level=options['level'], seed=options['seed']) if by is None or len(by) else pd.DataFrame()
+    groups = (subgroups(test, by, n_boot=options['n_boot'], level=options['level'], seed=options['seed'])
+              if by is None or len(by) else pd.DataFrame())
     return rows, chosen, tables, maps, curves, groups
 
 # %% ../../../nbs/508_evaluate.stats.tables.ipynb #daee4a25
 def evaluate_scored(
     tests: dict,            # task -> Scored on test rows (all on the same rows)
     valids: dict = None,    # task -> Scored on validation rows, for thresholds and calibration maps
-    metrics=METRICS_BINARY, # of binary tasks
-    rules=RULES,            # (rule, target, metrics): thresholds to choose and what to report at them
-    by=None,                # subgroup columns; None: those that say something; () none
+    metrics: tuple|list = METRICS_BINARY, # of binary tasks
+    rules: tuple|list = RULES, # (rule, target, metrics): thresholds to choose and what to report at them
+    by: tuple|list|None = None, # subgroup columns; None: those that say something; () none
     n_boot: int = 2000, level: float = .95, seed: int = 0,
 ) -> Evaluation:
     """Make all tables of an evaluation.
@@ -138,16 +146,22 @@ def evaluate_scored(
         rows += more; tables += t; groups.append(g)
         chosen |= c; maps |= m; curves |= r
     table = pd.DataFrame(rows).reindex(columns=COLUMNS)
-    join = lambda parts: pd.concat(parts, ignore_index=True) if (parts := [p for p in parts if len(p)]) else pd.DataFrame()
+    def join(parts: list):
+        parts = [p for p in parts if len(p)]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
     return Evaluation(table, join(tables), join(groups), chosen, maps, curves)
 
 # %% ../../../nbs/508_evaluate.stats.tables.ipynb #e5f7bb89
 def _same_rows(a, b):
     "Refuse to compare predictions of different rows."
-    keys = [c for c in ('image_id', 'patient_id', 'exam_id', 'laterality') if c in a.frame and c in b.frame and a.frame[c].notna().all()]
+    keys = [c for c in ('image_id', 'patient_id', 'exam_id', 'laterality') if c in a.frame and c in b.frame
+            and a.frame[c].notna().all()]
     same = len(a.frame) == len(b.frame) and all((a.frame[c].to_numpy() == b.frame[c].to_numpy()).all() for c in keys)
-    if not same or a.unit != b.unit or a.split != b.split or not np.array_equal(np.asarray(a.labels, float), np.asarray(b.labels, float), equal_nan=True):
-        raise ValueError(f'{a.task}: the two models were not judged on the same rows ({len(a.frame)} {a.unit}s of {a.split}, {len(b.frame)} {b.unit}s of {b.split})')
+    if not same or a.unit != b.unit or a.split != b.split or not np.array_equal(
+        np.asarray(a.labels, float), np.asarray(b.labels, float), equal_nan=True):
+        raise ValueError(
+            f'{a.task}: the two models were not judged on the same rows ({len(a.frame)} {a.unit}s of {a.split}, '
+            f'{len(b.frame)} {b.unit}s of {b.split})')
 
 def compare_scored(
     a: dict, b: dict,       # task -> Scored of the first and of the second model; tasks of both are compared
@@ -165,7 +179,10 @@ def compare_scored(
         _same_rows(a[t], b[t])
         how = ('class_accuracy', 'bootstrap' if test == 'delong' else test) if _is_classes(a[t]) else (metric, test)
         base = {'task': t, 'metric': how[0], 'unit': a[t].unit, 'split': a[t].split, 'test': how[1]}
-        try: c = compare(a[t].labels, a[t].scores, b[t].scores, a[t].frame['patient_id'], *how, n_boot, level, seed, a[t].unit)
+        try:
+            c = compare(a[t].labels, a[t].scores, b[t].scores, a[t].frame['patient_id'], *how, n_boot, level,
+                        seed, a[t].unit)
         except NotComputable as e: rows.append({**base, 'note': f'not computable: {e}'}); continue
-        rows.append({**base, 'a': c.a, 'b': c.b, **{k: v for k, v in c.difference.row().items() if k != 'unit'}, 'p_value': c.p_value})
+        rows.append({**base, 'a': c.a, 'b': c.b, **{k: v for k, v in c.difference.row().items() if k != 'unit'},
+                     'p_value': c.p_value})
     return pd.DataFrame(rows).rename(columns={'value': 'difference'})
