@@ -10,11 +10,13 @@ __all__ = ['CAPABILITIES', 'WEIGHTS', 'CONFIG', 'MOST', 'CARD', 'StepState', 'Me
 # %% ../../nbs/300_methods.base.ipynb #ac37753e
 import json
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -41,14 +43,14 @@ class StepState:
     world: int = 1  # number of processes
 
     @property
-    def progress(self):
+    def progress(self) -> float:
         "Give the done share of the planned steps, 0..1."
         return min(1.0, self.step / max(1, self.total_steps))
 
     def generator(self,
                   *parts, # what the numbers are for: names, sample ids
-                  device='cpu', # device of the generator
-                  ):
+                  device: str | torch.device = 'cpu', # device of the generator
+                  ) -> torch.Generator:
         "Make a torch generator that depends only on seed, step and `parts`."
         return torch_generator(self.seed, self.step, *parts, device=device)
 
@@ -67,7 +69,7 @@ class Method(nn.Module):
     advised_batch = 1  # samples below which training is not what the recipe means, although a loss can be computed
 
     def __init__(self,
-                 config=None, # an instance of `config_class`; None takes its defaults
+                 config: Any = None, # an instance of `config_class`; None takes its defaults
                  ):
         super().__init__()
         if config is None and self.config_class is not None: config = self.config_class()
@@ -77,44 +79,44 @@ class Method(nn.Module):
         self.config = config
 
     def encode(self,
-               batch, # dict of the batch contract
-               ): # dict of features: the part that costs
+               batch: dict, # dict of the batch contract
+               ) -> dict: # dict of features: the part that costs
         "Turn a batch into features, without side effects."
         raise NotImplementedError(f'{type(self).__name__} does not define encode')
 
     def losses(self,
-               features, # dict from `encode`; the names in `gathered` hold the rows of all processes
-               batch, # the same batch; the names in `gathered_batch` hold the rows of all processes
-               state, # StepState
-               ): # dict of scalars; the weighted sum stands under 'loss'
+               features: dict, # dict from `encode`; the names in `gathered` hold the rows of all processes
+               batch: dict, # the same batch; the names in `gathered_batch` hold the rows of all processes
+               state: StepState,
+               ) -> dict: # dict of scalars; the weighted sum stands under 'loss'
         "Turn features into named losses, without side effects."
         raise NotImplementedError(f'{type(self).__name__} does not define losses')
 
-    def forward(self, batch, state=None):
+    def forward(self, batch: dict, state: StepState | None = None) -> dict:
         "Run `encode`, then `losses`."
         return self.losses(self.encode(batch), batch, StepState() if state is None else state)
 
-    def after_step(self, features, state):
+    def after_step(self, features: dict, state: StepState) -> None:
         "Update what lives outside the gradient (queues, momentum teachers); called once an optimiser step."
 
-    def save_assets(self, folder):
+    def save_assets(self, folder: Path) -> Any:
         "Write what the configuration refers to (tokenizer, encoder configurations); return the configuration to store."
         return self.config
 
     @classmethod
-    def from_assets(cls, config, folder):
+    def from_assets(cls, config: Any, folder: Path) -> 'Method':
         "Rebuild the module, weights aside, from the stored configuration and the files of `save_assets`."
         return cls(config)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         "Give the device of the first parameter."
         return next(self.parameters()).device
 
 # %% ../../nbs/300_methods.base.ipynb #d11fe5a6
 @contextmanager
-def evaluating(module, # torch module
-               ):
+def evaluating(module: nn.Module, # torch module
+               ) -> Iterator[nn.Module]:
     "Within this context a module is in evaluation mode and nothing is recorded for gradients; every part's mode is restored."
     modes = {m: m.training for m in module.modules()}
     module.eval()
@@ -124,16 +126,16 @@ def evaluating(module, # torch module
         for m, mode in modes.items(): m.training = mode
 
 # %% ../../nbs/300_methods.base.ipynb #61447d34
-def capabilities(method, # a Method
-                 ): # list of the capability names it defines
+def capabilities(method: Method,
+                 ) -> list[str]: # list of the capability names it defines
     "List what a method can be asked for."
     return [c for c in CAPABILITIES if callable(getattr(method, c, None))]
 
 
-def require(method, # a Method
+def require(method: Method,
             *names, # capability names that are needed
-            by='this protocol', # who needs them, for the message
-            ):
+            by: str = 'this protocol', # who needs them, for the message
+            ) -> None:
     """Check that a method has the named capabilities.
 
     Raises: TypeError naming what is missing and what is there.
@@ -147,7 +149,7 @@ def require(method, # a Method
 _methods = {}
 
 
-def register(cls):
+def register(cls: type[Method]) -> type[Method]:
     """Make a method buildable by its name (decorator).
 
     Raises: ValueError if another class has the name; TypeError if the configuration is no dataclass.
@@ -160,13 +162,13 @@ def register(cls):
     return cls
 
 
-def methods():
+def methods() -> list[str]:
     "List the registered method names."
     return sorted(_methods)
 
 # %% ../../nbs/300_methods.base.ipynb #98a052c7
-def method_class(name, # registry name
-                 ): # the class
+def method_class(name: str, # registry name
+                 ) -> type[Method]: # the class
     """Find a method's class; the module of that name in this room is imported where that has not been done.
 
     Raises: ValueError with the closest registered name.
@@ -176,10 +178,10 @@ def method_class(name, # registry name
     return _methods[name]
 
 
-def build(name, # registry name, e.g. 'mammoclip'
-          config=None, # dict of configuration fields (unknown ones are refused), a configuration, or None for the defaults
+def build(name: str, # registry name, e.g. 'mammoclip'
+          config: Any = None, # dict of configuration fields (unknown ones are refused), a configuration, or None for the defaults
           **kwargs, # further arguments of the method's constructor
-          ): # the Method
+          ) -> Method:
     "Build a method by name."
     cls = method_class(name)
     if config is None: config = {}
@@ -190,8 +192,8 @@ def build(name, # registry name, e.g. 'mammoclip'
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
 
-def plain_state(module, # any nn.Module
-                ): # dict name -> contiguous CPU tensor, no two sharing memory
+def plain_state(module: nn.Module, # any nn.Module
+                ) -> dict: # dict name -> contiguous CPU tensor, no two sharing memory
     "Give the weights in the form that safetensors stores."
     state, seen = {}, set()
     for name, value in module.state_dict().items():
@@ -201,10 +203,10 @@ def plain_state(module, # any nn.Module
     return state
 
 
-def save_pretrained(method, # a registered Method
-                    folder, # where to; an older saved method there is replaced
-                    metrics=None, # dict of numbers to store beside, for the reader
-                    ): # Path of the folder
+def save_pretrained(method: Method, # a registered Method
+                    folder: str | Path, # where to; an older saved method there is replaced
+                    metrics: dict | None = None, # dict of numbers to store beside, for the reader
+                    ) -> Path: # Path of the folder
     "Write configuration, weights and assets into a folder that `from_pretrained` reads."
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
@@ -331,14 +333,14 @@ Configuration:
 """
 
 # %% ../../nbs/300_methods.base.ipynb #0860c033
-def push_to_hub(method, # a registered Method
-                repo, # hub name owner/name
-                private=True, # create the repository as private
-                token=None, # access token; None takes the stored one
-                api=None, # a huggingface_hub.HfApi; None makes one
-                message='Upload a medvl method', # commit message
-                files=None, # {name: content} of further JSON files
-                ): # what the hub answers
+def push_to_hub(method: Method, # a registered Method
+                repo: str, # hub name owner/name
+                private: bool = True, # create the repository as private
+                token: str | None = None, # access token; None takes the stored one
+                api: Any = None, # a huggingface_hub.HfApi; None makes one
+                message: str = 'Upload a medvl method', # commit message
+                files: dict | None = None, # {name: content} of further JSON files
+                ) -> Any: # what the hub answers
     "Upload a method with a model card; the repository is made if it is not there."
     import tempfile
     from huggingface_hub import HfApi

@@ -7,8 +7,10 @@ __all__ = ['MODULES', 'CHEST_METHODS', 'CONFIGS', 'ChestPreset', 'chest_preset',
 
 # %% ../../nbs/325_methods.chest_presets.ipynb #57e941b3
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any, Callable
 
 import torch
 
@@ -16,7 +18,7 @@ from ..core.errors import unknown_name
 from ..core.seed import key_of
 from ..data.text.tokens import build_wordpiece
 from ..data.augment.chest_versions import ChestAugment, MultiView
-from .base import build
+from .base import Method, build
 
 # %% ../../nbs/325_methods.chest_presets.ipynb #d0d9dc43
 @dataclass(frozen=True)
@@ -101,11 +103,11 @@ def chest_preset(
 def new_chest_method(
     method:str, # one of CHEST_METHODS, or 'initialised'
     config:str='small', # one of CONFIGS
-    texts=(), # training reports, for configurations that build their own vocabulary
+    texts: Iterable = (), # training reports, for configurations that build their own vocabulary
     seed:int=0, # of the initial weights
-    tokenizer=None, # use this one instead
+    tokenizer: Any = None, # use this one instead
     **changes, # fields of the method's configuration
-): # Method
+) -> Method:
     "Build the untrained method of a named configuration."
     if method not in MODULES: raise ValueError(unknown_name('chest method', method, MODULES))
     import_module(f'medvl.methods.{MODULES[method]}')
@@ -120,7 +122,7 @@ def new_chest_method(
 def chest_transform(
     preset:ChestPreset, # from `chest_preset`
     **changes, # fields of ViewConfig
-): # callable(batch, seed, epoch) -> batch, for train(transform=…)
+) -> Callable: # callable(batch, seed, epoch) -> batch, for train(transform=…)
     "Build the augmentation of a named configuration."
     options = {**preset.view_options, **changes}
     if preset.versions == 1: return ChestAugment(preset.views, **options)

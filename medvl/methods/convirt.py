@@ -8,6 +8,8 @@ __all__ = ['CONVIRT_TRAIN', 'ConVIRTConfig', 'ConVIRT']
 # %% ../../nbs/317_methods.convirt.ipynb #160a95fe
 from dataclasses import dataclass
 
+import torch
+
 from .base import register
 from .parts.image_text import ImageTextConfig, ImageTextMethod
 
@@ -30,7 +32,7 @@ class ConVIRT(ImageTextMethod):
     "ConVIRT. Source: Zhang et al., 2020 (arXiv:2010.00747); Müller et al., ECCV 2022, section 4."
     name, config_class, chunkable = 'convirt', ConVIRTConfig, True
 
-    def project_image(self, features): # (…,f): pooled features, or cells of the last map (mean pooling)
+    def project_image(self, features: torch.Tensor) -> torch.Tensor: # (…,f): pooled features, or cells of the last map (mean pooling)
         "Give the projected, not normalised vectors, (…,d)."
         if self.config.image_pool != 'mean': raise ValueError(f"image_pool={self.config.image_pool!r}: only 'mean' makes a region and an image the same kind of vector")
         return self.image_projection(features.flatten(0, -2)).unflatten(0, features.shape[:-1])

@@ -13,7 +13,7 @@ import torch
 
 from ..core.errors import unknown_name
 from ..core.patch import patch
-from .base import register
+from .base import StepState, register
 from .parts.image import with_probe
 from .parts.image_text import ImageTextConfig, ImageTextMethod
 from .parts.local_heads import LocalHeads, check_local
@@ -66,7 +66,7 @@ class LoVT(ImageTextMethod):
                                         c.attention_maps, c.attention_dropout, c.legacy_padded_norm)
         self.local = LocalHeads(c, self.region_projection, self.sentence_projection, self.alignment)
 
-    def encode(self, batch): # images (b,1,1,h,w); tokens with sentence numbers
+    def encode(self, batch: dict) -> dict: # images (b,1,1,h,w); tokens with sentence numbers
         "Give image and text (b,d), and the local vectors, their counterparts, weights and mask."
         image, text = self.read_images(batch['images']), self.read_texts(self.tokens_of(batch))
         out = self.global_features(batch, image, text)
@@ -76,7 +76,7 @@ class LoVT(ImageTextMethod):
             local |= {k: r['weights'].detach() for k, r in (('region_weights', image), ('sentence_weights', text)) if r['weights'] is not None}
         return {**out, **local, 'mask': text['mask'], 'grid': torch.tensor([image['grid']] * len(text['mask']))}
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the weighted sum under `loss`, and its terms: i2t, t2i, regions_l2att, regions_att2l, sentences_l2att, sentences_att2l."
         c = self.config
         out = self.global_losses(features, batch) if c.i2t_weight or c.t2i_weight else {'loss': 0.0}
@@ -89,7 +89,7 @@ def align(self: LoVT, image: dict, text: dict) -> dict: # from read_images and r
     "Project places of both sides and let each describe the other: dict of tensors. Raises: ValueError without local losses."
     if self.local is None:
         raise ValueError(f'this {type(self).__name__} was built without local losses, so it has no local vectors: set region_weight or sentence_weight')
-    return self.local.align(image['regions'], text['sentences'], text['mask'])
+    return self.local.align_places(image['regions'], text['sentences'], text['mask'])
 
 # %% ../../nbs/315_methods.lovt.ipynb #29364ef7
 @patch(LoVT)
@@ -143,9 +143,9 @@ ABLATIONS = {
     'convirt_lr': Ablation("ConVIRT with LoVT's schedule", dict(**_NO_LOCAL, **_MEAN_MAX, projection_norm='none'), dict(lr=3e-5), _ONE)}
 
 # %% ../../nbs/315_methods.lovt.ipynb #64cb4e26
-def ablation(name, # a key of ABLATIONS
+def ablation(name: str, # a key of ABLATIONS
              **changes, # further fields of LoVTConfig
-             ): # (LoVTConfig, TrainConfig fields, ChestReportConfig fields)
+             ) -> tuple: # (LoVTConfig, TrainConfig fields, ChestReportConfig fields)
     """Look up an ablation.
 
     Raises: ValueError with the closest name."""

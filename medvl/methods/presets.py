@@ -6,7 +6,9 @@
 __all__ = ['PRESETS', 'Preset', 'preset', 'new_mammoclip']
 
 # %% ../../nbs/312_methods.presets.ipynb #0986ac61
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..core.errors import unknown_name
 from ..data.text.tokens import build_wordpiece
@@ -70,9 +72,9 @@ def preset(
 # %% ../../nbs/312_methods.presets.ipynb #f1e85812
 def new_mammoclip(
     name:str='demo', # a name of the table; demo needs the package of Lite0's weights
-    texts=(), # training reports, for configurations that build their own vocabulary
+    texts: Iterable[str] = (), # training reports, for configurations that build their own vocabulary
     seed:int=0, # of the initial weights
-    tokenizer=None, # use this one instead
+    tokenizer: Any = None, # use this one instead
     **changes, # fields of MammoCLIPConfig to change
 ) -> MammoCLIP:
     "Build the untrained Mammo-CLIP of a named configuration."

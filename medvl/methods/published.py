@@ -84,7 +84,7 @@ _METRICS = {'class_accuracy': 'accuracy', 'AP50': 'mAP@0.5'}
 _COLUMNS = {'Mammo-CLIP B2': 'paper, B2', 'Mammo-CLIP B5': 'paper, B5'}
 
 
-def is_of(sources, data):
+def is_of(sources: Iterable[str], data: str) -> bool:
     "Tell whether every image is of the paper's data set, by the source that its reader wrote."
     names = {str(s).lower() for s in sources}
     return bool(names) and all(n.split('_')[0] == data.lower() for n in names)

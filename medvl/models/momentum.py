@@ -10,13 +10,14 @@ import math
 from copy import deepcopy
 
 import torch
+from torch import nn
 
 from ..core.errors import unknown_name
 
 # %% ../../nbs/209_models.momentum.ipynb #af1d5bd8
 def teacher_of(
-    student, # torch module
-): # the copy, without gradients
+    student: nn.Module, # torch module
+) -> nn.Module: # the copy, without gradients
     "Copy networks into a teacher."
     return deepcopy(student).requires_grad_(False)
 
@@ -26,11 +27,11 @@ STATISTICS = ('own', 'follow')
 
 @torch.no_grad()
 def follow(
-    teacher, # from `teacher_of`; changed in place
-    student, # the networks it follows
+    teacher: nn.Module, # from `teacher_of`; changed in place
+    student: nn.Module, # the networks it follows
     momentum:float, # m, share of the old value that stays, 0..1
     statistics:str='own', # BatchNorm's running statistics: 'own' or 'follow'
-):
+) -> None:
     """Move a teacher towards its student.
 
     Raises: ValueError for a momentum outside 0..1, or networks that differ."""

@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'SPARE', 'kind_of', 'encoder_mark', 'encoder_of', 'weight_ta
 # %% ../../nbs/212_models.released.ipynb #7e291f01
 import re
 from collections import OrderedDict
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -27,7 +28,7 @@ SPARE = { # names that a file may have and no network needs
 
 
 def kind_of(
-    weights, # dict name -> tensor
+    weights: dict, # dict name -> tensor
 ) -> str: # pretraining, classifier or detector
     """Tell what a set of weights is for.
 
@@ -46,7 +47,7 @@ def _mark(shapes):
 
 
 def encoder_mark(
-    name, # a key of EFFICIENTNETS
+    name: str, # a key of EFFICIENTNETS
 ) -> tuple: # shape of the stem, shape of the head, number of blocks, whether it has squeeze-and-excitation
     "Say what marks an EfficientNet, without building it."
     c = EFFICIENTNETS[name]
@@ -56,7 +57,7 @@ def encoder_mark(
 
 
 def encoder_of(
-    weights, # dict name -> tensor
+    weights: dict, # dict name -> tensor
     kind:str='', # of `kind_of`; '' finds it
 ) -> str: # efficientnet-b2, …
     """Tell which EfficientNet the image encoder is.
@@ -71,9 +72,9 @@ def encoder_of(
 
 # %% ../../nbs/212_models.released.ipynb #c44e2091
 def weight_table(
-    state, # the network's state dictionary, under the file's names
-    weights, # the file's: name -> tensor
-    spare=(), # beginnings of names that may be left over
+    state: dict, # the network's state dictionary, under the file's names
+    weights: dict, # the file's: name -> tensor
+    spare: tuple = (), # beginnings of names that may be left over
 ) -> pd.DataFrame: # index: name; status, in_file, in_network (shapes)
     "Compare a file with a network, tensor by tensor, in the file's order."
     report = compare_weights(state, weights, spare)
@@ -88,7 +89,7 @@ def weight_table(
 
 def check_weights(
     table:pd.DataFrame, # of `weight_table`
-    file='', # for the message
+    file: str | Path = '', # for the message
 ) -> pd.DataFrame: # the same
     """Refuse weights that do not fit to the last tensor.
 
@@ -101,11 +102,11 @@ def check_weights(
 
 # %% ../../nbs/212_models.released.ipynb #3b7ed86f
 def write_torch(
-    path, # .tar or .pth
+    path: str | Path, # .tar or .pth
     kind:str, # decides the key of the weights
-    weights, # dict name -> tensor, in order
-    extra=None, # dict of plain values beside: config, epoch, …
-):
+    weights: dict, # dict name -> tensor, in order
+    extra: dict | None = None, # dict of plain values beside: config, epoch, …
+) -> None:
     """Write a file as the original code does.
 
     Raises: ValueError for tensors that are not finite."""

@@ -16,7 +16,7 @@ def check_samples(batch: dict, # dict with sample_id, perhaps tokens
                   text: torch.Tensor | None = None, # (b,t,d)
                   allow_empty: bool = False, # let texts without words pass, as the original does
                   module: torch.nn.Module | None = None, # whose weights are looked at before a sample is blamed
-                  ):
+                  ) -> None:
     """Refuse features that are not finite and texts without words.
 
     Where all samples of a batch are spoilt the loss is let become NaN: `train.checks` encodes each alone and tells diverged weights from one bad sample.
@@ -39,7 +39,7 @@ def check_samples(batch: dict, # dict with sample_id, perhaps tokens
 # %% ../../../nbs/300a_methods.parts.guards.ipynb #845518d5
 def check_sentences(batch: dict, # with sample_id, or without
                     mask: torch.Tensor, # bool (b,m): real sentences
-                    ):
+                    ) -> None:
     "Refuse reports without sentences. Raises: DataError naming the samples."
     empty = ~mask.any(1) if mask.shape[1] else torch.ones(len(mask), dtype=torch.bool)
     if not empty.any(): return

@@ -74,7 +74,7 @@ def scaled(self: ImageSide,
 
 # %% ../../../nbs/301_methods.parts.image_side.ipynb #45d8afa7
 @patch(ImageSide)
-def features(self: ImageSide,
+def pooled(self: ImageSide,
              images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
              ) -> torch.Tensor: # (b,f)
     "Give the encoder's pooled features; views are averaged."

@@ -8,6 +8,7 @@ __all__ = ['TEXT_OVER', 'ImageTextConfig', 'ImageTextMethod', 'frozen_wish']
 # %% ../../../nbs/314a_methods.parts.image_text.ipynb #8bc645dd
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ...core.patch import patch
 from ...data.text.reports import split_sentences
 from ...data.text.sentences import SentenceTokens
 from ...losses.global_nce import global_nce, top_k_accuracy
-from ..base import Method
+from ..base import Method, StepState
 from .guards import check_samples, check_sentences
 from .image import new_probe, probe_features, with_probe
 from .image_side import ImageConfig, ImageSide, saved_image_encoder
@@ -86,43 +87,53 @@ class ImageTextMethod(Method):
         self.image_projection, self.text_projection = (self.new_projection(n) for n in (image, text))
         self.text_side = TextSide(self.text_encoder, c, tokenizer)
 
-    def new_projection(self, width:int): return Projection(width, self.config.dim, self.config.hidden, self.config.projection_norm, self.config.legacy_padded_norm)
+    def new_projection(self, width:int) -> nn.Module:
+        "Make a projection head for features of one width."
+        return Projection(width, self.config.dim, self.config.hidden, self.config.projection_norm, self.config.legacy_padded_norm)
 
     @property
-    def tokenizer(self): return self.text_side.tokenizer
+    def tokenizer(self) -> Any:
+        "Give the tokenizer of the text side."
+        return self.text_side.tokenizer
 
-    def save_assets(self, folder): return self.text_side.save(folder, self.image_side.save(folder, self.config))
+    def save_assets(self, folder: Path) -> ImageTextConfig:
+        "Write tokenizer and configurations of library encoders; give the configuration to store."
+        return self.text_side.save_text(folder, self.image_side.save(folder, self.config))
 
     @classmethod
-    def from_assets(cls, config, folder):
+    def from_assets(cls, config: ImageTextConfig, folder: Path) -> 'ImageTextMethod':
         text, tokenizer = saved_text(folder, config)
         return cls(config, tokenizer, saved_image_encoder(folder), text)
 
     # what evaluation asks
-    def image_features(self, images): return self.image_side.features(images)
-    def feature_maps(self, images, level=-1): return self.image_side.maps(images, level)
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        "Give the pooled features, (b,f)."
+        return self.image_side.pooled(images)
+    def feature_maps(self, images: torch.Tensor, level: int | str = -1) -> torch.Tensor:
+        "Give the map of one scale, (b·v,c,h',w')."
+        return self.image_side.maps(images, level)
 
-    def encode_image(self, images): # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor: # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
         "Give a unit vector a sample, float32 (b,d); views are averaged."
         e = unit(self.image_projection(self.read_images(images.flatten(0, -4))['pooled']))
         return e if images.dim() == 4 else unit(e.unflatten(0, images.shape[:2]).mean(1))
 
-    def project_text(self, texts, batch_size=64): # list of str, or of lists of sentences
+    def project_text(self, texts: list, batch_size: int = 64) -> torch.Tensor: # list of str, or of lists of sentences
         "Give the projected, not normalised vectors of texts, (b,d)."
         texts = [texts] if isinstance(texts, str) else list(texts)
         parts = [self.text_projection(self.read_texts(self.token_batch(texts[i:i + batch_size]))['pooled']) for i in range(0, len(texts), batch_size)]
         return torch.cat(parts) if parts else torch.zeros(0, self.config.dim, device=self.device)
 
-    def encode_text(self, texts, batch_size=64): # list of str, or of lists of sentences
+    def encode_text(self, texts: list, batch_size: int = 64) -> torch.Tensor: # list of str, or of lists of sentences
         "Give a unit vector a text, float32 (b,d)."
         return unit(self.project_text(texts, batch_size))
 
     # what training asks
-    def encode(self, batch): # images (b,1,1,h,w); tokens with sentence numbers
+    def encode(self, batch: dict) -> dict: # images (b,1,1,h,w); tokens with sentence numbers
         "Give `image` and `text`, unit vectors (b,d)."
         return self.global_features(batch, self.read_images(batch['images']), self.read_texts(self.tokens_of(batch)))
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the global loss and its two directions; in evaluation mode top-1 and top-5 accuracy."
         return with_probe(self, self.global_losses(features, batch), features, batch)
 

@@ -33,7 +33,7 @@ class LocalHeads:
 
 
 def check_local(config: Any, # LoVTConfig
-                ):
+                ) -> None:
     "Refuse numbers that no local loss can have. Raises: ValueError."
     if config.positives not in POSITIVES: raise ValueError(unknown_name('positives', config.positives, POSITIVES))
     for name, low in (('local_temperature', 1e-9), ('attention_temperature', 1e-9), ('radius', 0), ('decay', 0), ('sentence_radius', 0)):
@@ -41,7 +41,7 @@ def check_local(config: Any, # LoVTConfig
 
 # %% ../../../nbs/303_methods.parts.local_heads.ipynb #354b619a
 @patch(LocalHeads)
-def align(self: LocalHeads,
+def align_places(self: LocalHeads,
           regions: torch.Tensor, # (b,n,f)
           sentences: torch.Tensor, # (b,m,g)
           mask: torch.Tensor, # bool (b,m): real sentences

@@ -58,7 +58,7 @@ def with_vocabulary(config: Any, # of a method
 
 # %% ../../../nbs/302_methods.parts.text_side.ipynb #19929933
 @patch(TextSide)
-def save(self: TextSide,
+def save_text(self: TextSide,
          folder: str | Path, # of the method
          config: Any, # its configuration
          ) -> Any: # the configuration to store

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ...core.errors import DataError
 from ...data.text.tokens import BIOCLINICALBERT
 from ..clip import CLIP, CLIPConfig
@@ -197,10 +199,10 @@ def from_lovt(source: str | Path | Checkpoint, # path of a Lightning checkpoint,
     return method.eval(), report
 
 # %% ../../../nbs/318_methods.released.lovt_files.ipynb #15f78d3a
-def fill_encoder(method, # any method with a ResNet `image_encoder`, or the ResNet itself
-                 source, # file of torchvision or of LoVT's code, or a Checkpoint
-                 path=None, # where the ResNet stands in the file; None: it is searched
-                 ): # LoadReport; `ignored` names what was left out
+def fill_encoder(method: nn.Module, # any method with a ResNet `image_encoder`, or the ResNet itself
+                 source: str | Path | Checkpoint, # file of torchvision or of LoVT's code, or a Checkpoint
+                 path: str | None = None, # where the ResNet stands in the file; None: it is searched
+                 ) -> LoadReport: # `ignored` names what was left out
     """Fill an image encoder from a file, all of it or nothing.
 
     Raises: DataError if there is no ResNet in the file, or another one."""

@@ -8,8 +8,10 @@ __all__ = ['CLASSES', 'OUTPUTS', 'RECORD', 'LEFT_OVER', 'kind_of_method', 'relea
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #38711b43
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,7 @@ from ...core.errors import DataError
 from ...core.paths import read_json, sha256_file, write_json
 from ..base import Method, from_pretrained, save_pretrained
 from ..classifier import Classifier, ClassifierConfig
-from ..mammoclip import RELEASED_ENCODERS, MammoCLIP, released_config
+from ..mammoclip import RELEASED_ENCODERS, MammoCLIP, MammoCLIPConfig, released_config
 from ..retinanet import RELEASED_NAMES, RetinaNet, reference_config
 from ...models.checkpoints import Checkpoint, read_checkpoint
 from ...models.released import SPARE, check_weights, encoder_of, kind_of, weight_table, write_torch
@@ -31,7 +33,7 @@ CLASSES = {MammoCLIP: 'pretraining', Classifier: 'classifier', RetinaNet: 'detec
 
 
 def kind_of_method(
-    method, # MammoCLIP, Classifier or RetinaNet
+    method: Method, # MammoCLIP, Classifier or RetinaNet
 ) -> str: # pretraining, classifier or detector
     """Say which kind of file a method becomes.
 
@@ -42,7 +44,7 @@ def kind_of_method(
 
 
 def released_state(
-    method, # MammoCLIP, Classifier or RetinaNet
+    method: Method, # MammoCLIP, Classifier or RetinaNet
 ) -> dict: # name of the original -> tensor (sharing memory with the method)
     "Give a method's weights under the original's names, in its order."
     state, kind = method.state_dict(), kind_of_method(method)
@@ -108,11 +110,11 @@ def _fill(state, weights, table):
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #1975b556
 def open_released(
-    source, # path of a .tar or .pth, or its Checkpoint
-    labels=(), # names of a classifier's or detector's outputs
-    classes=(), # values, when a classifier's outputs are the classes of one label
-    config=None, # MammoCLIPConfig; None reads it from the file
-    tokenizer=None, # None loads BioClinicalBERT's when it is needed
+    source: str | Path | Checkpoint, # path of a .tar or .pth, or its Checkpoint
+    labels: Sequence[str] = (), # names of a classifier's or detector's outputs
+    classes: Sequence = (), # values, when a classifier's outputs are the classes of one label
+    config: MammoCLIPConfig | None = None, # None reads it from the file
+    tokenizer: Any = None, # None loads BioClinicalBERT's when it is needed
     strict:bool=True, # refuse what does not fit to the last tensor
     **changes, # fields of the classifier's or detector's configuration
 ) -> Released: # the method and the table
@@ -153,8 +155,8 @@ def _with_tokenizer(method):
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #ea17ddd4
 def convert_released(
-    source, # path of a released .tar or .pth
-    folder, # where to
+    source: str | Path, # path of a released .tar or .pth
+    folder: str | Path, # where to
     **options, # of `open_released`
 ) -> Released: # as opened
     """Turn a released file into a folder that `medvl.load` and `from_pretrained` open.
@@ -173,7 +175,7 @@ def convert_released(
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #3267bd5f
 def stored_config(
-    c, # MammoCLIPConfig
+    c: MammoCLIPConfig,
 ) -> dict: # the part of the original's configuration that describes the model
     "Write a configuration in the original's words."
     name = {ours: theirs for theirs, ours in RELEASED_ENCODERS.items()}.get(c.image_encoder, c.image_encoder)
@@ -189,9 +191,9 @@ def stored_config(
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #fe0b15e3
 def export_released(
-    source, # a method, or a folder of `convert_released` or `save_pretrained`
-    path, # .tar or .pth to write
-    extra=None, # dict of plain values beside; default: what the converted file had, or a configuration
+    source: Method | str | Path, # a method, or a folder of `convert_released` or `save_pretrained`
+    path: str | Path, # .tar or .pth to write
+    extra: dict | None = None, # dict of plain values beside; default: what the converted file had, or a configuration
 ) -> Path: # of the file
     """Write a file that the original's code reads.
 
