@@ -23,14 +23,16 @@ def stated(labels: torch.Tensor, # float (...): 1, 0, NaN (or a negative number)
 
 def classification_loss(logits: torch.Tensor, # float (b,k)
                         labels: torch.Tensor, # float (b,k): 1, 0, NaN
-                        unlabelled: str = 'mask', # 'mask' leaves them out; 'negative' counts them as absent (the original)
+                        unlabelled: str = 'mask', # 'mask' leaves them out; 'negative' counts them
+                                                  # as absent (the original)
                         pos_weight: torch.Tensor | None = None, # factor on positive terms, float (k,); None is 1
                         ) -> torch.Tensor: # scalar; 0 with a zero gradient where nothing is stated
     """Compute binary cross-entropy over the stated labels.
 
     Raises: ValueError for labels above 1 or shapes that differ."""
     if unlabelled not in UNLABELLED: raise ValueError(unknown_name('treatment', unlabelled, UNLABELLED))
-    if logits.shape != labels.shape: raise ValueError(f'logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in shape')
+    if logits.shape != labels.shape:
+        raise ValueError(f'logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in shape')
     if (labels > 1).any(): raise ValueError(f'labels must be 1, 0 or NaN, but {labels[labels > 1][0].item():g} occurs')
     known = stated(labels)
     target = torch.where(known, labels, 0).to(logits.dtype)
@@ -47,7 +49,8 @@ def balance(labels: torch.Tensor, # float (n,k): 1, 0, NaN
     return (negative / positive.clamp(min=1)).clamp(max=limit).float()
 
 # %% ../../nbs/251_losses.classification.ipynb #c726fd43
-def combine_losses(parts: dict, # dict name -> (ratio, loss or function without arguments that gives it); a loss is a scalar or a dict with 'loss'
+def combine_losses(parts: dict, # dict name -> (ratio, loss or function without arguments that gives it); a loss is a
+                                # scalar or a dict with 'loss'
                    ) -> dict: # dict: loss (the total), and every part by name
     """Add losses with their ratios.
 

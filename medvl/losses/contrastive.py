@@ -24,7 +24,8 @@ def row_loss(logits: torch.Tensor, # scaled similarities, float (...,r,n): row i
              duplicates: str = 'negatives', # 'negatives', 'mask' or 'positives'
              ) -> torch.Tensor: # (...,) mean over rows
     "Compute the cross-entropy of finding the own column in each row."
-    if duplicates not in DUPLICATES: raise ValueError(unknown_name('way of treating duplicates', duplicates, DUPLICATES))
+    if duplicates not in DUPLICATES:
+        raise ValueError(unknown_name('way of treating duplicates', duplicates, DUPLICATES))
     r, n = logits.shape[-2:]
     own = torch.arange(r, device=logits.device) + first
     eye = torch.arange(n, device=logits.device) == own.unsqueeze(-1)
@@ -67,10 +68,12 @@ def contrastive_terms(image: torch.Tensor, # unit vectors (n,v,d): v views
                       text_group: torch.Tensor | None = None, # int64 (n,t), for duplicates other than 'negatives'
                       duplicates: str = 'negatives', # 'negatives' (the paper), 'mask' or 'positives'
                       rows: tuple[int, int] | None = None, # (start, stop): only these samples search; None is all
-                      ) -> dict: # dict i2t, t2i, i2i, t2t of scalars; i2i and t2t are 0 where there is one view or one text
+                      ) -> dict: # dict i2t, t2i, i2i, t2t of scalars; i2i and t2t are 0
+                                 # where there is one view or one text
     "Compute the mean loss of every kind of pair."
     if image.dim() != 3 or text.dim() != 3 or len(image) != len(text):
-        raise ValueError(f'images (n,v,d) and texts (n,t,d) of the same n are needed, not {tuple(image.shape)} and {tuple(text.shape)}')
+        raise ValueError(f'images (n,v,d) and texts (n,t,d) of the same n are needed, not {tuple(image.shape)} and '
+                         f'{tuple(text.shape)}')
     if duplicates != 'negatives' and text_group is None: raise ValueError(f"duplicates={duplicates!r} needs text_group")
     if image.dtype != torch.float64: image, text = image.float(), text.float()
     rows = (0, len(image)) if rows is None else rows
@@ -97,7 +100,9 @@ def breast_clip_loss(image: torch.Tensor, # unit vectors (n,v,d)
     return {'loss': total, **terms}
 
 
-def breast_clip_contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor | float, i2t_weight: float = 0.75, t2i_weight: float = 0.25, label_smoothing: float = 0.0, training: bool = True, **options) -> dict:
+def breast_clip_contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor | float,
+                                 i2t_weight: float = 0.75, t2i_weight: float = 0.25, label_smoothing: float = 0.0,
+                                 training: bool = True, **options) -> dict:
     "Compute the one-view baseline loss (weights on the two directions); arguments as in breast_clip_loss."
     terms = contrastive_terms(image, text, scale, label_smoothing if training else 0.0, **options)
     return {'loss': i2t_weight * terms['i2t'] + t2i_weight * terms['t2i'], 'i2t': terms['i2t'], 't2i': terms['t2i']}

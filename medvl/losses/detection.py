@@ -82,7 +82,8 @@ def image_loss(scores: torch.Tensor, # float (a,k): logits, or probabilities wit
                empty: str = 'negatives', # images without boxes: 'negatives', or 'skip' (the original)
                force: bool = True, # every box gets an anchor; False: the original
                clamped: bool = False, # scores are probabilities, clamped; True: the original
-               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # (class loss, box loss, number of positive anchors), scalars
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # (class loss, box loss, number of positive
+                                                                     # anchors), scalars
     "Compute the two losses of one image."
     if not len(boxes) and empty == 'skip': return (*(x.sum() * 0 for x in (scores, deltas)), scores.new_zeros(()))
     match = match_anchors(anchors, boxes, force=force)
@@ -107,9 +108,11 @@ def detection_loss(scores: torch.Tensor, # float (b,a,k)
     """Compute RetinaNet's loss of a batch.
 
     Raises: ValueError for an unknown option, a box without area, a label beyond the classes."""
-    if options.get('empty', 'negatives') not in EMPTY: raise ValueError(unknown_name('treatment of images without boxes', options['empty'], EMPTY))
+    if options.get('empty', 'negatives') not in EMPTY:
+        raise ValueError(unknown_name('treatment of images without boxes', options['empty'], EMPTY))
     if not len(scores) == len(deltas) == len(boxes) == len(labels):
-        raise ValueError(f'{len(scores)} answers, {len(deltas)} deltas, {len(boxes)} lists of boxes and {len(labels)} of labels: they must be as many')
+        raise ValueError(f'{len(scores)} answers, {len(deltas)} deltas, {len(boxes)} lists of boxes and {len(labels)} '
+                         'of labels: they must be as many')
     for i, (b, c) in enumerate(zip(boxes, labels)):
         if len(b) != len(c): raise ValueError(f'image {i} of the batch has {len(b)} boxes and {len(c)} labels')
         if len(c) and not 0 <= int(c.min()) <= int(c.max()) < scores.shape[-1]:

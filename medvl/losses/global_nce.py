@@ -37,8 +37,10 @@ def global_nce(image: torch.Tensor, # (n,d), any length; the rows of all process
 
     Raises: ValueError for shapes that do not fit, or duplicates without text_group.
     Source: LoVT, section 3.4."""
-    if image.dim() != 2 or image.shape != text.shape: raise ValueError(f'images and texts must both be (n,d), not {tuple(image.shape)} and {tuple(text.shape)}')
-    if duplicates not in DUPLICATES: raise ValueError(unknown_name('way of treating duplicates', duplicates, DUPLICATES))
+    if image.dim() != 2 or image.shape != text.shape:
+        raise ValueError(f'images and texts must both be (n,d), not {tuple(image.shape)} and {tuple(text.shape)}')
+    if duplicates not in DUPLICATES:
+        raise ValueError(unknown_name('way of treating duplicates', duplicates, DUPLICATES))
     if duplicates != 'negatives' and text_group is None: raise ValueError(f'duplicates={duplicates!r} needs text_group')
     image, text = unit(image), unit(text)
     start, stop = rows or (0, len(image))

@@ -84,7 +84,8 @@ def local_contrastive(local: torch.Tensor, # (b,n,d), any length: regions or sen
     Source: LoVT, section 3.4."""
     b, n, _ = local.shape
     if attended.shape != local.shape or positives.shape != (n, n):
-        raise ValueError(f'local {tuple(local.shape)}, attended {tuple(attended.shape)} and positives {tuple(positives.shape)} do not fit each other')
+        raise ValueError(f'local {tuple(local.shape)}, attended {tuple(attended.shape)} and positives '
+                         f'{tuple(positives.shape)} do not fit each other')
     local, attended = unit(local), unit(attended)
     s, p = local @ attended.mT / temperature, positives.to(local)
     if mask is not None:
@@ -92,7 +93,8 @@ def local_contrastive(local: torch.Tensor, # (b,n,d), any length: regions or sen
         p = p / p.sum(-1, keepdim=True).clamp(min=1e-12)
     own = [x @ x.mT / temperature if same_modality else None for x in (local, attended)]
     more = _legacy_constant(s, mask, same_modality, legacy_count)
-    return {'l2att': _direction(s, p, mask, weights, own[0]) + more, 'att2l': _direction(s.mT, p, mask, weights, own[1]) + more}
+    return {'l2att': _direction(s, p, mask, weights, own[0]) + more,
+            'att2l': _direction(s.mT, p, mask, weights, own[1]) + more}
 
 # %% ../../nbs/253_losses.local.ipynb #e8e17942
 def weighted_places(values: torch.Tensor, # (b,n): one value a place
@@ -120,4 +122,5 @@ def local_retrieval(local: torch.Tensor, # (b,n,d)
     s = unit(local) @ unit(attended).mT
     if mask is not None: s = s.masked_fill(~mask.unsqueeze(1), torch.finfo(s.dtype).min)
     index = (s > s.diagonal(dim1=1, dim2=2).unsqueeze(-1)).sum(-1)
-    return {k: weighted_places(v.to(s.dtype), mask, weights) for k, v in (('top1', index < 1), ('top5', index < 5), ('index', index))}
+    return {k: weighted_places(v.to(s.dtype), mask, weights)
+            for k, v in (('top1', index < 1), ('top5', index < 5), ('index', index))}

@@ -26,7 +26,8 @@ def dice_loss(logits: torch.Tensor, # float (b,k,h,w)
 
     Raises: ValueError for an unknown grouping. Source: LoVT, section 4; Milletari et al., 3DV 2016."""
     if over not in OVER: raise ValueError(unknown_name('grouping of the Dice loss', over, OVER))
-    p = (logits if logits.dtype == torch.float64 else logits.float()).sigmoid() # float16 cannot count the pixels of a batch
+    # float16 cannot count the pixels of a batch
+    p = (logits if logits.dtype == torch.float64 else logits.float()).sigmoid()
     y = masks.to(p.dtype)
     both, total = (p * y).sum(OVER[over]), (p + y).sum(OVER[over])
     each = 1 - (2 * both + smooth) / (total + smooth).clamp(min=1e-7)
@@ -35,7 +36,8 @@ def dice_loss(logits: torch.Tensor, # float (b,k,h,w)
     return (each * there).sum() / there.sum().clamp(min=1)
 
 # %% ../../nbs/256_losses.segmentation.ipynb #41c9a4be
-def pixel_weights(positive: torch.Tensor | Sequence[float], # (k,) positive pixels of each class, counted on training images
+def pixel_weights(positive: torch.Tensor | Sequence[float], # (k,) positive pixels of each class, counted
+                                                            # on training images
                      total: torch.Tensor | Sequence[float] | float, # pixels looked at, of each class or one number
                      ) -> tuple: # tuple of k floats: negatives / positives; 1 where a class has no positive pixel
     "Weigh positives so that both sides of a class weigh the same."
@@ -45,10 +47,12 @@ def pixel_weights(positive: torch.Tensor | Sequence[float], # (k,) positive pixe
 
 def bce_loss(logits: torch.Tensor, # float (b,k,h,w)
              masks: torch.Tensor, # (b,k,h,w), 1 or 0
-             pos_weight: torch.Tensor | Sequence[float] | None = None, # float (k,) on the positives of each class; None: 1
+             pos_weight: torch.Tensor | Sequence[float] | None = None, # float (k,) on the positives of each
+                                                                       # class; None: 1
              ) -> torch.Tensor: # scalar
     "Compute the mean cross-entropy of all pixels."
-    weight = None if pos_weight is None else torch.as_tensor(pos_weight, dtype=logits.dtype, device=logits.device).view(-1, 1, 1)
+    weight = None if pos_weight is None else torch.as_tensor(pos_weight, dtype=logits.dtype,
+                                                             device=logits.device).view(-1, 1, 1)
     return F.binary_cross_entropy_with_logits(logits, masks.to(logits.dtype), pos_weight=weight)
 
 # %% ../../nbs/256_losses.segmentation.ipynb #69cc8380
@@ -69,12 +73,15 @@ def check_masks(logits: torch.Tensor, # float (b,k,h,w)
                 names: Sequence[str] = (), # sample ids, for the message
                 ) -> None:
     "Raises: DataError when masks have another size or other classes than the answer."
-    if masks.dim() != 4 or masks.shape[0] != logits.shape[0]: raise DataError(f'masks must be (b,k,h,w) for {len(logits)} images, not {tuple(masks.shape)}')
+    if masks.dim() != 4 or masks.shape[0] != logits.shape[0]:
+        raise DataError(f'masks must be (b,k,h,w) for {len(logits)} images, not {tuple(masks.shape)}')
     who = f' (sample {names[0]!r} …)' if len(names) else ''
     if masks.shape[1] != logits.shape[1]:
-        raise DataError(f'{masks.shape[1]} masks an image, but the head has {logits.shape[1]} classes{who}', fix='Name the same classes in the dataset and in the method.')
+        raise DataError(f'{masks.shape[1]} masks an image, but the head has {logits.shape[1]} classes{who}',
+                        fix='Name the same classes in the dataset and in the method.')
     if masks.shape[-2:] != logits.shape[-2:]:
-        raise DataError(f'masks of {masks.shape[-2]}×{masks.shape[-1]} pixels for images of {logits.shape[-2]}×{logits.shape[-1]}{who}', fix='Prepare images and masks together.')
+        raise DataError(f'masks of {masks.shape[-2]}×{masks.shape[-1]} pixels for images of '
+                        f'{logits.shape[-2]}×{logits.shape[-1]}{who}', fix='Prepare images and masks together.')
 
 # %% ../../nbs/256_losses.segmentation.ipynb #8584b003
 LOSSES = ('dice', 'bce', 'bce+dice', 'focal')

@@ -34,7 +34,8 @@ def regression_loss(
     target: torch.Tensor, # of the teacher, float (n,2,d); gets no gradient
 ) -> torch.Tensor: # scalar in 0..8
     "Compute BYOL's loss, both ways. Source: BYOL, equation 2."
-    if prediction.shape != target.shape: raise ValueError(f'predictions {tuple(prediction.shape)} and targets {tuple(target.shape)} differ in shape')
+    if prediction.shape != target.shape:
+        raise ValueError(f'predictions {tuple(prediction.shape)} and targets {tuple(target.shape)} differ in shape')
     return (2 - 2 * (unit(prediction) * unit(target.detach()).flip(1)).sum(-1)).sum(1).mean()
 
 
@@ -50,7 +51,8 @@ def cell_places(
     transforms: torch.Tensor, # float (n,3,3): pixel of the image -> pixel of the view
     size: Sequence[int], # (height, width) of the view, pixels
     grid: Sequence[int], # (rows, columns) of the feature map
-) -> tuple[torch.Tensor, torch.Tensor]: # centres of the cells in the image, float64 (n,rows*columns,2) x, y in pixels; diagonal of a cell there, float64 (n,)
+) -> tuple[torch.Tensor, torch.Tensor]: # centres of the cells in the image, float64 (n,rows*columns,2) x, y in pixels;
+                                        # diagonal of a cell there, float64 (n,)
     "Find where each cell of a view's feature map lies in the image."
     inverse = torch.linalg.inv(transforms.double())
     steps = [torch.arange(g, device=inverse.device, dtype=torch.float64) for g in grid]

@@ -30,10 +30,12 @@ def shape_overlap(sides: torch.Tensor, # float (n,2), width and height of boxes,
 # %% ../../nbs/257_losses.yolo.ipynb #154b065f
 def flat_boxes(boxes: Sequence[torch.Tensor], # b tensors (k,4) x0,y0,x1,y1, pixels
                labels: Sequence[torch.Tensor], # b tensors int64 (k,)
-               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # image int64 (n,), boxes float (n,4), labels int64 (n,)
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # image int64 (n,), boxes float (n,4),
+                                                                     # labels int64 (n,)
     "Put the boxes of a batch into one table."
     counts = torch.tensor([len(x) for x in boxes], device=boxes[0].device)
-    return torch.repeat_interleave(torch.arange(len(boxes), device=counts.device), counts), torch.cat(list(boxes)).reshape(-1, 4), torch.cat(list(labels))
+    return (torch.repeat_interleave(torch.arange(len(boxes), device=counts.device), counts),
+            torch.cat(list(boxes)).reshape(-1, 4), torch.cat(list(labels)))
 
 
 def _winners(places, count):
@@ -49,11 +51,13 @@ def yolo_targets(boxes: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], 
                  size: Sequence[int], # (h,w) of the image, pixels
                  classes: int = 1, # number of classes
                  convention: str = 'clean', # see above
-                 ) -> dict: # dict: found and silent bool (b,a,g,g'), box float (b,a,g,g',4) x,y,w,h, classes float (b,a,g,g',k)
+                 ) -> dict: # dict: found and silent bool (b,a,g,g'), box float
+                            # (b,a,g,g',4) x,y,w,h, classes float (b,a,g,g',k)
     "Say what every cell and anchor of one grid should answer."
     image, flat, label = flat_boxes(boxes, labels)
     stride = flat.new_tensor([size[1] / grid[1], size[0] / grid[0]])
-    centre, sides, shapes = (flat[:, :2] + flat[:, 2:]) / 2 / stride, (flat[:, 2:] - flat[:, :2]) / stride, anchors / stride
+    centre, sides, shapes = ((flat[:, :2] + flat[:, 2:]) / 2 / stride, (flat[:, 2:] - flat[:, :2]) / stride,
+                             anchors / stride)
     cell = torch.stack([centre[:, i].long().clamp(0, grid[1 - i] - 1) for i in (0, 1)], 1)
     overlap = shape_overlap(sides, shapes, convention)
     best, shape = overlap.argmax(1), (len(boxes), len(anchors), *grid)
@@ -102,13 +106,16 @@ def _check(boxes, labels, classes, options):
         if value not in known: raise ValueError(unknown_name(name, value, known))
     for i, (b, c) in enumerate(zip(boxes, labels, strict=True)):
         if len(b) != len(c): raise DataError(f'image {i} of the batch has {len(b)} boxes and {len(c)} labels')
-        if len(b) and not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()): raise DataError(f'a box without area in image {i} of the batch: {b.tolist()}')
-        if len(c) and not 0 <= int(c.min()) <= int(c.max()) < classes: raise DataError(f'image {i} of the batch has a label outside 0..{classes - 1}: {c.tolist()}')
+        if len(b) and not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()):
+            raise DataError(f'a box without area in image {i} of the batch: {b.tolist()}')
+        if len(c) and not 0 <= int(c.min()) <= int(c.max()) < classes:
+            raise DataError(f'image {i} of the batch has a label outside 0..{classes - 1}: {c.tolist()}')
 
 
 def _own(boxes, labels, anchors, grid):
     "Keep the boxes whose best anchor of all nine stands on this grid."
-    keep = [shape_overlap(b[:, 2:] - b[:, :2], anchors.flatten(0, 1)).argmax(1) // anchors.shape[1] == grid for b in boxes]
+    keep = [shape_overlap(b[:, 2:] - b[:, :2], anchors.flatten(0, 1)).argmax(1) // anchors.shape[1] == grid
+            for b in boxes]
     return [b[k] for b, k in zip(boxes, keep)], [c[k] for c, k in zip(labels, keep)]
 
 # %% ../../nbs/257_losses.yolo.ipynb #e541eb0f
@@ -129,7 +136,9 @@ def yolo_loss(raws: Sequence[torch.Tensor], # floats (b, 3·(5+k), g, g'), of `Y
     found = {}
     for i, (raw, shapes) in enumerate(zip(raws, anchors)):
         b, c = (boxes, labels) if scales == 'all' else _own(boxes, labels, anchors, i)
-        for name, value in grid_loss(raw.float(), yolo_targets(b, c, shapes, raw.shape[-2:], size, k, convention), reduction).items():
+        for name, value in grid_loss(raw.float(), yolo_targets(b, c, shapes, raw.shape[-2:], size, k, convention),
+                                     reduction).items():
             found[name] = found.get(name, 0) + WEIGHTS[name] * value
-    parts = {'position': found['x'] + found['y'], 'size': found['w'] + found['h'], 'objectness': found['objectness'] + found['silence'], 'class': found['class']}
+    parts = {'position': found['x'] + found['y'], 'size': found['w'] + found['h'],
+             'objectness': found['objectness'] + found['silence'], 'class': found['class']}
     return {'loss': sum(parts.values()), **parts}

@@ -55,7 +55,8 @@ class StepState:
         return torch_generator(self.seed, self.step, *parts, device=device)
 
 # %% ../../nbs/300_methods.base.ipynb #d3c35003
-CAPABILITIES = ('encode_image', 'encode_text', 'project_text', 'image_features', 'feature_maps', 'match', 'generate', 'predict')
+CAPABILITIES = ('encode_image', 'encode_text', 'project_text', 'image_features', 'feature_maps', 'match', 'generate',
+                'predict')
 
 
 class Method(nn.Module):
@@ -65,7 +66,8 @@ class Method(nn.Module):
     gathered = ()  # features that the losses need from all processes
     gathered_batch = ('text_group',)  # batch entries that the losses need from all processes
     chunkable = False  # may GradCache split `encode`?
-    least_batch = 1  # samples that `losses` needs at once (of all processes, where it gathers): fewer have nothing to be compared with
+    # samples that `losses` needs at once (of all processes, where it gathers): fewer have nothing to be compared with
+    least_batch = 1
     advised_batch = 1  # samples below which training is not what the recipe means, although a loss can be computed
 
     def __init__(self,
@@ -117,7 +119,8 @@ class Method(nn.Module):
 @contextmanager
 def evaluating(module: nn.Module, # torch module
                ) -> Iterator[nn.Module]:
-    "Within this context a module is in evaluation mode and nothing is recorded for gradients; every part's mode is restored."
+    """Within this context a module is in evaluation mode and nothing is recorded for gradients; every part's mode is
+    restored."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -154,7 +157,8 @@ def register(cls: type[Method]) -> type[Method]:
 
     Raises: ValueError if another class has the name; TypeError if the configuration is no dataclass.
     """
-    if not is_dataclass(cls.config_class): raise TypeError(f'{cls.__name__}.config_class must be a dataclass, not {cls.config_class!r}')
+    if not is_dataclass(cls.config_class):
+        raise TypeError(f'{cls.__name__}.config_class must be a dataclass, not {cls.config_class!r}')
     old = _methods.get(cls.name)
     if old is not None and old.__qualname__ != cls.__qualname__:
         raise ValueError(f'the method name {cls.name!r} is taken by {old.__qualname__}: choose another')
@@ -173,13 +177,15 @@ def method_class(name: str, # registry name
 
     Raises: ValueError with the closest registered name.
     """
-    if name not in _methods and re.fullmatch('[a-z_]+', str(name)) and find_spec(f'medvl.methods.{name}'): import_module(f'medvl.methods.{name}')
+    if name not in _methods and re.fullmatch('[a-z_]+', str(name)) and find_spec(f'medvl.methods.{name}'):
+        import_module(f'medvl.methods.{name}')
     if name not in _methods: raise ValueError(unknown_name('method', name, methods()))
     return _methods[name]
 
 
 def build(name: str, # registry name, e.g. 'mammoclip'
-          config: Any = None, # dict of configuration fields (unknown ones are refused), a configuration, or None for the defaults
+          config: Any = None, # dict of configuration fields (unknown ones are refused), a
+                              # configuration, or None for the defaults
           **kwargs, # further arguments of the method's constructor
           ) -> Method:
     "Build a method by name."
@@ -210,13 +216,15 @@ def save_pretrained(method: Method, # a registered Method
     "Write configuration, weights and assets into a folder that `from_pretrained` reads."
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
-        raise DataError('refusing to replace a folder that holds no saved method', file=folder, fix='choose an empty or new folder')
+        raise DataError('refusing to replace a folder that holds no saved method', file=folder,
+                        fix='choose an empty or new folder')
     with atomic_path(folder) as temp:
         temp.mkdir()
         config = method.save_assets(temp)
         save_file(plain_state(method), str(temp / WEIGHTS), metadata={'format': 'pt'})
         write_json(temp / CONFIG, {'method': method.name, 'medvl_version': __version__, 'config': config_dict(config),
-                                   'weights_sha256': sha256_file(temp / WEIGHTS), **({'metrics': metrics} if metrics else {})})
+                                   'weights_sha256': sha256_file(temp / WEIGHTS),
+                                   **({'metrics': metrics} if metrics else {})})
     return folder
 
 # %% ../../nbs/300_methods.base.ipynb #6f66c1f3
@@ -229,7 +237,9 @@ def _folder_of(source, revision=None):
     if source.count('/') != 1 or source.startswith(('.', '/', '~')):
         raise DataError('no such folder, and not a hub name (owner/name) either', file=source)
     from huggingface_hub import snapshot_download
-    return Path(snapshot_download(source, revision=revision, allow_patterns=['*.json', '*.txt', '*.safetensors', '*/*.json', '*/*.txt', '*/*.safetensors']))
+    return Path(snapshot_download(source, revision=revision,
+                                  allow_patterns=['*.json', '*.txt', '*.safetensors', '*/*.json', '*/*.txt',
+                                                  '*/*.safetensors']))
 
 
 def leads_outside(folder: Path, # of a saved method
@@ -239,9 +249,11 @@ def leads_outside(folder: Path, # of a saved method
     inside = lambda name: (folder / name / CONFIG).is_file()
     text, out = config.get('text_encoder', ''), []
     named = text in CONFIGURATIONS or text in WHEELS
-    if config.get('image_encoder', '') not in ('', *EFFICIENTNETS, *RESNETS) and not inside('image_encoder'): out.append('image_encoder')
+    if config.get('image_encoder', '') not in ('', *EFFICIENTNETS, *RESNETS) and not inside('image_encoder'):
+        out.append('image_encoder')
     if text and not named and not inside('text_encoder'): out.append('text_encoder')
-    if text and not named and not config.get('tokenizer') and not (folder / 'tokenizer').is_dir(): out.append('text_encoder (its tokenizer)')
+    if text and not named and not config.get('tokenizer') and not (folder / 'tokenizer').is_dir():
+        out.append('text_encoder (its tokenizer)')
     return out + [k for k in ('image_weights', 'tokenizer', 'image_pretrained', 'text_pretrained') if config.get(k)]
 
 # %% ../../nbs/300_methods.base.ipynb #ab268784
@@ -249,7 +261,8 @@ def _stored(folder):
     "Read and check the configuration of a folder: (class, configuration as stored, checksum of the weights)."
     try: stored = read_json(folder / CONFIG)
     except (ValueError, RecursionError) as e: raise DataError(f'not JSON: {str(e)[:200]}', file=folder / CONFIG) from e
-    if not isinstance(stored, dict) or not {'method', 'config'} <= set(stored) or not isinstance(stored['config'], dict):
+    if (not isinstance(stored, dict) or not {'method', 'config'} <= set(stored)
+        or not isinstance(stored['config'], dict)):
         raise DataError('not a medvl configuration: "method" and "config" are needed', file=folder / CONFIG)
     try: return method_class(str(stored['method'])), stored['config'], stored.get('weights_sha256')
     except ValueError as e: raise DataError(str(e), file=folder / CONFIG) from e
@@ -259,11 +272,13 @@ MOST = {'layer': 1000, 'depth': 1000, '': 10**9}  # largest number in a stored c
 
 
 def _bounded(tree, file, name=''):
-    "Refuse numbers that no network has: a million layers would be built one by one before their shapes could be compared."
+    """Refuse numbers that no network has: a million layers would be built one by one before their shapes could be
+    compared."""
     if isinstance(tree, dict): return [_bounded(v, file, str(k)) for k, v in tree.items()]
     if isinstance(tree, list): return [_bounded(v, file, name) for v in tree]
     most = next(n for word, n in MOST.items() if word in name.lower())
-    if isinstance(tree, (int, float)) and not abs(tree) <= most: raise DataError(f'{name[:40]} is {tree}: no network is built with that', file=file)
+    if isinstance(tree, (int, float)) and not abs(tree) <= most:
+        raise DataError(f'{name[:40]} is {tree}: no network is built with that', file=file)
 
 
 def _shapes(file):
@@ -274,13 +289,15 @@ def _shapes(file):
 
 def _fits(cls, config, folder):
     "Build the network without memory, and compare names and shapes with the file's."
-    with torch.device('meta'): wanted = {k: tuple(v.shape) for k, v in cls.from_assets(config, folder).state_dict().items()}
+    with torch.device('meta'):
+        wanted = {k: tuple(v.shape) for k, v in cls.from_assets(config, folder).state_dict().items()}
     found = _shapes(folder / WEIGHTS)
     missing, extra = [k for k in wanted if k not in found], [k for k in found if k not in wanted]
     other = [f'{k} {found[k]} for {wanted[k]}' for k in wanted if k in found and found[k] != wanted[k]]
     if missing or extra or other:
         told = '; '.join(f'{what}: {", ".join(names[:3])}' + (f' … ({len(names)})' if len(names) > 3 else '')
-                         for what, names in (('missing', missing), ('left over', extra), ('of another shape', other)) if names)
+                         for what, names in (('missing', missing), ('left over', extra), ('of another shape', other))
+                         if names)
         raise DataError(f'the weights do not fit the configuration: {told}', file=folder / WEIGHTS)
 
 # %% ../../nbs/300_methods.base.ipynb #8a46c700
@@ -291,29 +308,36 @@ def from_pretrained(source: str | Path, # folder of `save_pretrained`, or a hub 
                     ) -> Method: # in eval mode
     """Rebuild a saved method.
 
-    Raises: DataError if the folder is incomplete or damaged, leads outside itself, or names or shapes of weights do not fit.
+    Raises: DataError if the folder is incomplete or damaged, leads outside itself, or names or shapes of weights do not
+    fit.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = _folder_of(source, revision)
     cls, values, digest = _stored(folder)
     outside = [] if allow_outside else leads_outside(folder, values)
-    if outside: raise DataError(f'the stored configuration leads outside its folder: {", ".join(outside)}', file=folder / CONFIG,
-                                fix='Save the method again with its assets, or say allow_outside=True if you trust its source.')
+    if outside:
+        raise DataError(f'the stored configuration leads outside its folder: {", ".join(outside)}',
+                        file=folder / CONFIG,
+                                fix='Save the method again with its assets, or say allow_outside=True if you trust its '
+                                    'source.')
     nested = torch.get_default_device().type == 'meta'  # part of a network that is being measured: no weights
     try:
         for file in (folder / CONFIG, *folder.glob(f'*/{CONFIG}')): _bounded(read_json(file), file)
         config = config_from_dict(cls.config_class, values)
         if nested: return cls.from_assets(config, folder)
         if digest and (folder / WEIGHTS).is_file() and sha256_file(folder / WEIGHTS) != digest:
-            raise DataError('the weights are not those that were saved (another checksum)', file=folder / WEIGHTS, fix='Copy or download the folder again.')
+            raise DataError('the weights are not those that were saved (another checksum)', file=folder / WEIGHTS,
+                            fix='Copy or download the folder again.')
         _fits(cls, config, folder)
         method = cls.from_assets(config, folder)
         method.load_state_dict(load_file(str(folder / WEIGHTS)), strict=True)
     except DataError: raise
-    except (SafetensorError, FileNotFoundError) as e: raise DataError(f'the weights cannot be read: {e}', file=folder / WEIGHTS) from e
+    except (SafetensorError, FileNotFoundError) as e:
+        raise DataError(f'the weights cannot be read: {e}', file=folder / WEIGHTS) from e
     except Exception as e:  # whatever a damaged configuration or asset makes a library raise
-        raise DataError(f'the folder is damaged: {type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}', file=folder) from e
+        raise DataError(f'the folder is damaged: {type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}',
+                        file=folder) from e
     return method.to(device).eval()
 
 # %% ../../nbs/300_methods.base.ipynb #a9986080

@@ -54,7 +54,8 @@ class BYOL(ImageMethod):
         views = [self.image_side.scaled(v) for v in views_of(batch, by='BYOL')]
         h = [self.image_encoder(v) for v in views]
         prediction = torch.stack([self.predictor(self.projector(x)) for x in h], 1)
-        with torch.no_grad(): target = torch.stack([self.teacher['projector'](self.teacher['image_encoder'](v)) for v in views], 1)
+        with torch.no_grad():
+            target = torch.stack([self.teacher['projector'](self.teacher['image_encoder'](v)) for v in views], 1)
         check_samples(batch, prediction, module=self)
         return {'prediction': prediction, 'target': target, **probe_features(self, h[0])}
 

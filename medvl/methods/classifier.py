@@ -33,9 +33,11 @@ class ClassifierConfig(EfficientNetConfig):
     labels: tuple[str, ...] = ('mass',)  # what is predicted: names of binary labels, or of one column with classes
     classes: tuple[str, ...] = ()  # values of the one column in `labels`, in order; () = binary labels
     frozen: bool = True  # train the linear layer only; the encoder stays as it is, in every respect
-    live: bool = False  # reference: in a frozen encoder BatchNorm's statistics still move, and dropout and drop-connect stay on
+    live: bool = False  # reference: in a frozen encoder BatchNorm's statistics still
+                        # move, and dropout and drop-connect stay on
     pos_weight: tuple[float, ...] = ()  # weight on the positives of each label, counted on training rows; () = 1
-    unlabelled: str = 'mask'  # labels that are not stated: 'mask' leaves them out; 'negative' counts them as absent (the original)
+    unlabelled: str = 'mask'  # labels that are not stated: 'mask' leaves them out;
+                              # 'negative' counts them as absent (the original)
 
 # %% ../../nbs/330_methods.classifier.ipynb #edce5f63
 def check_classifier(
@@ -43,19 +45,26 @@ def check_classifier(
 ) -> None:
     "Raises: ValueError naming what contradicts what."
     k = len(config.labels)
-    if not k or len(set(config.labels)) != k: raise ValueError(f'labels={config.labels}: name at least one label, each once')
+    if not k or len(set(config.labels)) != k:
+        raise ValueError(f'labels={config.labels}: name at least one label, each once')
     if config.classes and (k != 1 or len(set(config.classes)) < 2 or len(set(config.classes)) != len(config.classes)):
-        raise ValueError(f'classes={config.classes} need one column in labels ({", ".join(config.labels)}) and at least two different values')
-    if config.pos_weight and (config.classes or len(config.pos_weight) != k or not all(0 < w < float('inf') for w in config.pos_weight)):
-        raise ValueError(f'pos_weight={config.pos_weight} must be one positive number for each binary label ({", ".join(config.labels)})')
-    if config.live and not config.frozen: raise ValueError('live=True is about a frozen encoder: fine-tuning moves its statistics anyway')
-    if config.unlabelled not in UNLABELLED: raise ValueError(f'unlabelled={config.unlabelled!r}: choose from {", ".join(UNLABELLED)}')
+        raise ValueError(f'classes={config.classes} need one column in labels ({", ".join(config.labels)}) and at '
+                         'least two different values')
+    if config.pos_weight and (config.classes or len(config.pos_weight) != k
+                              or not all(0 < w < float('inf') for w in config.pos_weight)):
+        raise ValueError(f'pos_weight={config.pos_weight} must be one positive number for each binary label '
+                         f'({", ".join(config.labels)})')
+    if config.live and not config.frozen:
+        raise ValueError('live=True is about a frozen encoder: fine-tuning moves its statistics anyway')
+    if config.unlabelled not in UNLABELLED:
+        raise ValueError(f'unlabelled={config.unlabelled!r}: choose from {", ".join(UNLABELLED)}')
 
 # %% ../../nbs/330_methods.classifier.ipynb #6fdb1dcf
 @register
 class Classifier(Method):
     "An image encoder with a linear classification layer. Source: Mammo-CLIP, section 3 (linear probe and fine-tuning)."
-    name, config_class, chunkable, gathered, gathered_batch = 'classifier', ClassifierConfig, True, ('logits',), ('labels',)
+    name, config_class, chunkable, gathered, gathered_batch = ('classifier', ClassifierConfig, True, ('logits',),
+                                                               ('labels',))
 
     def __init__(self,
         config:ClassifierConfig|None=None, # None: its defaults
@@ -65,7 +74,8 @@ class Classifier(Method):
         c = self.config
         check_classifier(c)
         self.image_encoder = new_efficientnet(c) if image_encoder is None else image_encoder
-        self.classifier = nn.ModuleDict({'classification_head': nn.Linear(self.image_encoder.num_features, len(c.classes) or len(c.labels))})
+        self.classifier = nn.ModuleDict(
+            {'classification_head': nn.Linear(self.image_encoder.num_features, len(c.classes) or len(c.labels))})
         self.image_encoder.requires_grad_(not c.frozen)
         self.image_side = ImageSide(self.image_encoder, partial(normalise_images, mean=c.image_mean, std=c.image_std))
 
@@ -86,7 +96,8 @@ class Classifier(Method):
         check_samples(batch, logits, module=self)
         return {'logits': logits}
 
-    def losses(self, features: dict, batch: dict, state: StepState) -> dict: # labels (b,k): 1/0/NaN, or (b,1) class numbers
+    def losses(self, features: dict, batch: dict,
+               state: StepState) -> dict: # labels (b,k): 1/0/NaN, or (b,1) class numbers
         "Give the loss, and the share of targets that are stated."
         z, y, c = features['logits'], batch['labels'].to(features['logits'].device), self.config
         known = stated(y)
@@ -126,11 +137,13 @@ def logits(self: Classifier, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) 
     return z if z.dtype == torch.float64 else z.float()
 
 # %% ../../nbs/330_methods.classifier.ipynb #2f3232b0
-IMAGE_FIELDS = ('image_encoder', 'image_pooling', 'image_mean', 'image_std', 'dropout', 'drop_connect', 'bn_momentum', 'padding', 'image_checkpointing')
+IMAGE_FIELDS = ('image_encoder', 'image_pooling', 'image_mean', 'image_std', 'dropout', 'drop_connect', 'bn_momentum',
+                'padding', 'image_checkpointing')
 
 
 def new_classifier(
-    source: Method | str | Path, # trained Method with `image_encoder` (Mammo-CLIP, another classifier), or the name of an encoder
+    source: Method | str | Path, # trained Method with `image_encoder` (Mammo-CLIP, another
+                                 # classifier), or the name of an encoder
     labels: str | Sequence[str], # names of binary labels, or of one column with `classes`
     classes: Sequence = (), # values of that column
     seed:int=0, # of the linear layer (and of a new encoder)
@@ -149,15 +162,18 @@ def new_classifier(
     library = trained is not None and isinstance(trained.image_encoder, TransformersVision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_of(seed, 'classifier'))
-        encoder = TransformersVision(type(trained.image_encoder.model)(trained.image_encoder.model.config), config.image_pooling) if library else None
+        encoder = (TransformersVision(type(trained.image_encoder.model)(trained.image_encoder.model.config),
+                                      config.image_pooling) if library else None)
         method = Classifier(config, encoder)
-    if trained is not None: load_encoder(method, {f'image_encoder.{k}': v for k, v in trained.image_encoder.state_dict().items()})
+    if trained is not None:
+        load_encoder(method, {f'image_encoder.{k}': v for k, v in trained.image_encoder.state_dict().items()})
     return method
 
 # %% ../../nbs/330_methods.classifier.ipynb #f1fc2cbb
 def load_encoder(
     method: nn.Module, # Classifier, or any method with `image_encoder`
-    source: str | Path | dict, # file (.tar, .pth, .safetensors) or dictionary of a CLIP model or classifier: names begin with 'image_encoder.'
+    source: str | Path | dict, # file (.tar, .pth, .safetensors) or dictionary of a CLIP model or classifier: names
+                               # begin with 'image_encoder.'
 ) -> LoadReport:
     """Fill the image encoder from a file; text encoder and heads in it are passed over.
 
@@ -165,4 +181,5 @@ def load_encoder(
     try: return load_weights(method.image_encoder, source, prefix='image_encoder.')
     except DataError as e:
         name = getattr(method.config, 'image_encoder', type(method.image_encoder).__name__)
-        raise DataError(f'these are not the weights of {name}: {e}', file=e.file, fix='Build the classifier with the encoder of the checkpoint.') from e
+        raise DataError(f'these are not the weights of {name}: {e}', file=e.file,
+                        fix='Build the classifier with the encoder of the checkpoint.') from e

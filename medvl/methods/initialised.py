@@ -35,7 +35,8 @@ class Initialised(ImageMethod):
 
     def encode(self, batch: dict) -> dict:
         "Raises: TypeError, always: there is nothing to pre-train."
-        raise TypeError("'initialised' is the baseline without pre-training, so it cannot be trained: evaluate it as it is, "
+        raise TypeError("'initialised' is the baseline without pre-training, so it cannot be trained: evaluate it as "
+                        "it is, "
                         'or put a head on its encoder (new_classifier, segmenter_from, yolo_from)')
 
     def losses(self, features: dict, batch: dict, state: StepState) -> dict:

@@ -49,7 +49,8 @@ class MammoCLIPConfig(EfficientNetConfig):
     t2t_weight: float = 0.5  # of texts among each other
     label_smoothing: float = 0.0  # between images and texts, in training
     duplicates: str = 'negatives'  # exams that share a report: negatives (paper), mask, positives
-    allow_empty: bool = False  # let texts without words pass, as the original does (a dataset with empty='keep' needs it)
+    allow_empty: bool = False  # let texts without words pass, as the original does (a
+                               # dataset with empty='keep' needs it)
     encode_once: bool = False  # encode equal texts of a batch once (their dropout is then equal too)
     text_checkpointing: bool = False  # recompute the text encoder's activations
 
@@ -68,12 +69,16 @@ class MammoCLIP(Method):
                  ):
         super().__init__(with_vocabulary(MammoCLIPConfig() if config is None else config, tokenizer))
         c = self.config
-        if c.loss not in ('multiview', 'single'): raise ValueError(unknown_name('loss', c.loss, ('multiview', 'single')))
+        if c.loss not in ('multiview', 'single'):
+            raise ValueError(unknown_name('loss', c.loss, ('multiview', 'single')))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / c.temperature)))
         self.image_encoder = new_efficientnet(c) if image_encoder is None else image_encoder
-        self.text_encoder = text_encoder or build_text_encoder(c.text_encoder, c.pooling, c.text_pretrained, c.vocab_size, c.text_checkpointing)
-        self.image_projection = build_projection(c.projection, self.image_encoder.num_features, c.dim, c.projection_dropout)
-        self.text_projection = build_projection(c.projection, self.text_encoder.num_features, c.dim, c.projection_dropout)
+        self.text_encoder = text_encoder or build_text_encoder(c.text_encoder, c.pooling, c.text_pretrained,
+                                                               c.vocab_size, c.text_checkpointing)
+        self.image_projection = build_projection(c.projection, self.image_encoder.num_features, c.dim,
+                                                 c.projection_dropout)
+        self.text_projection = build_projection(c.projection, self.text_encoder.num_features, c.dim,
+                                                c.projection_dropout)
         self.image_side = ImageSide(self.image_encoder, partial(normalise_images, mean=c.image_mean, std=c.image_std))
         self.text_side = TextSide(self.text_encoder, c, tokenizer)
 
@@ -118,7 +123,8 @@ class MammoCLIP(Method):
         texts = [texts] if isinstance(texts, str) else list(texts)
         if self.config.lower_case: texts = [t.lower() for t in texts]
         rows = tokenise(self.tokenizer, texts, self.text_side.limit)
-        parts = [self.project_tokens(*map(torch.from_numpy, pad_tokens(rows[i:i + batch_size], self.tokenizer.pad_token_id or 0)))
+        parts = [self.project_tokens(*map(torch.from_numpy,
+                                          pad_tokens(rows[i:i + batch_size], self.tokenizer.pad_token_id or 0)))
                  for i in range(0, len(rows), batch_size)]
         return torch.cat(parts) if parts else torch.zeros(0, self.config.dim, device=self.device)
 
@@ -139,11 +145,13 @@ class MammoCLIP(Method):
     @classmethod
     def from_assets(cls, config: MammoCLIPConfig, folder: Path) -> 'MammoCLIP':
         text, tokenizer = saved_text(folder, config, config.pooling)
-        return cls(config, tokenizer, saved_image_encoder(folder, config.image_pooling, config.image_checkpointing), text)
+        return cls(config, tokenizer,
+                   saved_image_encoder(folder, config.image_pooling, config.image_checkpointing), text)
 
 # %% ../../nbs/310_methods.mammoclip.ipynb #dd0742d3
 @patch(MammoCLIP)
-def project_image(self: MammoCLIP, features: torch.Tensor) -> torch.Tensor: # (…,f): pooled features, or cells of the last map
+def project_image(self: MammoCLIP,
+                  features: torch.Tensor) -> torch.Tensor: # (…,f): pooled features, or cells of the last map
     "Give the projected, not normalised vectors, (…,d)."
     return self.image_projection(features)
 
@@ -155,7 +163,8 @@ def embed_images(self: MammoCLIP, images: torch.Tensor) -> torch.Tensor: # (b,1,
 
 # %% ../../nbs/310_methods.mammoclip.ipynb #3573d972
 @patch(MammoCLIP)
-def project_tokens(self: MammoCLIP, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor: # int64 (…,L) each
+def project_tokens(self: MammoCLIP, input_ids: torch.Tensor,
+                   attention_mask: torch.Tensor) -> torch.Tensor: # int64 (…,L) each
     "Give the projected, not normalised vectors of tokenised texts, (…,d)."
     ids, mask = input_ids.flatten(0, -2).to(self.device), attention_mask.flatten(0, -2).to(self.device)
     back = slice(None)
@@ -177,14 +186,19 @@ def released_config(checkpoint: Checkpoint, # Checkpoint of a released file
         model = checkpoint.extra['config']['model']
         name, text, head = model['image_encoder']['name'], model['text_encoder'], model['projection_head']
     except (KeyError, TypeError) as e:
-        raise DataError(f'no Mammo-CLIP configuration in the file (looking for {e})', file=checkpoint.file, fix='Give the configuration yourself.') from e
-    if name not in RELEASED_ENCODERS: raise DataError(unknown_name('released image encoder', name, RELEASED_ENCODERS), file=checkpoint.file)
+        raise DataError(f'no Mammo-CLIP configuration in the file (looking for {e})', file=checkpoint.file,
+                        fix='Give the configuration yourself.') from e
+    if name not in RELEASED_ENCODERS:
+        raise DataError(unknown_name('released image encoder', name, RELEASED_ENCODERS), file=checkpoint.file)
     base = checkpoint.extra['config'].get('base') or {}
     loss = (checkpoint.extra['config'].get('loss') or {}).get('breast_clip') or {}
     weights = {k: float(loss[k]) for k in ('label_smoothing', 'i2i_weight', 't2t_weight') if k in loss}
-    return MammoCLIPConfig(**weights, image_encoder=RELEASED_ENCODERS[name], text_encoder='bert-base-clinical-config', tokenizer=CLINICAL_BERT, text_pretrained=False,
-                           pooling=text['pooling'], projection=head['name'], dim=head['proj_dim'], projection_dropout=head.get('dropout', .1),
-                           temperature=model['temperature'], max_length=base.get('text_max_length', 256), limit_scale=False,
+    return MammoCLIPConfig(**weights, image_encoder=RELEASED_ENCODERS[name], text_encoder='bert-base-clinical-config',
+                           tokenizer=CLINICAL_BERT, text_pretrained=False,
+                           pooling=text['pooling'], projection=head['name'], dim=head['proj_dim'],
+                           projection_dropout=head.get('dropout', .1),
+                           temperature=model['temperature'], max_length=base.get('text_max_length', 256),
+                           limit_scale=False,
                            image_mean=base.get('mean', .3089279), image_std=base.get('std', .25053555408335154))
 
 

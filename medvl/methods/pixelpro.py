@@ -69,7 +69,8 @@ def unit_places(
 ) -> torch.Tensor: # float64 (b,versions,3,3): pixel of the image -> place in a view of one by one
     "Measure places in views instead of pixels, so that features say all that the loss needs."
     h, w = size
-    scale = torch.tensor([[1 / w, 0, .5 / w - .5], [0, 1 / h, .5 / h - .5], [0, 0, 1]], dtype=torch.float64, device=transforms[0].device)
+    scale = torch.tensor([[1 / w, 0, .5 / w - .5], [0, 1 / h, .5 / h - .5], [0, 0, 1]], dtype=torch.float64,
+                         device=transforms[0].device)
     return torch.stack([scale @ t[:, 0].double() for t in transforms], 1)
 
 # %% ../../nbs/322_methods.pixelpro.ipynb #b5136983
@@ -77,7 +78,8 @@ def unit_places(
 class PixelPro(ImageMethod):
     "Propagate yourself: pixel-level consistency. Source: Xie et al., CVPR 2021."
     name, config_class = 'pixelpro', PixelProConfig
-    gathered, gathered_batch = ('student_cells', 'teacher_cells', 'places', 'prediction', 'target', 'probe'), ('labels',)
+    gathered, gathered_batch = ('student_cells', 'teacher_cells', 'places', 'prediction', 'target',
+                                'probe'), ('labels',)
     advised_batch = 2 # cells are compared inside an image, but BatchNorm over one image is not the recipe's
 
     def __init__(self, config: PixelProConfig | None = None, image_encoder: nn.Module | None = None):
@@ -89,7 +91,9 @@ class PixelPro(ImageMethod):
         self.projector = two_layers(width, c.hidden or width, c.dim, maps=True)
         self.propagation = Propagation(c.dim, c.layers, c.gamma) if c.loss == 'pixpro' else nn.Identity()
         heads = nn.ModuleDict()
-        if c.instance_weight: heads = nn.ModuleDict({'projector': two_layers(width, c.instance_hidden, c.dim), 'predictor': two_layers(c.dim, c.instance_hidden, c.dim)})
+        if c.instance_weight:
+            heads = nn.ModuleDict({'projector': two_layers(width, c.instance_hidden, c.dim),
+                                   'predictor': two_layers(c.dim, c.instance_hidden, c.dim)})
         self.instance = heads
         self.teacher = teacher_of(self.student)
 
@@ -108,15 +112,19 @@ class PixelPro(ImageMethod):
     def encode(self, batch: dict) -> dict: # augmented: 2 × (b,1,1,h,w); transforms: 2 × (b,1,3,3)
         "Give `student_cells` and `teacher_cells` (b,2,d,h',w'), `places` (b,2,3,3)."
         views, networks = [self.image_side.scaled(v) for v in views_of(batch, by='PixelPro')], self.student
-        if 'transforms' not in batch: raise ValueError('PixelPro needs batch["transforms"]: where each version lies in the image')
+        if 'transforms' not in batch:
+            raise ValueError('PixelPro needs batch["transforms"]: where each version lies in the image')
         found = [self._cells(networks, v) for v in views]
         student = torch.stack([self.propagation(cells) for cells, _ in found], 1)
-        out = {'student_cells': student, 'places': unit_places(batch['transforms'], views[0].shape[-2:]).to(student.device)}
+        out = {'student_cells': student,
+               'places': unit_places(batch['transforms'], views[0].shape[-2:]).to(student.device)}
         with torch.no_grad():
             taught = [self._cells(self.teacher, v) for v in views]
             out['teacher_cells'] = torch.stack([cells for cells, _ in taught], 1)
             if self.instance: out['target'] = torch.stack([self.teacher['instance'](pooled) for _, pooled in taught], 1)
-        if self.instance: out['prediction'] = torch.stack([self.instance['predictor'](self.instance['projector'](p)) for _, p in found], 1)
+        if self.instance:
+            out['prediction'] = torch.stack([self.instance['predictor'](self.instance['projector'](p))
+                                             for _, p in found], 1)
         check_samples(batch, student, module=self)
         return {**out, **probe_features(self, found[0][1])}
 

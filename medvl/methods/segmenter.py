@@ -34,7 +34,8 @@ class SegmenterConfig:
     freeze_bn: bool = False  # fine-tuning with fixed BatchNorm statistics of the encoder
     width: float = 1.0  # of the U-Net, as a factor of the paper's
     loss: str = 'dice'  # 'dice', 'bce', 'bce+dice' or 'focal'
-    dice_over: str = 'batch'  # one Dice score over the 'batch' with all its classes (the original), each 'class', or each 'image'
+    dice_over: str = 'batch'  # one Dice score over the 'batch' with all its classes (the
+                              # original), each 'class', or each 'image'
     dice_smooth: float = 0.0  # pixels; above 0, false positives cost something where there is nothing to find
     pos_weight: tuple[float, ...] = ()  # of cross-entropy, on the positives of each class; () = 1
     gamma: float = 2.0  # of the focal loss
@@ -57,11 +58,14 @@ class Segmenter(DenseMethod):
                  ):
         super().__init__(config)
         c = self.config
-        for kind, value, known in (('head', c.head, HEADS), ('segmentation loss', c.loss, LOSSES), ('grouping of the Dice loss', c.dice_over, OVER)):
+        for kind, value, known in (('head', c.head, HEADS), ('segmentation loss', c.loss, LOSSES),
+                                   ('grouping of the Dice loss', c.dice_over, OVER)):
             if value not in known: raise ValueError(unknown_name(kind, value, known))
-        if c.pos_weight and len(c.pos_weight) != len(c.classes): raise ValueError(f'pos_weight={c.pos_weight}: one weight for each of {", ".join(c.classes)}')
+        if c.pos_weight and len(c.pos_weight) != len(c.classes):
+            raise ValueError(f'pos_weight={c.pos_weight}: one weight for each of {", ".join(c.classes)}')
         channels = self.begin(image_encoder, HEADS[c.head].reads)
-        self.head = LinearHead(channels, len(c.classes)) if c.head == 'linear' else UNet(channels, len(c.classes), c.width)
+        self.head = (LinearHead(channels, len(c.classes)) if c.head == 'linear'
+                     else UNet(channels, len(c.classes), c.width))
         self.train()
 
     def logits(self, batch: dict) -> torch.Tensor: # images (b,1,1,h,w), or taps
@@ -79,7 +83,8 @@ class Segmenter(DenseMethod):
     def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the loss and its parts."
         c = self.config
-        return segmentation_loss(features['logits'], features['masks'], c.loss, c.dice_over, c.dice_smooth, c.pos_weight or None, c.gamma)
+        return segmentation_loss(features['logits'], features['masks'], c.loss, c.dice_over, c.dice_smooth,
+                                 c.pos_weight or None, c.gamma)
 
     def predict_batch(self, batch: dict) -> torch.Tensor: # images (b,1,1,h,w), or taps of a frozen encoder
         "Give probabilities, float32 (b,k,h,w)."

@@ -26,7 +26,8 @@ class SimCLRConfig(ImageConfig):
     dim: int = 128  # size of the projections
     projector_norm: bool = False  # BatchNorm inside the projector (Google's code has it, LoVT's baseline has not)
     temperature: float = 0.1  # tau
-    together: bool = True  # both versions in one pass: BatchNorm sees them as one batch; False: one after the other (LoVT's baseline)
+    together: bool = True  # both versions in one pass: BatchNorm sees them as one batch;
+                           # False: one after the other (LoVT's baseline)
     probe: tuple[str, ...] = ()  # labels that a linear layer reads beside, without touching the features
 
 # %% ../../nbs/320_methods.simclr.ipynb #f0029b5e
@@ -44,7 +45,8 @@ class SimCLR(ImageMethod):
     def encode(self, batch: dict) -> dict: # augmented: 2 × (b,1,1,h,w)
         "Give `z` (b,2,d), unit vectors, and what the probe says of the first version."
         views = [self.image_side.scaled(v) for v in views_of(batch, by='SimCLR')]
-        h = self.image_encoder(torch.cat(views)).chunk(2) if self.config.together else [self.image_encoder(v) for v in views]
+        h = (self.image_encoder(torch.cat(views)).chunk(2) if self.config.together
+             else [self.image_encoder(v) for v in views])
         z = self.projector(torch.cat(h)).chunk(2) if self.config.together else [self.projector(x) for x in h]
         z = unit(torch.stack(list(z), 1))
         check_samples(batch, z, module=self)

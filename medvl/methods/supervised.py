@@ -28,7 +28,8 @@ class SupervisedConfig(ImageConfig):
     "Configuration of supervised pre-training."
     labels: tuple[str, ...] = CHEXPERT_FIVE  # binary labels that are predicted
     pos_weight: tuple[float, ...] = ()  # weight on the positives of each label; () = 1
-    unlabelled: str = 'mask'  # labels that are not stated: 'mask' leaves them out; 'negative' counts them as absent (original)
+    unlabelled: str = 'mask'  # labels that are not stated: 'mask' leaves them out;
+                              # 'negative' counts them as absent (original)
 
 # %% ../../nbs/323_methods.supervised.ipynb #5a712e2d
 @register
@@ -41,7 +42,8 @@ class Supervised(ImageMethod):
         c, k = self.config, len(self.config.labels)
         if not k or len(set(c.labels)) != k: raise ValueError(f'labels={c.labels}: name at least one label, each once')
         if c.pos_weight and (len(c.pos_weight) != k or not all(0 < w < float('inf') for w in c.pos_weight)):
-            raise ValueError(f'pos_weight={c.pos_weight} must be one positive number for each label ({", ".join(c.labels)})')
+            raise ValueError(f'pos_weight={c.pos_weight} must be one positive number for each label '
+                             f'({", ".join(c.labels)})')
         if c.unlabelled not in UNLABELLED: raise ValueError(unknown_name('unlabelled', c.unlabelled, UNLABELLED))
         self.head = nn.Linear(self.image_encoder.num_features, k)
 

@@ -48,7 +48,8 @@ class YoloConfig:
 def reference_yolo(**changes, # fields to change
                    ) -> dict: # dict of fields
     "Give the options of the original detector."
-    return {**dict(anchors='reference', reference=True, reduction='cells', scales='all', score_threshold=.2, overlap=.4, top=0), **changes}
+    return {**dict(anchors='reference', reference=True, reduction='cells', scales='all', score_threshold=.2, overlap=.4,
+                   top=0), **changes}
 
 # %% ../../nbs/337_methods.yolo.ipynb #f73ebe95
 @register
@@ -62,7 +63,8 @@ class Yolo(DenseMethod):
                  ):
         super().__init__(config)
         c = self.config
-        for kind, value, known in (('anchors', c.anchors, ANCHORS), ('reduction', c.reduction, REDUCTIONS), ('scales', c.scales, ('all', 'best'))):
+        for kind, value, known in (('anchors', c.anchors, ANCHORS), ('reduction', c.reduction, REDUCTIONS),
+                                   ('scales', c.scales, ('all', 'best'))):
             if value not in known: raise ValueError(unknown_name(kind, value, known))
         self.head = YoloHead(self.begin(image_encoder, YoloHead.reads), len(c.classes), c.width)
         self.train()
@@ -74,10 +76,12 @@ class Yolo(DenseMethod):
     def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the loss and its parts: position, size, objectness, class."
         c, (raws, anchors, size) = self.config, self.grids(features)
-        return yolo_loss(raws, *self.marked_boxes(batch), anchors, size, 'reference' if c.reference else 'clean', c.reduction, c.scales)
+        return yolo_loss(raws, *self.marked_boxes(batch), anchors, size, 'reference' if c.reference else 'clean',
+                         c.reduction, c.scales)
 
     def predict(self, images: torch.Tensor) -> list[dict]: # (b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255
-        "Find boxes: one dict an image with `boxes` (n,4) in its pixels, `scores` (n,), `labels` (n,) numbers in `names`, best first."
+        """Find boxes: one dict an image with `boxes` (n,4) in its pixels, `scores` (n,), `labels` (n,) numbers in
+        `names`, best first."""
         return self.predict_batch({'images': images})
 
 # %% ../../nbs/337_methods.yolo.ipynb #9ebcd6b1
@@ -101,7 +105,9 @@ def predict_batch(self: Yolo, batch: dict) -> list[dict]: # images (b,1,1,h,w), 
 
 # %% ../../nbs/337_methods.yolo.ipynb #c5fe74f6
 @patch(Yolo)
-def marked_boxes(self: Yolo, batch: dict) -> tuple[list, list]: # boxes: b lists of one array (k,4); box_labels: b lists of one list of names
+def marked_boxes(self: Yolo,
+                 batch: dict, # boxes: b lists of one array (k,4); box_labels: b lists of one list of names
+                 ) -> tuple[list, list]:
     """Give boxes (g,4) and labels (g,) of every image of a batch.
 
     Raises: DataError naming the image of a box without area, or when the batch has no boxes."""
@@ -110,7 +116,8 @@ def marked_boxes(self: Yolo, batch: dict) -> tuple[list, list]: # boxes: b lists
     for i, ((b,), (names,)) in enumerate(zip(batch['boxes'], batch['box_labels'])):
         b = torch.as_tensor(b, dtype=torch.float32, device=self.device).reshape(-1, 4)
         if not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()):
-            raise DataError(f'a box without area in image {batch["sample_id"][i]!r}: {b.tolist()}', fix='Boxes are x0, y0, x1, y1 with x1 > x0 and y1 > y0.')
+            raise DataError(f'a box without area in image {batch["sample_id"][i]!r}: {b.tolist()}',
+                            fix='Boxes are x0, y0, x1, y1 with x1 > x0 and y1 > y0.')
         wanted = torch.tensor([n in number for n in names], dtype=torch.bool, device=self.device)
         boxes.append(b[wanted])
         labels.append(torch.tensor([number[n] for n in names if n in number], dtype=torch.int64, device=self.device))

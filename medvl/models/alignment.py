@@ -72,14 +72,17 @@ class CrossAttention(nn.Module):
         if self.symmetric: return getattr(self, f'{"key" if kind == "query" else kind}_projection')
         return getattr(self, f'{kind}_projection_{side}')
 
-    def forward(self, regions: torch.Tensor, sentences: torch.Tensor, mask: torch.Tensor | None = None) -> dict: # (b,n,d), (b,m,d), bool (b,m): real sentences
-        "Give a dict: regions (b,n,d) from sentences, sentences (b,m,d) from regions, region_attention (b,n,m), sentence_attention (b,m,n)."
+    def forward(self, regions: torch.Tensor, sentences: torch.Tensor,
+                mask: torch.Tensor | None = None) -> dict: # (b,n,d), (b,m,d), bool (b,m): real sentences
+        """Give a dict: regions (b,n,d) from sentences, sentences (b,m,d) from regions, region_attention (b,n,m),
+        sentence_attention (b,m,n)."""
         tau = self.temperature if self.log_temperature is None else self.log_temperature.exp()
         ask_sentences, ask_regions = (s / tau for s in self.scores(regions, sentences))
         p = attend(ask_sentences, mask, self.dropout, self.training)
         q = attend(ask_regions, None, self.dropout, self.training)
         if mask is not None: q = q * mask.unsqueeze(-1)
-        return {'regions': self._normed(self._to_regions(p, sentences), None), 'sentences': self._normed(self._to_sentences(q, regions), mask),
+        return {'regions': self._normed(self._to_regions(p, sentences), None),
+                'sentences': self._normed(self._to_sentences(q, regions), mask),
                 'region_attention': p, 'sentence_attention': q}
 
 # %% ../../nbs/208_models.alignment.ipynb #bdcfab65
@@ -90,7 +93,8 @@ def _keys(self: CrossAttention, kind, side, x):
 
 
 @patch(CrossAttention)
-def scores(self: CrossAttention, regions: torch.Tensor, sentences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: # (b,n,d), (b,m,d)
+def scores(self: CrossAttention, regions: torch.Tensor,
+           sentences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: # (b,n,d), (b,m,d)
     "Give the similarities before the temperature: (b,n,m) for regions that ask, (b,m,n) for sentences that ask."
     scale = 1 if self.similarity == 'cosine' else regions.shape[-1] ** -.5
     there = self._keys('query', 'a', regions) @ self._keys('key', 'b', sentences).mT * scale

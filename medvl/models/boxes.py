@@ -48,7 +48,8 @@ def anchor_grid(height: int, # of the image, pixels
                 scales: Sequence[float] = SCALES, # factors on the size
                 size: float = 4.0, # side of an anchor of scale 1, in strides of its level
                 device: str | torch.device = 'cpu', # where to
-                ) -> torch.Tensor: # float32 (n,4): level by level, row by row, cell by cell; shared between calls, do not change it
+                ) -> torch.Tensor: # float32 (n,4): level by level, row by row, cell by cell;
+                                   # shared between calls, do not change it
     "Lay anchors over an image."
     return _anchors(int(height), int(width), tuple(levels), tuple(ratios), tuple(scales), float(size), str(device))
 
@@ -63,7 +64,8 @@ def box_iou(a: torch.Tensor, # float (n,4)
             b: torch.Tensor, # float (m,4)
             ) -> torch.Tensor: # float (n,m), 0..1
     "Compute the intersection over union of every pair."
-    inner = (torch.minimum(a[:, None, 2:], b[None, :, 2:]) - torch.maximum(a[:, None, :2], b[None, :, :2])).clamp(min=0).prod(-1)
+    inner = (torch.minimum(a[:, None, 2:],
+                           b[None, :, 2:]) - torch.maximum(a[:, None, :2], b[None, :, :2])).clamp(min=0).prod(-1)
     return inner / (box_area(a)[:, None] + box_area(b)[None] - inner).clamp(min=1e-8)
 
 # %% ../../nbs/215_models.boxes.ipynb #33a77b56
@@ -98,10 +100,12 @@ def decode_boxes(deltas: torch.Tensor, # float (...,4): what the network answers
 def clip_boxes(boxes: torch.Tensor, # float (...,4)
                height: float, # pixels
                width: float, # pixels
-               reference: bool = False, # the original bounds only the upper left from below and the lower right from above
+               reference: bool = False, # the original bounds only the upper left from below
+                                        # and the lower right from above
                ) -> torch.Tensor: # float (...,4)
     "Cut boxes to an image."
-    if not reference: return torch.stack([boxes[..., i].clamp(0, width if i % 2 == 0 else height) for i in range(4)], -1)
+    if not reference:
+        return torch.stack([boxes[..., i].clamp(0, width if i % 2 == 0 else height) for i in range(4)], -1)
     x0, y0, x1, y1 = boxes.unbind(-1)
     return torch.stack([x0.clamp(min=0), y0.clamp(min=0), x1.clamp(max=width), y1.clamp(max=height)], -1)
 
@@ -126,7 +130,8 @@ def nms(boxes: torch.Tensor, # float (n,4)
     kept = order[:0]
     for rows in order.split(block):
         strikes = _strikes(boxes, labels, rows, rows, threshold).triu(1)
-        free = ~_strikes(boxes, labels, kept, rows, threshold).any(0) if len(kept) else torch.ones_like(rows, dtype=torch.bool)
+        free = (~_strikes(boxes, labels, kept, rows, threshold).any(0) if len(kept)
+                else torch.ones_like(rows, dtype=torch.bool))
         kept = torch.cat([kept, rows[free][_settle(strikes[free][:, free])]])
     return kept
 
@@ -145,4 +150,5 @@ def check_boxes(boxes: torch.Tensor, # float (k,4)
     bad = ~(torch.isfinite(boxes).all(-1) & (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1]))
     if not bad.any(): return boxes
     i = int(bad.nonzero()[0, 0])
-    raise ValueError(f'{what} {i} has no area: {[round(v, 3) for v in boxes[i].tolist()]}. x1 must be above x0 and y1 above y0.')
+    raise ValueError(f'{what} {i} has no area: {[round(v, 3) for v in boxes[i].tolist()]}. x1 must be above x0 and y1 '
+                     'above y0.')

@@ -28,7 +28,8 @@ def tap_channels(encoder: EfficientNet,
 
     Raises: ValueError for unknown taps, TypeError for an encoder that is no EfficientNet."""
     if taps not in TAPS: raise ValueError(unknown_name('taps', taps, TAPS))
-    if not isinstance(encoder, EfficientNet): raise TypeError(f'a detector needs an EfficientNet encoder, not {type(encoder).__name__}')
+    if not isinstance(encoder, EfficientNet):
+        raise TypeError(f'a detector needs an EfficientNet encoder, not {type(encoder).__name__}')
     c3, c4 = (encoder.ends[3], len(encoder.plan) - 2) if taps == 'reference' else (encoder.ends[2], encoder.ends[3])
     return encoder.plan[c3]['channels_out'], encoder.plan[c4]['channels_out'], encoder.num_features
 
@@ -42,7 +43,8 @@ def encoder_taps(encoder: EfficientNet,
         maps = encoder.endpoints(x)
         return maps['reduction_3'], maps['reduction_4'], maps['reduction_6']
     kept = []
-    handle = encoder._blocks[len(encoder.plan) - 2].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    handle = encoder._blocks[len(encoder.plan) - 2].register_forward_hook(
+        lambda module, inputs, output: kept.append(output))
     try: maps = encoder.endpoints(x)
     finally: handle.remove()
     return maps['reduction_4'], kept[0], maps['reduction_6']
@@ -104,7 +106,8 @@ def init_detector(pyramid: Pyramid, regression: Head, classification: Head, # Py
     "Draw the weights: outputs start at 'no change' and at the prior, so that the first steps are calm."
     for module in (pyramid, regression, classification):
         for m in module.modules():
-            if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, 0, math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)))
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0, math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)))
     for head, bias in ((regression, 0.0), (classification, -math.log((1 - prior) / prior))):
         nn.init.zeros_(head.output.weight)
         nn.init.constant_(head.output.bias, bias)

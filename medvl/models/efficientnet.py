@@ -62,7 +62,8 @@ def block_plan(config: EfficientNetConfig,
     for repeats, kernel, stride, expand, ci, co in STAGES:
         ci, co = round_channels(ci, config.width), round_channels(co, config.width)
         for r in range(math.ceil(config.depth * repeats)):
-            plan.append(dict(kernel=kernel, stride=1 if r else stride, expand=expand, channels_in=co if r else ci, channels_out=co))
+            plan.append(dict(kernel=kernel, stride=1 if r else stride, expand=expand, channels_in=co if r else ci,
+                             channels_out=co))
     return plan
 
 # %% ../../nbs/200_models.efficientnet.ipynb #9488fe3f
@@ -89,7 +90,8 @@ class StaticConv2d(nn.Conv2d):
                  ):
         if padding is not None: before = after = padding
         else: before, after = same_padding(size, kernel, stride) if kernel > 1 else (0, 0)
-        super().__init__(channels_in, channels_out, kernel, stride, groups=groups, bias=bias, padding=before if before == after else 0)
+        super().__init__(channels_in, channels_out, kernel, stride, groups=groups, bias=bias,
+                         padding=before if before == after else 0)
         self.static_padding = (before, after, before, after)  # left, right, top, bottom
         self.asymmetric = before != after
 
@@ -132,7 +134,8 @@ class MBConv(nn.Module):
         self._bn1 = norm(wide)
         if self.se:
             squeezed = max(1, int(ci * config.se_ratio))
-            self._se_reduce, self._se_expand = StaticConv2d(wide, squeezed, 1, bias=True), StaticConv2d(squeezed, wide, 1, bias=True)
+            self._se_reduce, self._se_expand = (StaticConv2d(wide, squeezed, 1, bias=True),
+                                                StaticConv2d(squeezed, wide, 1, bias=True))
         self._project_conv, self._bn2 = StaticConv2d(wide, co, 1), norm(co)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor: # (b,c,h,w)
@@ -150,7 +153,8 @@ class MBConv(nn.Module):
 def frozen_statistics(module: nn.Module, # any nn.Module
                       ) -> Iterator[nn.Module]:
     "Normalise as before, but leave running statistics untouched within the block."
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats]
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+             and m.track_running_stats]
     kept = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
     for m in norms: m.momentum = 0.0
     try: yield module
@@ -163,7 +167,8 @@ def frozen_statistics(module: nn.Module, # any nn.Module
 def run_checkpointed(block: nn.Module, # nn.Module, one tensor in, one out
                      x: torch.Tensor, # its input
                      ) -> torch.Tensor: # its output
-    "Run a block that recomputes its activations in the backward pass, with the same random draws and no second statistics update."
+    """Run a block that recomputes its activations in the backward pass, with the same random draws and no second
+    statistics update."""
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block)))
 
 # %% ../../nbs/200_models.efficientnet.ipynb #1c0d9532
@@ -171,18 +176,21 @@ class EfficientNet(nn.Module):
     "EfficientNet encoder: pooled feature, and maps at every scale."
     def __init__(self,
                  name: str = 'efficientnet-b2', # a key of EFFICIENTNETS
-                 padding: str = 'clip', # 'clip': paddings chained through the nominal sizes; 'detector': all from the nominal input size
+                 padding: str = 'clip', # 'clip': paddings chained through the nominal sizes;
+                                        # 'detector': all from the nominal input size
                  dropout: float | None = None, # on the pooled feature; None is the architecture's
                  drop_connect: float | None = None, # of the last block; None is the architecture's
                  bn_momentum: float | None = None, # None is the architecture's
-                 checkpointing: bool | Collection[int] = False, # True: all blocks; a collection of numbers: these blocks
+                 checkpointing: bool | Collection[int] = False, # True: all blocks; a collection of
+                                                                # numbers: these blocks
                  classes: int = 0, # adds a classifier `_fc` for `classify`
                  ):
         super().__init__()
         if name not in EFFICIENTNETS: raise ValueError(unknown_name('EfficientNet', name, EFFICIENTNETS))
         if padding not in ('clip', 'detector'): raise ValueError(unknown_name('padding', padding, ('clip', 'detector')))
         given = dict(dropout=dropout, drop_connect=drop_connect, bn_momentum=bn_momentum)
-        config = EfficientNetConfig(**{**vars(EFFICIENTNETS[name]), **{k: v for k, v in given.items() if v is not None}})
+        config = EfficientNetConfig(**{**vars(EFFICIENTNETS[name]),
+                                       **{k: v for k, v in given.items() if v is not None}})
         self.name, self.config, self.checkpointing, self.plan = name, config, checkpointing, block_plan(config)
         self._build(padding, classes)
         self.apply(self._init)
@@ -197,11 +205,13 @@ class EfficientNet(nn.Module):
         for i, p in enumerate(plan):
             self._blocks.append(MBConv(c, p, n if padding == 'clip' else size, c.drop_connect * i / len(plan)))
             n = math.ceil(n / p['stride'])
-        self._conv_head, self._bn1 = StaticConv2d(plan[-1]['channels_out'], self.num_features, 1), norm(self.num_features)
+        self._conv_head, self._bn1 = (StaticConv2d(plan[-1]['channels_out'], self.num_features, 1),
+                                      norm(self.num_features))
         self._dropout = nn.Dropout(c.dropout)
         if classes: self._fc = nn.Linear(self.num_features, classes)
         self.activation = ACTIVATIONS[c.activation]
-        self.ends = [i - 1 for i, p in enumerate(plan) if p['stride'] == 2] + [len(plan) - 1]  # last block of each scale
+        # last block of each scale
+        self.ends = [i - 1 for i, p in enumerate(plan) if p['stride'] == 2] + [len(plan) - 1]
 
     @staticmethod
     def _init(m):
@@ -213,12 +223,14 @@ class EfficientNet(nn.Module):
 
     def _run(self, i, x):
         on = self.checkpointing is True or (self.checkpointing and i in self.checkpointing)
-        return run_checkpointed(self._blocks[i], x) if on and self.training and torch.is_grad_enabled() else self._blocks[i](x)
+        return (run_checkpointed(self._blocks[i], x) if on and self.training
+                and torch.is_grad_enabled() else self._blocks[i](x))
 
     def endpoints(self, x: torch.Tensor) -> dict: # (b,1|3,h,w), normalised
         "Give the maps of all scales: reduction_1 (stride 2) … reduction_5, and the head as reduction_6."
         x, maps = self._conv_stem(x), {}
-        if self._conv_stem.weight.is_contiguous(memory_format=torch.channels_last):  # one channel carries no layout: say it here
+        # one channel carries no layout: say it here
+        if self._conv_stem.weight.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.activation(self._bn0(x))
         for i in range(len(self._blocks)):
@@ -227,7 +239,8 @@ class EfficientNet(nn.Module):
         maps[f'reduction_{len(self.ends) + 1}'] = self.activation(self._bn1(self._conv_head(x)))
         return maps
 
-    def feature_maps(self, x: torch.Tensor, level: int = -1) -> torch.Tensor: # level -1: head (stride 32); 1..6: that reduction
+    def feature_maps(self, x: torch.Tensor,
+                     level: int = -1) -> torch.Tensor: # level -1: head (stride 32); 1..6: that reduction
         "Give the map of one scale, (b,c,h',w')."
         maps = self.endpoints(x)
         key = f'reduction_{len(maps) if level == -1 else level}'

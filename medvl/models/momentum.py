@@ -38,7 +38,9 @@ def follow(
     if not 0 <= momentum <= 1: raise ValueError(f'momentum={momentum} must lie in 0..1')
     if statistics not in STATISTICS: raise ValueError(unknown_name('statistics', statistics, STATISTICS))
     pairs = list(zip(teacher.named_parameters(), student.named_parameters(), strict=True))
-    if statistics == 'follow': pairs += [(a, b) for a, b in zip(teacher.named_buffers(), student.named_buffers(), strict=True) if a[1].is_floating_point()]
+    if statistics == 'follow':
+        pairs += [(a, b) for a, b in zip(teacher.named_buffers(), student.named_buffers(), strict=True)
+                  if a[1].is_floating_point()]
     wrong = [f'{n} / {m}' for (n, t), (m, s) in pairs if n != m or t.shape != s.shape]
     if wrong: raise ValueError(f'teacher and student are not the same networks: {wrong[0]}')
     if pairs: torch._foreach_lerp_([t for (_, t), _ in pairs], [s.detach() for _, (_, s) in pairs], 1 - momentum)

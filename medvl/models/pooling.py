@@ -41,7 +41,8 @@ def pool_sentences(hidden: torch.Tensor, # token vectors (b,L,d)
     place = sentence.unsqueeze(-1).expand_as(hidden)
     low = hidden.new_full((len(hidden), count + 1, hidden.shape[-1]), torch.finfo(hidden.dtype).min)
     top = low.scatter_reduce(1, place, hidden, 'amax')[:, 1:]
-    mask = torch.zeros(len(hidden), count + 1, dtype=torch.bool, device=hidden.device).scatter_(1, sentence, True)[:, 1:]
+    mask = torch.zeros(len(hidden), count + 1, dtype=torch.bool,
+                       device=hidden.device).scatter_(1, sentence, True)[:, 1:]
     return top.masked_fill(~mask.unsqueeze(-1), 0), mask
 
 # %% ../../nbs/207_models.pooling.ipynb #93d234ae
@@ -54,14 +55,16 @@ class AttentionPool(nn.Module):
                  legacy_padded_mean: bool = False, # the query's mean divides by the padded length, as the original
                  ):
         super().__init__()
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True) # names and initialisation of the original
+        # names and initialisation of the original
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.heads, self.folded, self.legacy_padded_mean = heads, folded, legacy_padded_mean
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple: # (b,n,d), bool (b,n)
         "Give the pooled vector (b,d) and the weights of the places (b,n), which sum to 1 (0 where no place is real)."
         query = masked_mean(x, mask, self.legacy_padded_mean)
         if self.folded: return self._folded(query, x, mask)
-        pooled, weights = self.attention(query.unsqueeze(1), x, x, None if mask is None else ~mask, average_attn_weights=True)
+        pooled, weights = self.attention(query.unsqueeze(1), x, x, None if mask is None else ~mask,
+                                         average_attn_weights=True)
         return pooled.squeeze(1), weights.squeeze(1)
 
     def _folded(self, query, x, mask):

@@ -40,7 +40,8 @@ class Unit(nn.Module):
         return unit(x)
 
 
-NORMS = {'batch': nn.BatchNorm1d, 'layer': nn.LayerNorm, 'l2': lambda width: Unit(), 'none': lambda width: nn.Identity()}
+NORMS = {'batch': nn.BatchNorm1d, 'layer': nn.LayerNorm, 'l2': lambda width: Unit(),
+         'none': lambda width: nn.Identity()}
 
 
 def build_norm(kind: str, # 'batch', 'layer', 'l2' or 'none'
@@ -61,7 +62,8 @@ class Projection(nn.Module):
                  legacy_padded_norm: bool = False, # let padded places into BatchNorm, as the original
                  ):
         super().__init__()
-        self.projection_before, self.norm, self.projection_after = nn.Linear(width, hidden), build_norm(norm, hidden), nn.Linear(hidden, dim)
+        self.projection_before, self.norm, self.projection_after = (nn.Linear(width, hidden), build_norm(norm, hidden),
+                                                                    nn.Linear(hidden, dim))
         self.legacy_padded_norm = legacy_padded_norm
         nn.init.kaiming_normal_(self.projection_before.weight, mode='fan_out', nonlinearity='relu')
         nn.init.kaiming_normal_(self.projection_after.weight, mode='fan_out', nonlinearity='linear')
@@ -71,7 +73,8 @@ class Projection(nn.Module):
         "Project a matrix of rows."
         return self.projection_after(F.relu(self.norm(self.projection_before(x))))
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor: # (b,width); or (b,m,width) with bool (b,m)
+    def forward(self, x: torch.Tensor,
+                mask: torch.Tensor | None = None) -> torch.Tensor: # (b,width); or (b,m,width) with bool (b,m)
         "Project one vector a sample, or many: (b,dim) or (b,m,dim)."
         if x.dim() == 2: return self.rows(x)
         rows, where = real_rows(x, None if self.legacy_padded_norm else mask)

@@ -73,7 +73,8 @@ class ResNetConfig:
     width: int = 64  # channels of the stem; stage k filters with width·2^k
 
 
-RESNETS = {'resnet-18': ResNetConfig(Basic, (2, 2, 2, 2)), 'resnet-34': ResNetConfig(Basic, (3, 4, 6, 3)), 'resnet-50': ResNetConfig(Bottleneck, (3, 4, 6, 3)),
+RESNETS = {'resnet-18': ResNetConfig(Basic, (2, 2, 2, 2)), 'resnet-34': ResNetConfig(Basic, (3, 4, 6, 3)),
+           'resnet-50': ResNetConfig(Bottleneck, (3, 4, 6, 3)),
            'resnet-101': ResNetConfig(Bottleneck, (3, 4, 23, 3)), 'resnet-tiny': ResNetConfig(Basic, (1, 1, 1, 1), 16)}
 STAGES = ('input', 'conv1', 'conv2', 'conv3', 'conv4', 'conv5')
 
@@ -82,8 +83,10 @@ class ResNet(nn.Module):
     "ResNet encoder without a classifier: pooled feature, and maps of every stage."
     def __init__(self,
                  name: str = 'resnet-50', # a key of RESNETS
-                 checkpointing: bool | Collection[str] = False, # True: recompute the activations of all blocks; a collection of stage names: of these stages
-                 zero_init: bool = False, # the last norm of every block starts at zero, so that the block starts as the identity
+                 checkpointing: bool | Collection[str] = False, # True: recompute the activations of all blocks; a
+                                                                # collection of stage names: of these stages
+                 zero_init: bool = False, # the last norm of every block starts at zero, so that
+                                          # the block starts as the identity
                  bn_momentum: float = 0.1, # share of the new batch in the running statistics
                  ):
         super().__init__()
@@ -130,7 +133,8 @@ def stages(self: ResNet, x: torch.Tensor) -> dict: # (b,1|3,h,w), normalised
     """Give the maps of all stages: input, conv1 (1/2), conv2 (1/4), conv3 (1/8), conv4 (1/16), conv5 (1/32).
 
     Raises: ValueError for another number of channels."""
-    if x.dim() != 4 or x.shape[1] not in (1, 3): raise ValueError(f'images must be (b,1,h,w) or (b,3,h,w), not {tuple(x.shape)}')
+    if x.dim() != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f'images must be (b,1,h,w) or (b,3,h,w), not {tuple(x.shape)}')
     maps, last = {'input': x}, self.conv1.weight.is_contiguous(memory_format=torch.channels_last)
     x = self.conv1(x)
     if last: x = x.contiguous(memory_format=torch.channels_last) # one channel carries no layout: say it here
@@ -141,7 +145,8 @@ def stages(self: ResNet, x: torch.Tensor) -> dict: # (b,1|3,h,w), normalised
 
 
 @patch(ResNet)
-def feature_maps(self: ResNet, x: torch.Tensor, level: int | str = -1) -> torch.Tensor: # level -1: conv5; 0..5 or a name of STAGES: that stage
+def feature_maps(self: ResNet, x: torch.Tensor,
+                 level: int | str = -1) -> torch.Tensor: # level -1: conv5; 0..5 or a name of STAGES: that stage
     "Give the map of one stage, (b,c,h',w')."
     names = {-1: 'conv5', **dict(enumerate(STAGES)), **{s: s for s in STAGES}}
     if level not in names: raise ValueError(unknown_name('level', level, names))
@@ -159,7 +164,11 @@ def load_resnet(encoder: ResNet, # ResNet to fill
     if not isinstance(source, Checkpoint): source = read_checkpoint(source)
     prefix = prefix.removeprefix(source.wrapper)
     found = any(k.startswith(prefix + 'conv1.') for k in source.weights)
-    if not found: raise DataError(f'no ResNet under {prefix!r}: the names begin {", ".join(list(source.weights)[:4])}', file=source.file or None, fix='Give the `prefix` of the encoder.')
+    if not found:
+        raise DataError(f'no ResNet under {prefix!r}: the names begin {", ".join(list(source.weights)[:4])}',
+                        file=source.file or None, fix='Give the `prefix` of the encoder.')
     counted = any(k.endswith('num_batches_tracked') for k in source.weights)
-    counters = {} if counted else {prefix + k: torch.zeros_like(v, device='cpu') for k, v in encoder.state_dict().items() if k.endswith('num_batches_tracked')}
-    return load_weights(encoder, Checkpoint({**source.weights, **counters}, source.extra, source.file, source.wrapper), prefix=prefix, ignore=('fc.',))
+    counters = {} if counted else {prefix + k: torch.zeros_like(v, device='cpu')
+                                   for k, v in encoder.state_dict().items() if k.endswith('num_batches_tracked')}
+    return load_weights(encoder, Checkpoint({**source.weights, **counters}, source.extra, source.file, source.wrapper),
+                        prefix=prefix, ignore=('fc.',))

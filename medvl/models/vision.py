@@ -31,7 +31,8 @@ def tokens_to_map(tokens: torch.Tensor, # (n,t,d)
     return tokens[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
 
 # %% ../../nbs/201_models.vision.ipynb #a542bc2f
-CLASS_TOKEN = ('vit', 'deit', 'dinov2', 'dinov2_with_registers', 'dinov3_vit', 'beit', 'data2vec-vision', 'ijepa', 'vit_mae', 'clip_vision_model')
+CLASS_TOKEN = ('vit', 'deit', 'dinov2', 'dinov2_with_registers', 'dinov3_vit', 'beit', 'data2vec-vision', 'ijepa',
+               'vit_mae', 'clip_vision_model')
 VISION_POOLINGS = ('auto', 'first', 'pooled', 'mean')
 
 
@@ -66,12 +67,15 @@ class TransformersVision(nn.Module):
         h, w = (n // s if floor else -(-n // s) for n in x.shape[-2:])
         return tokens_to_map(hidden, h, w)
 
-    def feature_maps(self, x: torch.Tensor, level: int = -1) -> torch.Tensor: # (n,1|3,h,w) normalised; level -1: the last map, else a hidden state
+    def feature_maps(self, x: torch.Tensor,
+                     level: int = -1) -> torch.Tensor: # (n,1|3,h,w) normalised; level -1: the last
+                                                       # map, else a hidden state
         "Give a map, (n,c,h',w')."
         if level == -1: return self._to_map(self._run(x).last_hidden_state, x)
         out = self._run(x, output_hidden_states=True)
         states = getattr(out, 'reshaped_hidden_states', None) or out.hidden_states
-        if not -len(states) <= level < len(states): raise ValueError(unknown_name('level', level, [-1, *range(len(states))]))
+        if not -len(states) <= level < len(states):
+            raise ValueError(unknown_name('level', level, [-1, *range(len(states))]))
         return self._to_map(states[level], x)
 
     def pool(self, maps: torch.Tensor) -> torch.Tensor: # (n,c,h,w)
@@ -93,15 +97,19 @@ def resolve_image_source(name: str | Path, # see `build_image_encoder`
     if name in RESNETS: return 'resnet'
     if Path(name).expanduser().is_dir(): return Path(name).expanduser()
     if str(name).count('/') == 1 and not str(name).startswith(('.', '/', '~')): return str(name)
-    raise ValueError(unknown_name('image encoder', name, [*EFFICIENTNETS, *RESNETS]) + ' Or a hub name (owner/name), or a folder with config.json.')
+    raise ValueError(unknown_name('image encoder', name, [*EFFICIENTNETS, *RESNETS])
+                     + ' Or a hub name (owner/name), or a folder with config.json.')
 
 
-def build_image_encoder(name: str | Path = 'efficientnet-b2', # efficientnet-b0 … b7, -lite0, -tiny; resnet-18, -34, -50, -101, -tiny; hub name; local folder
+def build_image_encoder(name: str | Path = 'efficientnet-b2', # efficientnet-b0 … b7, -lite0, -tiny; resnet-18, -34,
+                                                              # -50, -101, -tiny; hub name; local folder
                         pretrained: bool = False, # load the weights that belong to the name
-                        weights: str | Path | None = None, # file of weights for an EfficientNet or (torchvision's names) a ResNet; a classifier in it is left out
+                        weights: str | Path | None = None, # file of weights for an EfficientNet or (torchvision's
+                                                           # names) a ResNet; a classifier in it is left out
                         checkpointing: bool = False, # recompute activations in the backward pass
                         pooling: str = 'auto', # for transformers backbones
-                        **options, # for EfficientNet: padding, dropout, drop_connect, bn_momentum; for ResNet: zero_init, bn_momentum
+                        **options, # for EfficientNet: padding, dropout, drop_connect, bn_momentum; for ResNet:
+                                   # zero_init, bn_momentum
                         ) -> nn.Module: # module with forward, feature_maps, pool, num_features
     """Build an image encoder.
 
@@ -114,5 +122,6 @@ def build_image_encoder(name: str | Path = 'efficientnet-b2', # efficientnet-b0 
     elif weights: load_weights(encoder, weights, ignore=('_fc.',))
     elif pretrained and name in PACKAGED: load_packaged(encoder, name)
     elif pretrained:
-        raise DataError(f'no pre-trained weights for {name} are in reach', fix=f'Give a file with `weights`, use {", ".join(PACKAGED)}, or pretrained=False.')
+        raise DataError(f'no pre-trained weights for {name} are in reach',
+                        fix=f'Give a file with `weights`, use {", ".join(PACKAGED)}, or pretrained=False.')
     return encoder

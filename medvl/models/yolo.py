@@ -18,7 +18,8 @@ from .boxes import LARGEST, nms
 
 # %% ../../nbs/217_models.yolo.ipynb #3f91afaa
 STRIDES = (32, 16, 8) # pixels a cell of the three grids, coarse to fine
-ANCHORS = {'corrected': (((62.64, 48.6), (84.24, 106.92), (201.42, 176.04)), ((16.2, 32.94), (33.48, 24.3), (31.86, 64.26)), ((5.4, 7.02), (8.64, 16.2), (17.82, 12.42)))}
+ANCHORS = {'corrected': (((62.64, 48.6), (84.24, 106.92), (201.42, 176.04)),
+                         ((16.2, 32.94), (33.48, 24.3), (31.86, 64.26)), ((5.4, 7.02), (8.64, 16.2), (17.82, 12.42)))}
 ANCHORS['reference'] = (((64.64, 48.6), *ANCHORS['corrected'][0][1:]), *ANCHORS['corrected'][1:])
 
 
@@ -38,7 +39,8 @@ def conv_norm(channels_in: int, # of the input
               kernel: int = 1, # 1 or 3
               ) -> nn.Module: # module
     "Make a convolution with BatchNorm and leaky ReLU."
-    return nn.Sequential(nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(channels_out), nn.LeakyReLU(.1))
+    return nn.Sequential(nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False),
+                         nn.BatchNorm2d(channels_out), nn.LeakyReLU(.1))
 
 
 class Scale(nn.Module):
@@ -54,7 +56,9 @@ class Scale(nn.Module):
         self.trunk = nn.Sequential(*(conv_norm(*p) for p in pairs))
         self.answer = nn.Sequential(conv_norm(h, wide, 3), nn.Conv2d(wide, values, 1))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: # (b,c,g,g) -> trunk (b,h,g,g), answer (b,values,g,g)
+    def forward(self,
+                x: torch.Tensor, # (b,c,g,g)
+                ) -> tuple[torch.Tensor, torch.Tensor]: # trunk (b,h,g,g), answer (b,values,g,g)
         x = self.trunk(x)
         return x, self.answer(x)
 
@@ -77,7 +81,9 @@ class YoloHead(nn.Module):
         "Give the raw answers of the three grids: (b, 3·(5+k), g, g) each, coarse to fine."
         out, x = [], stages[self.reads[0]]
         for i, scale in enumerate(self.scales):
-            if i: x = torch.cat([F.interpolate(self.branches[i - 1](x), scale_factor=2, mode='nearest'), stages[self.reads[i]]], 1)
+            if i:
+                x = torch.cat([F.interpolate(self.branches[i - 1](x), scale_factor=2, mode='nearest'),
+                               stages[self.reads[i]]], 1)
             x, answer = scale(x)
             out.append(answer)
         return out
@@ -93,7 +99,8 @@ def decode_grid(raw: torch.Tensor, # float (b, 3·(5+k), g, g')
                 anchors: torch.Tensor, # float (3,2), pixels
                 size: Sequence[int], # (h,w) of the image, pixels
                 limit: float | None = LARGEST, # on the logarithm of the size; None: as the original
-                ) -> torch.Tensor: # float (b, 3·g·g', 5+k): centre x, y, width, height in pixels, objectness, classes 0..1
+                ) -> torch.Tensor: # float (b, 3·g·g', 5+k): centre x, y, width, height in
+                                   # pixels, objectness, classes 0..1
     "Turn the raw answers of one grid into boxes."
     t = split_raw(raw)
     rows, columns = t.shape[2:4]
@@ -125,7 +132,8 @@ def select_yolo(decoded: torch.Tensor, # float (n,5+k), of `decode_grid`, all gr
         real = ((boxes[:, 2:] - boxes[:, :2]) > 1e-3).all(1)
         boxes, d = boxes[real], d[real]
     labels = d[:, 5:].argmax(1) if d.shape[1] > 5 else torch.zeros(len(d), dtype=torch.int64, device=d.device)
-    limit = torch.nextafter(torch.tensor(float(overlap)), torch.tensor(0.)).item()  # `nms` drops what is above, this rule what is at the limit too
+    # `nms` drops what is above, this rule what is at the limit too
+    limit = torch.nextafter(torch.tensor(float(overlap)), torch.tensor(0.)).item()
     kept = nms(plus_one(boxes) if reference else boxes, d[:, 4], limit, labels)
     kept = kept[:top] if top else kept
     return {'boxes': boxes[kept], 'scores': d[kept, 4], 'labels': labels[kept]}

@@ -41,7 +41,8 @@ class DenseMethod(Method):
     @property
     def resting(self) -> bool:
         "Say whether the encoder rests: frozen, or in the warm-up of the head."
-        return self.config.frozen or (self.training and self.config.head_warmup > 0 and self.steps.item() < self.config.head_warmup)
+        return self.config.frozen or (self.training and self.config.head_warmup > 0
+                                      and self.steps.item() < self.config.head_warmup)
 
     def warmup_names(self) -> list[str]:
         "List the parameters that move while the encoder rests."
@@ -60,7 +61,8 @@ class DenseMethod(Method):
         "Give the encoder's pooled features."
         return self.image_encoder.pool(self.run_stages(images, ('conv5',))['conv5'])
 
-    def feature_maps(self, images: torch.Tensor, level: int | str = -1) -> torch.Tensor: # level -1: the last stage, or a stage's name
+    def feature_maps(self, images: torch.Tensor,
+                     level: int | str = -1) -> torch.Tensor: # level -1: the last stage, or a stage's name
         "Give one map of the encoder, (b,c,h',w')."
         return self.image_encoder.feature_maps(self.scaled_images(images), level)
 
@@ -73,10 +75,13 @@ class DenseMethod(Method):
 def begin(self: DenseMethod, image_encoder: nn.Module | None, reads: Sequence[str]) -> dict:
     "Take or build the encoder; give the channels of the stages that the head reads."
     c = self.config
-    if not c.classes or len(set(c.classes)) != len(c.classes): raise ValueError(f'classes must be names, each once, not {c.classes}')
-    if c.head_warmup < 0 or (c.head_warmup and c.frozen): raise ValueError(f'head_warmup={c.head_warmup} with frozen={c.frozen}: a warm-up is for fine-tuning, in steps')
+    if not c.classes or len(set(c.classes)) != len(c.classes):
+        raise ValueError(f'classes must be names, each once, not {c.classes}')
+    if c.head_warmup < 0 or (c.head_warmup and c.frozen):
+        raise ValueError(f'head_warmup={c.head_warmup} with frozen={c.frozen}: a warm-up is for fine-tuning, in steps')
     self.names, self.reads = tuple(c.classes), tuple(reads)
-    self.image_encoder = build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None) if image_encoder is None else image_encoder
+    self.image_encoder = (build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None)
+                          if image_encoder is None else image_encoder)
     self.image_encoder.checkpointing = c.image_checkpointing
     self.image_encoder.requires_grad_(not c.frozen)
     self.register_buffer('steps', torch.zeros((), dtype=torch.int64))
@@ -103,9 +108,12 @@ def stages_of(self: DenseMethod, batch: dict) -> dict: # images; or taps: dict s
 
     Raises: DataError for features that lack a stage; ValueError for kept features of an encoder that is not frozen."""
     if 'taps' not in batch: return self.run_stages(batch['images'], self.reads)
-    if not self.config.frozen: raise ValueError('the batch brings kept features, but this encoder learns: leave `taps` out')
+    if not self.config.frozen:
+        raise ValueError('the batch brings kept features, but this encoder learns: leave `taps` out')
     absent = [n for n in self.reads if n != 'input' and n not in batch['taps']]
-    if absent: raise DataError(f'the kept features lack {", ".join(absent)}; they hold {", ".join(batch["taps"])}', fix='Keep what `features` of this method gives.')
+    if absent:
+        raise DataError(f'the kept features lack {", ".join(absent)}; they hold {", ".join(batch["taps"])}',
+                        fix='Keep what `features` of this method gives.')
     found = {n: batch['taps'][n].to(self.device).float() for n in self.reads if n != 'input'}
     return {**found, **({'input': self.scaled_images(batch['images'])} if 'input' in self.reads else {})}
 
@@ -122,7 +130,8 @@ def size_of(stages: dict) -> tuple: # dict of `stages_of` -> (h,w), pixels
     return tuple(STRIDE * n for n in stages['conv5'].shape[-2:])
 
 # %% ../../../nbs/335a_methods.parts.dense.ipynb #8f2e291b
-def encoder_of(source: Method | str | Path, # trained Method with `image_encoder`, or its folder; name of an encoder; or file of weights
+def encoder_of(source: Method | str | Path, # trained Method with `image_encoder`, or its folder; name
+                                            # of an encoder; or file of weights
                taken: dict, # fields that the caller states: image_encoder, image_mean …
                prefix: str = '', # of the weights in a file
                ) -> tuple: # (encoder or None, fields of the configuration)
@@ -135,12 +144,15 @@ def encoder_of(source: Method | str | Path, # trained Method with `image_encoder
         name = taken.get('image_encoder', 'resnet-50')
         encoder = build_image_encoder(name)
         try: load_resnet(encoder, source, prefix)
-        except DataError as e: raise DataError(f'these are not the weights of {name}: {e.message}', file=source, fix='Name the encoder of the file with image_encoder=…, or its prefix.') from e
+        except DataError as e:
+            raise DataError(f'these are not the weights of {name}: {e.message}', file=source,
+                            fix='Name the encoder of the file with image_encoder=…, or its prefix.') from e
         return encoder, {**taken, 'image_encoder': name}
     encoder = getattr(source, 'image_encoder', None)
     if not callable(getattr(encoder, 'stages', None)):
         raise TypeError(f'{type(source).__name__} has no image encoder with stages (a ResNet) to put a head on')
-    if taken.get('image_encoder', encoder.name) != encoder.name: raise ValueError(f'the encoder is {encoder.name}, not {taken["image_encoder"]}')
+    if taken.get('image_encoder', encoder.name) != encoder.name:
+        raise ValueError(f'the encoder is {encoder.name}, not {taken["image_encoder"]}')
     facts = {f: getattr(source.config, f) for f in ('image_mean', 'image_std') if hasattr(source.config, f)}
     return copy.deepcopy(encoder), {**facts, **taken, 'image_encoder': encoder.name}
 
@@ -157,7 +169,8 @@ def dense_from(cls: type[Method], # class of the method: config_class, and const
         torch.manual_seed(key_of(seed, cls.name, 'encoder'))
         encoder, facts = encoder_of(source, changes, prefix)
         config = cls.config_class(**{k: v for k, v in facts.items() if k in known or k in changes})
-        if encoder is None: encoder = build_image_encoder(config.image_encoder, config.image_pretrained, config.image_weights or None)
+        if encoder is None:
+            encoder = build_image_encoder(config.image_encoder, config.image_pretrained, config.image_weights or None)
         torch.manual_seed(key_of(seed, cls.name, 'head'))
         method = cls(config, encoder)
     return method if isinstance(source, (str, Path)) else method.to(source.device)

@@ -91,7 +91,8 @@ def views_of(
     Raises: ValueError where there are none, or another number."""
     found = batch.get('augmented')
     if found is None or len(found) != count:
-        raise ValueError(f'{by} needs {count} versions of each image in batch["augmented"], and there are {0 if found is None else len(found)}: '
+        raise ValueError(f'{by} needs {count} versions of each image in batch["augmented"], and there are '
+                         f'{0 if found is None else len(found)}: '
                          'give train(transform=MultiView(…)), and WithViews(dataset, MultiView(…)) for validation')
     return list(found)
 
@@ -125,7 +126,8 @@ def mean_auroc(
     found = []
     for z, y in zip(logits.T, labels.T):
         p, q = z[y == 1], z[y == 0]
-        found.append(((p[:, None] > q).double() + (p[:, None] == q).double() / 2).mean() if len(p) and len(q) else z.new_tensor(.5).double())
+        found.append(((p[:, None] > q).double() + (p[:, None] == q).double() / 2).mean() if len(p)
+                     and len(q) else z.new_tensor(.5).double())
     return torch.stack(found).mean().float()
 
 # %% ../../../nbs/319_methods.parts.image.ipynb #656153a4
@@ -150,7 +152,8 @@ def with_probe(
     z = features['probe']
     if 'labels' not in batch or batch['labels'].shape != z.shape:
         have = tuple(batch['labels'].shape) if 'labels' in batch else 'none'
-        raise ValueError(f'the probe reads {", ".join(method.config.probe)}: labels of shape {tuple(z.shape)} are needed, there are {have}')
+        raise ValueError(f'the probe reads {", ".join(method.config.probe)}: labels of shape {tuple(z.shape)} are '
+                         f'needed, there are {have}')
     y = batch['labels'].to(z.device, z.dtype)
     loss = classification_loss(z, y)
     out = {**losses, 'loss': losses['loss'] + loss - loss.detach(), 'probe_loss': loss.detach()}

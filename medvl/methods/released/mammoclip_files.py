@@ -40,7 +40,8 @@ def kind_of_method(
     Raises: TypeError for other methods."""
     for cls, kind in CLASSES.items():
         if isinstance(method, cls): return kind
-    raise TypeError(f'{type(method).__name__} has no counterpart among the released files; {", ".join(c.__name__ for c in CLASSES)} have.')
+    raise TypeError(f'{type(method).__name__} has no counterpart among the released files; '
+                    f'{", ".join(c.__name__ for c in CLASSES)} have.')
 
 
 def released_state(
@@ -49,10 +50,12 @@ def released_state(
     "Give a method's weights under the original's names, in its order."
     state, kind = method.state_dict(), kind_of_method(method)
     if kind != 'detector': return dict(state)
-    return {theirs + k[len(ours):]: v for theirs, ours in RELEASED_NAMES.items() for k, v in state.items() if k.startswith(ours)}
+    return {theirs + k[len(ours):]: v for theirs, ours in RELEASED_NAMES.items()
+            for k, v in state.items() if k.startswith(ours)}
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #f740b552
-OUTPUTS = {1: (('finding',), ()), 3: (('birads',), ('0', '1', '2')), 4: (('density',), ('A', 'B', 'C', 'D'))} # outputs: (labels, classes)
+# outputs: (labels, classes)
+OUTPUTS = {1: (('finding',), ()), 3: (('birads',), ('0', '1', '2')), 4: (('density',), ('A', 'B', 'C', 'D'))}
 
 
 def _classifier(weights, encoder, labels, classes, changes):
@@ -60,8 +63,11 @@ def _classifier(weights, encoder, labels, classes, changes):
     n = len(weights['classifier.classification_head.bias'])
     if not labels: labels, classes = OUTPUTS.get(n, (tuple(f'label_{i}' for i in range(n)), ()))
     labels = (labels,) if isinstance(labels, str) else tuple(labels)
-    if len(classes or labels) != n: raise ValueError(f'the classifier has {n} outputs; {len(classes or labels)} names are given: {", ".join(classes or labels)}.')
-    return Classifier(ClassifierConfig(**{**dict(labels=labels, classes=tuple(classes), frozen=False, image_encoder=encoder), **changes}))
+    if len(classes or labels) != n:
+        raise ValueError(f'the classifier has {n} outputs; {len(classes or labels)} names are given: '
+                         f'{", ".join(classes or labels)}.')
+    return Classifier(ClassifierConfig(**{**dict(labels=labels, classes=tuple(classes), frozen=False,
+                                                 image_encoder=encoder), **changes}))
 
 
 def _detector(weights, encoder, labels, changes):
@@ -69,7 +75,8 @@ def _detector(weights, encoder, labels, changes):
     anchors = len(weights['regressionModel.output.bias'])//4
     n = len(weights['classificationModel.output.bias'])//anchors
     labels = (labels,) if isinstance(labels, str) else tuple(labels) or tuple(f'finding_{i}' for i in range(n))
-    if len(labels) != n: raise ValueError(f'the detector has {n} classes; {len(labels)} names are given: {", ".join(labels)}.')
+    if len(labels) != n:
+        raise ValueError(f'the detector has {n} classes; {len(labels)} names are given: {", ".join(labels)}.')
     widths = dict(pyramid_width=len(weights['fpn.P5_1.bias']), head_width=len(weights['regressionModel.conv1.bias']))
     return RetinaNet(reference_config(**{**dict(classes=labels, image_encoder=encoder), **widths, **changes}))
 
@@ -78,7 +85,8 @@ def _pretrained(checkpoint, encoder, config, tokenizer):
     "A Mammo-CLIP for these weights; the stored configuration must name the same encoder."
     config = config or released_config(checkpoint)
     if config.image_encoder != encoder:
-        raise DataError(f'the configuration names {config.image_encoder}, the weights are of {encoder}.', file=checkpoint.file,
+        raise DataError(f'the configuration names {config.image_encoder}, the weights are of {encoder}.',
+                        file=checkpoint.file,
                         fix='Give the right configuration with config=.')
     return MammoCLIP(config, tokenizer)
 
@@ -94,9 +102,13 @@ class Released:
     spare: dict = field(default_factory=dict, repr=False) # tensors that no network needs
     source: str = '' # file
 
-    def __str__(self): return f'{self.source}: {self.kind}, {self.encoder}; tensors: ' + ', '.join(f'{n} {s}' for s, n in self.table.status.value_counts().items())
+    def __str__(self):
+        return (f'{self.source}: {self.kind}, {self.encoder}; tensors: '
+                + ', '.join(f'{n} {s}' for s, n in self.table.status.value_counts().items()))
 
-    def _repr_html_(self): return f'<b>{self.source}</b>: {self.kind}, {self.encoder}' + self.table.status.value_counts().to_frame('tensors').to_html()
+    def _repr_html_(self):
+        return (f'<b>{self.source}</b>: {self.kind}, {self.encoder}'
+                + self.table.status.value_counts().to_frame('tensors').to_html())
 
 
 def _fill(state, weights, table):
@@ -130,7 +142,8 @@ def open_released(
     state = released_state(method)
     table = weight_table(state, weights, SPARE[kind])
     if strict: check_weights(table, checkpoint.file)
-    elif not table.status.isin(['loaded', 'spare']).all(): warnings.warn(f'{checkpoint.file}: tensors {dict(table.status.value_counts())}', stacklevel=2)
+    elif not table.status.isin(['loaded', 'spare']).all():
+        warnings.warn(f'{checkpoint.file}: tensors {dict(table.status.value_counts())}', stacklevel=2)
     _fill(state, weights, table)
     spare = {k: weights[k] for k in table.index[table.status == 'spare']}
     return Released(method.eval(), kind, encoder, table, checkpoint.extra, spare, checkpoint.file)
@@ -151,7 +164,8 @@ def _with_tokenizer(method):
     "Load the tokenizer, so that it is saved with the model; say so when it cannot be had."
     try: method.tokenizer # noqa: B018
     except (OSError, ValueError) as e:
-        warnings.warn(f'The folder has no tokenizer, so texts cannot be encoded: {e} Give it with tokenizer=.', stacklevel=3)
+        warnings.warn(f'The folder has no tokenizer, so texts cannot be encoded: {e} Give it with tokenizer=.',
+                      stacklevel=3)
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #ea17ddd4
 def convert_released(
@@ -179,14 +193,18 @@ def stored_config(
 ) -> dict: # the part of the original's configuration that describes the model
     "Write a configuration in the original's words."
     name = {ours: theirs for theirs, ours in RELEASED_ENCODERS.items()}.get(c.image_encoder, c.image_encoder)
-    text = {'source': 'huggingface', 'name': CLINICAL_BERT, 'pretrained': True, 'gradient_checkpointing': False, 'pooling': c.pooling,
+    text = {'source': 'huggingface', 'name': CLINICAL_BERT, 'pretrained': True, 'gradient_checkpointing': False,
+            'pooling': c.pooling,
             'cache_dir': '', 'trust_remote_code': True}
-    return {'base': {'mean': c.image_mean, 'std': c.image_std, 'image_size_h': 1520, 'image_size_w': 912, 'text_max_length': c.max_length},
+    return {'base': {'mean': c.image_mean, 'std': c.image_std, 'image_size_h': 1520, 'image_size_w': 912,
+                     'text_max_length': c.max_length},
             'tokenizer': {'source': 'huggingface', 'pretrained_model_name_or_path': CLINICAL_BERT, 'cache_dir': ''},
             'model': {'name': 'clip_custom', 'temperature': c.temperature,
                       'image_encoder': {'source': 'cnn', 'name': name, 'pretrained': False, 'model_type': 'cnn'},
-                      'text_encoder': text, 'projection_head': {'name': c.projection, 'dropout': c.projection_dropout, 'proj_dim': c.dim}},
-            'loss': {'breast_clip': {'label_smoothing': c.label_smoothing, 'i2i_weight': c.i2i_weight, 't2t_weight': c.t2t_weight,
+                      'text_encoder': text,
+                      'projection_head': {'name': c.projection, 'dropout': c.projection_dropout, 'proj_dim': c.dim}},
+            'loss': {'breast_clip': {'label_smoothing': c.label_smoothing, 'i2i_weight': c.i2i_weight,
+                                     't2t_weight': c.t2t_weight,
                                      'loss_ratio': 1.0}}}
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #fe0b15e3
@@ -200,7 +218,8 @@ def export_released(
     Raises: TypeError for a method without counterpart."""
     method = source if isinstance(source, torch.nn.Module) else from_pretrained(source)
     kind, state = kind_of_method(method), released_state(method)
-    record = None if isinstance(source, torch.nn.Module) or not (Path(source)/RECORD).is_file() else read_json(Path(source)/RECORD)
+    record = (None if isinstance(source, torch.nn.Module) or not (Path(source)/RECORD).is_file()
+              else read_json(Path(source)/RECORD))
     if record:
         spare = load_file(str(Path(source)/LEFT_OVER)) if (Path(source)/LEFT_OVER).is_file() else {}
         state = {k: (spare | state)[k] for k in record['order']}
