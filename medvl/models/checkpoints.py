@@ -97,7 +97,8 @@ def read_checkpoint(path: str | Path, # .safetensors, .pt, .pth, .tar, .bin, .ck
                         fix='Weights are read without running code from the file.') from e
     except DataError as e: raise e if e.file else DataError(e.message, file=path, fix=e.fix) from e
     except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError,
-            AttributeError, IndexError, ImportError, MemoryError, OverflowError, NotImplementedError, struct.error) as e:
+            AttributeError, IndexError, ImportError, MemoryError, OverflowError, NotImplementedError,
+            struct.error) as e:
         raise DataError(f'not a readable file of weights, perhaps truncated ({type(e).__name__}: {str(e)[:120]})',
                         file=path) from e
     weights, wrapper = unwrapped(weights)
