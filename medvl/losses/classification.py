@@ -15,22 +15,24 @@ from ..core.errors import unknown_name
 UNLABELLED = ('mask', 'negative')
 
 
-def stated(labels, # float (...): 1, 0, NaN (or a negative number) for not stated
-           ): # bool, same shape
+def stated(labels: torch.Tensor, # float (...): 1, 0, NaN (or a negative number) for not stated
+           ) -> torch.Tensor: # bool, same shape
     "Say which labels are stated."
     return labels >= 0  # NaN compares as false
 
 
-def classification_loss(logits, # float (b,k)
-                        labels, # float (b,k): 1, 0, NaN
-                        unlabelled='mask', # 'mask' leaves them out; 'negative' counts them as absent (the original)
-                        pos_weight=None, # factor on positive terms, float (k,); None is 1
-                        ): # scalar; 0 with a zero gradient where nothing is stated
+def classification_loss(logits: torch.Tensor, # float (b,k)
+                        labels: torch.Tensor, # float (b,k): 1, 0, NaN
+                        unlabelled: str = 'mask', # 'mask' leaves them out; 'negative' counts them
+                                                  # as absent (the original)
+                        pos_weight: torch.Tensor | None = None, # factor on positive terms, float (k,); None is 1
+                        ) -> torch.Tensor: # scalar; 0 with a zero gradient where nothing is stated
     """Compute binary cross-entropy over the stated labels.
 
     Raises: ValueError for labels above 1 or shapes that differ."""
     if unlabelled not in UNLABELLED: raise ValueError(unknown_name('treatment', unlabelled, UNLABELLED))
-    if logits.shape != labels.shape: raise ValueError(f'logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in shape')
+    if logits.shape != labels.shape:
+        raise ValueError(f'logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in shape')
     if (labels > 1).any(): raise ValueError(f'labels must be 1, 0 or NaN, but {labels[labels > 1][0].item():g} occurs')
     known = stated(labels)
     target = torch.where(known, labels, 0).to(logits.dtype)
@@ -39,16 +41,17 @@ def classification_loss(logits, # float (b,k)
     return torch.where(known, each, 0).sum() / known.sum().clamp(min=1)
 
 # %% ../../nbs/251_losses.classification.ipynb #580abc8b
-def balance(labels, # float (n,k): 1, 0, NaN
-            limit=100.0, # largest weight: a finding with one example must not rule
-            ): # float (k,), weight on positives
+def balance(labels: torch.Tensor, # float (n,k): 1, 0, NaN
+            limit: float = 100.0, # largest weight: a finding with one example must not rule
+            ) -> torch.Tensor: # float (k,), weight on positives
     "Compute the weight that balances present and absent."
     positive, negative = (labels == 1).sum(0), (labels == 0).sum(0)
     return (negative / positive.clamp(min=1)).clamp(max=limit).float()
 
 # %% ../../nbs/251_losses.classification.ipynb #c726fd43
-def combine_losses(parts, # dict name -> (ratio, loss or function without arguments that gives it); a loss is a scalar or a dict with 'loss'
-                   ): # dict: loss (the total), and every part by name
+def combine_losses(parts: dict, # dict name -> (ratio, loss or function without arguments that gives it); a loss is a
+                                # scalar or a dict with 'loss'
+                   ) -> dict: # dict: loss (the total), and every part by name
     """Add losses with their ratios.
 
     Raises: ValueError if no ratio is above 0."""

@@ -17,14 +17,15 @@ from ..core.errors import unknown_name
 DUPLICATES = ('negatives', 'mask', 'positives')
 
 
-def row_loss(logits, # scaled similarities, float (...,r,n): row i's own column is first + i
-             first=0, # column that belongs to row 0 (rows of one process among the columns of all)
-             smoothing=0.0, # label smoothing e, 0..1
-             same=None, # bool (r,n): pairs that share a report; the own column counts as shared
-             duplicates='negatives', # 'negatives', 'mask' or 'positives'
-             ): # (...,) mean over rows
+def row_loss(logits: torch.Tensor, # scaled similarities, float (...,r,n): row i's own column is first + i
+             first: int = 0, # column that belongs to row 0 (rows of one process among the columns of all)
+             smoothing: float = 0.0, # label smoothing e, 0..1
+             same: torch.Tensor | None = None, # bool (r,n): pairs that share a report; the own column counts as shared
+             duplicates: str = 'negatives', # 'negatives', 'mask' or 'positives'
+             ) -> torch.Tensor: # (...,) mean over rows
     "Compute the cross-entropy of finding the own column in each row."
-    if duplicates not in DUPLICATES: raise ValueError(unknown_name('way of treating duplicates', duplicates, DUPLICATES))
+    if duplicates not in DUPLICATES:
+        raise ValueError(unknown_name('way of treating duplicates', duplicates, DUPLICATES))
     r, n = logits.shape[-2:]
     own = torch.arange(r, device=logits.device) + first
     eye = torch.arange(n, device=logits.device) == own.unsqueeze(-1)
@@ -38,8 +39,8 @@ def row_loss(logits, # scaled similarities, float (...,r,n): row i's own column 
     return -((1 - smoothing) * hit + smoothing * mean).mean(-1)
 
 # %% ../../nbs/250_losses.contrastive.ipynb #f15d54d5
-def shared_reports(text_group, # int64 (n,t): equal numbers for equal reports
-                   ): # bool (n,n), true on the diagonal
+def shared_reports(text_group: torch.Tensor, # int64 (n,t): equal numbers for equal reports
+                   ) -> torch.Tensor: # bool (n,n), true on the diagonal
     "Say which exams share a report."
     return (text_group[:, None, :, None] == text_group[None, :, None, :]).flatten(2).any(-1)
 
@@ -60,17 +61,19 @@ def _pairs(x, # (n,v,d)
 # %% ../../nbs/250_losses.contrastive.ipynb #ddb2e68b
 @torch.autocast('cuda', enabled=False)
 @torch.autocast('cpu', enabled=False)
-def contrastive_terms(image, # unit vectors (n,v,d): v views
-                      text, # unit vectors (n,t,d): t texts
-                      scale, # scalar tensor or number: exp(logit_scale)
-                      smoothing=0.0, # label smoothing between images and texts, 0..1
-                      text_group=None, # int64 (n,t), for duplicates other than 'negatives'
-                      duplicates='negatives', # 'negatives' (the paper), 'mask' or 'positives'
-                      rows=None, # (start, stop): only these samples search; None is all
-                      ): # dict i2t, t2i, i2i, t2t of scalars; i2i and t2t are 0 where there is one view or one text
+def contrastive_terms(image: torch.Tensor, # unit vectors (n,v,d): v views
+                      text: torch.Tensor, # unit vectors (n,t,d): t texts
+                      scale: torch.Tensor | float, # scalar tensor or number: exp(logit_scale)
+                      smoothing: float = 0.0, # label smoothing between images and texts, 0..1
+                      text_group: torch.Tensor | None = None, # int64 (n,t), for duplicates other than 'negatives'
+                      duplicates: str = 'negatives', # 'negatives' (the paper), 'mask' or 'positives'
+                      rows: tuple[int, int] | None = None, # (start, stop): only these samples search; None is all
+                      ) -> dict: # dict i2t, t2i, i2i, t2t of scalars; i2i and t2t are 0
+                                 # where there is one view or one text
     "Compute the mean loss of every kind of pair."
     if image.dim() != 3 or text.dim() != 3 or len(image) != len(text):
-        raise ValueError(f'images (n,v,d) and texts (n,t,d) of the same n are needed, not {tuple(image.shape)} and {tuple(text.shape)}')
+        raise ValueError(f'images (n,v,d) and texts (n,t,d) of the same n are needed, not {tuple(image.shape)} and '
+                         f'{tuple(text.shape)}')
     if duplicates != 'negatives' and text_group is None: raise ValueError(f"duplicates={duplicates!r} needs text_group")
     if image.dtype != torch.float64: image, text = image.float(), text.float()
     rows = (0, len(image)) if rows is None else rows
@@ -82,22 +85,24 @@ def contrastive_terms(image, # unit vectors (n,v,d): v views
     return {'i2t': i2t, 't2i': t2i, 'i2i': i2i, 't2t': t2t}
 
 # %% ../../nbs/250_losses.contrastive.ipynb #d9d9bc4a
-def breast_clip_loss(image, # unit vectors (n,v,d)
-                     text, # unit vectors (n,t,d)
-                     scale, # exp(logit_scale)
-                     i2i_weight=1.0, # weight of views among each other, >= 0
-                     t2t_weight=0.5, # weight of texts among each other, >= 0
-                     label_smoothing=0.0, # 0..1
-                     training=True, # smoothing acts in training only
+def breast_clip_loss(image: torch.Tensor, # unit vectors (n,v,d)
+                     text: torch.Tensor, # unit vectors (n,t,d)
+                     scale: torch.Tensor | float, # exp(logit_scale)
+                     i2i_weight: float = 1.0, # weight of views among each other, >= 0
+                     t2t_weight: float = 0.5, # weight of texts among each other, >= 0
+                     label_smoothing: float = 0.0, # 0..1
+                     training: bool = True, # smoothing acts in training only
                      **options, # text_group, duplicates, rows: see contrastive_terms
-                     ): # dict: loss, i2t, t2i, i2i, t2t
+                     ) -> dict: # dict: loss, i2t, t2i, i2i, t2t
     "Compute the multi-view loss. Source: Mammo-CLIP, section 2.1."
     terms = contrastive_terms(image, text, scale, label_smoothing if training else 0.0, **options)
     total = (terms['i2t'] + terms['t2i']) / 2 + i2i_weight * terms['i2i'] + t2t_weight * terms['t2t']
     return {'loss': total, **terms}
 
 
-def breast_clip_contrastive_loss(image, text, scale, i2t_weight=0.75, t2i_weight=0.25, label_smoothing=0.0, training=True, **options):
+def breast_clip_contrastive_loss(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor | float,
+                                 i2t_weight: float = 0.75, t2i_weight: float = 0.25, label_smoothing: float = 0.0,
+                                 training: bool = True, **options) -> dict:
     "Compute the one-view baseline loss (weights on the two directions); arguments as in breast_clip_loss."
     terms = contrastive_terms(image, text, scale, label_smoothing if training else 0.0, **options)
     return {'loss': i2t_weight * terms['i2t'] + t2i_weight * terms['t2i'], 'i2t': terms['i2t'], 't2i': terms['t2i']}
@@ -106,9 +111,9 @@ def breast_clip_contrastive_loss(image, text, scale, i2t_weight=0.75, t2i_weight
 SCALE_LIMIT = math.log(100)
 
 
-def scale_of(logit_scale, # scalar parameter
-             limit=SCALE_LIMIT, # largest logarithm; None for no limit
-             ): # exp of it, float32
+def scale_of(logit_scale: torch.Tensor, # scalar parameter
+             limit: float | None = SCALE_LIMIT, # largest logarithm; None for no limit
+             ) -> torch.Tensor: # exp of it, float32
     "Give the factor on cosines."
     value = logit_scale if logit_scale.dtype == torch.float64 else logit_scale.float()
     return (value if limit is None else value.clamp(max=limit)).exp()

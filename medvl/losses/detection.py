@@ -7,6 +7,8 @@ __all__ = ['IGNORED', 'BACKGROUND', 'EMPTY', 'match_anchors', 'focal_loss', 'foc
            'detection_loss']
 
 # %% ../../nbs/258_losses.detection.ipynb #14eb1de7
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -17,12 +19,12 @@ from ..models.boxes import box_iou, check_boxes, encode_boxes
 IGNORED, BACKGROUND = -2, -1
 
 
-def match_anchors(anchors, # float (a,4)
-                  boxes, # float (g,4), true boxes
-                  positive=0.5, # overlap from which an anchor is responsible
-                  negative=0.4, # overlap below which it is background
-                  force=True, # give a box without responsible anchor its best ones
-                  ): # int64 (a,): number of the box, BACKGROUND or IGNORED
+def match_anchors(anchors: torch.Tensor, # float (a,4)
+                  boxes: torch.Tensor, # float (g,4), true boxes
+                  positive: float = 0.5, # overlap from which an anchor is responsible
+                  negative: float = 0.4, # overlap below which it is background
+                  force: bool = True, # give a box without responsible anchor its best ones
+                  ) -> torch.Tensor: # int64 (a,): number of the box, BACKGROUND or IGNORED
     """Give each anchor its box.
 
     Raises: ValueError for a box without area."""
@@ -37,32 +39,32 @@ def match_anchors(anchors, # float (a,4)
     return match.index_put((rows,), columns)
 
 # %% ../../nbs/258_losses.detection.ipynb #899f27c8
-def focal_loss(logits, # float (...)
-               target, # float (...), 1 or 0
-               alpha=0.25, # weight of the positives; of the negatives 1 - alpha
-               gamma=2.0, # how much easy answers are discounted
-               ): # float (...), not reduced
+def focal_loss(logits: torch.Tensor, # float (...)
+               target: torch.Tensor, # float (...), 1 or 0
+               alpha: float = 0.25, # weight of the positives; of the negatives 1 - alpha
+               gamma: float = 2.0, # how much easy answers are discounted
+               ) -> torch.Tensor: # float (...), not reduced
     "Compute the focal loss from logits."
     wrong = torch.sigmoid(torch.where(target > 0.5, -logits, logits))  # 1 - p_y
     cross = F.binary_cross_entropy_with_logits(logits, target, reduction='none')
     return torch.where(target > 0.5, alpha, 1 - alpha) * wrong ** gamma * cross
 
 
-def focal_loss_clamped(probabilities, # float (...), 0..1
-                       target, # float (...), 1 or 0
-                       alpha=0.25, # weight of the positives
-                       gamma=2.0, # discount
-                       clamp=1e-4, # distance kept from 0 and 1
-                       ): # float (...), not reduced
+def focal_loss_clamped(probabilities: torch.Tensor, # float (...), 0..1
+                       target: torch.Tensor, # float (...), 1 or 0
+                       alpha: float = 0.25, # weight of the positives
+                       gamma: float = 2.0, # discount
+                       clamp: float = 1e-4, # distance kept from 0 and 1
+                       ) -> torch.Tensor: # float (...), not reduced
     "Compute the focal loss as the original does, from clamped probabilities."
     p = probabilities.clamp(clamp, 1 - clamp)
     p_y, weight = torch.where(target > 0.5, p, 1 - p), torch.where(target > 0.5, alpha, 1 - alpha)
     return -weight * (1 - p_y) ** gamma * p_y.log()
 
 # %% ../../nbs/258_losses.detection.ipynb #686d19f6
-def smooth_l1(difference, # float (...)
-              beta=1 / 9, # half-width of the parabola
-              ): # float (...)
+def smooth_l1(difference: torch.Tensor, # float (...)
+              beta: float = 1 / 9, # half-width of the parabola
+              ) -> torch.Tensor: # float (...)
     "Compute smooth-L1 of each difference."
     d = difference.abs()
     return torch.where(d <= beta, 0.5 * d ** 2 / beta, d - 0.5 * beta)
@@ -71,16 +73,17 @@ def smooth_l1(difference, # float (...)
 EMPTY = ('negatives', 'skip')
 
 
-def image_loss(scores, # float (a,k): logits, or probabilities with `clamped`
-               deltas, # float (a,4)
-               anchors, # float (a,4)
-               boxes, # float (g,4)
-               labels, # int64 (g,), 0..k-1
-               alpha=0.25, gamma=2.0, # of the focal loss
-               empty='negatives', # images without boxes: 'negatives', or 'skip' (the original)
-               force=True, # every box gets an anchor; False: the original
-               clamped=False, # scores are probabilities, clamped; True: the original
-               ): # (class loss, box loss, number of positive anchors), scalars
+def image_loss(scores: torch.Tensor, # float (a,k): logits, or probabilities with `clamped`
+               deltas: torch.Tensor, # float (a,4)
+               anchors: torch.Tensor, # float (a,4)
+               boxes: torch.Tensor, # float (g,4)
+               labels: torch.Tensor, # int64 (g,), 0..k-1
+               alpha: float = 0.25, gamma: float = 2.0, # of the focal loss
+               empty: str = 'negatives', # images without boxes: 'negatives', or 'skip' (the original)
+               force: bool = True, # every box gets an anchor; False: the original
+               clamped: bool = False, # scores are probabilities, clamped; True: the original
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # (class loss, box loss, number of positive
+                                                                     # anchors), scalars
     "Compute the two losses of one image."
     if not len(boxes) and empty == 'skip': return (*(x.sum() * 0 for x in (scores, deltas)), scores.new_zeros(()))
     match = match_anchors(anchors, boxes, force=force)
@@ -94,20 +97,22 @@ def image_loss(scores, # float (a,k): logits, or probabilities with `clamped`
     return cls, smooth_l1(wanted - deltas[found]).sum() / (4 * found.sum()).clamp(min=1), found.sum()
 
 # %% ../../nbs/258_losses.detection.ipynb #efe2bb33
-def detection_loss(scores, # float (b,a,k)
-                   deltas, # float (b,a,4)
-                   anchors, # float (a,4)
-                   boxes, # b tensors (g,4)
-                   labels, # b tensors int64 (g,)
-                   box_weight=1.0, # factor of the box loss in the sum
+def detection_loss(scores: torch.Tensor, # float (b,a,k)
+                   deltas: torch.Tensor, # float (b,a,4)
+                   anchors: torch.Tensor, # float (a,4)
+                   boxes: Sequence[torch.Tensor], # b tensors (g,4)
+                   labels: Sequence[torch.Tensor], # b tensors int64 (g,)
+                   box_weight: float = 1.0, # factor of the box loss in the sum
                    **options, # alpha, gamma, empty, force, clamped of `image_loss`
-                   ): # dict of scalars: loss, class, box, positives (mean number of positive anchors)
+                   ) -> dict: # dict of scalars: loss, class, box, positives (mean number of positive anchors)
     """Compute RetinaNet's loss of a batch.
 
     Raises: ValueError for an unknown option, a box without area, a label beyond the classes."""
-    if options.get('empty', 'negatives') not in EMPTY: raise ValueError(unknown_name('treatment of images without boxes', options['empty'], EMPTY))
+    if options.get('empty', 'negatives') not in EMPTY:
+        raise ValueError(unknown_name('treatment of images without boxes', options['empty'], EMPTY))
     if not len(scores) == len(deltas) == len(boxes) == len(labels):
-        raise ValueError(f'{len(scores)} answers, {len(deltas)} deltas, {len(boxes)} lists of boxes and {len(labels)} of labels: they must be as many')
+        raise ValueError(f'{len(scores)} answers, {len(deltas)} deltas, {len(boxes)} lists of boxes and {len(labels)} '
+                         'of labels: they must be as many')
     for i, (b, c) in enumerate(zip(boxes, labels)):
         if len(b) != len(c): raise ValueError(f'image {i} of the batch has {len(b)} boxes and {len(c)} labels')
         if len(c) and not 0 <= int(c.min()) <= int(c.max()) < scores.shape[-1]:

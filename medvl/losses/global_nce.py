@@ -25,20 +25,22 @@ def _search(cross, own, first, same_modality, **options):
 # %% ../../nbs/252_losses.global_nce.ipynb #44714aac
 @torch.autocast('cuda', enabled=False)
 @torch.autocast('cpu', enabled=False)
-def global_nce(image, # (n,d), any length; the rows of all processes
-               text, # (n,d)
-               temperature=0.1, # number or scalar tensor, > 0
-               same_modality=False, # other images are choices of an image too, other reports of a report
-               text_group=None, # int64 (n,t): equal numbers for equal reports
-               duplicates='negatives', # 'negatives' (the paper), 'mask' or 'positives'
-               rows=None, # (start, stop): only these samples search; None: all
-               ): # dict of scalars: i2t, t2i
+def global_nce(image: torch.Tensor, # (n,d), any length; the rows of all processes
+               text: torch.Tensor, # (n,d)
+               temperature: float | torch.Tensor = 0.1, # number or scalar tensor, > 0
+               same_modality: bool = False, # other images are choices of an image too, other reports of a report
+               text_group: torch.Tensor | None = None, # int64 (n,t): equal numbers for equal reports
+               duplicates: str = 'negatives', # 'negatives' (the paper), 'mask' or 'positives'
+               rows: tuple[int, int] | None = None, # (start, stop): only these samples search; None: all
+               ) -> dict: # dict of scalars: i2t, t2i
     """Compute both directions of the contrastive loss.
 
     Raises: ValueError for shapes that do not fit, or duplicates without text_group.
     Source: LoVT, section 3.4."""
-    if image.dim() != 2 or image.shape != text.shape: raise ValueError(f'images and texts must both be (n,d), not {tuple(image.shape)} and {tuple(text.shape)}')
-    if duplicates not in DUPLICATES: raise ValueError(unknown_name('way of treating duplicates', duplicates, DUPLICATES))
+    if image.dim() != 2 or image.shape != text.shape:
+        raise ValueError(f'images and texts must both be (n,d), not {tuple(image.shape)} and {tuple(text.shape)}')
+    if duplicates not in DUPLICATES:
+        raise ValueError(unknown_name('way of treating duplicates', duplicates, DUPLICATES))
     if duplicates != 'negatives' and text_group is None: raise ValueError(f'duplicates={duplicates!r} needs text_group')
     image, text = unit(image), unit(text)
     start, stop = rows or (0, len(image))
@@ -49,22 +51,22 @@ def global_nce(image, # (n,d), any length; the rows of all processes
             't2i': _search(cross.T[start:stop], own[1], start, same_modality, **options)}
 
 # %% ../../nbs/252_losses.global_nce.ipynb #fc5e1cba
-def top_k_accuracy(logits, # (r,n), any scale
-                   target=None, # int64 (r,): the right column; None: the row's own number
-                   k=1, # 1..n
-                   ): # 0-d float32
+def top_k_accuracy(logits: torch.Tensor, # (r,n), any scale
+                   target: torch.Tensor | None = None, # int64 (r,): the right column; None: the row's own number
+                   k: int = 1, # 1..n
+                   ) -> torch.Tensor: # 0-d float32
     "Give the share of rows whose target is among the k highest."
     target = torch.arange(len(logits), device=logits.device) if target is None else target
     return (logits.topk(min(k, logits.shape[1]), 1).indices == target.unsqueeze(1)).any(1).float().mean()
 
 # %% ../../nbs/252_losses.global_nce.ipynb #e679da00
-def global_mse(image, text): # (n,d) each
+def global_mse(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor: # (n,d) each
     "Average the squared differences."
     return (image - text).square().mean()
 
 
-def cosine_distance(guess, # (…,d)
-                    target, # (…,d); no gradient flows into it
-                    ): # (…), 0..4
+def cosine_distance(guess: torch.Tensor, # (…,d)
+                    target: torch.Tensor, # (…,d); no gradient flows into it
+                    ) -> torch.Tensor: # (…), 0..4
     "Give 2 - 2 cos, BYOL's distance. Source: BYOL (arXiv:2006.07733), equation 2."
     return 2 - 2 * (unit(guess) * unit(target.detach())).sum(-1)

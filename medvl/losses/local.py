@@ -12,37 +12,37 @@ import torch
 from ..models.heads import unit
 
 # %% ../../nbs/253_losses.local.ipynb #cc7c9095
-def grid_distances(height, # regions in y
-                   width, # regions in x
-                   relative=True, # in units of sqrt(height² + width²); else in regions
-                   ): # float64 (n,n), n = height·width, row-major
+def grid_distances(height: int, # regions in y
+                   width: int, # regions in x
+                   relative: bool = True, # in units of sqrt(height² + width²); else in regions
+                   ) -> torch.Tensor: # float64 (n,n), n = height·width, row-major
     "Give the distances between the regions of a grid, exactly zero on the diagonal."
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing='ij')
     squared = (y.flatten()[:, None] - y.flatten()) ** 2 + (x.flatten()[:, None] - x.flatten()) ** 2
     return (squared.double() / (height ** 2 + width ** 2 if relative else 1)).sqrt()
 
 
-def sequence_distances(count, # sentences
-                       ): # float64 (count,count)
+def sequence_distances(count: int, # sentences
+                       ) -> torch.Tensor: # float64 (count,count)
     "Give the distances between places of a sequence."
     i = torch.arange(count, dtype=torch.float64)
     return (i[:, None] - i).abs()
 
 # %% ../../nbs/253_losses.local.ipynb #fd63f066
-def positive_weights(distances, # float64 (n,n)
-                     threshold=0.5, # the farthest distance that still counts, same unit as distances
-                     decay=1.0, # lambda; None: all within the threshold count alike
-                     ): # float64 (n,n), rows sum to 1
+def positive_weights(distances: torch.Tensor, # float64 (n,n)
+                     threshold: float = 0.5, # the farthest distance that still counts, same unit as distances
+                     decay: float | None = 1.0, # lambda; None: all within the threshold count alike
+                     ) -> torch.Tensor: # float64 (n,n), rows sum to 1
     "Say how much each place counts as a right answer for each place."
     near = (distances <= threshold + 1e-9).double()
     weights = near if decay is None else near * torch.exp(-decay * distances)
     return weights / weights.sum(1, keepdim=True)
 
 # %% ../../nbs/253_losses.local.ipynb #0fd91f41
-def place_weights(weights, # (b,n) >= 0, or None for all alike; no gradient flows into them
-                  mask, # bool (b,n) or None
-                  like, # (b,n): for shape and type
-                  ): # (b,n), rows sum to 1
+def place_weights(weights: torch.Tensor | None, # (b,n) >= 0, or None for all alike; no gradient flows into them
+                  mask: torch.Tensor | None, # bool (b,n) or None
+                  like: torch.Tensor, # (b,n): for shape and type
+                  ) -> torch.Tensor: # (b,n), rows sum to 1
     "Give the weights of the places, over the real ones."
     w = torch.ones_like(like) if weights is None else weights.detach().to(like.dtype)
     if mask is not None: w = w * mask
@@ -69,22 +69,23 @@ def _legacy_constant(s, mask, same_modality, legacy_count):
 # %% ../../nbs/253_losses.local.ipynb #b14f76be
 @torch.autocast('cuda', enabled=False)
 @torch.autocast('cpu', enabled=False)
-def local_contrastive(local, # (b,n,d), any length: regions or sentences
-                      attended, # (b,n,d): what the other modality says of each
-                      positives, # (n,n) from positive_weights
-                      temperature=0.3, # > 0
-                      mask=None, # bool (b,n): real places
-                      weights=None, # (b,n): how much a place counts; None: all alike
-                      same_modality=False, # places of the own kind are wrong answers too
-                      legacy_count=0, # N of the original's constant; 0: leave it out
-                      ): # dict of scalars: l2att, att2l
+def local_contrastive(local: torch.Tensor, # (b,n,d), any length: regions or sentences
+                      attended: torch.Tensor, # (b,n,d): what the other modality says of each
+                      positives: torch.Tensor, # (n,n) from positive_weights
+                      temperature: float = 0.3, # > 0
+                      mask: torch.Tensor | None = None, # bool (b,n): real places
+                      weights: torch.Tensor | None = None, # (b,n): how much a place counts; None: all alike
+                      same_modality: bool = False, # places of the own kind are wrong answers too
+                      legacy_count: int = 0, # N of the original's constant; 0: leave it out
+                      ) -> dict: # dict of scalars: l2att, att2l
     """Compute both directions of the local loss.
 
     Raises: ValueError for shapes that do not fit.
     Source: LoVT, section 3.4."""
     b, n, _ = local.shape
     if attended.shape != local.shape or positives.shape != (n, n):
-        raise ValueError(f'local {tuple(local.shape)}, attended {tuple(attended.shape)} and positives {tuple(positives.shape)} do not fit each other')
+        raise ValueError(f'local {tuple(local.shape)}, attended {tuple(attended.shape)} and positives '
+                         f'{tuple(positives.shape)} do not fit each other')
     local, attended = unit(local), unit(attended)
     s, p = local @ attended.mT / temperature, positives.to(local)
     if mask is not None:
@@ -92,32 +93,34 @@ def local_contrastive(local, # (b,n,d), any length: regions or sentences
         p = p / p.sum(-1, keepdim=True).clamp(min=1e-12)
     own = [x @ x.mT / temperature if same_modality else None for x in (local, attended)]
     more = _legacy_constant(s, mask, same_modality, legacy_count)
-    return {'l2att': _direction(s, p, mask, weights, own[0]) + more, 'att2l': _direction(s.mT, p, mask, weights, own[1]) + more}
+    return {'l2att': _direction(s, p, mask, weights, own[0]) + more,
+            'att2l': _direction(s.mT, p, mask, weights, own[1]) + more}
 
 # %% ../../nbs/253_losses.local.ipynb #e8e17942
-def weighted_places(values, # (b,n): one value a place
-                    mask=None, # bool (b,n)
-                    weights=None, # (b,n)
-                    ): # 0-d
+def weighted_places(values: torch.Tensor, # (b,n): one value a place
+                    mask: torch.Tensor | None = None, # bool (b,n)
+                    weights: torch.Tensor | None = None, # (b,n)
+                    ) -> torch.Tensor: # 0-d
     "Average over places by their weights, then over samples."
     return (values * place_weights(weights, mask, values)).sum(1).mean()
 
 
-def local_mse(local, # (b,n,d)
-              attended, # (b,n,d)
-              mask=None, weights=None, # as in local_contrastive
-              ): # 0-d
+def local_mse(local: torch.Tensor, # (b,n,d)
+              attended: torch.Tensor, # (b,n,d)
+              mask: torch.Tensor | None = None, weights: torch.Tensor | None = None, # as in local_contrastive
+              ) -> torch.Tensor: # 0-d
     "Average the squared differences of the vectors as they are."
     return weighted_places((local - attended).square().mean(-1), mask, weights)
 
 # %% ../../nbs/253_losses.local.ipynb #ca128b51
 @torch.no_grad()
-def local_retrieval(local, # (b,n,d)
-                    attended, # (b,n,d)
-                    mask=None, weights=None, # as in local_contrastive
-                    ): # dict of scalars: top1, top5, index (0 is best)
+def local_retrieval(local: torch.Tensor, # (b,n,d)
+                    attended: torch.Tensor, # (b,n,d)
+                    mask: torch.Tensor | None = None, weights: torch.Tensor | None = None, # as in local_contrastive
+                    ) -> dict: # dict of scalars: top1, top5, index (0 is best)
     "Rank each place's own attended vector among those of its study."
     s = unit(local) @ unit(attended).mT
     if mask is not None: s = s.masked_fill(~mask.unsqueeze(1), torch.finfo(s.dtype).min)
     index = (s > s.diagonal(dim1=1, dim2=2).unsqueeze(-1)).sum(-1)
-    return {k: weighted_places(v.to(s.dtype), mask, weights) for k, v in (('top1', index < 1), ('top5', index < 5), ('index', index))}
+    return {k: weighted_places(v.to(s.dtype), mask, weights)
+            for k, v in (('top1', index < 1), ('top5', index < 5), ('index', index))}

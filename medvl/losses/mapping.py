@@ -18,7 +18,8 @@ def channel_scores(
 ) -> Tensor: # float (b,c,a)
     "Give the scaled cosine of every channel with every attribute."
     if regions.ndim != 4 or regions.shape[2] not in (1, len(attributes)) or regions.shape[3] != attributes.shape[1]:
-        raise ValueError(f'regions must be (b,c,{len(attributes)} or 1,{attributes.shape[1]}), not {tuple(regions.shape)}')
+        raise ValueError(f'regions must be (b,c,{len(attributes)} or 1,{attributes.shape[1]}), not '
+                         f'{tuple(regions.shape)}')
     return (F.normalize(regions, dim=-1) * attributes).sum(-1) / temperature
 
 # %% ../../nbs/255_losses.mapping.ipynb #c13d0ffb
@@ -45,10 +46,13 @@ def best_channel_loss(
 
     Raises: as `mapping_loss`."""
     if positives not in ('none', 'one'): raise ValueError(f"positives must be 'none' or 'one', not {positives!r}")
-    if labels.shape != scores.shape: raise ValueError(f'labels must be {tuple(scores.shape)}, not {tuple(labels.shape)}')
+    if labels.shape != scores.shape:
+        raise ValueError(f'labels must be {tuple(scores.shape)}, not {tuple(labels.shape)}')
     positive, negative = labels == 1, labels == 0
-    if not positive.any(): raise ValueError('No attribute is present in this batch: draw batches with at least one positive image.')
-    others = torch.where(negative, scores, torch.zeros_like(scores) if positives == 'one' else torch.full_like(scores, -torch.inf))
+    if not positive.any():
+        raise ValueError('No attribute is present in this batch: draw batches with at least one positive image.')
+    others = torch.where(negative, scores, torch.zeros_like(scores) if positives == 'one'
+                         else torch.full_like(scores, -torch.inf))
     if positives == 'one': others = others.masked_fill(labels.isnan(), -torch.inf)
     others = others.logsumexp(0, keepdim=True).expand_as(scores)
     return F.softplus(others - scores)[positive].mean()

@@ -7,6 +7,7 @@ __all__ = ['nt_xent', 'regression_loss', 'spread', 'cell_places', 'cell_matches'
 
 # %% ../../nbs/254_losses.self_supervised.ipynb #fba5856d
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,9 @@ from ..models.heads import unit
 
 # %% ../../nbs/254_losses.self_supervised.ipynb #1e18470c
 def nt_xent(
-    z, # projections, float (n,2,d); rows of all processes
-    temperature=0.1, # tau, > 0
-): # (loss, share of views whose partner is the nearest), two scalars
+    z: torch.Tensor, # projections, float (n,2,d); rows of all processes
+    temperature: float = 0.1, # tau, > 0
+) -> tuple[torch.Tensor, torch.Tensor]: # (loss, share of views whose partner is the nearest), two scalars
     """Compute the normalised temperature-scaled cross-entropy over 2n views.
 
     Raises: ValueError for another shape. Source: SimCLR, equation 1."""
@@ -29,27 +30,29 @@ def nt_xent(
 
 # %% ../../nbs/254_losses.self_supervised.ipynb #e4d037e1
 def regression_loss(
-    prediction, # of the student, float (n,2,d)
-    target, # of the teacher, float (n,2,d); gets no gradient
-): # scalar in 0..8
+    prediction: torch.Tensor, # of the student, float (n,2,d)
+    target: torch.Tensor, # of the teacher, float (n,2,d); gets no gradient
+) -> torch.Tensor: # scalar in 0..8
     "Compute BYOL's loss, both ways. Source: BYOL, equation 2."
-    if prediction.shape != target.shape: raise ValueError(f'predictions {tuple(prediction.shape)} and targets {tuple(target.shape)} differ in shape')
+    if prediction.shape != target.shape:
+        raise ValueError(f'predictions {tuple(prediction.shape)} and targets {tuple(target.shape)} differ in shape')
     return (2 - 2 * (unit(prediction) * unit(target.detach()).flip(1)).sum(-1)).sum(1).mean()
 
 
 @torch.no_grad()
 def spread(
-    vectors, # float (n,d), n > 1
-): # scalar, 0 collapsed … 1 as random directions
+    vectors: torch.Tensor, # float (n,d), n > 1
+) -> torch.Tensor: # scalar, 0 collapsed … 1 as random directions
     "Say how much directions differ between samples."
     return unit(vectors).std(0, correction=0).mean() * vectors.shape[-1] ** .5
 
 # %% ../../nbs/254_losses.self_supervised.ipynb #78a66a23
 def cell_places(
-    transforms, # float (n,3,3): pixel of the image -> pixel of the view
-    size, # (height, width) of the view, pixels
-    grid, # (rows, columns) of the feature map
-): # centres of the cells in the image, float64 (n,rows*columns,2) x, y in pixels; diagonal of a cell there, float64 (n,)
+    transforms: torch.Tensor, # float (n,3,3): pixel of the image -> pixel of the view
+    size: Sequence[int], # (height, width) of the view, pixels
+    grid: Sequence[int], # (rows, columns) of the feature map
+) -> tuple[torch.Tensor, torch.Tensor]: # centres of the cells in the image, float64 (n,rows*columns,2) x, y in pixels;
+                                        # diagonal of a cell there, float64 (n,)
     "Find where each cell of a view's feature map lies in the image."
     inverse = torch.linalg.inv(transforms.double())
     steps = [torch.arange(g, device=inverse.device, dtype=torch.float64) for g in grid]
@@ -61,11 +64,11 @@ def cell_places(
 
 
 def cell_matches(
-    transforms, # float (n,2,3,3), of both views
-    size, # (height, width) of the views, pixels
-    grid, # (rows, columns) of the feature maps
-    threshold=0.7, # largest distance that counts as the same place, in diagonals of the larger cell
-): # bool (n,p,p): cell of the first view x cell of the second
+    transforms: torch.Tensor, # float (n,2,3,3), of both views
+    size: Sequence[int], # (height, width) of the views, pixels
+    grid: Sequence[int], # (rows, columns) of the feature maps
+    threshold: float = 0.7, # largest distance that counts as the same place, in diagonals of the larger cell
+) -> torch.Tensor: # bool (n,p,p): cell of the first view x cell of the second
     "Say which cells of two views show the same place. Source: PixelPro, equation 1."
     (a, da), (b, db) = (cell_places(transforms[:, v], size, grid) for v in (0, 1))
     distance = (a[:, :, None] - b[:, None]).square().sum(-1).sqrt()
@@ -78,10 +81,10 @@ def _over_images(values, # (n,), rubbish where not `some`
 
 
 def pixel_consistency(
-    student, # propagated cells, float (n,2,d,p)
-    teacher, # projected cells, float (n,2,d,p); gets no gradient
-    matches, # bool (n,p,p): first view x second view
-): # scalar in -2..2; 0 where no image has a match
+    student: torch.Tensor, # propagated cells, float (n,2,d,p)
+    teacher: torch.Tensor, # projected cells, float (n,2,d,p); gets no gradient
+    matches: torch.Tensor, # bool (n,p,p): first view x second view
+) -> torch.Tensor: # scalar in -2..2; 0 where no image has a match
     "Compute PixelPro's loss. Source: Xie et al., equation 4."
     y, t = F.normalize(student, dim=2), F.normalize(teacher.detach(), dim=2)
     cosines = torch.einsum('ndp,ndq->npq', y[:, 0], t[:, 1]) + torch.einsum('ndp,ndq->npq', t[:, 0], y[:, 1])
@@ -98,11 +101,11 @@ def _search(logits, # (n,p,q): each cell looks for its matches
 
 
 def pixel_contrast(
-    student, # projected cells, float (n,2,d,p)
-    teacher, # projected cells, float (n,2,d,p); gets no gradient
-    matches, # bool (n,p,p)
-    temperature=0.3, # tau, > 0
-): # scalar, >= 0; mean of both directions
+    student: torch.Tensor, # projected cells, float (n,2,d,p)
+    teacher: torch.Tensor, # projected cells, float (n,2,d,p); gets no gradient
+    matches: torch.Tensor, # bool (n,p,p)
+    temperature: float = 0.3, # tau, > 0
+) -> torch.Tensor: # scalar, >= 0; mean of both directions
     "Compute PixContrast's loss. Source: Xie et al., equations 2 and 3."
     y, t = F.normalize(student, dim=2), F.normalize(teacher.detach(), dim=2)
     there = torch.einsum('ndp,ndq->npq', y[:, 0], t[:, 1]) / temperature

@@ -6,6 +6,8 @@
 __all__ = ['CONVENTIONS', 'REDUCTIONS', 'WEIGHTS', 'shape_overlap', 'flat_boxes', 'yolo_targets', 'grid_loss', 'yolo_loss']
 
 # %% ../../nbs/257_losses.yolo.ipynb #6e6e249e
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -16,22 +18,24 @@ from ..models.yolo import split_raw
 CONVENTIONS = ('clean', 'reference')
 
 
-def shape_overlap(sides, # float (n,2), width and height of boxes, cells
-                  anchors, # float (a,2), cells
-                  convention='clean', # 'clean', or 'reference': one cell more on every side
-                  ): # float (n,a), 0..1
+def shape_overlap(sides: torch.Tensor, # float (n,2), width and height of boxes, cells
+                  anchors: torch.Tensor, # float (a,2), cells
+                  convention: str = 'clean', # 'clean', or 'reference': one cell more on every side
+                  ) -> torch.Tensor: # float (n,a), 0..1
     "Compute the overlap of shapes laid on each other's corner."
     more = 1.0 if convention == 'reference' else 0.0
     inner = (torch.minimum(sides[:, None], anchors[None]) + more).prod(-1)
     return inner / ((sides + more).prod(-1)[:, None] + (anchors + more).prod(-1)[None] - inner)
 
 # %% ../../nbs/257_losses.yolo.ipynb #154b065f
-def flat_boxes(boxes, # b tensors (k,4) x0,y0,x1,y1, pixels
-               labels, # b tensors int64 (k,)
-               ): # image int64 (n,), boxes float (n,4), labels int64 (n,)
+def flat_boxes(boxes: Sequence[torch.Tensor], # b tensors (k,4) x0,y0,x1,y1, pixels
+               labels: Sequence[torch.Tensor], # b tensors int64 (k,)
+               ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # image int64 (n,), boxes float (n,4),
+                                                                     # labels int64 (n,)
     "Put the boxes of a batch into one table."
     counts = torch.tensor([len(x) for x in boxes], device=boxes[0].device)
-    return torch.repeat_interleave(torch.arange(len(boxes), device=counts.device), counts), torch.cat(list(boxes)).reshape(-1, 4), torch.cat(list(labels))
+    return (torch.repeat_interleave(torch.arange(len(boxes), device=counts.device), counts),
+            torch.cat(list(boxes)).reshape(-1, 4), torch.cat(list(labels)))
 
 
 def _winners(places, count):
@@ -41,17 +45,19 @@ def _winners(places, count):
     return last[last >= 0]
 
 # %% ../../nbs/257_losses.yolo.ipynb #88406c7f
-def yolo_targets(boxes, labels, # as in `flat_boxes`
-                 anchors, # float (a,2), pixels
-                 grid, # (rows, columns)
-                 size, # (h,w) of the image, pixels
-                 classes=1, # number of classes
-                 convention='clean', # see above
-                 ): # dict: found and silent bool (b,a,g,g'), box float (b,a,g,g',4) x,y,w,h, classes float (b,a,g,g',k)
+def yolo_targets(boxes: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], # as in `flat_boxes`
+                 anchors: torch.Tensor, # float (a,2), pixels
+                 grid: Sequence[int], # (rows, columns)
+                 size: Sequence[int], # (h,w) of the image, pixels
+                 classes: int = 1, # number of classes
+                 convention: str = 'clean', # see above
+                 ) -> dict: # dict: found and silent bool (b,a,g,g'), box float
+                            # (b,a,g,g',4) x,y,w,h, classes float (b,a,g,g',k)
     "Say what every cell and anchor of one grid should answer."
     image, flat, label = flat_boxes(boxes, labels)
     stride = flat.new_tensor([size[1] / grid[1], size[0] / grid[0]])
-    centre, sides, shapes = (flat[:, :2] + flat[:, 2:]) / 2 / stride, (flat[:, 2:] - flat[:, :2]) / stride, anchors / stride
+    centre, sides, shapes = ((flat[:, :2] + flat[:, 2:]) / 2 / stride, (flat[:, 2:] - flat[:, :2]) / stride,
+                             anchors / stride)
     cell = torch.stack([centre[:, i].long().clamp(0, grid[1 - i] - 1) for i in (0, 1)], 1)
     overlap = shape_overlap(sides, shapes, convention)
     best, shape = overlap.argmax(1), (len(boxes), len(anchors), *grid)
@@ -73,10 +79,10 @@ REDUCTIONS = ('cells', 'boxes')
 WEIGHTS = {'x': 2.5, 'y': 2.5, 'w': 2.5, 'h': 2.5, 'objectness': 1.0, 'silence': 0.5, 'class': 1.0}
 
 
-def grid_loss(raw, # float (b, 3·(5+k), g, g')
-              target, # dict of `yolo_targets`
-              reduction='cells', # over what terms are averaged
-              ): # dict of scalars: the terms of WEIGHTS, unweighted
+def grid_loss(raw: torch.Tensor, # float (b, 3·(5+k), g, g')
+              target: dict, # dict of `yolo_targets`
+              reduction: str = 'cells', # over what terms are averaged
+              ) -> dict: # dict of scalars: the terms of WEIGHTS, unweighted
     "Compute the terms of one grid's loss."
     t = split_raw(raw)
     found, silent = (target[n].to(t.dtype) for n in ('found', 'silent'))
@@ -100,25 +106,28 @@ def _check(boxes, labels, classes, options):
         if value not in known: raise ValueError(unknown_name(name, value, known))
     for i, (b, c) in enumerate(zip(boxes, labels, strict=True)):
         if len(b) != len(c): raise DataError(f'image {i} of the batch has {len(b)} boxes and {len(c)} labels')
-        if len(b) and not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()): raise DataError(f'a box without area in image {i} of the batch: {b.tolist()}')
-        if len(c) and not 0 <= int(c.min()) <= int(c.max()) < classes: raise DataError(f'image {i} of the batch has a label outside 0..{classes - 1}: {c.tolist()}')
+        if len(b) and not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()):
+            raise DataError(f'a box without area in image {i} of the batch: {b.tolist()}')
+        if len(c) and not 0 <= int(c.min()) <= int(c.max()) < classes:
+            raise DataError(f'image {i} of the batch has a label outside 0..{classes - 1}: {c.tolist()}')
 
 
 def _own(boxes, labels, anchors, grid):
     "Keep the boxes whose best anchor of all nine stands on this grid."
-    keep = [shape_overlap(b[:, 2:] - b[:, :2], anchors.flatten(0, 1)).argmax(1) // anchors.shape[1] == grid for b in boxes]
+    keep = [shape_overlap(b[:, 2:] - b[:, :2], anchors.flatten(0, 1)).argmax(1) // anchors.shape[1] == grid
+            for b in boxes]
     return [b[k] for b, k in zip(boxes, keep)], [c[k] for c, k in zip(labels, keep)]
 
 # %% ../../nbs/257_losses.yolo.ipynb #e541eb0f
-def yolo_loss(raws, # floats (b, 3·(5+k), g, g'), of `YoloHead`
-              boxes, # b tensors (n,4) x0,y0,x1,y1, pixels
-              labels, # b tensors int64 (n,)
-              anchors, # float (3,3,2), of `yolo_anchors`
-              size, # (h,w) of the images, pixels
-              convention='clean', # 'clean' or 'reference': overlap of shapes, silence
-              reduction='cells', # 'cells' (the original) or 'boxes'
-              scales='all', # 'all' (the original) or 'best'
-              ): # dict of scalars: loss, position, size, objectness, class
+def yolo_loss(raws: Sequence[torch.Tensor], # floats (b, 3·(5+k), g, g'), of `YoloHead`
+              boxes: Sequence[torch.Tensor], # b tensors (n,4) x0,y0,x1,y1, pixels
+              labels: Sequence[torch.Tensor], # b tensors int64 (n,)
+              anchors: torch.Tensor, # float (3,3,2), of `yolo_anchors`
+              size: Sequence[int], # (h,w) of the images, pixels
+              convention: str = 'clean', # 'clean' or 'reference': overlap of shapes, silence
+              reduction: str = 'cells', # 'cells' (the original) or 'boxes'
+              scales: str = 'all', # 'all' (the original) or 'best'
+              ) -> dict: # dict of scalars: loss, position, size, objectness, class
     """Compute YOLOv3's loss of a batch.
 
     Raises: DataError for a box without area or a label beyond the classes; ValueError for an unknown option."""
@@ -127,7 +136,9 @@ def yolo_loss(raws, # floats (b, 3·(5+k), g, g'), of `YoloHead`
     found = {}
     for i, (raw, shapes) in enumerate(zip(raws, anchors)):
         b, c = (boxes, labels) if scales == 'all' else _own(boxes, labels, anchors, i)
-        for name, value in grid_loss(raw.float(), yolo_targets(b, c, shapes, raw.shape[-2:], size, k, convention), reduction).items():
+        for name, value in grid_loss(raw.float(), yolo_targets(b, c, shapes, raw.shape[-2:], size, k, convention),
+                                     reduction).items():
             found[name] = found.get(name, 0) + WEIGHTS[name] * value
-    parts = {'position': found['x'] + found['y'], 'size': found['w'] + found['h'], 'objectness': found['objectness'] + found['silence'], 'class': found['class']}
+    parts = {'position': found['x'] + found['y'], 'size': found['w'] + found['h'],
+             'objectness': found['objectness'] + found['silence'], 'class': found['class']}
     return {'loss': sum(parts.values()), **parts}

@@ -10,11 +10,13 @@ __all__ = ['CAPABILITIES', 'WEIGHTS', 'CONFIG', 'MOST', 'CARD', 'StepState', 'Me
 # %% ../../nbs/300_methods.base.ipynb #ac37753e
 import json
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -41,19 +43,20 @@ class StepState:
     world: int = 1  # number of processes
 
     @property
-    def progress(self):
+    def progress(self) -> float:
         "Give the done share of the planned steps, 0..1."
         return min(1.0, self.step / max(1, self.total_steps))
 
     def generator(self,
                   *parts, # what the numbers are for: names, sample ids
-                  device='cpu', # device of the generator
-                  ):
+                  device: str | torch.device = 'cpu', # device of the generator
+                  ) -> torch.Generator:
         "Make a torch generator that depends only on seed, step and `parts`."
         return torch_generator(self.seed, self.step, *parts, device=device)
 
 # %% ../../nbs/300_methods.base.ipynb #d3c35003
-CAPABILITIES = ('encode_image', 'encode_text', 'project_text', 'image_features', 'feature_maps', 'match', 'generate', 'predict')
+CAPABILITIES = ('encode_image', 'encode_text', 'project_text', 'image_features', 'feature_maps', 'match', 'generate',
+                'predict')
 
 
 class Method(nn.Module):
@@ -63,12 +66,14 @@ class Method(nn.Module):
     gathered = ()  # features that the losses need from all processes
     gathered_batch = ('text_group',)  # batch entries that the losses need from all processes
     chunkable = False  # may GradCache split `encode`?
-    measurable = True  # can it be built without memory (on torch's meta device)? Not where its constructor runs a network
-    least_batch = 1  # samples that `losses` needs at once (of all processes, where it gathers): fewer have nothing to be compared with
+    # can it be built without memory (on torch's meta device)? Not where its constructor runs a network
+    measurable = True
+    # samples that `losses` needs at once (of all processes, where it gathers): fewer have nothing to be compared with
+    least_batch = 1
     advised_batch = 1  # samples below which training is not what the recipe means, although a loss can be computed
 
     def __init__(self,
-                 config=None, # an instance of `config_class`; None takes its defaults
+                 config: Any = None, # an instance of `config_class`; None takes its defaults
                  ):
         super().__init__()
         if config is None and self.config_class is not None: config = self.config_class()
@@ -78,45 +83,46 @@ class Method(nn.Module):
         self.config = config
 
     def encode(self,
-               batch, # dict of the batch contract
-               ): # dict of features: the part that costs
+               batch: dict, # dict of the batch contract
+               ) -> dict: # dict of features: the part that costs
         "Turn a batch into features, without side effects."
         raise NotImplementedError(f'{type(self).__name__} does not define encode')
 
     def losses(self,
-               features, # dict from `encode`; the names in `gathered` hold the rows of all processes
-               batch, # the same batch; the names in `gathered_batch` hold the rows of all processes
-               state, # StepState
-               ): # dict of scalars; the weighted sum stands under 'loss'
+               features: dict, # dict from `encode`; the names in `gathered` hold the rows of all processes
+               batch: dict, # the same batch; the names in `gathered_batch` hold the rows of all processes
+               state: StepState,
+               ) -> dict: # dict of scalars; the weighted sum stands under 'loss'
         "Turn features into named losses, without side effects."
         raise NotImplementedError(f'{type(self).__name__} does not define losses')
 
-    def forward(self, batch, state=None):
+    def forward(self, batch: dict, state: StepState | None = None) -> dict:
         "Run `encode`, then `losses`."
         return self.losses(self.encode(batch), batch, StepState() if state is None else state)
 
-    def after_step(self, features, state):
+    def after_step(self, features: dict, state: StepState) -> None:
         "Update what lives outside the gradient (queues, momentum teachers); called once an optimiser step."
 
-    def save_assets(self, folder):
+    def save_assets(self, folder: Path) -> Any:
         "Write what the configuration refers to (tokenizer, encoder configurations); return the configuration to store."
         return self.config
 
     @classmethod
-    def from_assets(cls, config, folder):
+    def from_assets(cls, config: Any, folder: Path) -> 'Method':
         "Rebuild the module, weights aside, from the stored configuration and the files of `save_assets`."
         return cls(config)
 
     @property
-    def device(self):
+    def device(self) -> torch.device:
         "Give the device of the first parameter."
         return next(self.parameters()).device
 
 # %% ../../nbs/300_methods.base.ipynb #d11fe5a6
 @contextmanager
-def evaluating(module, # torch module
-               ):
-    "Within this context a module is in evaluation mode and nothing is recorded for gradients; every part's mode is restored."
+def evaluating(module: nn.Module, # torch module
+               ) -> Iterator[nn.Module]:
+    """Within this context a module is in evaluation mode and nothing is recorded for gradients; every part's mode is
+    restored."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
@@ -125,16 +131,16 @@ def evaluating(module, # torch module
         for m, mode in modes.items(): m.training = mode
 
 # %% ../../nbs/300_methods.base.ipynb #61447d34
-def capabilities(method, # a Method
-                 ): # list of the capability names it defines
+def capabilities(method: Method,
+                 ) -> list[str]: # list of the capability names it defines
     "List what a method can be asked for."
     return [c for c in CAPABILITIES if callable(getattr(method, c, None))]
 
 
-def require(method, # a Method
+def require(method: Method,
             *names, # capability names that are needed
-            by='this protocol', # who needs them, for the message
-            ):
+            by: str = 'this protocol', # who needs them, for the message
+            ) -> None:
     """Check that a method has the named capabilities.
 
     Raises: TypeError naming what is missing and what is there.
@@ -148,12 +154,13 @@ def require(method, # a Method
 _methods = {}
 
 
-def register(cls):
+def register(cls: type[Method]) -> type[Method]:
     """Make a method buildable by its name (decorator).
 
     Raises: ValueError if another class has the name; TypeError if the configuration is no dataclass.
     """
-    if not is_dataclass(cls.config_class): raise TypeError(f'{cls.__name__}.config_class must be a dataclass, not {cls.config_class!r}')
+    if not is_dataclass(cls.config_class):
+        raise TypeError(f'{cls.__name__}.config_class must be a dataclass, not {cls.config_class!r}')
     old = _methods.get(cls.name)
     if old is not None and old.__qualname__ != cls.__qualname__:
         raise ValueError(f'the method name {cls.name!r} is taken by {old.__qualname__}: choose another')
@@ -161,26 +168,28 @@ def register(cls):
     return cls
 
 
-def methods():
+def methods() -> list[str]:
     "List the registered method names."
     return sorted(_methods)
 
 # %% ../../nbs/300_methods.base.ipynb #98a052c7
-def method_class(name, # registry name
-                 ): # the class
+def method_class(name: str, # registry name
+                 ) -> type[Method]: # the class
     """Find a method's class; the module of that name in this room is imported where that has not been done.
 
     Raises: ValueError with the closest registered name.
     """
-    if name not in _methods and re.fullmatch('[a-z_]+', str(name)) and find_spec(f'medvl.methods.{name}'): import_module(f'medvl.methods.{name}')
+    if name not in _methods and re.fullmatch('[a-z_]+', str(name)) and find_spec(f'medvl.methods.{name}'):
+        import_module(f'medvl.methods.{name}')
     if name not in _methods: raise ValueError(unknown_name('method', name, methods()))
     return _methods[name]
 
 
-def build(name, # registry name, e.g. 'mammoclip'
-          config=None, # dict of configuration fields (unknown ones are refused), a configuration, or None for the defaults
+def build(name: str, # registry name, e.g. 'mammoclip'
+          config: Any = None, # dict of configuration fields (unknown ones are refused), a
+                              # configuration, or None for the defaults
           **kwargs, # further arguments of the method's constructor
-          ): # the Method
+          ) -> Method:
     "Build a method by name."
     cls = method_class(name)
     if config is None: config = {}
@@ -191,8 +200,8 @@ def build(name, # registry name, e.g. 'mammoclip'
 WEIGHTS, CONFIG = 'model.safetensors', 'config.json'
 
 
-def plain_state(module, # any nn.Module
-                ): # dict name -> contiguous CPU tensor, no two sharing memory
+def plain_state(module: nn.Module, # any nn.Module
+                ) -> dict: # dict name -> contiguous CPU tensor, no two sharing memory
     "Give the weights in the form that safetensors stores."
     state, seen = {}, set()
     for name, value in module.state_dict().items():
@@ -202,20 +211,22 @@ def plain_state(module, # any nn.Module
     return state
 
 
-def save_pretrained(method, # a registered Method
-                    folder, # where to; an older saved method there is replaced
-                    metrics=None, # dict of numbers to store beside, for the reader
-                    ): # Path of the folder
+def save_pretrained(method: Method, # a registered Method
+                    folder: str | Path, # where to; an older saved method there is replaced
+                    metrics: dict | None = None, # dict of numbers to store beside, for the reader
+                    ) -> Path: # Path of the folder
     "Write configuration, weights and assets into a folder that `from_pretrained` reads."
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
-        raise DataError('refusing to replace a folder that holds no saved method', file=folder, fix='choose an empty or new folder')
+        raise DataError('refusing to replace a folder that holds no saved method', file=folder,
+                        fix='choose an empty or new folder')
     with atomic_path(folder) as temp:
         temp.mkdir()
         config = method.save_assets(temp)
         save_file(plain_state(method), str(temp / WEIGHTS), metadata={'format': 'pt'})
         write_json(temp / CONFIG, {'method': method.name, 'medvl_version': __version__, 'config': config_dict(config),
-                                   'weights_sha256': sha256_file(temp / WEIGHTS), **({'metrics': metrics} if metrics else {})})
+                                   'weights_sha256': sha256_file(temp / WEIGHTS),
+                                   **({'metrics': metrics} if metrics else {})})
     return folder
 
 # %% ../../nbs/300_methods.base.ipynb #6f66c1f3
@@ -228,7 +239,9 @@ def _folder_of(source, revision=None):
     if source.count('/') != 1 or source.startswith(('.', '/', '~')):
         raise DataError('no such folder, and not a hub name (owner/name) either', file=source)
     from huggingface_hub import snapshot_download
-    return Path(snapshot_download(source, revision=revision, allow_patterns=['*.json', '*.txt', '*.safetensors', '*/*.json', '*/*.txt', '*/*.safetensors']))
+    return Path(snapshot_download(source, revision=revision,
+                                  allow_patterns=['*.json', '*.txt', '*.safetensors', '*/*.json', '*/*.txt',
+                                                  '*/*.safetensors']))
 
 
 def leads_outside(folder: Path, # of a saved method
@@ -238,9 +251,11 @@ def leads_outside(folder: Path, # of a saved method
     inside = lambda name: (folder / name / CONFIG).is_file()
     text, out = config.get('text_encoder', ''), []
     named = text in CONFIGURATIONS or text in WHEELS
-    if config.get('image_encoder', '') not in ('', *EFFICIENTNETS, *RESNETS) and not inside('image_encoder'): out.append('image_encoder')
+    if config.get('image_encoder', '') not in ('', *EFFICIENTNETS, *RESNETS) and not inside('image_encoder'):
+        out.append('image_encoder')
     if text and not named and not inside('text_encoder'): out.append('text_encoder')
-    if text and not named and not config.get('tokenizer') and not (folder / 'tokenizer').is_dir(): out.append('text_encoder (its tokenizer)')
+    if text and not named and not config.get('tokenizer') and not (folder / 'tokenizer').is_dir():
+        out.append('text_encoder (its tokenizer)')
     return out + [k for k in ('image_weights', 'tokenizer', 'image_pretrained', 'text_pretrained') if config.get(k)]
 
 # %% ../../nbs/300_methods.base.ipynb #ab268784
@@ -248,7 +263,8 @@ def _stored(folder):
     "Read and check the configuration of a folder: (class, configuration as stored, checksum of the weights)."
     try: stored = read_json(folder / CONFIG)
     except (ValueError, RecursionError) as e: raise DataError(f'not JSON: {str(e)[:200]}', file=folder / CONFIG) from e
-    if not isinstance(stored, dict) or not {'method', 'config'} <= set(stored) or not isinstance(stored['config'], dict):
+    if (not isinstance(stored, dict) or not {'method', 'config'} <= set(stored)
+        or not isinstance(stored['config'], dict)):
         raise DataError('not a medvl configuration: "method" and "config" are needed', file=folder / CONFIG)
     try: return method_class(str(stored['method'])), stored['config'], stored.get('weights_sha256')
     except ValueError as e: raise DataError(str(e), file=folder / CONFIG) from e
@@ -258,11 +274,13 @@ MOST = {'layer': 1000, 'depth': 1000, '': 10**9}  # largest number in a stored c
 
 
 def _bounded(tree, file, name='', limit=10**9):
-    "Refuse numbers that no network has: a million layers would be built one by one before their shapes could be compared."
+    """Refuse numbers that no network has: a million layers would be built one by one before their shapes could be
+    compared."""
     if isinstance(tree, dict): return [_bounded(v, file, str(k), limit) for k, v in tree.items()]
     if isinstance(tree, list): return [_bounded(v, file, name, limit) for v in tree]
     most = min(limit, next(n for word, n in MOST.items() if word in name.lower()))
-    if isinstance(tree, (int, float)) and not abs(tree) <= most: raise DataError(f'{name[:40]} is {tree}: no network is built with that', file=file)
+    if isinstance(tree, (int, float)) and not abs(tree) <= most:
+        raise DataError(f'{name[:40]} is {tree}: no network is built with that', file=file)
 
 
 def _shapes(file):
@@ -273,13 +291,15 @@ def _shapes(file):
 
 def _fits(cls, config, folder):
     "Build the network without memory, and compare names and shapes with the file's."
-    with torch.device('meta'): wanted = {k: tuple(v.shape) for k, v in cls.from_assets(config, folder).state_dict().items()}
+    with torch.device('meta'):
+        wanted = {k: tuple(v.shape) for k, v in cls.from_assets(config, folder).state_dict().items()}
     found = _shapes(folder / WEIGHTS)
     missing, extra = [k for k in wanted if k not in found], [k for k in found if k not in wanted]
     other = [f'{k} {found[k]} for {wanted[k]}' for k in wanted if k in found and found[k] != wanted[k]]
     if missing or extra or other:
         told = '; '.join(f'{what}: {", ".join(names[:3])}' + (f' … ({len(names)})' if len(names) > 3 else '')
-                         for what, names in (('missing', missing), ('left over', extra), ('of another shape', other)) if names)
+                         for what, names in (('missing', missing), ('left over', extra), ('of another shape', other))
+                         if names)
         raise DataError(f'the weights do not fit the configuration: {told}', file=folder / WEIGHTS)
 
 # %% ../../nbs/300_methods.base.ipynb #8a46c700
@@ -290,30 +310,37 @@ def from_pretrained(source: str | Path, # folder of `save_pretrained`, or a hub 
                     ) -> Method: # in eval mode
     """Rebuild a saved method.
 
-    Raises: DataError if the folder is incomplete or damaged, leads outside itself, or names or shapes of weights do not fit.
+    Raises: DataError if the folder is incomplete or damaged, leads outside itself, or names or shapes of weights do not
+    fit.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
     folder = _folder_of(source, revision)
     cls, values, digest = _stored(folder)
     outside = [] if allow_outside else leads_outside(folder, values)
-    if outside: raise DataError(f'the stored configuration leads outside its folder: {", ".join(outside)}', file=folder / CONFIG,
-                                fix='Save the method again with its assets, or say allow_outside=True if you trust its source.')
+    if outside:
+        raise DataError(f'the stored configuration leads outside its folder: {", ".join(outside)}',
+                        file=folder / CONFIG,
+                                fix='Save the method again with its assets, or say allow_outside=True if you trust its '
+                                    'source.')
     nested = torch.get_default_device().type == 'meta'  # part of a network that is being measured: no weights
     try:
         for file in (folder / CONFIG, *folder.glob(f'*/{CONFIG}')): _bounded(read_json(file), file)
         config = config_from_dict(cls.config_class, values)
         if nested: return cls.from_assets(config, folder)
         if digest and (folder / WEIGHTS).is_file() and sha256_file(folder / WEIGHTS) != digest:
-            raise DataError('the weights are not those that were saved (another checksum)', file=folder / WEIGHTS, fix='Copy or download the folder again.')
+            raise DataError('the weights are not those that were saved (another checksum)', file=folder / WEIGHTS,
+                            fix='Copy or download the folder again.')
         if cls.measurable: _fits(cls, config, folder)
         else: _bounded(values, folder / CONFIG, limit=20_000) # small enough to be built before the shapes are compared
         method = cls.from_assets(config, folder)
         method.load_state_dict(load_file(str(folder / WEIGHTS)), strict=True)
     except DataError: raise
-    except (SafetensorError, FileNotFoundError) as e: raise DataError(f'the weights cannot be read: {e}', file=folder / WEIGHTS) from e
+    except (SafetensorError, FileNotFoundError) as e:
+        raise DataError(f'the weights cannot be read: {e}', file=folder / WEIGHTS) from e
     except Exception as e:  # whatever a damaged configuration or asset makes a library raise
-        raise DataError(f'the folder is damaged: {type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}', file=folder) from e
+        raise DataError(f'the folder is damaged: {type(e).__name__}: {(str(e).splitlines() or [""])[0][:200]}',
+                        file=folder) from e
     return method.to(device).eval()
 
 # %% ../../nbs/300_methods.base.ipynb #a9986080
@@ -333,14 +360,14 @@ Configuration:
 """
 
 # %% ../../nbs/300_methods.base.ipynb #0860c033
-def push_to_hub(method, # a registered Method
-                repo, # hub name owner/name
-                private=True, # create the repository as private
-                token=None, # access token; None takes the stored one
-                api=None, # a huggingface_hub.HfApi; None makes one
-                message='Upload a medvl method', # commit message
-                files=None, # {name: content} of further JSON files
-                ): # what the hub answers
+def push_to_hub(method: Method, # a registered Method
+                repo: str, # hub name owner/name
+                private: bool = True, # create the repository as private
+                token: str | None = None, # access token; None takes the stored one
+                api: Any = None, # a huggingface_hub.HfApi; None makes one
+                message: str = 'Upload a medvl method', # commit message
+                files: dict | None = None, # {name: content} of further JSON files
+                ) -> Any: # what the hub answers
     "Upload a method with a model card; the repository is made if it is not there."
     import tempfile
     from huggingface_hub import HfApi

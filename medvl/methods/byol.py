@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..losses.self_supervised import regression_loss, spread
-from .base import register
+from .base import StepState, register
 from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod, probe_features, two_layers, views_of, with_probe
 from .parts.guards import check_samples
@@ -36,7 +36,7 @@ class BYOL(ImageMethod):
     name, config_class, gathered, gathered_batch = 'byol', BYOLConfig, ('prediction', 'target', 'probe'), ('labels',)
     advised_batch = 2 # no sample is compared with another, but BatchNorm over one image is no guard against a collapse
 
-    def __init__(self, config=None, image_encoder=None):
+    def __init__(self, config: BYOLConfig | None = None, image_encoder: nn.Module | None = None):
         super().__init__(config, image_encoder)
         c = self.config
         momentum_at(0, c.momentum, c.momentum_schedule)
@@ -45,26 +45,27 @@ class BYOL(ImageMethod):
         self.teacher = teacher_of(self.student)
 
     @property
-    def student(self):
+    def student(self) -> nn.Module:
         "Give the networks that the teacher follows."
         return nn.ModuleDict({'image_encoder': self.image_encoder, 'projector': self.projector})
 
-    def encode(self, batch): # augmented: 2 × (b,1,1,h,w)
+    def encode(self, batch: dict) -> dict: # augmented: 2 × (b,1,1,h,w)
         "Give `prediction` and `target` (b,2,d), and what the probe says of the first version."
         views = [self.image_side.scaled(v) for v in views_of(batch, by='BYOL')]
         h = [self.image_encoder(v) for v in views]
         prediction = torch.stack([self.predictor(self.projector(x)) for x in h], 1)
-        with torch.no_grad(): target = torch.stack([self.teacher['projector'](self.teacher['image_encoder'](v)) for v in views], 1)
+        with torch.no_grad():
+            target = torch.stack([self.teacher['projector'](self.teacher['image_encoder'](v)) for v in views], 1)
         check_samples(batch, prediction, module=self)
         return {'prediction': prediction, 'target': target, **probe_features(self, h[0])}
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the loss, and the spread of the teacher's directions (0 after a collapse)."
         prediction, target = features['prediction'], features['target'].detach()
         out = {'loss': regression_loss(prediction, target), 'spread': spread(target[:, 0])}
         return with_probe(self, out, features, batch)
 
-    def after_step(self, features, state):
+    def after_step(self, features: dict, state: StepState) -> None:
         "Let the teacher follow."
         c = self.config
         follow(self.teacher, self.student, momentum_at(state.progress, c.momentum, c.momentum_schedule))

@@ -7,8 +7,10 @@ __all__ = ['MODULES', 'CHEST_METHODS', 'CONFIGS', 'ChestPreset', 'chest_preset',
 
 # %% ../../nbs/325_methods.chest_presets.ipynb #57e941b3
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any, Callable
 
 import torch
 
@@ -16,7 +18,7 @@ from ..core.errors import unknown_name
 from ..core.seed import key_of
 from ..data.text.tokens import build_wordpiece
 from ..data.augment.chest_versions import ChestAugment, MultiView
-from .base import build
+from .base import Method, build
 
 # %% ../../nbs/325_methods.chest_presets.ipynb #d0d9dc43
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class ChestPreset:
     own_words: bool = False  # build the tokenizer from the training reports
 
 
-MODULES = {'lovt': 'lovt', 'clip': 'clip', 'convirt': 'convirt', 'simclr': 'simclr', 'byol': 'byol', 'pixelpro': 'pixelpro', 'supervised': 'supervised',
+MODULES = {'lovt': 'lovt', 'clip': 'clip', 'convirt': 'convirt', 'simclr': 'simclr', 'byol': 'byol',
+           'pixelpro': 'pixelpro', 'supervised': 'supervised',
            'initialised': 'initialised'}
 CHEST_METHODS = tuple(m for m in MODULES if m != 'initialised')
 CONFIGS = ('paper', 'reference', 'small', 'smoke')
@@ -42,32 +45,45 @@ CONFIGS = ('paper', 'reference', 'small', 'smoke')
 # %% ../../nbs/325_methods.chest_presets.ipynb #318a527c
 _ADAM = dict(optimizer='adam', epochs=100, no_decay=(), warmup=1/100, schedule='cosine', precision='fp16', seed=12345)
 _PAPER = {
-    'lovt': dict(text=dict(slot='sentences'), train=dict(optimizer='adamw', epochs=100, batch_size=32, accumulate=16, lr=1e-4, weight_decay=1e-6, no_decay=(),
-                                                         warmup=0, precision='fp16', early_stop=10, min_delta=1e-5, seed=12345)),
-    'convirt': dict(text=dict(slot='sentence'), train=dict(optimizer='adam', epochs=500, batch_size=32, lr=1e-4, weight_decay=1e-6, no_decay=(), warmup=0,
-                                                           schedule='plateau', plateau_patience=12, precision='fp16', early_stop=15, min_delta=1e-5, seed=12345)),
-    'simclr': dict(views='simclr', versions=2, keep='last', train=dict(_ADAM, batch_size=128, lr=3e-4, weight_decay=1e-4, valid_samples=128)),
+    'lovt': dict(text=dict(slot='sentences'), train=dict(optimizer='adamw', epochs=100, batch_size=32, accumulate=16,
+                                                         lr=1e-4, weight_decay=1e-6, no_decay=(),
+                                                         warmup=0, precision='fp16', early_stop=10, min_delta=1e-5,
+                                                         seed=12345)),
+    'convirt': dict(text=dict(slot='sentence'), train=dict(optimizer='adam', epochs=500, batch_size=32, lr=1e-4,
+                                                           weight_decay=1e-6, no_decay=(), warmup=0,
+                                                           schedule='plateau', plateau_patience=12, precision='fp16',
+                                                           early_stop=15, min_delta=1e-5, seed=12345)),
+    'simclr': dict(views='simclr', versions=2, keep='last',
+                   train=dict(_ADAM, batch_size=128, lr=3e-4, weight_decay=1e-4, valid_samples=128)),
     'byol': dict(views='byol', versions=2, keep='last', train=dict(_ADAM, batch_size=64, lr=1e-4, weight_decay=1e-4)),
-    'pixelpro': dict(views='pixelpro', versions=2, keep='last', train=dict(_ADAM, batch_size=64, lr=1e-3, weight_decay=1e-5)),
-    'supervised': dict(train=dict(_ADAM, batch_size=64, lr=3e-4, weight_decay=1e-6, warmup=0, schedule='plateau', plateau_monitor='valid_auroc_missed', early_stop=10,
+    'pixelpro': dict(views='pixelpro', versions=2, keep='last',
+                     train=dict(_ADAM, batch_size=64, lr=1e-3, weight_decay=1e-5)),
+    'supervised': dict(train=dict(_ADAM, batch_size=64, lr=3e-4, weight_decay=1e-6, warmup=0, schedule='plateau',
+                                  plateau_monitor='valid_auroc_missed', early_stop=10,
                             monitor='valid_auroc', mode='max')),
 }
 _PAPER['clip'] = dict(_PAPER['lovt'], text=dict(slot='sentence'))
 
 _BOLTS, _ONCE = dict(schedule='bolts_reference'), dict(per_batch=True)
-_WORDS = dict(rules='mimic', laterality='ignore', overflow='reference', valid_image='random', fraction_by='first', seed=12345)
+_WORDS = dict(rules='mimic', laterality='ignore', overflow='reference', valid_image='random', fraction_by='first',
+              seed=12345)
 _REFERENCE = {
-    'lovt': dict(train=dict(schedule='cosine_bounce'), text=_WORDS), 'clip': dict(train=dict(schedule='cosine_bounce'), text=_WORDS), 'convirt': dict(text=_WORDS),
+    'lovt': dict(train=dict(schedule='cosine_bounce'), text=_WORDS),
+    'clip': dict(train=dict(schedule='cosine_bounce'), text=_WORDS), 'convirt': dict(text=_WORDS),
     'simclr': dict(model=dict(together=False, image_mean=.5, image_std=.5), train=_BOLTS),
     'byol': dict(model=dict(image_mean=.5, image_std=.5), train=_BOLTS, view_options=_ONCE),
-    'pixelpro': dict(model=dict(level='pool', instance_weight=1.0, image_mean=.5, image_std=.5), train=dict(_BOLTS, warmup=0), view_options=_ONCE),
+    'pixelpro': dict(model=dict(level='pool', instance_weight=1.0, image_mean=.5, image_std=.5),
+                     train=dict(_BOLTS, warmup=0), view_options=_ONCE),
     'supervised': dict(model=dict(unlabelled='negative', image_mean=.5, image_std=.5)),
 }
 
 # %% ../../nbs/325_methods.chest_presets.ipynb #0d9a8b1f
-_WIDTHS = {'simclr': dict(hidden=256, dim=64), 'byol': dict(hidden=256, dim=64), 'pixelpro': dict(hidden=128, dim=64), 'supervised': {},
-           **{m: dict(text_encoder='tiny', text_pretrained=False, hidden=128, dim=64) for m in ('lovt', 'clip', 'convirt')}}
-_QUICK = dict(precision='fp32', accumulate=1, warmup=.1, schedule='cosine', optimizer='adamw', no_decay=('1d',), early_stop=0, seed=0)
+_WIDTHS = {'simclr': dict(hidden=256, dim=64), 'byol': dict(hidden=256, dim=64), 'pixelpro': dict(hidden=128, dim=64),
+           'supervised': {},
+           **{m: dict(text_encoder='tiny', text_pretrained=False, hidden=128, dim=64)
+              for m in ('lovt', 'clip', 'convirt')}}
+_QUICK = dict(precision='fp32', accumulate=1, warmup=.1, schedule='cosine', optimizer='adamw', no_decay=('1d',),
+              early_stop=0, seed=0)
 
 
 _MILD = dict(crop_share=(.5, 1.), brightness=(.8, 1.2), contrast=(.8, 1.2))
@@ -77,8 +93,10 @@ def _little(name, about, size, epochs, batch, lr):
     "Give a configuration for a small machine."
     paper, views = _PAPER[name], _MILD if name in ('simclr', 'byol') else {}
     return ChestPreset(about, size, dict(image_encoder='resnet-tiny', **_WIDTHS[name]),
-                       {**paper['train'], **_QUICK, 'epochs': epochs, 'batch_size': batch, 'lr': lr, 'weight_decay': 1e-4, 'valid_samples': batch},
-                       paper.get('views', 'lovt'), views, paper.get('versions', 1), paper.get('text'), paper.get('keep', 'best'), 'text' in paper)
+                       {**paper['train'], **_QUICK, 'epochs': epochs, 'batch_size': batch, 'lr': lr,
+                        'weight_decay': 1e-4, 'valid_samples': batch},
+                       paper.get('views', 'lovt'), views, paper.get('versions', 1), paper.get('text'),
+                       paper.get('keep', 'best'), 'text' in paper)
 
 
 def chest_preset(
@@ -95,17 +113,18 @@ def chest_preset(
     fields = copy.deepcopy(_PAPER[method])
     if config == 'reference':
         for name, change in _REFERENCE[method].items(): fields[name] = {**(fields.get(name) or {}), **change}
-    return ChestPreset('the paper, with its mistakes put right; one GPU' if config == 'paper' else "LoVT's code as it ran", **fields)
+    return ChestPreset('the paper, with its mistakes put right; one GPU' if config == 'paper'
+                       else "LoVT's code as it ran", **fields)
 
 # %% ../../nbs/325_methods.chest_presets.ipynb #5b69b958
 def new_chest_method(
     method:str, # one of CHEST_METHODS, or 'initialised'
     config:str='small', # one of CONFIGS
-    texts=(), # training reports, for configurations that build their own vocabulary
+    texts: Iterable = (), # training reports, for configurations that build their own vocabulary
     seed:int=0, # of the initial weights
-    tokenizer=None, # use this one instead
+    tokenizer: Any = None, # use this one instead
     **changes, # fields of the method's configuration
-): # Method
+) -> Method:
     "Build the untrained method of a named configuration."
     if method not in MODULES: raise ValueError(unknown_name('chest method', method, MODULES))
     import_module(f'medvl.methods.{MODULES[method]}')
@@ -120,7 +139,7 @@ def new_chest_method(
 def chest_transform(
     preset:ChestPreset, # from `chest_preset`
     **changes, # fields of ViewConfig
-): # callable(batch, seed, epoch) -> batch, for train(transform=…)
+) -> Callable: # callable(batch, seed, epoch) -> batch, for train(transform=…)
     "Build the augmentation of a named configuration."
     options = {**preset.view_options, **changes}
     if preset.versions == 1: return ChestAugment(preset.views, **options)

@@ -6,6 +6,7 @@
 __all__ = ['IMAGE_FIELDS', 'ClassifierConfig', 'check_classifier', 'Classifier', 'new_classifier', 'load_encoder']
 
 # %% ../../nbs/330_methods.classifier.ipynb #16208a8c
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -18,10 +19,10 @@ from ..core.errors import DataError
 from ..core.patch import patch
 from ..core.seed import key_of
 from ..losses.classification import UNLABELLED, classification_loss, stated
-from .base import Method, register
+from .base import Method, StepState, register
 from .parts.guards import check_samples
 from .parts.image_side import EfficientNetConfig, ImageSide, new_efficientnet, saved_image_encoder
-from ..models.checkpoints import load_weights
+from ..models.checkpoints import LoadReport, load_weights
 from ..models.scaling import normalise_images
 from ..models.vision import TransformersVision
 
@@ -32,29 +33,38 @@ class ClassifierConfig(EfficientNetConfig):
     labels: tuple[str, ...] = ('mass',)  # what is predicted: names of binary labels, or of one column with classes
     classes: tuple[str, ...] = ()  # values of the one column in `labels`, in order; () = binary labels
     frozen: bool = True  # train the linear layer only; the encoder stays as it is, in every respect
-    live: bool = False  # reference: in a frozen encoder BatchNorm's statistics still move, and dropout and drop-connect stay on
+    live: bool = False  # reference: in a frozen encoder BatchNorm's statistics still
+                        # move, and dropout and drop-connect stay on
     pos_weight: tuple[float, ...] = ()  # weight on the positives of each label, counted on training rows; () = 1
-    unlabelled: str = 'mask'  # labels that are not stated: 'mask' leaves them out; 'negative' counts them as absent (the original)
+    unlabelled: str = 'mask'  # labels that are not stated: 'mask' leaves them out;
+                              # 'negative' counts them as absent (the original)
 
 # %% ../../nbs/330_methods.classifier.ipynb #edce5f63
 def check_classifier(
-    config, # ClassifierConfig
-):
+    config: ClassifierConfig,
+) -> None:
     "Raises: ValueError naming what contradicts what."
     k = len(config.labels)
-    if not k or len(set(config.labels)) != k: raise ValueError(f'labels={config.labels}: name at least one label, each once')
+    if not k or len(set(config.labels)) != k:
+        raise ValueError(f'labels={config.labels}: name at least one label, each once')
     if config.classes and (k != 1 or len(set(config.classes)) < 2 or len(set(config.classes)) != len(config.classes)):
-        raise ValueError(f'classes={config.classes} need one column in labels ({", ".join(config.labels)}) and at least two different values')
-    if config.pos_weight and (config.classes or len(config.pos_weight) != k or not all(0 < w < float('inf') for w in config.pos_weight)):
-        raise ValueError(f'pos_weight={config.pos_weight} must be one positive number for each binary label ({", ".join(config.labels)})')
-    if config.live and not config.frozen: raise ValueError('live=True is about a frozen encoder: fine-tuning moves its statistics anyway')
-    if config.unlabelled not in UNLABELLED: raise ValueError(f'unlabelled={config.unlabelled!r}: choose from {", ".join(UNLABELLED)}')
+        raise ValueError(f'classes={config.classes} need one column in labels ({", ".join(config.labels)}) and at '
+                         'least two different values')
+    if config.pos_weight and (config.classes or len(config.pos_weight) != k
+                              or not all(0 < w < float('inf') for w in config.pos_weight)):
+        raise ValueError(f'pos_weight={config.pos_weight} must be one positive number for each binary label '
+                         f'({", ".join(config.labels)})')
+    if config.live and not config.frozen:
+        raise ValueError('live=True is about a frozen encoder: fine-tuning moves its statistics anyway')
+    if config.unlabelled not in UNLABELLED:
+        raise ValueError(f'unlabelled={config.unlabelled!r}: choose from {", ".join(UNLABELLED)}')
 
 # %% ../../nbs/330_methods.classifier.ipynb #6fdb1dcf
 @register
 class Classifier(Method):
     "An image encoder with a linear classification layer. Source: Mammo-CLIP, section 3 (linear probe and fine-tuning)."
-    name, config_class, chunkable, gathered, gathered_batch = 'classifier', ClassifierConfig, True, ('logits',), ('labels',)
+    name, config_class, chunkable, gathered, gathered_batch = ('classifier', ClassifierConfig, True, ('logits',),
+                                                               ('labels',))
 
     def __init__(self,
         config:ClassifierConfig|None=None, # None: its defaults
@@ -64,26 +74,30 @@ class Classifier(Method):
         c = self.config
         check_classifier(c)
         self.image_encoder = new_efficientnet(c) if image_encoder is None else image_encoder
-        self.classifier = nn.ModuleDict({'classification_head': nn.Linear(self.image_encoder.num_features, len(c.classes) or len(c.labels))})
+        self.classifier = nn.ModuleDict(
+            {'classification_head': nn.Linear(self.image_encoder.num_features, len(c.classes) or len(c.labels))})
         self.image_encoder.requires_grad_(not c.frozen)
         self.image_side = ImageSide(self.image_encoder, partial(normalise_images, mean=c.image_mean, std=c.image_std))
 
     @property
-    def head(self): return self.classifier['classification_head']
+    def head(self) -> nn.Module:
+        "Give the linear layer."
+        return self.classifier['classification_head']
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> 'Classifier':
         "Change the mode; a frozen encoder stays in evaluation mode, unless it is `live`."
         super().train(mode)
         if self.config.frozen and not self.config.live: self.image_encoder.eval()
         return self
 
-    def encode(self, batch): # images (b,v,1,h,w)
+    def encode(self, batch: dict) -> dict: # images (b,v,1,h,w)
         "Give `logits` (b,k)."
         logits = self.logits(batch['images'])
         check_samples(batch, logits, module=self)
         return {'logits': logits}
 
-    def losses(self, features, batch, state): # labels (b,k): 1/0/NaN, or (b,1) class numbers
+    def losses(self, features: dict, batch: dict,
+               state: StepState) -> dict: # labels (b,k): 1/0/NaN, or (b,1) class numbers
         "Give the loss, and the share of targets that are stated."
         z, y, c = features['logits'], batch['labels'].to(features['logits'].device), self.config
         known = stated(y)
@@ -95,18 +109,24 @@ class Classifier(Method):
             loss = classification_loss(z, y.to(z.dtype), c.unlabelled, weight)
         return {'loss': loss, 'stated': known.float().mean()}
 
-    def image_features(self, images): return self.image_side.features(images)
-    def feature_maps(self, images, level=-1): return self.image_side.maps(images, level)
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        "Give the pooled features, (b,f)."
+        return self.image_side.pooled(images)
+    def feature_maps(self, images: torch.Tensor, level: int = -1) -> torch.Tensor:
+        "Give the map of one scale, (b·v,c,h',w')."
+        return self.image_side.maps(images, level)
 
-    def predict(self, images): # (b,1,h,w) or (b,v,1,h,w)
+    def predict(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w)
         "Give probabilities: of each label (b,k), or of the classes (b,k), rows summing to 1."
         z = self.logits(images)
         return z.softmax(-1) if self.config.classes else z.sigmoid()
 
-    def save_assets(self, folder): return self.image_side.save(folder, self.config)
+    def save_assets(self, folder: Path) -> ClassifierConfig:
+        "Write the configuration of a library's encoder; give the configuration to store."
+        return self.image_side.save(folder, self.config)
 
     @classmethod
-    def from_assets(cls, config, folder):
+    def from_assets(cls, config: ClassifierConfig, folder: Path) -> 'Classifier':
         return cls(config, saved_image_encoder(folder, config.image_pooling, config.image_checkpointing))
 
 # %% ../../nbs/330_methods.classifier.ipynb #c6441323
@@ -117,13 +137,15 @@ def logits(self: Classifier, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) 
     return z if z.dtype == torch.float64 else z.float()
 
 # %% ../../nbs/330_methods.classifier.ipynb #2f3232b0
-IMAGE_FIELDS = ('image_encoder', 'image_pooling', 'image_mean', 'image_std', 'dropout', 'drop_connect', 'bn_momentum', 'padding', 'image_checkpointing')
+IMAGE_FIELDS = ('image_encoder', 'image_pooling', 'image_mean', 'image_std', 'dropout', 'drop_connect', 'bn_momentum',
+                'padding', 'image_checkpointing')
 
 
 def new_classifier(
-    source, # trained Method with `image_encoder` (Mammo-CLIP, another classifier), or the name of an encoder
-    labels, # names of binary labels, or of one column with `classes`
-    classes=(), # values of that column
+    source: Method | str | Path, # trained Method with `image_encoder` (Mammo-CLIP, another
+                                 # classifier), or the name of an encoder
+    labels: str | Sequence[str], # names of binary labels, or of one column with `classes`
+    classes: Sequence = (), # values of that column
     seed:int=0, # of the linear layer (and of a new encoder)
     **changes, # fields of ClassifierConfig: frozen, pos_weight, dropout, ...
 ) -> Classifier:
@@ -140,20 +162,24 @@ def new_classifier(
     library = trained is not None and isinstance(trained.image_encoder, TransformersVision)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_of(seed, 'classifier'))
-        encoder = TransformersVision(type(trained.image_encoder.model)(trained.image_encoder.model.config), config.image_pooling) if library else None
+        encoder = (TransformersVision(type(trained.image_encoder.model)(trained.image_encoder.model.config),
+                                      config.image_pooling) if library else None)
         method = Classifier(config, encoder)
-    if trained is not None: load_encoder(method, {f'image_encoder.{k}': v for k, v in trained.image_encoder.state_dict().items()})
+    if trained is not None:
+        load_encoder(method, {f'image_encoder.{k}': v for k, v in trained.image_encoder.state_dict().items()})
     return method
 
 # %% ../../nbs/330_methods.classifier.ipynb #f1fc2cbb
 def load_encoder(
-    method, # Classifier, or any method with `image_encoder`
-    source, # file (.tar, .pth, .safetensors) or dictionary of a CLIP model or classifier: names begin with 'image_encoder.'
-): # LoadReport
+    method: nn.Module, # Classifier, or any method with `image_encoder`
+    source: str | Path | dict, # file (.tar, .pth, .safetensors) or dictionary of a CLIP model or classifier: names
+                               # begin with 'image_encoder.'
+) -> LoadReport:
     """Fill the image encoder from a file; text encoder and heads in it are passed over.
 
     Raises: DataError when the file holds no image encoder, or one of another architecture."""
     try: return load_weights(method.image_encoder, source, prefix='image_encoder.')
     except DataError as e:
         name = getattr(method.config, 'image_encoder', type(method.image_encoder).__name__)
-        raise DataError(f'these are not the weights of {name}: {e}', file=e.file, fix='Build the classifier with the encoder of the checkpoint.') from e
+        raise DataError(f'these are not the weights of {name}: {e}', file=e.file,
+                        fix='Build the classifier with the encoder of the checkpoint.') from e

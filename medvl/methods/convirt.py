@@ -8,6 +8,8 @@ __all__ = ['CONVIRT_TRAIN', 'ConVIRTConfig', 'ConVIRT']
 # %% ../../nbs/317_methods.convirt.ipynb #160a95fe
 from dataclasses import dataclass
 
+import torch
+
 from .base import register
 from .parts.image_text import ImageTextConfig, ImageTextMethod
 
@@ -21,7 +23,8 @@ class ConVIRTConfig(ImageTextConfig):
     projection_norm: str = 'none'  # batch, layer, l2, none
 
 # %% ../../nbs/317_methods.convirt.ipynb #edc09568
-CONVIRT_TRAIN = dict(optimizer='adam', lr=1e-4, weight_decay=1e-6, no_decay=(), batch_size=32, epochs=500, schedule='plateau', plateau_patience=12, plateau_factor=0.5,
+CONVIRT_TRAIN = dict(optimizer='adam', lr=1e-4, weight_decay=1e-6, no_decay=(), batch_size=32, epochs=500,
+                     schedule='plateau', plateau_patience=12, plateau_factor=0.5,
                      warmup=0, early_stop=15, min_delta=1e-5, precision='fp16', seed=12345)
 
 
@@ -30,7 +33,11 @@ class ConVIRT(ImageTextMethod):
     "ConVIRT. Source: Zhang et al., 2020 (arXiv:2010.00747); Müller et al., ECCV 2022, section 4."
     name, config_class, chunkable = 'convirt', ConVIRTConfig, True
 
-    def project_image(self, features): # (…,f): pooled features, or cells of the last map (mean pooling)
+    def project_image(self,
+                      features: torch.Tensor, # (…,f): pooled features, or cells of the last map (mean pooling)
+                      ) -> torch.Tensor:
         "Give the projected, not normalised vectors, (…,d)."
-        if self.config.image_pool != 'mean': raise ValueError(f"image_pool={self.config.image_pool!r}: only 'mean' makes a region and an image the same kind of vector")
+        if self.config.image_pool != 'mean':
+            raise ValueError(f"image_pool={self.config.image_pool!r}: only 'mean' makes a region and an image the same "
+                             "kind of vector")
         return self.image_projection(features.flatten(0, -2)).unflatten(0, features.shape[:-1])

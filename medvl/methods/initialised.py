@@ -9,9 +9,10 @@ __all__ = ['InitialisedConfig', 'Initialised']
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..core.seed import key_of
-from .base import register
+from .base import StepState, register
 from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod
 
@@ -27,16 +28,17 @@ class Initialised(ImageMethod):
     "An encoder with random or loaded weights. Source: LoVT's baselines Random and ImageNet."
     name, config_class, chunkable = 'initialised', InitialisedConfig, False
 
-    def __init__(self, config=None, image_encoder=None):
+    def __init__(self, config: InitialisedConfig | None = None, image_encoder: nn.Module | None = None):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(key_of((self.config_class() if config is None else config).seed, 'initialised'))
             super().__init__(config, image_encoder)
 
-    def encode(self, batch):
+    def encode(self, batch: dict) -> dict:
         "Raises: TypeError, always: there is nothing to pre-train."
-        raise TypeError("'initialised' is the baseline without pre-training, so it cannot be trained: evaluate it as it is, "
+        raise TypeError("'initialised' is the baseline without pre-training, so it cannot be trained: evaluate it as "
+                        "it is, "
                         'or put a head on its encoder (new_classifier, segmenter_from, yolo_from)')
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Raises: TypeError, always."
         self.encode(batch)

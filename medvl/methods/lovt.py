@@ -13,7 +13,7 @@ import torch
 
 from ..core.errors import unknown_name
 from ..core.patch import patch
-from .base import register
+from .base import StepState, register
 from .parts.image import with_probe
 from .parts.image_text import ImageTextConfig, ImageTextMethod
 from .parts.local_heads import LocalHeads, check_local
@@ -46,7 +46,8 @@ class LoVTConfig(ImageTextConfig):
 class LoVT(ImageTextMethod):
     "LoVT. Source: Müller et al., ECCV 2022."
     name, config_class, chunkable = 'lovt', LoVTConfig, True
-    least_batch = property(lambda self: 2 if self.config.i2t_weight or self.config.t2i_weight else 1) # the local losses compare inside a sample
+    # the local losses compare inside a sample
+    least_batch = property(lambda self: 2 if self.config.i2t_weight or self.config.t2i_weight else 1)
     advised_batch = 2
 
     def __init__(self,
@@ -62,22 +63,25 @@ class LoVT(ImageTextMethod):
         if not (c.region_weight or c.sentence_weight): return
         self.region_projection = self.new_projection(self.image_encoder.num_features)
         self.sentence_projection = self.new_projection(self.text_encoder.num_features)
-        self.alignment = CrossAttention(c.dim, c.similarity, c.attention_temperature, c.trainable_temperature, c.attention_norm, c.symmetric,
+        self.alignment = CrossAttention(c.dim, c.similarity, c.attention_temperature, c.trainable_temperature,
+                                        c.attention_norm, c.symmetric,
                                         c.attention_maps, c.attention_dropout, c.legacy_padded_norm)
         self.local = LocalHeads(c, self.region_projection, self.sentence_projection, self.alignment)
 
-    def encode(self, batch): # images (b,1,1,h,w); tokens with sentence numbers
+    def encode(self, batch: dict) -> dict: # images (b,1,1,h,w); tokens with sentence numbers
         "Give image and text (b,d), and the local vectors, their counterparts, weights and mask."
         image, text = self.read_images(batch['images']), self.read_texts(self.tokens_of(batch))
         out = self.global_features(batch, image, text)
         if self.local is None: return out
         local = {k: v for k, v in self.align(image, text).items() if not k.endswith('_attention')}
         if self.config.weigh_places:
-            local |= {k: r['weights'].detach() for k, r in (('region_weights', image), ('sentence_weights', text)) if r['weights'] is not None}
+            local |= {k: r['weights'].detach() for k, r in (('region_weights', image), ('sentence_weights', text))
+                      if r['weights'] is not None}
         return {**out, **local, 'mask': text['mask'], 'grid': torch.tensor([image['grid']] * len(text['mask']))}
 
-    def losses(self, features, batch, state):
-        "Give the weighted sum under `loss`, and its terms: i2t, t2i, regions_l2att, regions_att2l, sentences_l2att, sentences_att2l."
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
+        """Give the weighted sum under `loss`, and its terms: i2t, t2i, regions_l2att, regions_att2l, sentences_l2att,
+        sentences_att2l."""
         c = self.config
         out = self.global_losses(features, batch) if c.i2t_weight or c.t2i_weight else {'loss': 0.0}
         if self.local is not None: out |= self.local.terms(features, out['loss'], self.training)
@@ -86,10 +90,13 @@ class LoVT(ImageTextMethod):
 # %% ../../nbs/315_methods.lovt.ipynb #e65a7195
 @patch(LoVT)
 def align(self: LoVT, image: dict, text: dict) -> dict: # from read_images and read_texts
-    "Project places of both sides and let each describe the other: dict of tensors. Raises: ValueError without local losses."
+    """Project places of both sides and let each describe the other: dict of tensors.
+
+    Raises: ValueError without local losses."""
     if self.local is None:
-        raise ValueError(f'this {type(self).__name__} was built without local losses, so it has no local vectors: set region_weight or sentence_weight')
-    return self.local.align(image['regions'], text['sentences'], text['mask'])
+        raise ValueError(f'this {type(self).__name__} was built without local losses, so it has no local vectors: set '
+                         'region_weight or sentence_weight')
+    return self.local.align_places(image['regions'], text['sentences'], text['mask'])
 
 # %% ../../nbs/315_methods.lovt.ipynb #29364ef7
 @patch(LoVT)
@@ -107,7 +114,8 @@ def sentences(self: LoVT, texts: list) -> tuple: # of str, or of lists of senten
 
 @patch(LoVT)
 def attention_maps(self: LoVT, images: torch.Tensor, texts: list) -> tuple: # one text, or list of sentences, an image
-    "Give what each sentence looks at, (b,m,h',w'): sums to 1 for a real sentence, 0 for padding; and which are real, bool (b,m)."
+    """Give what each sentence looks at, (b,m,h',w'): sums to 1 for a real sentence, 0 for padding; and which are real,
+    bool (b,m)."""
     image, text = self.read_images(images), self.read_texts(self.token_batch(texts))
     return self.align(image, text)['sentence_attention'].unflatten(2, image['grid']), text['mask']
 
@@ -121,7 +129,8 @@ class Ablation:
     text: dict = field(default_factory=dict)  # fields of ChestReportConfig
 
 # %% ../../nbs/315_methods.lovt.ipynb #ee228409
-PAPER_TRAIN = dict(optimizer='adamw', lr=1e-4, weight_decay=1e-6, no_decay=(), batch_size=32, accumulate=16, epochs=100, early_stop=10, min_delta=1e-5,
+PAPER_TRAIN = dict(optimizer='adamw', lr=1e-4, weight_decay=1e-6, no_decay=(), batch_size=32, accumulate=16, epochs=100,
+                   early_stop=10, min_delta=1e-5,
                    schedule='cosine', warmup=0, precision='fp16', seed=12345)
 _NO_LOCAL = dict(region_weight=0.0, sentence_weight=0.0)
 _MEAN_MAX = dict(image_pool='mean', text_pool='max', text_over='tokens')
@@ -132,20 +141,25 @@ ABLATIONS = {
     'no_l': Ablation('no local loss', _NO_LOCAL),
     'no_l_scan': Ablation('no local loss of regions', dict(region_weight=0.0)),
     'no_l_report': Ablation('no local loss of sentences', dict(sentence_weight=0.0)),
-    'no_g': Ablation('no global loss', dict(i2t_weight=0.0, t2i_weight=0.0, text_pool='max', text_over='tokens', weigh_places=False)),
+    'no_g': Ablation('no global loss',
+                     dict(i2t_weight=0.0, t2i_weight=0.0, text_pool='max', text_over='tokens', weigh_places=False)),
     'no_weight': Ablation('all regions and sentences count alike', dict(weigh_places=False)),
-    'no_weight_no_att': Ablation('and are pooled by mean and maximum', dict(weigh_places=False, **_MEAN_MAX), dict(lr=3e-5)),
+    'no_weight_no_att': Ablation('and are pooled by mean and maximum', dict(weigh_places=False, **_MEAN_MAX),
+                                 dict(lr=3e-5)),
     'no_spatial': Ablation('positives without decay, the radius kept', dict(positives='uniform')),
     'identity': Ablation('only the region itself is positive (never run by the paper)', dict(positives='identity')),
-    'no_coslr': Ablation('learning rate halved on a plateau', {}, dict(lr=3e-5, schedule='plateau', plateau_patience=12, plateau_factor=0.5)),
+    'no_coslr': Ablation('learning rate halved on a plateau', {},
+                         dict(lr=3e-5, schedule='plateau', plateau_patience=12, plateau_factor=0.5)),
     'g_only': Ablation('global loss, mean and maximum', dict(**_NO_LOCAL, **_MEAN_MAX), dict(lr=3e-4)),
-    'g_single_sent_att': Ablation('one sentence, attention over regions: CLIP', dict(**_NO_LOCAL, text_pool='max', text_over='tokens'), {}, _ONE),
-    'convirt_lr': Ablation("ConVIRT with LoVT's schedule", dict(**_NO_LOCAL, **_MEAN_MAX, projection_norm='none'), dict(lr=3e-5), _ONE)}
+    'g_single_sent_att': Ablation('one sentence, attention over regions: CLIP',
+                                  dict(**_NO_LOCAL, text_pool='max', text_over='tokens'), {}, _ONE),
+    'convirt_lr': Ablation("ConVIRT with LoVT's schedule", dict(**_NO_LOCAL, **_MEAN_MAX, projection_norm='none'),
+                           dict(lr=3e-5), _ONE)}
 
 # %% ../../nbs/315_methods.lovt.ipynb #64cb4e26
-def ablation(name, # a key of ABLATIONS
+def ablation(name: str, # a key of ABLATIONS
              **changes, # further fields of LoVTConfig
-             ): # (LoVTConfig, TrainConfig fields, ChestReportConfig fields)
+             ) -> tuple: # (LoVTConfig, TrainConfig fields, ChestReportConfig fields)
     """Look up an ablation.
 
     Raises: ValueError with the closest name."""

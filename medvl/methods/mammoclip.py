@@ -9,6 +9,7 @@ __all__ = ['RELEASED_ENCODERS', 'MammoCLIPConfig', 'MammoCLIP', 'released_config
 import math
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..core.errors import DataError, unknown_name
 from ..core.patch import patch
 from ..data.text.tokens import pad_tokens, tokenise
 from ..losses.contrastive import SCALE_LIMIT, breast_clip_contrastive_loss, breast_clip_loss, scale_of
-from .base import Method, register
+from .base import Method, StepState, register
 from .parts.guards import check_samples
 from .parts.image_side import EfficientNetConfig, ImageSide, new_efficientnet, saved_image_encoder
 from .parts.text_side import TextSide, saved_text, with_vocabulary
@@ -48,7 +49,8 @@ class MammoCLIPConfig(EfficientNetConfig):
     t2t_weight: float = 0.5  # of texts among each other
     label_smoothing: float = 0.0  # between images and texts, in training
     duplicates: str = 'negatives'  # exams that share a report: negatives (paper), mask, positives
-    allow_empty: bool = False  # let texts without words pass, as the original does (a dataset with empty='keep' needs it)
+    allow_empty: bool = False  # let texts without words pass, as the original does (a
+                               # dataset with empty='keep' needs it)
     encode_once: bool = False  # encode equal texts of a batch once (their dropout is then equal too)
     text_checkpointing: bool = False  # recompute the text encoder's activations
 
@@ -67,23 +69,27 @@ class MammoCLIP(Method):
                  ):
         super().__init__(with_vocabulary(MammoCLIPConfig() if config is None else config, tokenizer))
         c = self.config
-        if c.loss not in ('multiview', 'single'): raise ValueError(unknown_name('loss', c.loss, ('multiview', 'single')))
+        if c.loss not in ('multiview', 'single'):
+            raise ValueError(unknown_name('loss', c.loss, ('multiview', 'single')))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / c.temperature)))
         self.image_encoder = new_efficientnet(c) if image_encoder is None else image_encoder
-        self.text_encoder = text_encoder or build_text_encoder(c.text_encoder, c.pooling, c.text_pretrained, c.vocab_size, c.text_checkpointing)
-        self.image_projection = build_projection(c.projection, self.image_encoder.num_features, c.dim, c.projection_dropout)
-        self.text_projection = build_projection(c.projection, self.text_encoder.num_features, c.dim, c.projection_dropout)
+        self.text_encoder = text_encoder or build_text_encoder(c.text_encoder, c.pooling, c.text_pretrained,
+                                                               c.vocab_size, c.text_checkpointing)
+        self.image_projection = build_projection(c.projection, self.image_encoder.num_features, c.dim,
+                                                 c.projection_dropout)
+        self.text_projection = build_projection(c.projection, self.text_encoder.num_features, c.dim,
+                                                c.projection_dropout)
         self.image_side = ImageSide(self.image_encoder, partial(normalise_images, mean=c.image_mean, std=c.image_std))
         self.text_side = TextSide(self.text_encoder, c, tokenizer)
 
-    def encode(self, batch): # images (b,v,1,h,w); tokens (b,t,L)
+    def encode(self, batch: dict) -> dict: # images (b,v,1,h,w); tokens (b,t,L)
         "Give `image` (b,v,d) and `text` (b,t,d), unit vectors in float32."
         image = self.embed_images(batch['images'])
         text = unit(self.project_tokens(batch['tokens']['input_ids'], batch['tokens']['attention_mask']))
         check_samples(batch, image, text, self.config.allow_empty, self)
         return {'image': image, 'text': text}
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the loss and its terms: i2t, t2i, i2i, t2t, and the scale."
         c = self.config
         image, text, group = features['image'], features['text'], batch.get('text_group')
@@ -96,45 +102,56 @@ class MammoCLIP(Method):
         return {**out, 'scale': scale.detach()}
 
     @torch.no_grad()
-    def after_step(self, features, state):
+    def after_step(self, features: dict, state: StepState) -> None:
         if self.config.limit_scale: self.logit_scale.clamp_(max=SCALE_LIMIT)
 
     # what evaluation asks
-    def image_features(self, images): return self.image_side.features(images)
-    def feature_maps(self, images, level=-1): return self.image_side.maps(images, level)
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        "Give the pooled features, (b,f)."
+        return self.image_side.pooled(images)
+    def feature_maps(self, images: torch.Tensor, level: int = -1) -> torch.Tensor:
+        "Give the map of one scale, (b·v,c,h',w')."
+        return self.image_side.maps(images, level)
 
-    def encode_image(self, images): # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
         "Give a unit vector a sample, float32 (b,d); views are averaged."
         e = self.embed_images(images)
         return e if e.dim() == 2 else unit(e.mean(1))
 
-    def project_text(self, texts, batch_size=64): # list of str
+    def project_text(self, texts: list, batch_size: int = 64) -> torch.Tensor: # list of str
         "Give the projected, not normalised vectors of sentences, (b,d)."
         texts = [texts] if isinstance(texts, str) else list(texts)
         if self.config.lower_case: texts = [t.lower() for t in texts]
         rows = tokenise(self.tokenizer, texts, self.text_side.limit)
-        parts = [self.project_tokens(*map(torch.from_numpy, pad_tokens(rows[i:i + batch_size], self.tokenizer.pad_token_id or 0)))
+        parts = [self.project_tokens(*map(torch.from_numpy,
+                                          pad_tokens(rows[i:i + batch_size], self.tokenizer.pad_token_id or 0)))
                  for i in range(0, len(rows), batch_size)]
         return torch.cat(parts) if parts else torch.zeros(0, self.config.dim, device=self.device)
 
-    def encode_text(self, texts, batch_size=64): # list of str
+    def encode_text(self, texts: list, batch_size: int = 64) -> torch.Tensor: # list of str
         "Give a unit vector a sentence, float32 (b,d)."
         return unit(self.project_text(texts, batch_size))
 
     # how it is stored
     @property
-    def tokenizer(self): return self.text_side.tokenizer
+    def tokenizer(self) -> Any:
+        "Give the tokenizer of the text side."
+        return self.text_side.tokenizer
 
-    def save_assets(self, folder): return self.text_side.save(folder, self.image_side.save(folder, self.config))
+    def save_assets(self, folder: Path) -> MammoCLIPConfig:
+        "Write tokenizer and configurations of library encoders; give the configuration to store."
+        return self.text_side.save_text(folder, self.image_side.save(folder, self.config))
 
     @classmethod
-    def from_assets(cls, config, folder):
+    def from_assets(cls, config: MammoCLIPConfig, folder: Path) -> 'MammoCLIP':
         text, tokenizer = saved_text(folder, config, config.pooling)
-        return cls(config, tokenizer, saved_image_encoder(folder, config.image_pooling, config.image_checkpointing), text)
+        return cls(config, tokenizer,
+                   saved_image_encoder(folder, config.image_pooling, config.image_checkpointing), text)
 
 # %% ../../nbs/310_methods.mammoclip.ipynb #dd0742d3
 @patch(MammoCLIP)
-def project_image(self: MammoCLIP, features: torch.Tensor) -> torch.Tensor: # (…,f): pooled features, or cells of the last map
+def project_image(self: MammoCLIP,
+                  features: torch.Tensor) -> torch.Tensor: # (…,f): pooled features, or cells of the last map
     "Give the projected, not normalised vectors, (…,d)."
     return self.image_projection(features)
 
@@ -146,7 +163,8 @@ def embed_images(self: MammoCLIP, images: torch.Tensor) -> torch.Tensor: # (b,1,
 
 # %% ../../nbs/310_methods.mammoclip.ipynb #3573d972
 @patch(MammoCLIP)
-def project_tokens(self: MammoCLIP, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor: # int64 (…,L) each
+def project_tokens(self: MammoCLIP, input_ids: torch.Tensor,
+                   attention_mask: torch.Tensor) -> torch.Tensor: # int64 (…,L) each
     "Give the projected, not normalised vectors of tokenised texts, (…,d)."
     ids, mask = input_ids.flatten(0, -2).to(self.device), attention_mask.flatten(0, -2).to(self.device)
     back = slice(None)
@@ -159,8 +177,8 @@ def project_tokens(self: MammoCLIP, input_ids: torch.Tensor, attention_mask: tor
 RELEASED_ENCODERS = {'tf_efficientnetv2-detect': 'efficientnet-b2', 'tf_efficientnet_b5_ns-detect': 'efficientnet-b5'}
 
 
-def released_config(checkpoint, # Checkpoint of a released file
-                    ): # MammoCLIPConfig
+def released_config(checkpoint: Checkpoint, # Checkpoint of a released file
+                    ) -> MammoCLIPConfig:
     """Translate the configuration that is stored in a released checkpoint.
 
     Raises: DataError if it is not one of Mammo-CLIP."""
@@ -168,21 +186,26 @@ def released_config(checkpoint, # Checkpoint of a released file
         model = checkpoint.extra['config']['model']
         name, text, head = model['image_encoder']['name'], model['text_encoder'], model['projection_head']
     except (KeyError, TypeError) as e:
-        raise DataError(f'no Mammo-CLIP configuration in the file (looking for {e})', file=checkpoint.file, fix='Give the configuration yourself.') from e
-    if name not in RELEASED_ENCODERS: raise DataError(unknown_name('released image encoder', name, RELEASED_ENCODERS), file=checkpoint.file)
+        raise DataError(f'no Mammo-CLIP configuration in the file (looking for {e})', file=checkpoint.file,
+                        fix='Give the configuration yourself.') from e
+    if name not in RELEASED_ENCODERS:
+        raise DataError(unknown_name('released image encoder', name, RELEASED_ENCODERS), file=checkpoint.file)
     base = checkpoint.extra['config'].get('base') or {}
     loss = (checkpoint.extra['config'].get('loss') or {}).get('breast_clip') or {}
     weights = {k: float(loss[k]) for k in ('label_smoothing', 'i2i_weight', 't2t_weight') if k in loss}
-    return MammoCLIPConfig(**weights, image_encoder=RELEASED_ENCODERS[name], text_encoder='bert-base-clinical-config', tokenizer=CLINICAL_BERT, text_pretrained=False,
-                           pooling=text['pooling'], projection=head['name'], dim=head['proj_dim'], projection_dropout=head.get('dropout', .1),
-                           temperature=model['temperature'], max_length=base.get('text_max_length', 256), limit_scale=False,
+    return MammoCLIPConfig(**weights, image_encoder=RELEASED_ENCODERS[name], text_encoder='bert-base-clinical-config',
+                           tokenizer=CLINICAL_BERT, text_pretrained=False,
+                           pooling=text['pooling'], projection=head['name'], dim=head['proj_dim'],
+                           projection_dropout=head.get('dropout', .1),
+                           temperature=model['temperature'], max_length=base.get('text_max_length', 256),
+                           limit_scale=False,
                            image_mean=base.get('mean', .3089279), image_std=base.get('std', .25053555408335154))
 
 
-def from_released(source, # path of a released .tar, or its Checkpoint
-                  config=None, # MammoCLIPConfig; None reads it from the file
-                  tokenizer=None, # None loads BioClinicalBERT's when needed
-                  ): # MammoCLIP in eval mode
+def from_released(source: str | Path | Checkpoint, # path of a released .tar, or its Checkpoint
+                  config: MammoCLIPConfig | None = None, # None reads it from the file
+                  tokenizer: Any = None, # None loads BioClinicalBERT's when needed
+                  ) -> MammoCLIP: # MammoCLIP in eval mode
     "Open a checkpoint of the original code; the number of loaded tensors must be all of them."
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     method = MammoCLIP(config or released_config(checkpoint), tokenizer)

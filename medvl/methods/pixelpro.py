@@ -6,6 +6,7 @@
 __all__ = ['LEVELS', 'LOSSES', 'PixelProConfig', 'Propagation', 'unit_places', 'PixelPro']
 
 # %% ../../nbs/322_methods.pixelpro.ipynb #ffe0b4a5
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from ..core.errors import unknown_name
 from ..losses.self_supervised import cell_matches, pixel_consistency, pixel_contrast, regression_loss
-from .base import register
+from .base import StepState, register
 from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod, probe_features, two_layers, views_of, with_probe
 from .parts.guards import check_samples
@@ -54,21 +55,22 @@ class Propagation(nn.Module):
         self.gamma = gamma
         self.transform = (nn.Identity(), nn.Conv2d(dim, dim, 1), two_layers(dim, dim, dim, maps=True))[layers]
 
-    def similarity(self, x): # (n,d,h,w) -> (n,p,p) in 0..1
+    def similarity(self, x: torch.Tensor) -> torch.Tensor: # (n,d,h,w) -> (n,p,p) in 0..1
         cells = F.normalize(x.flatten(2), dim=1)
         return torch.einsum('ndp,ndq->npq', cells, cells).clamp(min=0) ** self.gamma
 
-    def forward(self, x): # (n,d,h,w) -> same shape
+    def forward(self, x: torch.Tensor) -> torch.Tensor: # (n,d,h,w) -> same shape
         return torch.einsum('npq,ndq->ndp', self.similarity(x), self.transform(x).flatten(2)).unflatten(2, x.shape[-2:])
 
 # %% ../../nbs/322_methods.pixelpro.ipynb #2aa9c7c1
 def unit_places(
-    transforms, # list of float (b,1,3,3): pixel of the image -> pixel of the view
-    size, # (height, width) of the views, pixels
-): # float64 (b,versions,3,3): pixel of the image -> place in a view of one by one
+    transforms: list[torch.Tensor], # list of float (b,1,3,3): pixel of the image -> pixel of the view
+    size: Sequence[int], # (height, width) of the views, pixels
+) -> torch.Tensor: # float64 (b,versions,3,3): pixel of the image -> place in a view of one by one
     "Measure places in views instead of pixels, so that features say all that the loss needs."
     h, w = size
-    scale = torch.tensor([[1 / w, 0, .5 / w - .5], [0, 1 / h, .5 / h - .5], [0, 0, 1]], dtype=torch.float64, device=transforms[0].device)
+    scale = torch.tensor([[1 / w, 0, .5 / w - .5], [0, 1 / h, .5 / h - .5], [0, 0, 1]], dtype=torch.float64,
+                         device=transforms[0].device)
     return torch.stack([scale @ t[:, 0].double() for t in transforms], 1)
 
 # %% ../../nbs/322_methods.pixelpro.ipynb #b5136983
@@ -76,10 +78,11 @@ def unit_places(
 class PixelPro(ImageMethod):
     "Propagate yourself: pixel-level consistency. Source: Xie et al., CVPR 2021."
     name, config_class = 'pixelpro', PixelProConfig
-    gathered, gathered_batch = ('student_cells', 'teacher_cells', 'places', 'prediction', 'target', 'probe'), ('labels',)
+    gathered, gathered_batch = ('student_cells', 'teacher_cells', 'places', 'prediction', 'target',
+                                'probe'), ('labels',)
     advised_batch = 2 # cells are compared inside an image, but BatchNorm over one image is not the recipe's
 
-    def __init__(self, config=None, image_encoder=None):
+    def __init__(self, config: PixelProConfig | None = None, image_encoder: nn.Module | None = None):
         super().__init__(config, image_encoder)
         c, width = self.config, self.image_encoder.num_features
         for kind, value, options in (('level', c.level, LEVELS), ('loss', c.loss, LOSSES)):
@@ -88,12 +91,14 @@ class PixelPro(ImageMethod):
         self.projector = two_layers(width, c.hidden or width, c.dim, maps=True)
         self.propagation = Propagation(c.dim, c.layers, c.gamma) if c.loss == 'pixpro' else nn.Identity()
         heads = nn.ModuleDict()
-        if c.instance_weight: heads = nn.ModuleDict({'projector': two_layers(width, c.instance_hidden, c.dim), 'predictor': two_layers(c.dim, c.instance_hidden, c.dim)})
+        if c.instance_weight:
+            heads = nn.ModuleDict({'projector': two_layers(width, c.instance_hidden, c.dim),
+                                   'predictor': two_layers(c.dim, c.instance_hidden, c.dim)})
         self.instance = heads
         self.teacher = teacher_of(self.student)
 
     @property
-    def student(self):
+    def student(self) -> nn.Module:
         "Give the networks that the teacher follows."
         extra = {'instance': self.instance['projector']} if self.instance else {}
         return nn.ModuleDict({'image_encoder': self.image_encoder, 'projector': self.projector, **extra})
@@ -104,22 +109,26 @@ class PixelPro(ImageMethod):
         if self.config.level == 'pool': maps = pooled[:, :, None, None]
         return networks['projector'](maps), pooled
 
-    def encode(self, batch): # augmented: 2 × (b,1,1,h,w); transforms: 2 × (b,1,3,3)
+    def encode(self, batch: dict) -> dict: # augmented: 2 × (b,1,1,h,w); transforms: 2 × (b,1,3,3)
         "Give `student_cells` and `teacher_cells` (b,2,d,h',w'), `places` (b,2,3,3)."
         views, networks = [self.image_side.scaled(v) for v in views_of(batch, by='PixelPro')], self.student
-        if 'transforms' not in batch: raise ValueError('PixelPro needs batch["transforms"]: where each version lies in the image')
+        if 'transforms' not in batch:
+            raise ValueError('PixelPro needs batch["transforms"]: where each version lies in the image')
         found = [self._cells(networks, v) for v in views]
         student = torch.stack([self.propagation(cells) for cells, _ in found], 1)
-        out = {'student_cells': student, 'places': unit_places(batch['transforms'], views[0].shape[-2:]).to(student.device)}
+        out = {'student_cells': student,
+               'places': unit_places(batch['transforms'], views[0].shape[-2:]).to(student.device)}
         with torch.no_grad():
             taught = [self._cells(self.teacher, v) for v in views]
             out['teacher_cells'] = torch.stack([cells for cells, _ in taught], 1)
             if self.instance: out['target'] = torch.stack([self.teacher['instance'](pooled) for _, pooled in taught], 1)
-        if self.instance: out['prediction'] = torch.stack([self.instance['predictor'](self.instance['projector'](p)) for _, p in found], 1)
+        if self.instance:
+            out['prediction'] = torch.stack([self.instance['predictor'](self.instance['projector'](p))
+                                             for _, p in found], 1)
         check_samples(batch, student, module=self)
         return {**out, **probe_features(self, found[0][1])}
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the loss, and how many cells have a partner."
         c, y = self.config, features['student_cells']
         match = cell_matches(features['places'].detach(), (1, 1), y.shape[-2:], c.threshold)
@@ -131,7 +140,7 @@ class PixelPro(ImageMethod):
             out.update(loss=pixel + c.instance_weight * instance, instance=instance.detach())
         return with_probe(self, out, features, batch)
 
-    def after_step(self, features, state):
+    def after_step(self, features: dict, state: StepState) -> None:
         "Let the teacher follow."
         c = self.config
         follow(self.teacher, self.student, momentum_at(state.progress, c.momentum, c.momentum_schedule))

@@ -6,7 +6,9 @@
 __all__ = ['PRESETS', 'Preset', 'preset', 'new_mammoclip']
 
 # %% ../../nbs/312_methods.presets.ipynb #0986ac61
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..core.errors import unknown_name
 from ..data.text.tokens import build_wordpiece
@@ -26,7 +28,8 @@ class Preset:
     layer: str = '' # module whose map explains best at this size; '' the encoder's last
 
 
-_PAPER = dict(train=dict(epochs=15, batch_size=4, lr=5e-5, weight_decay=1e-4, no_decay=(), schedule='reference', warmup=1/15, precision='fp16', seed=10),
+_PAPER = dict(train=dict(epochs=15, batch_size=4, lr=5e-5, weight_decay=1e-4, no_decay=(), schedule='reference',
+                         warmup=1/15, precision='fp16', seed=10),
               text=dict(sections=('findings', 'impression'), max_length=256))
 _SMALL = dict(sections=('findings', 'impression'), max_length=128)
 _GENTLE = dict(rotate=10.0, translate=0.05, shear=5.0, scale=(0.9, 1.1), elastic=0.0)
@@ -34,27 +37,45 @@ _FROZEN = {'image_encoder._conv_stem': 0, 'image_encoder._bn0': 0, 'image_encode
 
 # %% ../../nbs/312_methods.presets.ipynb #931189a1
 PRESETS = {
-    'demo': Preset('the whole way in minutes on two CPU cores, on the phantom; image encoder pre-trained on ImageNet', (192, 120), own_words=True,
-                   model=dict(image_encoder='efficientnet-lite0', image_pretrained=True, text_encoder='tiny', text_pretrained=False, dim=128, pooling='mean',
+    'demo': Preset('the whole way in minutes on two CPU cores, on the phantom; image encoder pre-trained on ImageNet',
+                   (192, 120), own_words=True,
+                   model=dict(image_encoder='efficientnet-lite0', image_pretrained=True, text_encoder='tiny',
+                              text_pretrained=False, dim=128, pooling='mean',
                               duplicates='mask'),
-                   text=_SMALL, train=dict(epochs=14, batch_size=16, lr=1e-3, lr_scales={**_FROZEN, 'image_encoder': 0.4}, weight_decay=1e-2, warmup=0.1, clip=1.0,
-                                           freeze_bn=True, channels_last=True), augment=_GENTLE, layer='image_encoder._blocks.10'),
+                   text=_SMALL, train=dict(epochs=14, batch_size=16, lr=1e-3,
+                                           lr_scales={**_FROZEN, 'image_encoder': 0.4}, weight_decay=1e-2, warmup=0.1,
+                                           clip=1.0,
+                                           freeze_bn=True, channels_last=True), augment=_GENTLE,
+                                           layer='image_encoder._blocks.10'),
     'tiny': Preset('minutes on a CPU from nothing, without any pre-trained part', (256, 160), own_words=True,
-                   model=dict(image_encoder='efficientnet-tiny', text_encoder='tiny', text_pretrained=False, dim=128, pooling='mean', duplicates='mask'),
-                   text=_SMALL, train=dict(epochs=12, batch_size=16, lr=1e-3, weight_decay=1e-2, warmup=0.1, clip=1.0, channels_last=True), augment=_GENTLE),
+                   model=dict(image_encoder='efficientnet-tiny', text_encoder='tiny', text_pretrained=False, dim=128,
+                              pooling='mean', duplicates='mask'),
+                   text=_SMALL,
+                   train=dict(epochs=12, batch_size=16, lr=1e-3, weight_decay=1e-2, warmup=0.1, clip=1.0,
+                              channels_last=True), augment=_GENTLE),
     'smoke': Preset('seconds, for tests: it learns nothing', (96, 64), own_words=True,
-                    model=dict(image_encoder='efficientnet-tiny', text_encoder='tiny', text_pretrained=False, dim=32, pooling='mean'),
-                    text=_SMALL, train=dict(epochs=1, batch_size=8, lr=1e-3, warmup=0.1, channels_last=True), augment=dict(mode='none')),
-    'real-small': Preset('hundreds of real images on a CPU: encoders pre-trained on ImageNet and on general text', (384, 256),
-                         model=dict(image_encoder='efficientnet-lite0', image_pretrained=True, text_encoder='minilm', pooling='mean', dim=128, duplicates='positives'),
-                         text=_SMALL, train=dict(epochs=6, batch_size=32, chunk_size=8, lr=3e-4, lr_scales={'text_encoder': 0.1}, weight_decay=1e-2, warmup=0.1,
+                    model=dict(image_encoder='efficientnet-tiny', text_encoder='tiny', text_pretrained=False, dim=32,
+                               pooling='mean'),
+                    text=_SMALL, train=dict(epochs=1, batch_size=8, lr=1e-3, warmup=0.1, channels_last=True),
+                    augment=dict(mode='none')),
+    'real-small': Preset('hundreds of real images on a CPU: encoders pre-trained on ImageNet and on general text',
+                         (384, 256),
+                         model=dict(image_encoder='efficientnet-lite0', image_pretrained=True, text_encoder='minilm',
+                                    pooling='mean', dim=128, duplicates='positives'),
+                         text=_SMALL, train=dict(epochs=6, batch_size=32, chunk_size=8, lr=3e-4,
+                                                 lr_scales={'text_encoder': 0.1}, weight_decay=1e-2, warmup=0.1,
                                                  clip=1.0, freeze_bn=True, channels_last=True),
                          augment=_GENTLE, layer='image_encoder._blocks.10'),
-    'b2': Preset('the paper\'s Mammo-CLIP B2, with its mistakes put right; one GPU', model=dict(image_encoder='efficientnet-b2'), **_PAPER),
-    'b5': Preset('the paper\'s Mammo-CLIP B5, with its mistakes put right; one or more GPUs', model=dict(image_encoder='efficientnet-b5'), **_PAPER),
-    'b2-reference': Preset('the released code as it ran: constant augmentation, unclamped scale, sides that contradict', augment=dict(mode='reference'),
-                           model=dict(image_encoder='efficientnet-b2', limit_scale=False, allow_empty=True), train=_PAPER['train'],
-                           text=dict(sections=('findings', 'impression'), normalisation='paper', empty='keep', flip_scope='view', laterality='ignore', seed=10)),
+    'b2': Preset('the paper\'s Mammo-CLIP B2, with its mistakes put right; one GPU',
+                 model=dict(image_encoder='efficientnet-b2'), **_PAPER),
+    'b5': Preset('the paper\'s Mammo-CLIP B5, with its mistakes put right; one or more GPUs',
+                 model=dict(image_encoder='efficientnet-b5'), **_PAPER),
+    'b2-reference': Preset('the released code as it ran: constant augmentation, unclamped scale, sides that contradict',
+                           augment=dict(mode='reference'),
+                           model=dict(image_encoder='efficientnet-b2', limit_scale=False, allow_empty=True),
+                           train=_PAPER['train'],
+                           text=dict(sections=('findings', 'impression'), normalisation='paper', empty='keep',
+                                     flip_scope='view', laterality='ignore', seed=10)),
 }
 
 
@@ -70,9 +91,9 @@ def preset(
 # %% ../../nbs/312_methods.presets.ipynb #f1e85812
 def new_mammoclip(
     name:str='demo', # a name of the table; demo needs the package of Lite0's weights
-    texts=(), # training reports, for configurations that build their own vocabulary
+    texts: Iterable[str] = (), # training reports, for configurations that build their own vocabulary
     seed:int=0, # of the initial weights
-    tokenizer=None, # use this one instead
+    tokenizer: Any = None, # use this one instead
     **changes, # fields of MammoCLIPConfig to change
 ) -> MammoCLIP:
     "Build the untrained Mammo-CLIP of a named configuration."

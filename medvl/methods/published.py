@@ -15,21 +15,30 @@ import pandas as pd
 MODELS = ('CLIP RN-50', 'CLIP EN-B5', 'Mammo-CLIP B2', 'Mammo-CLIP B5', 'Mammo-CLIP B5 (UPMC+VinDr)')
 
 _ROWS = { # (data, task, metric): {protocol: one value a model}
-    ('VinDr', 'suspicious_calcification', 'auroc'): {'zero-shot': (.37, .53, .68, .61, .62), 'linear probe 10%': (.42, .53, .90, .91, .92),
-        'linear probe 50%': (.51, .60, .92, .93, .94), 'linear probe 100%': (.55, .65, .92, .94, .96), 'fine-tuned 100%': (.68, .90, .98, .98, .98)},
+    ('VinDr', 'suspicious_calcification', 'auroc'): {'zero-shot': (.37, .53, .68, .61, .62),
+                                                     'linear probe 10%': (.42, .53, .90, .91, .92),
+        'linear probe 50%': (.51, .60, .92, .93, .94), 'linear probe 100%': (.55, .65, .92, .94, .96),
+        'fine-tuned 100%': (.68, .90, .98, .98, .98)},
     ('VinDr', 'mass', 'auroc'): {'zero-shot': (.20, .32, .58, .48, .76), 'linear probe 10%': (.34, .52, .69, .73, .80),
-        'linear probe 50%': (.42, .57, .72, .78, .84), 'linear probe 100%': (.49, .59, .73, .79, .86), 'fine-tuned 100%': (.57, .78, .85, .85, .88)},
-    ('VinDr', 'density', 'accuracy'): {'zero-shot': (.04, .10, .13, .15, .15), 'linear probe 10%': (.55, .76, .80, .83, .83),
-        'linear probe 50%': (.61, .76, .82, .84, .86), 'linear probe 100%': (.69, .78, .84, .85, .86), 'fine-tuned 100%': (.72, .83, .85, .88, .88)},
-    ('RSNA', 'cancer', 'auroc'): {'zero-shot': (.28, .42, .60, .62, .60), 'fine-tuned 10%': (.62, .80, .82, .85, .85), 'fine-tuned 50%': (.67, .84, .86, .89, .90),
+        'linear probe 50%': (.42, .57, .72, .78, .84), 'linear probe 100%': (.49, .59, .73, .79, .86),
+        'fine-tuned 100%': (.57, .78, .85, .85, .88)},
+    ('VinDr', 'density', 'accuracy'): {'zero-shot': (.04, .10, .13, .15, .15),
+                                       'linear probe 10%': (.55, .76, .80, .83, .83),
+        'linear probe 50%': (.61, .76, .82, .84, .86), 'linear probe 100%': (.69, .78, .84, .85, .86),
+        'fine-tuned 100%': (.72, .83, .85, .88, .88)},
+    ('RSNA', 'cancer', 'auroc'): {'zero-shot': (.28, .42, .60, .62, .60), 'fine-tuned 10%': (.62, .80, .82, .85, .85),
+                                  'fine-tuned 50%': (.67, .84, .86, .89, .90),
         'fine-tuned 100%': (.72, .86, .89, .90, .91), 'linear probe 100%': (.58, .70, .72, .75, .79)},
 }
 _ROWS |= {
-    ('VinDr', 'suspicious_calcification', 'mAP@0.5'): {'detection, frozen 100%': (.08, .10, .17, .17, .17), 'detection 10%': (.03, .09, .08, .12, .10),
+    ('VinDr', 'suspicious_calcification', 'mAP@0.5'): {'detection, frozen 100%': (.08, .10, .17, .17, .17),
+                                                       'detection 10%': (.03, .09, .08, .12, .10),
         'detection 50%': (.11, .23, .20, .28, .25), 'detection 100%': (.17, .29, .32, .35, .35)},
-    ('VinDr', 'mass', 'mAP@0.5'): {'detection, frozen 100%': (.15, .28, .37, .35, .39), 'detection 10%': (.23, .34, .38, .41, .43),
+    ('VinDr', 'mass', 'mAP@0.5'): {'detection, frozen 100%': (.15, .28, .37, .35, .39),
+                                   'detection 10%': (.23, .34, .38, .41, .43),
         'detection 50%': (.29, .45, .50, .52, .54), 'detection 100%': (.36, .49, .55, .58, .58)},
-    ('VinDr', 'mass', 'hit@0.25'): {'Mammo-FActOR': (None, None, .38, .45, None)}, ('VinDr', 'mass', 'hit@0.5'): {'Mammo-FActOR': (None, None, .22, .37, None)},
+    ('VinDr', 'mass', 'hit@0.25'): {'Mammo-FActOR': (None, None, .38, .45, None)},
+    ('VinDr', 'mass', 'hit@0.5'): {'Mammo-FActOR': (None, None, .22, .37, None)},
     ('VinDr', 'suspicious_calcification', 'hit@0.25'): {'Mammo-FActOR': (None, None, .20, .25, None)},
     ('VinDr', 'suspicious_calcification', 'hit@0.5'): {'Mammo-FActOR': (None, None, .13, .17, None)},
 }
@@ -37,9 +46,12 @@ _ROWS |= {
 # %% ../../nbs/314_methods.published.ipynb #828910d6
 REMARKS = {
     'selection': 'The best epoch was chosen on the test data themselves, in every table.',
-    'zero-shot': 'Zero-shot mass with B5 lies below chance (.48); a user measured .488 for mass and .463 for calcification with the released B5 (the paper: .61).',
-    'density': 'DENSITY C is 76.7 % of the test rows, so an accuracy of .767 is what always answering C gives; zero-shot .15 lies far below it.',
-    'rows': 'VinDr rows are findings, not images: 486 duplicates and 195 images with contradictory mass labels were counted as they are.',
+    'zero-shot': 'Zero-shot mass with B5 lies below chance (.48); a user measured .488 for mass and .463 for '
+                 'calcification with the released B5 (the paper: .61).',
+    'density': 'DENSITY C is 76.7 % of the test rows, so an accuracy of .767 is what always answering C gives; '
+               'zero-shot .15 lies far below it.',
+    'rows': 'VinDr rows are findings, not images: 486 duplicates and 195 images with contradictory mass labels were '
+            'counted as they are.',
     'data': 'Pre-training used 25,355 private mammograms with reports (UPMC); no public data set replaces them.',
     'rsna': 'The text says 70/20/10; the code trains on folds 1 and 2 and selects and reports on fold 0.',
 }
@@ -54,13 +66,15 @@ def published(
 
     Raises: ValueError when nothing fits.
     Source: Ghosh et al., Mammo-CLIP, MICCAI 2024: project page, bars measured, +-0.01."""
-    rows = [dict(data=d, task=t, metric=m, protocol=p, model=name, published=v) for (d, t, m), protocols in _ROWS.items() for p, values in protocols.items()
+    rows = [dict(data=d, task=t, metric=m, protocol=p, model=name, published=v)
+            for (d, t, m), protocols in _ROWS.items() for p, values in protocols.items()
             for name, v in zip(MODELS, values) if v is not None]
     table = pd.DataFrame(rows)
     if data: table = table[table.data == data]
     if task: table = table[table.task == task]
     if protocol: table = table[table.protocol.str.startswith(protocol)]
-    if not len(table): raise ValueError(f'The paper reports nothing for data={data!r}, task={task!r}, protocol={protocol!r}.')
+    if not len(table):
+        raise ValueError(f'The paper reports nothing for data={data!r}, task={task!r}, protocol={protocol!r}.')
     return table.reset_index(drop=True)
 
 # %% ../../nbs/314_methods.published.ipynb #c1797fd5
@@ -74,7 +88,8 @@ def verdict(
 ) -> str:
     "Say in words how a number of ours lies beside a published one."
     if value is None or math.isnan(value): return 'not judged: no number of ours'
-    agrees = abs(value - published) <= tolerance + 1e-9 or (low is not None and high is not None and low <= published <= high)
+    agrees = abs(value - published) <= tolerance + 1e-9 or (low is not None and high is not None
+                                                            and low <= published <= high)
     return ('agrees' if agrees else f'differs by {value - published:+.2f}') + (f'; {differs}' if differs else '')
 
 # %% ../../nbs/314_methods.published.ipynb #4a9568c3
@@ -84,7 +99,7 @@ _METRICS = {'class_accuracy': 'accuracy', 'AP50': 'mAP@0.5'}
 _COLUMNS = {'Mammo-CLIP B2': 'paper, B2', 'Mammo-CLIP B5': 'paper, B5'}
 
 
-def is_of(sources, data):
+def is_of(sources: Iterable[str], data: str) -> bool:
     "Tell whether every image is of the paper's data set, by the source that its reader wrote."
     names = {str(s).lower() for s in sources}
     return bool(names) and all(n.split('_')[0] == data.lower() for n in names)
@@ -101,10 +116,14 @@ def beside(
 
     Raises: ValueError for a protocol that the paper does not report."""
     paper = published(protocol=protocol)
-    table = paper[paper.model.isin(_COLUMNS)].pivot(index=['data', 'task', 'protocol', 'metric'], columns='model', values='published').reset_index()
-    table, sources = table.rename_axis(columns=None).sort_values(['data', 'task', 'protocol'], ascending=[False, True, True], ignore_index=True), list(sources)
+    table = paper[paper.model.isin(_COLUMNS)].pivot(index=['data', 'task', 'protocol', 'metric'], columns='model',
+                                                    values='published').reset_index()
+    table, sources = table.rename_axis(columns=None).sort_values(['data', 'task', 'protocol'],
+                                                                 ascending=[False, True, True],
+                                                                 ignore_index=True), list(sources)
     rows = [_ours(r, sources, found, r[model], differs) for _, r in table.iterrows()]
-    return table.rename(columns=_COLUMNS).assign(**{k: [r[i] for r in rows] for i, k in enumerate(('ours', 'low', 'high', 'verdict'))})
+    return table.rename(columns=_COLUMNS).assign(**{k: [r[i] for r in rows]
+                                                    for i, k in enumerate(('ours', 'low', 'high', 'verdict'))})
 
 
 def _ours(row, sources, found, number, differs):

@@ -8,15 +8,18 @@ __all__ = ['FREEZE', 'REFERENCE', 'RELEASED_NAMES', 'RetinaNetConfig', 'referenc
 
 # %% ../../nbs/335_methods.retinanet.ipynb #9e8628a3
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ..core.errors import DataError, unknown_name
 from ..core.patch import patch
 from ..losses.detection import EMPTY, detection_loss
-from .base import Method, register
+from .base import Method, StepState, register
 from ..models.scaling import normalise_images
 from ..models.boxes import RATIOS, SCALES, anchor_grid
 from ..models.checkpoints import load_weights
@@ -38,7 +41,8 @@ class RetinaNetConfig:
     image_pretrained: bool = False  # load the weights that ship with the name (lite0)
     padding: str = 'clip'  # static paddings: 'clip' (as pre-trained) or 'detector' (the original's detector)
     taps: str = 'reference'  # maps of the encoder: 'reference' (strides 16, 32, 32) or 'strides' (8, 16, 32)
-    freeze: str = 'none'  # 'none'; 'encoder': nothing of it moves, BatchNorm neither; 'weights': BatchNorm moves (the original)
+    freeze: str = 'none'  # 'none'; 'encoder': nothing of it moves, BatchNorm neither;
+                          # 'weights': BatchNorm moves (the original)
     freeze_bn: bool = False  # fine-tuning with fixed BatchNorm statistics of the encoder, for small batches
     height: int = 0  # images are resized to this height, pixels; 0: as they are (the original: 512)
     width: int = 0  # and this width (the original: 512, which distorts)
@@ -64,22 +68,26 @@ class RetinaNetConfig:
     image_std: float = 0.25053555408335154  # of min-max scaled images
 
 
-REFERENCE = dict(padding='detector', taps='reference', height=512, width=512, empty='skip', force=False, clamped=True, per_class=False, unbounded=True, candidates=0)
+REFERENCE = dict(padding='detector', taps='reference', height=512, width=512, empty='skip', force=False, clamped=True,
+                 per_class=False, unbounded=True, candidates=0)
 
 
-def reference_config(frozen=False, # the original's --freeze_backbone
+def reference_config(frozen: bool = False, # the original's --freeze_backbone
                      **changes, # fields to change
-                     ): # RetinaNetConfig
+                     ) -> RetinaNetConfig:
     "Give the options of the original detector."
     return RetinaNetConfig(**{**REFERENCE, 'freeze': 'weights' if frozen else 'none', **changes})
 
 # %% ../../nbs/335_methods.retinanet.ipynb #768e8f60
 def _check(c):
     "Refuse options that do not exist."
-    for name, options in (('taps', TAPS), ('freeze', FREEZE), ('empty', EMPTY), ('padding', ('clip', 'detector')), ('image_encoder', tuple(EFFICIENTNETS))):
+    for name, options in (('taps', TAPS), ('freeze', FREEZE), ('empty', EMPTY), ('padding', ('clip', 'detector')),
+                          ('image_encoder', tuple(EFFICIENTNETS))):
         if getattr(c, name) not in options: raise ValueError(unknown_name(name, getattr(c, name), options))
-    if not c.classes or len(set(c.classes)) != len(c.classes): raise ValueError(f'classes must be names, each once, not {c.classes}')
-    if bool(c.height) != bool(c.width): raise ValueError(f'height={c.height} and width={c.width}: give both, or 0 for both')
+    if not c.classes or len(set(c.classes)) != len(c.classes):
+        raise ValueError(f'classes must be names, each once, not {c.classes}')
+    if bool(c.height) != bool(c.width):
+        raise ValueError(f'height={c.height} and width={c.width}: give both, or 0 for both')
     if c.height % 32 or c.width % 32: raise ValueError(f'height={c.height} and width={c.width} must be multiples of 32')
 
 
@@ -89,8 +97,8 @@ class RetinaNet(Method):
     name, config_class, gathered_batch, chunkable = 'retinanet', RetinaNetConfig, (), True
 
     def __init__(self,
-                 config=None, # RetinaNetConfig
-                 image_encoder=None, # an EfficientNet to use instead of building one by name
+                 config: RetinaNetConfig | None = None,
+                 image_encoder: nn.Module | None = None, # an EfficientNet to use instead of building one by name
                  ):
         super().__init__(config)
         c = self.config
@@ -109,7 +117,7 @@ class RetinaNet(Method):
         return build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing,
                                    padding=c.padding, drop_connect=c.drop_connect, bn_momentum=c.bn_momentum)
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> 'RetinaNet':
         "Enter training mode; a frozen encoder stays as in evaluation."
         super().train(mode)
         if self.config.freeze == 'encoder': self.image_encoder.eval()
@@ -118,113 +126,131 @@ class RetinaNet(Method):
                 if isinstance(m, torch.nn.BatchNorm2d): m.eval()
         return self
 
-    def save_assets(self, folder):
+    def save_assets(self, folder: Path) -> RetinaNetConfig:
         "Local paths do not leave this machine; the weights are stored with the method."
         return replace(self.config, image_weights='', image_pretrained=False)
 
-    def encode(self, batch): # images (b,v,1,h,w)
+    def encode(self, batch: dict) -> dict: # images (b,v,1,h,w)
         "Give `scores` (b·v,a,k), logits, and `deltas` (b·v,a,4)."
         logits, deltas = self.answers(batch['images'])
         return {'scores': logits, 'deltas': deltas}
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the loss and its parts: class, box, positives."
         c, (anchors, _, scale) = self.config, self.geometry(batch['images'])
         boxes, labels = self.truth(batch, scale)
         scores = features['scores'].sigmoid() if c.clamped else features['scores']
-        return detection_loss(scores, features['deltas'], anchors, boxes, labels, c.box_weight, alpha=c.alpha, gamma=c.gamma,
+        return detection_loss(scores, features['deltas'], anchors, boxes, labels, c.box_weight, alpha=c.alpha,
+                              gamma=c.gamma,
                               empty=c.empty, force=c.force, clamped=c.clamped)
 
-    def feature_maps(self, images, level=-1): # level -1: the last map
+    def feature_maps(self, images: torch.Tensor, level: int = -1) -> torch.Tensor: # level -1: the last map
         "Give the encoder's maps, (b·v,c,h',w')."
         return self.image_encoder.feature_maps(self.prepare(images)[0], level)
 
     @torch.no_grad()
-    def predict(self, images): # (b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255
-        "Find boxes: one dict an image with `boxes` (n,4) in its pixels, `scores` (n,), `labels` (n,) numbers in `names`, best first."
+    def predict(self, images: torch.Tensor) -> list[dict]: # (b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255
+        """Find boxes: one dict an image with `boxes` (n,4) in its pixels, `scores` (n,), `labels` (n,) numbers in
+        `names`, best first."""
         c, was = self.config, self.training
         self.eval()
         try: logits, deltas = self.answers(images)
         finally: self.train(was)
         anchors, size, scale = self.geometry(images)
-        found = [select_boxes(s, d, anchors, *size, c.score_threshold, c.overlap, c.per_class, c.candidates, c.top, c.unbounded)
+        found = [select_boxes(s, d, anchors, *size, c.score_threshold, c.overlap, c.per_class, c.candidates, c.top,
+                              c.unbounded)
                  for s, d in zip(logits.sigmoid(), deltas)]
         return [{**f, 'boxes': f['boxes'] / scale} for f in found]
 
 # %% ../../nbs/335_methods.retinanet.ipynb #e51649f2
 @patch(RetinaNet)
-def prepare(self: RetinaNet, images): # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
+def prepare(self: RetinaNet, images: torch.Tensor) -> tuple: # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
     "Normalise, resize, pad: (b·v,1,H,W); and the size before padding."
-    if images.dim() not in (4, 5) or images.shape[-3] not in (1, 3): raise ValueError(f'images must be (b,1,h,w) or (b,v,1,h,w), not {tuple(images.shape)}')
+    if images.dim() not in (4, 5) or images.shape[-3] not in (1, 3):
+        raise ValueError(f'images must be (b,1,h,w) or (b,v,1,h,w), not {tuple(images.shape)}')
     c, x = self.config, images.flatten(0, -4).to(self.device)
-    if c.height: x = F.interpolate(x.float(), size=(c.height, c.width), mode='bilinear', antialias=True, align_corners=False)
+    if c.height:
+        x = F.interpolate(x.float(), size=(c.height, c.width), mode='bilinear', antialias=True, align_corners=False)
     x, (h, w) = normalise_images(x, c.image_mean, c.image_std), x.shape[-2:]
     return F.pad(x, (0, -w % 32, 0, -h % 32), value=-c.image_mean / c.image_std), (h, w)
 
 
 @patch(RetinaNet)
-def answers(self: RetinaNet, images):
+def answers(self: RetinaNet, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Give logits (b·v,a,k) and deltas (b·v,a,4)."
     x, _ = self.prepare(images)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.freeze == 'none'): maps = encoder_taps(self.image_encoder, x, self.config.taps)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.freeze == 'none'):
+        maps = encoder_taps(self.image_encoder, x, self.config.taps)
     levels = self.pyramid(*maps)
     return self.classification(levels).float(), self.regression(levels).float()
 
 
 @patch(RetinaNet)
-def geometry(self: RetinaNet, images):
-    "Give the anchors (a,4), the size (h,w) of prepared images before padding, and the factors (4,) from the pixels given to theirs."
+def geometry(self: RetinaNet, images: torch.Tensor) -> tuple:
+    """Give the anchors (a,4), the size (h,w) of prepared images before padding, and the factors (4,) from the pixels
+    given to theirs."""
     h, w = (self.config.height, self.config.width) if self.config.height else images.shape[-2:]
     anchors = anchor_grid(h + -h % 32, w + -w % 32, size=self.config.anchor_size, device=self.device)
     return anchors, (h, w), torch.tensor([w / images.shape[-1], h / images.shape[-2]] * 2, device=self.device)
 
 # %% ../../nbs/335_methods.retinanet.ipynb #2168695f
 @patch(RetinaNet)
-def truth(self: RetinaNet, batch, scale): # boxes: b lists of v arrays (k,4); box_labels: b lists of v lists of names; scale (4,)
+def truth(self: RetinaNet,
+          batch: dict, # boxes: b lists of v arrays (k,4); box_labels: b lists of v lists of names
+          scale: torch.Tensor, # (4,)
+          ) -> tuple[list, list]:
     """Give boxes (g,4) and labels (g,) of every image of a batch.
 
     Raises: DataError naming the image of a box without area, or when the batch has no boxes."""
-    if 'boxes' not in batch: raise DataError('the batch has no boxes', fix='Use detection_dataset, or ImageDataset(boxes=True).')
+    if 'boxes' not in batch:
+        raise DataError('the batch has no boxes', fix='Use detection_dataset, or ImageDataset(boxes=True).')
     number = {n: 0 if self.config.merge else i for i, n in enumerate(self.config.classes)}
     boxes, labels = [], []
     for i, (views, names) in enumerate(zip(batch['boxes'], batch['box_labels'])):
         for b, n in zip(views, names):
             b = torch.as_tensor(b, dtype=torch.float32, device=scale.device).reshape(-1, 4)
             if not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()):
-                raise DataError(f'a box without area in image {batch["sample_id"][i]!r}: {b.tolist()}', fix='DetectionAugment drops boxes that leave the image.')
+                raise DataError(f'a box without area in image {batch["sample_id"][i]!r}: {b.tolist()}',
+                                fix='DetectionAugment drops boxes that leave the image.')
             wanted = torch.tensor([name in number for name in n], dtype=torch.bool, device=scale.device)
             boxes.append(b[wanted] * scale)
-            labels.append(torch.tensor([number[name] for name in n if name in number], dtype=torch.int64, device=scale.device))
+            labels.append(torch.tensor([number[name] for name in n if name in number], dtype=torch.int64,
+                                       device=scale.device))
     return boxes, labels
 
 # %% ../../nbs/335_methods.retinanet.ipynb #95f9b8cf
-def detector_from(method, # a Method with an EfficientNet `image_encoder`
-                  classes, # findings
+def detector_from(method: Method, # a Method with an EfficientNet `image_encoder`
+                  classes: Sequence[str], # findings
                   **changes, # fields of RetinaNetConfig
-                  ): # RetinaNet
+                  ) -> RetinaNet:
     """Put a detector on a trained encoder.
 
     Raises: TypeError if the encoder is no EfficientNet."""
     encoder, old = method.image_encoder, method.config
-    if not isinstance(encoder, EfficientNet): raise TypeError(f'a detector needs an EfficientNet encoder, not {type(encoder).__name__}')
-    facts = dict(image_encoder=encoder.name, image_mean=old.image_mean, image_std=old.image_std, padding=old.padding, classes=tuple(classes),
+    if not isinstance(encoder, EfficientNet):
+        raise TypeError(f'a detector needs an EfficientNet encoder, not {type(encoder).__name__}')
+    facts = dict(image_encoder=encoder.name, image_mean=old.image_mean, image_std=old.image_std, padding=old.padding,
+                 classes=tuple(classes),
                  drop_connect=old.drop_connect, bn_momentum=old.bn_momentum)
     config = RetinaNetConfig(**{**facts, **changes})
-    if config.image_encoder != encoder.name: raise ValueError(f'the encoder is {encoder.name}, not {config.image_encoder}')
+    if config.image_encoder != encoder.name:
+        raise ValueError(f'the encoder is {encoder.name}, not {config.image_encoder}')
     fresh = RetinaNet(replace(config, image_weights='', image_pretrained=False))
     load_weights(fresh.image_encoder, copy.deepcopy(encoder.state_dict()), ignore=('_fc.',))
     return fresh.to(method.device)
 
 # %% ../../nbs/335_methods.retinanet.ipynb #b43704dd
-RELEASED_NAMES = {'fpn.': 'pyramid.', 'regressionModel.': 'regression.', 'classificationModel.': 'classification.', 'efficientnet.': 'image_encoder.'}
+RELEASED_NAMES = {'fpn.': 'pyramid.', 'regressionModel.': 'regression.', 'classificationModel.': 'classification.',
+                  'efficientnet.': 'image_encoder.'}
 
 
-def from_released_names(weights, # dict name -> tensor, as the original stores a detector
-                        ): # the same under our names; the unused classifier `_fc` is left out
+def from_released_names(weights: dict, # dict name -> tensor, as the original stores a detector
+                        ) -> dict: # the same under our names; the unused classifier `_fc` is left out
     "Rename the tensors of a released detector."
     out = {}
     for name, value in weights.items():
         old = next((p for p in RELEASED_NAMES if name.startswith(p)), None)
-        if old is None: raise DataError(f'{name!r} is no tensor of a detector; names begin with {", ".join(RELEASED_NAMES)}')
+        if old is None:
+            raise DataError(f'{name!r} is no tensor of a detector; names begin with {", ".join(RELEASED_NAMES)}')
         if not name.startswith('efficientnet._fc.'): out[RELEASED_NAMES[old] + name[len(old):]] = value
     return out

@@ -6,12 +6,17 @@
 __all__ = ['HEADS', 'SegmenterConfig', 'Segmenter', 'segmenter_from']
 
 # %% ../../nbs/336_methods.segmenter.ipynb #cb01e1c5
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+
+import torch
+from torch import nn
 
 from ..core.errors import DataError, unknown_name
 from ..losses.segmentation import LOSSES, OVER, check_masks, segmentation_loss
-from .base import evaluating, register
+from .base import Method, StepState, evaluating, register
 from .parts.dense import DenseMethod, dense_from, size_of
 from ..models.unet import LinearHead, UNet
 
@@ -29,7 +34,8 @@ class SegmenterConfig:
     freeze_bn: bool = False  # fine-tuning with fixed BatchNorm statistics of the encoder
     width: float = 1.0  # of the U-Net, as a factor of the paper's
     loss: str = 'dice'  # 'dice', 'bce', 'bce+dice' or 'focal'
-    dice_over: str = 'batch'  # one Dice score over the 'batch' with all its classes (the original), each 'class', or each 'image'
+    dice_over: str = 'batch'  # one Dice score over the 'batch' with all its classes (the
+                              # original), each 'class', or each 'image'
     dice_smooth: float = 0.0  # pixels; above 0, false positives cost something where there is nothing to find
     pos_weight: tuple[float, ...] = ()  # of cross-entropy, on the positives of each class; () = 1
     gamma: float = 2.0  # of the focal loss
@@ -47,52 +53,56 @@ class Segmenter(DenseMethod):
     name, config_class, gathered = 'segmenter', SegmenterConfig, ('logits', 'masks')
 
     def __init__(self,
-                 config=None, # SegmenterConfig
-                 image_encoder=None, # a module with `stages` to use instead of building one by name
+                 config: SegmenterConfig | None = None,
+                 image_encoder: nn.Module | None = None, # a module with `stages` to use instead of building one by name
                  ):
         super().__init__(config)
         c = self.config
-        for kind, value, known in (('head', c.head, HEADS), ('segmentation loss', c.loss, LOSSES), ('grouping of the Dice loss', c.dice_over, OVER)):
+        for kind, value, known in (('head', c.head, HEADS), ('segmentation loss', c.loss, LOSSES),
+                                   ('grouping of the Dice loss', c.dice_over, OVER)):
             if value not in known: raise ValueError(unknown_name(kind, value, known))
-        if c.pos_weight and len(c.pos_weight) != len(c.classes): raise ValueError(f'pos_weight={c.pos_weight}: one weight for each of {", ".join(c.classes)}')
+        if c.pos_weight and len(c.pos_weight) != len(c.classes):
+            raise ValueError(f'pos_weight={c.pos_weight}: one weight for each of {", ".join(c.classes)}')
         channels = self.begin(image_encoder, HEADS[c.head].reads)
-        self.head = LinearHead(channels, len(c.classes)) if c.head == 'linear' else UNet(channels, len(c.classes), c.width)
+        self.head = (LinearHead(channels, len(c.classes)) if c.head == 'linear'
+                     else UNet(channels, len(c.classes), c.width))
         self.train()
 
-    def logits(self, batch): # images (b,1,1,h,w), or taps
+    def logits(self, batch: dict) -> torch.Tensor: # images (b,1,1,h,w), or taps
         "Give logits, float32 (b,k,h,w)."
         stages = self.stages_of(batch)
         return self.head(stages, size_of(stages)).float()
 
-    def encode(self, batch): # images (or taps) and masks uint8 (b,k,h,w)
+    def encode(self, batch: dict) -> dict: # images (or taps) and masks uint8 (b,k,h,w)
         "Give `logits` (b,k,h,w), and `masks`."
         if 'masks' not in batch: raise DataError('the batch has no masks', fix='Use a DenseDataset.')
         logits = self.logits(batch)
         check_masks(logits, batch['masks'], batch.get('sample_id', ()))
         return {'logits': logits, 'masks': batch['masks'].to(logits.device)}
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the loss and its parts."
         c = self.config
-        return segmentation_loss(features['logits'], features['masks'], c.loss, c.dice_over, c.dice_smooth, c.pos_weight or None, c.gamma)
+        return segmentation_loss(features['logits'], features['masks'], c.loss, c.dice_over, c.dice_smooth,
+                                 c.pos_weight or None, c.gamma)
 
-    def predict_batch(self, batch): # images (b,1,1,h,w), or taps of a frozen encoder
+    def predict_batch(self, batch: dict) -> torch.Tensor: # images (b,1,1,h,w), or taps of a frozen encoder
         "Give probabilities, float32 (b,k,h,w)."
         with evaluating(self): return self.logits(batch).sigmoid()
 
-    def predict(self, images): # (b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255
+    def predict(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255
         "Give probabilities, float32 (b,k,h,w), of the classes in `names`."
         return self.predict_batch({'images': images})
 
 # %% ../../nbs/336_methods.segmenter.ipynb #a9db3168
-def segmenter_from(source, # trained Method with a ResNet, name of an encoder, or file of weights
-                   classes, # names, in the order of the masks
-                   head='linear', # 'linear' or 'unet'
-                   frozen=True, # False: fine-tune the encoder
-                   seed=0, # of the head
-                   prefix='', # of the weights in a file
+def segmenter_from(source: Method | str | Path, # trained Method with a ResNet, name of an encoder, or file of weights
+                   classes: Sequence[str], # names, in the order of the masks
+                   head: str = 'linear', # 'linear' or 'unet'
+                   frozen: bool = True, # False: fine-tune the encoder
+                   seed: int = 0, # of the head
+                   prefix: str = '', # of the weights in a file
                    **changes, # fields of SegmenterConfig
-                   ): # Segmenter
+                   ) -> Segmenter:
     "Put a segmentation head on an encoder. Raises: as `dense_from`."
     classes = (classes,) if isinstance(classes, str) else tuple(classes)
     return dense_from(Segmenter, source, seed, prefix, classes=classes, head=head, frozen=frozen, **changes)

@@ -9,9 +9,10 @@ __all__ = ['SimCLRConfig', 'SimCLR']
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..losses.self_supervised import nt_xent
-from .base import register
+from .base import StepState, register
 from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod, probe_features, two_layers, views_of, with_probe
 from .parts.guards import check_samples
@@ -25,7 +26,8 @@ class SimCLRConfig(ImageConfig):
     dim: int = 128  # size of the projections
     projector_norm: bool = False  # BatchNorm inside the projector (Google's code has it, LoVT's baseline has not)
     temperature: float = 0.1  # tau
-    together: bool = True  # both versions in one pass: BatchNorm sees them as one batch; False: one after the other (LoVT's baseline)
+    together: bool = True  # both versions in one pass: BatchNorm sees them as one batch;
+                           # False: one after the other (LoVT's baseline)
     probe: tuple[str, ...] = ()  # labels that a linear layer reads beside, without touching the features
 
 # %% ../../nbs/320_methods.simclr.ipynb #f0029b5e
@@ -35,21 +37,22 @@ class SimCLR(ImageMethod):
     name, config_class, gathered, gathered_batch = 'simclr', SimCLRConfig, ('z', 'probe'), ('labels',)
     least_batch = 2 # an image is told from others
 
-    def __init__(self, config=None, image_encoder=None):
+    def __init__(self, config: SimCLRConfig | None = None, image_encoder: nn.Module | None = None):
         super().__init__(config, image_encoder)
         c, width = self.config, self.image_encoder.num_features
         self.projector = two_layers(width, c.hidden or width, c.dim, c.projector_norm, bias=False)
 
-    def encode(self, batch): # augmented: 2 × (b,1,1,h,w)
+    def encode(self, batch: dict) -> dict: # augmented: 2 × (b,1,1,h,w)
         "Give `z` (b,2,d), unit vectors, and what the probe says of the first version."
         views = [self.image_side.scaled(v) for v in views_of(batch, by='SimCLR')]
-        h = self.image_encoder(torch.cat(views)).chunk(2) if self.config.together else [self.image_encoder(v) for v in views]
+        h = (self.image_encoder(torch.cat(views)).chunk(2) if self.config.together
+             else [self.image_encoder(v) for v in views])
         z = self.projector(torch.cat(h)).chunk(2) if self.config.together else [self.projector(x) for x in h]
         z = unit(torch.stack(list(z), 1))
         check_samples(batch, z, module=self)
         return {'z': z, **probe_features(self, h[0])}
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the loss, and how often the partner is the nearest of all."
         loss, found = nt_xent(features['z'], self.config.temperature)
         return with_probe(self, {'loss': loss, 'found': found}, features, batch)

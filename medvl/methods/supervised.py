@@ -14,7 +14,7 @@ from torch import nn
 from ..core.errors import unknown_name
 from ..data.releases.chexpert_labels import LOVT_FINDINGS
 from ..losses.classification import UNLABELLED, classification_loss, stated
-from .base import register
+from .base import StepState, register
 from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod, mean_auroc
 from .parts.guards import check_samples
@@ -28,7 +28,8 @@ class SupervisedConfig(ImageConfig):
     "Configuration of supervised pre-training."
     labels: tuple[str, ...] = CHEXPERT_FIVE  # binary labels that are predicted
     pos_weight: tuple[float, ...] = ()  # weight on the positives of each label; () = 1
-    unlabelled: str = 'mask'  # labels that are not stated: 'mask' leaves them out; 'negative' counts them as absent (original)
+    unlabelled: str = 'mask'  # labels that are not stated: 'mask' leaves them out;
+                              # 'negative' counts them as absent (original)
 
 # %% ../../nbs/323_methods.supervised.ipynb #5a712e2d
 @register
@@ -36,31 +37,32 @@ class Supervised(ImageMethod):
     "A ResNet that learns binary labels. Source: LoVT's CheXpert baseline."
     name, config_class, gathered, gathered_batch = 'supervised', SupervisedConfig, ('logits',), ('labels',)
 
-    def __init__(self, config=None, image_encoder=None):
+    def __init__(self, config: SupervisedConfig | None = None, image_encoder: nn.Module | None = None):
         super().__init__(config, image_encoder)
         c, k = self.config, len(self.config.labels)
         if not k or len(set(c.labels)) != k: raise ValueError(f'labels={c.labels}: name at least one label, each once')
         if c.pos_weight and (len(c.pos_weight) != k or not all(0 < w < float('inf') for w in c.pos_weight)):
-            raise ValueError(f'pos_weight={c.pos_weight} must be one positive number for each label ({", ".join(c.labels)})')
+            raise ValueError(f'pos_weight={c.pos_weight} must be one positive number for each label '
+                             f'({", ".join(c.labels)})')
         if c.unlabelled not in UNLABELLED: raise ValueError(unknown_name('unlabelled', c.unlabelled, UNLABELLED))
         self.head = nn.Linear(self.image_encoder.num_features, k)
 
-    def logits(self, images): # (b,1,h,w) or (b,v,1,h,w)
+    def logits(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w)
         "Give the linear layer's outputs, (b,k)."
         z = self.head(self.image_features(images))
         return z if z.dtype == torch.float64 else z.float()
 
-    def predict(self, images): # (b,1,h,w) or (b,v,1,h,w)
+    def predict(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w)
         "Give the probability of each label, (b,k)."
         return self.logits(images).sigmoid()
 
-    def encode(self, batch): # images (b,1,1,h,w)
+    def encode(self, batch: dict) -> dict: # images (b,1,1,h,w)
         "Give `logits` (b,k)."
         logits = self.logits(batch['images'])
         check_samples(batch, logits, module=self)
         return {'logits': logits}
 
-    def losses(self, features, batch, state): # labels (b,k): 1/0/NaN
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict: # labels (b,k): 1/0/NaN
         "Give the loss, the share of labels that are stated, and in evaluation mode the mean AUROC."
         z, c = features['logits'], self.config
         if 'labels' not in batch or batch['labels'].shape != z.shape:

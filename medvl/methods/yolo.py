@@ -6,14 +6,17 @@
 __all__ = ['YoloConfig', 'reference_yolo', 'Yolo', 'yolo_from']
 
 # %% ../../nbs/337_methods.yolo.ipynb #40151f81
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..core.patch import patch
 from ..core.errors import DataError, unknown_name
 from ..losses.yolo import REDUCTIONS, yolo_loss
-from .base import evaluating, register
+from .base import Method, StepState, evaluating, register
 from .parts.dense import DenseMethod, dense_from, size_of
 from ..models.boxes import LARGEST
 from ..models.yolo import ANCHORS, STRIDES, YoloHead, decode_grid, select_yolo, yolo_anchors
@@ -43,9 +46,10 @@ class YoloConfig:
 
 
 def reference_yolo(**changes, # fields to change
-                   ): # dict of fields
+                   ) -> dict: # dict of fields
     "Give the options of the original detector."
-    return {**dict(anchors='reference', reference=True, reduction='cells', scales='all', score_threshold=.2, overlap=.4, top=0), **changes}
+    return {**dict(anchors='reference', reference=True, reduction='cells', scales='all', score_threshold=.2, overlap=.4,
+                   top=0), **changes}
 
 # %% ../../nbs/337_methods.yolo.ipynb #f73ebe95
 @register
@@ -54,32 +58,35 @@ class Yolo(DenseMethod):
     name, config_class = 'yolo', YoloConfig
 
     def __init__(self,
-                 config=None, # YoloConfig
-                 image_encoder=None, # a module with `stages` to use instead of building one by name
+                 config: YoloConfig | None = None,
+                 image_encoder: nn.Module | None = None, # a module with `stages` to use instead of building one by name
                  ):
         super().__init__(config)
         c = self.config
-        for kind, value, known in (('anchors', c.anchors, ANCHORS), ('reduction', c.reduction, REDUCTIONS), ('scales', c.scales, ('all', 'best'))):
+        for kind, value, known in (('anchors', c.anchors, ANCHORS), ('reduction', c.reduction, REDUCTIONS),
+                                   ('scales', c.scales, ('all', 'best'))):
             if value not in known: raise ValueError(unknown_name(kind, value, known))
         self.head = YoloHead(self.begin(image_encoder, YoloHead.reads), len(c.classes), c.width)
         self.train()
 
-    def encode(self, batch): # images (b,1,1,h,w), or taps
+    def encode(self, batch: dict) -> dict: # images (b,1,1,h,w), or taps
         "Give the raw answers of the grids, float32: `raw32`, `raw16`, `raw8`, each (b, 3·(5+k), g, g')."
         return {f'raw{s}': raw.float() for s, raw in zip(STRIDES, self.head(self.stages_of(batch)))}
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the loss and its parts: position, size, objectness, class."
-        c, (raws, anchors, size) = self.config, self.geometry(features)
-        return yolo_loss(raws, *self.truth(batch), anchors, size, 'reference' if c.reference else 'clean', c.reduction, c.scales)
+        c, (raws, anchors, size) = self.config, self.grids(features)
+        return yolo_loss(raws, *self.marked_boxes(batch), anchors, size, 'reference' if c.reference else 'clean',
+                         c.reduction, c.scales)
 
-    def predict(self, images): # (b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255
-        "Find boxes: one dict an image with `boxes` (n,4) in its pixels, `scores` (n,), `labels` (n,) numbers in `names`, best first."
+    def predict(self, images: torch.Tensor) -> list[dict]: # (b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255
+        """Find boxes: one dict an image with `boxes` (n,4) in its pixels, `scores` (n,), `labels` (n,) numbers in
+        `names`, best first."""
         return self.predict_batch({'images': images})
 
 # %% ../../nbs/337_methods.yolo.ipynb #9ebcd6b1
 @patch(Yolo)
-def geometry(self: Yolo, features):
+def grids(self: Yolo, features: dict) -> tuple:
     "Give raw answers in order, anchors (3,3,2), and the size (h,w) of the images."
     raws = [features[f'raw{s}'] for s in STRIDES]
     size = size_of({'conv5': raws[0]})
@@ -87,18 +94,20 @@ def geometry(self: Yolo, features):
 
 
 @patch(Yolo)
-def predict_batch(self: Yolo, batch): # images (b,1,1,h,w), or taps of a frozen encoder
+def predict_batch(self: Yolo, batch: dict) -> list[dict]: # images (b,1,1,h,w), or taps of a frozen encoder
     "Find boxes: as `predict`."
     c = self.config
     with evaluating(self):
-        raws, anchors, size = self.geometry(self.encode(batch))
+        raws, anchors, size = self.grids(self.encode(batch))
         limit = None if c.reference else LARGEST
         decoded = torch.cat([decode_grid(r, a, size, limit) for r, a in zip(raws, anchors)], 1)
         return [select_yolo(d, size, c.score_threshold, c.overlap, c.top, c.reference) for d in decoded]
 
 # %% ../../nbs/337_methods.yolo.ipynb #c5fe74f6
 @patch(Yolo)
-def truth(self: Yolo, batch): # boxes: b lists of one array (k,4); box_labels: b lists of one list of names
+def marked_boxes(self: Yolo,
+                 batch: dict, # boxes: b lists of one array (k,4); box_labels: b lists of one list of names
+                 ) -> tuple[list, list]:
     """Give boxes (g,4) and labels (g,) of every image of a batch.
 
     Raises: DataError naming the image of a box without area, or when the batch has no boxes."""
@@ -107,20 +116,21 @@ def truth(self: Yolo, batch): # boxes: b lists of one array (k,4); box_labels: b
     for i, ((b,), (names,)) in enumerate(zip(batch['boxes'], batch['box_labels'])):
         b = torch.as_tensor(b, dtype=torch.float32, device=self.device).reshape(-1, 4)
         if not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()):
-            raise DataError(f'a box without area in image {batch["sample_id"][i]!r}: {b.tolist()}', fix='Boxes are x0, y0, x1, y1 with x1 > x0 and y1 > y0.')
+            raise DataError(f'a box without area in image {batch["sample_id"][i]!r}: {b.tolist()}',
+                            fix='Boxes are x0, y0, x1, y1 with x1 > x0 and y1 > y0.')
         wanted = torch.tensor([n in number for n in names], dtype=torch.bool, device=self.device)
         boxes.append(b[wanted])
         labels.append(torch.tensor([number[n] for n in names if n in number], dtype=torch.int64, device=self.device))
     return boxes, labels
 
 # %% ../../nbs/337_methods.yolo.ipynb #9800930d
-def yolo_from(source, # trained Method with a ResNet, name of an encoder, or file of weights
-              classes, # findings
-              frozen=True, # False: fine-tune the encoder
-              seed=0, # of the head
-              prefix='', # of the weights in a file
+def yolo_from(source: Method | str | Path, # trained Method with a ResNet, name of an encoder, or file of weights
+              classes: Sequence[str], # findings
+              frozen: bool = True, # False: fine-tune the encoder
+              seed: int = 0, # of the head
+              prefix: str = '', # of the weights in a file
               **changes, # fields of YoloConfig
-              ): # Yolo
+              ) -> Yolo:
     "Put a detector on an encoder. Raises: as `dense_from`."
     classes = (classes,) if isinstance(classes, str) else tuple(classes)
     return dense_from(Yolo, source, seed, prefix, classes=classes, frozen=frozen, **changes)

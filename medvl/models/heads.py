@@ -16,25 +16,25 @@ from ..core.errors import unknown_name
 class LinearProjection(nn.Module):
     "Project features linearly."
     def __init__(self,
-                 width, # size of the features
-                 dim, # size of the shared space
-                 dropout=0.0, # ignored; both heads take the same arguments
+                 width: int, # size of the features
+                 dim: int, # size of the shared space
+                 dropout: float = 0.0, # ignored; both heads take the same arguments
                  ):
         super().__init__()
         self.projection = nn.Linear(width, dim)
 
-    def forward(self, features): # (..., width) -> (..., dim)
+    def forward(self, features: torch.Tensor) -> torch.Tensor: # (..., width) -> (..., dim)
         return self.projection(features)
 
 # %% ../../nbs/206_models.heads.ipynb #ea338b8c
 class MLPProjection(nn.Module):
     "Project features linearly, then add a GELU branch and normalise."
-    def __init__(self, width, dim, dropout=0.1): # dropout: probability on the branch
+    def __init__(self, width: int, dim: int, dropout: float = 0.1): # dropout: probability on the branch
         super().__init__()
         self.projection, self.fc = nn.Linear(width, dim), nn.Linear(dim, dim)
         self.dropout, self.layer_norm = nn.Dropout(dropout), nn.LayerNorm(dim)
 
-    def forward(self, features): # (..., width) -> (..., dim)
+    def forward(self, features: torch.Tensor) -> torch.Tensor: # (..., width) -> (..., dim)
         p = self.projection(features)
         return self.layer_norm(self.dropout(self.fc(F.gelu(p))) + p)
 
@@ -42,17 +42,17 @@ class MLPProjection(nn.Module):
 HEADS = {'linear': LinearProjection, 'mlp': MLPProjection}
 
 
-def build_projection(kind, # 'linear' or 'mlp'
-                     width, # size of the features
-                     dim, # size of the shared space
-                     dropout=0.1, # for 'mlp'
-                     ): # nn.Module
+def build_projection(kind: str, # 'linear' or 'mlp'
+                     width: int, # size of the features
+                     dim: int, # size of the shared space
+                     dropout: float = 0.1, # for 'mlp'
+                     ) -> nn.Module: # nn.Module
     "Build a projection head by name."
     if kind not in HEADS: raise ValueError(unknown_name('projection', kind, HEADS))
     return HEADS[kind](width, dim, dropout)
 
 # %% ../../nbs/206_models.heads.ipynb #4451a607
-def unit(x, # (..., d), any float type
-         ): # float32 (float64 stays), rows of length 1
+def unit(x: torch.Tensor, # (..., d), any float type
+         ) -> torch.Tensor: # float32 (float64 stays), rows of length 1
     "Scale rows to length one."
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1, eps=1e-12)

@@ -10,13 +10,14 @@ import math
 from copy import deepcopy
 
 import torch
+from torch import nn
 
 from ..core.errors import unknown_name
 
 # %% ../../nbs/209_models.momentum.ipynb #af1d5bd8
 def teacher_of(
-    student, # torch module
-): # the copy, without gradients
+    student: nn.Module, # torch module
+) -> nn.Module: # the copy, without gradients
     "Copy networks into a teacher."
     return deepcopy(student).requires_grad_(False)
 
@@ -26,18 +27,20 @@ STATISTICS = ('own', 'follow')
 
 @torch.no_grad()
 def follow(
-    teacher, # from `teacher_of`; changed in place
-    student, # the networks it follows
+    teacher: nn.Module, # from `teacher_of`; changed in place
+    student: nn.Module, # the networks it follows
     momentum:float, # m, share of the old value that stays, 0..1
     statistics:str='own', # BatchNorm's running statistics: 'own' or 'follow'
-):
+) -> None:
     """Move a teacher towards its student.
 
     Raises: ValueError for a momentum outside 0..1, or networks that differ."""
     if not 0 <= momentum <= 1: raise ValueError(f'momentum={momentum} must lie in 0..1')
     if statistics not in STATISTICS: raise ValueError(unknown_name('statistics', statistics, STATISTICS))
     pairs = list(zip(teacher.named_parameters(), student.named_parameters(), strict=True))
-    if statistics == 'follow': pairs += [(a, b) for a, b in zip(teacher.named_buffers(), student.named_buffers(), strict=True) if a[1].is_floating_point()]
+    if statistics == 'follow':
+        pairs += [(a, b) for a, b in zip(teacher.named_buffers(), student.named_buffers(), strict=True)
+                  if a[1].is_floating_point()]
     wrong = [f'{n} / {m}' for (n, t), (m, s) in pairs if n != m or t.shape != s.shape]
     if wrong: raise ValueError(f'teacher and student are not the same networks: {wrong[0]}')
     if pairs: torch._foreach_lerp_([t for (_, t), _ in pairs], [s.detach() for _, (_, s) in pairs], 1 - momentum)

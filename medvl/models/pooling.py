@@ -13,55 +13,58 @@ from torch import nn
 from ..core.errors import unknown_name
 
 # %% ../../nbs/207_models.pooling.ipynb #f71d72c2
-def masked_mean(x, # (b,n,d)
-                mask=None, # bool (b,n), True for real places; None: all are
-                legacy_padded_mean=False, # divide by the padded length, as the original
-                ): # (b,d); 0 where no place is real
+def masked_mean(x: torch.Tensor, # (b,n,d)
+                mask: torch.Tensor | None = None, # bool (b,n), True for real places; None: all are
+                legacy_padded_mean: bool = False, # divide by the padded length, as the original
+                ) -> torch.Tensor: # (b,d); 0 where no place is real
     "Average over the real places."
     if mask is None: return x.mean(1)
     real = x.masked_fill(~mask.unsqueeze(-1), 0).sum(1)
     return real / (x.shape[1] if legacy_padded_mean else mask.sum(1, keepdim=True).clamp(min=1))
 
 
-def masked_max(x, # (b,n,d)
-               mask=None, # bool (b,n)
-               ): # (b,d); 0 where no place is real
+def masked_max(x: torch.Tensor, # (b,n,d)
+               mask: torch.Tensor | None = None, # bool (b,n)
+               ) -> torch.Tensor: # (b,d); 0 where no place is real
     "Take the largest value over the real places, channel by channel."
     if mask is None: return x.amax(1)
     top = x.masked_fill(~mask.unsqueeze(-1), torch.finfo(x.dtype).min).amax(1)
     return torch.where(mask.any(1, keepdim=True), top, 0)
 
 # %% ../../nbs/207_models.pooling.ipynb #3154f337
-def pool_sentences(hidden, # token vectors (b,L,d)
-                   sentence, # int64 (b,L): 1..S, 0 for what belongs to no sentence
-                   count=None, # S; None: the largest number in the batch
-                   ): # ((b,S,d), mask bool (b,S))
+def pool_sentences(hidden: torch.Tensor, # token vectors (b,L,d)
+                   sentence: torch.Tensor, # int64 (b,L): 1..S, 0 for what belongs to no sentence
+                   count: int | None = None, # S; None: the largest number in the batch
+                   ) -> tuple[torch.Tensor, torch.Tensor]: # ((b,S,d), mask bool (b,S))
     "Pool token vectors to sentence vectors by the maximum."
     count = int(sentence.max()) if count is None else count
     place = sentence.unsqueeze(-1).expand_as(hidden)
     low = hidden.new_full((len(hidden), count + 1, hidden.shape[-1]), torch.finfo(hidden.dtype).min)
     top = low.scatter_reduce(1, place, hidden, 'amax')[:, 1:]
-    mask = torch.zeros(len(hidden), count + 1, dtype=torch.bool, device=hidden.device).scatter_(1, sentence, True)[:, 1:]
+    mask = torch.zeros(len(hidden), count + 1, dtype=torch.bool,
+                       device=hidden.device).scatter_(1, sentence, True)[:, 1:]
     return top.masked_fill(~mask.unsqueeze(-1), 0), mask
 
 # %% ../../nbs/207_models.pooling.ipynb #93d234ae
 class AttentionPool(nn.Module):
     "Multi-head attention whose only query is the mean of the places."
     def __init__(self,
-                 width, # d
-                 heads=8, # must divide d
-                 folded=True, # False: keys and values of every place, as the original
-                 legacy_padded_mean=False, # the query's mean divides by the padded length, as the original
+                 width: int, # d
+                 heads: int = 8, # must divide d
+                 folded: bool = True, # False: keys and values of every place, as the original
+                 legacy_padded_mean: bool = False, # the query's mean divides by the padded length, as the original
                  ):
         super().__init__()
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True) # names and initialisation of the original
+        # names and initialisation of the original
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.heads, self.folded, self.legacy_padded_mean = heads, folded, legacy_padded_mean
 
-    def forward(self, x, mask=None): # (b,n,d), bool (b,n)
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple: # (b,n,d), bool (b,n)
         "Give the pooled vector (b,d) and the weights of the places (b,n), which sum to 1 (0 where no place is real)."
         query = masked_mean(x, mask, self.legacy_padded_mean)
         if self.folded: return self._folded(query, x, mask)
-        pooled, weights = self.attention(query.unsqueeze(1), x, x, None if mask is None else ~mask, average_attn_weights=True)
+        pooled, weights = self.attention(query.unsqueeze(1), x, x, None if mask is None else ~mask,
+                                         average_attn_weights=True)
         return pooled.squeeze(1), weights.squeeze(1)
 
     def _folded(self, query, x, mask):
@@ -80,30 +83,30 @@ class AttentionPool(nn.Module):
 # %% ../../nbs/207_models.pooling.ipynb #8678f8fd
 class MeanPool(nn.Module):
     "Average the places."
-    def __init__(self, width=None, legacy_padded_mean=False):
+    def __init__(self, width: int | None = None, legacy_padded_mean: bool = False):
         super().__init__()
         self.legacy_padded_mean = legacy_padded_mean
 
-    def forward(self, x, mask=None): # (b,n,d), bool (b,n) -> (b,d), None
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple: # (b,n,d), bool (b,n) -> (b,d), None
         return masked_mean(x, mask, self.legacy_padded_mean), None
 
 
 class MaxPool(nn.Module):
     "Take the largest value of each channel."
-    def __init__(self, width=None, legacy_padded_mean=False):
+    def __init__(self, width: int | None = None, legacy_padded_mean: bool = False):
         super().__init__()
 
-    def forward(self, x, mask=None): # (b,n,d), bool (b,n) -> (b,d), None
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> tuple: # (b,n,d), bool (b,n) -> (b,d), None
         return masked_max(x, mask), None
 
 
 POOLS = {'attention': AttentionPool, 'mean': MeanPool, 'max': MaxPool}
 
 
-def build_pool(kind, # 'attention', 'mean' or 'max'
-               width, # d
-               legacy_padded_mean=False, # as the original
-               ): # module: (b,n,d), mask -> (b,d), weights (b,n) or None
+def build_pool(kind: str, # 'attention', 'mean' or 'max'
+               width: int, # d
+               legacy_padded_mean: bool = False, # as the original
+               ) -> nn.Module: # module: (b,n,d), mask -> (b,d), weights (b,n) or None
     """Build a pool by name.
 
     Raises: ValueError for an unknown name."""

@@ -6,26 +6,29 @@
 __all__ = ['NORMS', 'real_rows', 'back_in_place', 'Unit', 'build_norm', 'Projection']
 
 # %% ../../nbs/207a_models.projection.ipynb #cacd246f
+from collections.abc import Sequence
+
 import torch.nn.functional as F
+import torch
 from torch import nn
 
 from ..core.errors import unknown_name
 from .heads import unit
 
 # %% ../../nbs/207a_models.projection.ipynb #7578eaca
-def real_rows(x, # (b,m,d)
-              mask=None, # bool (b,m); None: all rows are real
-              ): # ((r,d), where they came from: int64 (r,) or None)
+def real_rows(x: torch.Tensor, # (b,m,d)
+              mask: torch.Tensor | None = None, # bool (b,m); None: all rows are real
+              ) -> tuple: # ((r,d), where they came from: int64 (r,) or None)
     "Take out the rows that are not padding."
     if mask is None: return x.flatten(0, 1), None
     where = mask.flatten().nonzero().squeeze(1)
     return x.flatten(0, 1).index_select(0, where), where
 
 
-def back_in_place(rows, # (r,d)
-                  where, # from `real_rows`
-                  shape, # (b,m,…) of what was taken apart
-                  ): # (b,m,d), 0 for padding
+def back_in_place(rows: torch.Tensor, # (r,d)
+                  where: torch.Tensor | None, # from `real_rows`
+                  shape: Sequence[int], # (b,m,…) of what was taken apart
+                  ) -> torch.Tensor: # (b,m,d), 0 for padding
     "Put rows back."
     if where is not None: rows = rows.new_zeros(shape[0] * shape[1], rows.shape[-1]).index_copy(0, where, rows)
     return rows.view(shape[0], shape[1], -1)
@@ -33,16 +36,17 @@ def back_in_place(rows, # (r,d)
 # %% ../../nbs/207a_models.projection.ipynb #8411a81c
 class Unit(nn.Module):
     "Scale rows to length one."
-    def forward(self, x): # (…,d)
+    def forward(self, x: torch.Tensor) -> torch.Tensor: # (…,d)
         return unit(x)
 
 
-NORMS = {'batch': nn.BatchNorm1d, 'layer': nn.LayerNorm, 'l2': lambda width: Unit(), 'none': lambda width: nn.Identity()}
+NORMS = {'batch': nn.BatchNorm1d, 'layer': nn.LayerNorm, 'l2': lambda width: Unit(),
+         'none': lambda width: nn.Identity()}
 
 
-def build_norm(kind, # 'batch', 'layer', 'l2' or 'none'
-               width, # channels
-               ): # module on (r,width)
+def build_norm(kind: str, # 'batch', 'layer', 'l2' or 'none'
+               width: int, # channels
+               ) -> nn.Module: # module on (r,width)
     "Build a norm by name."
     if kind not in NORMS: raise ValueError(unknown_name('norm', kind, NORMS))
     return NORMS[kind](width)
@@ -51,24 +55,26 @@ def build_norm(kind, # 'batch', 'layer', 'l2' or 'none'
 class Projection(nn.Module):
     "Two linear maps with a norm and a ReLU between."
     def __init__(self,
-                 width, # of the features
-                 dim=512, # of the shared space
-                 hidden=2048, # between
-                 norm='batch', # 'batch', 'layer', 'l2' or 'none'
-                 legacy_padded_norm=False, # let padded places into BatchNorm, as the original
+                 width: int, # of the features
+                 dim: int = 512, # of the shared space
+                 hidden: int = 2048, # between
+                 norm: str = 'batch', # 'batch', 'layer', 'l2' or 'none'
+                 legacy_padded_norm: bool = False, # let padded places into BatchNorm, as the original
                  ):
         super().__init__()
-        self.projection_before, self.norm, self.projection_after = nn.Linear(width, hidden), build_norm(norm, hidden), nn.Linear(hidden, dim)
+        self.projection_before, self.norm, self.projection_after = (nn.Linear(width, hidden), build_norm(norm, hidden),
+                                                                    nn.Linear(hidden, dim))
         self.legacy_padded_norm = legacy_padded_norm
         nn.init.kaiming_normal_(self.projection_before.weight, mode='fan_out', nonlinearity='relu')
         nn.init.kaiming_normal_(self.projection_after.weight, mode='fan_out', nonlinearity='linear')
         for layer in (self.projection_before, self.projection_after): nn.init.zeros_(layer.bias)
 
-    def rows(self, x): # (r,width) -> (r,dim)
+    def rows(self, x: torch.Tensor) -> torch.Tensor: # (r,width) -> (r,dim)
         "Project a matrix of rows."
         return self.projection_after(F.relu(self.norm(self.projection_before(x))))
 
-    def forward(self, x, mask=None): # (b,width); or (b,m,width) with bool (b,m)
+    def forward(self, x: torch.Tensor,
+                mask: torch.Tensor | None = None) -> torch.Tensor: # (b,width); or (b,m,width) with bool (b,m)
         "Project one vector a sample, or many: (b,dim) or (b,m,dim)."
         if x.dim() == 2: return self.rows(x)
         rows, where = real_rows(x, None if self.legacy_padded_norm else mask)

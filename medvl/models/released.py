@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'SPARE', 'kind_of', 'encoder_mark', 'encoder_of', 'weight_ta
 # %% ../../nbs/212_models.released.ipynb #7e291f01
 import re
 from collections import OrderedDict
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -20,14 +21,17 @@ from .efficientnet import EFFICIENTNETS, block_plan, round_channels
 # %% ../../nbs/212_models.released.ipynb #00ec3f92
 KINDS = { # kind: (key of the weights in the file, prefix of the image encoder, names it must have)
     'pretraining': ('model', 'image_encoder.', ('logit_scale', 'image_projection.', 'text_projection.')),
-    'classifier': ('model', 'image_encoder.', ('classifier.classification_head.weight', 'classifier.classification_head.bias')),
-    'detector': ('state_dict', 'efficientnet.', ('fpn.P5_1.weight', 'regressionModel.output.weight', 'classificationModel.output.weight'))}
+    'classifier': ('model', 'image_encoder.',
+                   ('classifier.classification_head.weight', 'classifier.classification_head.bias')),
+    'detector': ('state_dict', 'efficientnet.',
+                 ('fpn.P5_1.weight', 'regressionModel.output.weight', 'classificationModel.output.weight'))}
 SPARE = { # names that a file may have and no network needs
-    'pretraining': ('text_encoder.text_encoder.embeddings.position_ids',), 'classifier': (), 'detector': ('efficientnet._fc.',)}
+    'pretraining': ('text_encoder.text_encoder.embeddings.position_ids',), 'classifier': (),
+    'detector': ('efficientnet._fc.',)}
 
 
 def kind_of(
-    weights, # dict name -> tensor
+    weights: dict, # dict name -> tensor
 ) -> str: # pretraining, classifier or detector
     """Tell what a set of weights is for.
 
@@ -36,17 +40,19 @@ def kind_of(
         if all(any(k.startswith(n) for k in weights) for n in (*needed, f'{prefix}_conv_stem.weight')): return kind
     heads = sorted({k.split('.')[0] for k in weights})
     raise DataError(f'these are no weights of Mammo-CLIP: names begin with {", ".join(heads[:6])}.',
-                    fix='Released files are of pre-training, classifiers or detectors; plain image encoders are read by load_weights.')
+                    fix='Released files are of pre-training, classifiers or detectors; plain image encoders are read '
+                        'by load_weights.')
 
 # %% ../../nbs/212_models.released.ipynb #7a95c2da
 def _mark(shapes):
     "What tells EfficientNets apart: shapes of stem and head, number of blocks, squeeze-and-excitation."
     blocks = {int(m[1]) for k in shapes if (m := re.match(r'_blocks\.(\d+)\.', k))}
-    return tuple(shapes.get('_conv_stem.weight', ())), tuple(shapes.get('_conv_head.weight', ())), len(blocks), any('_se_reduce' in k for k in shapes)
+    return (tuple(shapes.get('_conv_stem.weight', ())), tuple(shapes.get('_conv_head.weight', ())), len(blocks),
+            any('_se_reduce' in k for k in shapes))
 
 
 def encoder_mark(
-    name, # a key of EFFICIENTNETS
+    name: str, # a key of EFFICIENTNETS
 ) -> tuple: # shape of the stem, shape of the head, number of blocks, whether it has squeeze-and-excitation
     "Say what marks an EfficientNet, without building it."
     c = EFFICIENTNETS[name]
@@ -56,7 +62,7 @@ def encoder_mark(
 
 
 def encoder_of(
-    weights, # dict name -> tensor
+    weights: dict, # dict name -> tensor
     kind:str='', # of `kind_of`; '' finds it
 ) -> str: # efficientnet-b2, …
     """Tell which EfficientNet the image encoder is.
@@ -66,18 +72,20 @@ def encoder_of(
     found = _mark({k[len(prefix):]: tuple(v.shape) for k, v in weights.items() if k.startswith(prefix)})
     for name in EFFICIENTNETS:
         if encoder_mark(name) == found: return name
-    raise DataError(f'the image encoder is no EfficientNet that is known: stem {found[0]}, head {found[1]}, {found[2]} blocks.',
+    raise DataError(f'the image encoder is no EfficientNet that is known: stem {found[0]}, head {found[1]}, {found[2]} '
+                    'blocks.',
                     fix=f'Known are {", ".join(EFFICIENTNETS)}.')
 
 # %% ../../nbs/212_models.released.ipynb #c44e2091
 def weight_table(
-    state, # the network's state dictionary, under the file's names
-    weights, # the file's: name -> tensor
-    spare=(), # beginnings of names that may be left over
+    state: dict, # the network's state dictionary, under the file's names
+    weights: dict, # the file's: name -> tensor
+    spare: tuple = (), # beginnings of names that may be left over
 ) -> pd.DataFrame: # index: name; status, in_file, in_network (shapes)
     "Compare a file with a network, tensor by tensor, in the file's order."
     report = compare_weights(state, weights, spare)
-    status = {k: 'loaded' for k in report.loaded} | dict.fromkeys(report.missing, 'missing') | dict.fromkeys(report.unexpected, 'unexpected')
+    status = ({k: 'loaded' for k in report.loaded} | dict.fromkeys(report.missing, 'missing')
+              | dict.fromkeys(report.unexpected, 'unexpected'))
     status |= {k: 'shape' for k, _, _ in report.mismatched} | dict.fromkeys(report.ignored, 'spare')
     shape = lambda d, k: tuple(d[k].shape) if k in d else None
     names = [*weights, *report.missing]
@@ -88,28 +96,31 @@ def weight_table(
 
 def check_weights(
     table:pd.DataFrame, # of `weight_table`
-    file='', # for the message
+    file: str | Path = '', # for the message
 ) -> pd.DataFrame: # the same
     """Refuse weights that do not fit to the last tensor.
 
     Raises: DataError naming the first tensors that do not."""
     bad = table[~table.status.isin(['loaded', 'spare'])]
     if len(bad):
-        first = '; '.join(f'{r.status} {k}' + (f' {r.in_file} for {r.in_network}' if r.status == 'shape' else '') for k, r in bad.head(4).iterrows())
-        raise DataError(f'{len(bad)} of {len(table)} tensors do not fit: {first}', file=file or None, fix='strict=False loads the others.')
+        first = '; '.join(f'{r.status} {k}' + (f' {r.in_file} for {r.in_network}' if r.status == 'shape' else '')
+                          for k, r in bad.head(4).iterrows())
+        raise DataError(f'{len(bad)} of {len(table)} tensors do not fit: {first}', file=file or None,
+                        fix='strict=False loads the others.')
     return table
 
 # %% ../../nbs/212_models.released.ipynb #3b7ed86f
 def write_torch(
-    path, # .tar or .pth
+    path: str | Path, # .tar or .pth
     kind:str, # decides the key of the weights
-    weights, # dict name -> tensor, in order
-    extra=None, # dict of plain values beside: config, epoch, …
-):
+    weights: dict, # dict name -> tensor, in order
+    extra: dict | None = None, # dict of plain values beside: config, epoch, …
+) -> None:
     """Write a file as the original code does.
 
     Raises: ValueError for tensors that are not finite."""
     bad = [k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if bad: raise ValueError(f'weights that are not finite: {", ".join(bad[:4])}')
-    tree = {KINDS[kind][0]: OrderedDict((k, v.detach().cpu().contiguous()) for k, v in weights.items()), **(extra or {})}
+    tree = {KINDS[kind][0]: OrderedDict((k, v.detach().cpu().contiguous()) for k, v in weights.items()),
+            **(extra or {})}
     with atomic_path(path) as temporary: torch.save(tree, temporary)

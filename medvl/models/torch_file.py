@@ -49,16 +49,19 @@ class StoredTensor:
         Raises: DataError if it reaches beyond it, or claims more elements than it holds."""
         count = 1
         for n in self.size: count *= n
-        if min(self.size, default=0) < 0 or min(self.stride, default=0) < 0 or self.offset < 0 or len(self.size) != len(self.stride):
+        if (min(self.size, default=0) < 0 or min(self.stride, default=0) < 0 or self.offset < 0
+            or len(self.size) != len(self.stride)):
             raise DataError(f'tensor {self.key} has an impossible shape')
         reach = self.offset + sum((n - 1) * s for n, s in zip(self.size, self.stride)) + 1 if count else 0
         if reach > len(data): raise DataError(f'tensor {self.key} reaches beyond its storage')
-        if count > len(data): raise DataError(f'tensor {self.key} claims {count} elements, its storage holds {len(data)}')
+        if count > len(data):
+            raise DataError(f'tensor {self.key} claims {count} elements, its storage holds {len(data)}')
         return data.as_strided(self.size, self.stride, self.offset).clone()
 
 
 def _rebuild_tensor(storage, offset, size, stride, *rest): # rest: requires_grad, hooks, metadata: not wanted
-    return StoredTensor(storage.key, storage.dtype, int(offset), tuple(int(n) for n in size), tuple(int(n) for n in stride))
+    return StoredTensor(storage.key, storage.dtype, int(offset), tuple(int(n) for n in size),
+                        tuple(int(n) for n in stride))
 
 # %% ../../nbs/209a_models.torch_file.ipynb #50cf725f
 class _NumpyType(Inert):
@@ -68,8 +71,10 @@ class _NumpyType(Inert):
 def _numpy_numbers(kind, data):
     "Read numbers (and nothing else) from bytes."
     import numpy as np
-    order = kind.state[1] if isinstance(kind.state, tuple) and len(kind.state) > 1 and kind.state[1] in tuple('<>') else '<'
-    if not re.fullmatch(r'[<>|=]?[fiub]\d{0,2}', kind.name): raise pickle.UnpicklingError('a NumPy value that is no number is refused')
+    order = (kind.state[1] if isinstance(kind.state, tuple) and len(kind.state) > 1
+             and kind.state[1] in tuple('<>') else '<')
+    if not re.fullmatch(r'[<>|=]?[fiub]\d{0,2}', kind.name):
+        raise pickle.UnpicklingError('a NumPy value that is no number is refused')
     return np.frombuffer(data, np.dtype(kind.name).newbyteorder(order))
 
 
@@ -83,9 +88,11 @@ class _NumpyArray(Inert):
         return _numpy_numbers(kind, data).reshape(shape, order='F' if fortran else 'C').copy()
 
 # %% ../../nbs/209a_models.torch_file.ipynb #60ed905b
-STAND_INS = ('omegaconf', 'typing', 'argparse', 'pytorch_lightning', 'lightning', 'lightning_fabric', 'torchmetrics', 'models', 'common', 'configs')
+STAND_INS = ('omegaconf', 'typing', 'argparse', 'pytorch_lightning', 'lightning', 'lightning_fabric', 'torchmetrics',
+             'models', 'common', 'configs')
 STORAGES = {f'{name}Storage': dtype for name, dtype in dict(
-    Float=torch.float32, Double=torch.float64, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64, Int=torch.int32,
+    Float=torch.float32, Double=torch.float64, Half=torch.float16, BFloat16=torch.bfloat16, Long=torch.int64,
+    Int=torch.int32,
     Short=torch.int16, Char=torch.int8, Byte=torch.uint8, Bool=torch.bool).items()}
 CONTAINERS = {('builtins', t.__name__): t for t in (dict, list, tuple, set)} | {
     ('collections', 'OrderedDict'): OrderedDict, ('collections', 'defaultdict'): defaultdict, ('torch', 'Size'): tuple}
@@ -94,7 +101,8 @@ CONTAINERS = {('builtins', t.__name__): t for t in (dict, list, tuple, set)} | {
 def _text(value='', *codec):
     "`str` of a text or a number; of anything else it could unfold without end."
     if isinstance(value, bytes): return value.decode('latin1')
-    if not isinstance(value, (str, int, float, bool)): raise pickle.UnpicklingError('a text made of something that is no text')
+    if not isinstance(value, (str, int, float, bool)):
+        raise pickle.UnpicklingError('a text made of something that is no text')
     return str(value)
 
 
@@ -105,11 +113,15 @@ def _generic(origin=None, *args):
 
 ALLOWED = {('builtins', t.__name__): t for t in (int, float, bool)} | {
     ('builtins', 'str'): _text, ('operator', 'getitem'): _generic, ('_operator', 'getitem'): _generic,
-    ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor, ('torch._utils', '_rebuild_parameter'): lambda data, *rest: data,
-    ('_codecs', 'encode'): lambda text, codec: text.encode('latin1'), ('builtins', 'bytes'): lambda *a: b'', ('numpy', 'dtype'): _NumpyType,
-    ('numpy', 'ndarray'): _NumpyArray} | {(f'numpy.{core}.multiarray', name): make for core in ('core', '_core') for name, make in (
+    ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
+    ('torch._utils', '_rebuild_parameter'): lambda data, *rest: data,
+    ('_codecs', 'encode'): lambda text, codec: text.encode('latin1'), ('builtins', 'bytes'): lambda *a: b'',
+    ('numpy', 'dtype'): _NumpyType,
+    ('numpy', 'ndarray'): _NumpyArray} | {(f'numpy.{core}.multiarray', name): make for core in ('core', '_core')
+                                          for name, make in (
         ('scalar', _numpy_scalar), ('_reconstruct', lambda *a: _NumpyArray()))} | {
-    ('pytorch_lightning.utilities.parsing', 'AttributeDict'): dict, ('lightning.fabric.utilities.data', 'AttributeDict'): dict} | {
+    ('pytorch_lightning.utilities.parsing', 'AttributeDict'): dict,
+    ('lightning.fabric.utilities.data', 'AttributeDict'): dict} | {
     ('torch', name): dtype for name, dtype in STORAGES.items()} | {('torch', str(d)[6:]): d for d in STORAGES.values()}
 
 # %% ../../nbs/209a_models.torch_file.ipynb #4cbb6f24
@@ -130,7 +142,8 @@ class _Steps(dict):
         return super().__getitem__(code)
 
 # %% ../../nbs/209a_models.torch_file.ipynb #986e9734
-REFUSED = (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4) # they reserve what they announce
+# they reserve what they announce
+REFUSED = (pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4)
 
 
 class RestrictedUnpickler(pickle._Unpickler):
@@ -138,7 +151,8 @@ class RestrictedUnpickler(pickle._Unpickler):
     def __init__(self, file: io.BytesIO): # the pickle
         super().__init__(file)
         self.dispatch = _Steps({k: v for k, v in pickle._Unpickler.dispatch.items() if bytes([k]) not in REFUSED})
-        for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3): self.dispatch[code[0]] = self._tuple(self.dispatch[code[0]])
+        for code in (pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3):
+            self.dispatch[code[0]] = self._tuple(self.dispatch[code[0]])
         self.copied, self.depths, self.storages = 0, {}, {}
 
     def _tuple(self, load: Callable) -> Callable:
@@ -146,7 +160,8 @@ class RestrictedUnpickler(pickle._Unpickler):
         def deeper(self):
             load(self)
             made = self.stack[-1]
-            self.depths[id(made)] = depth = 1 + max((self.depths.get(id(v), 0) for v in made if isinstance(v, tuple)), default=0)
+            self.depths[id(made)] = depth = 1 + max((self.depths.get(id(v), 0) for v in made if isinstance(v, tuple)),
+                                                    default=0)
             if depth > MAX_DEPTH: raise pickle.UnpicklingError(f'tuples nested more than {MAX_DEPTH} deep')
         return deeper
 
@@ -154,14 +169,16 @@ class RestrictedUnpickler(pickle._Unpickler):
         "Build a container, and count what it copies."
         def make(*args):
             self.copied += sum(len(a) for a in args if hasattr(a, '__len__'))
-            if self.copied > MAX_COPIED: raise pickle.UnpicklingError(f'containers copy more than {MAX_COPIED} elements')
+            if self.copied > MAX_COPIED:
+                raise pickle.UnpicklingError(f'containers copy more than {MAX_COPIED} elements')
             return kind() if kind is defaultdict else kind(*args)
         return make
 
 # %% ../../nbs/209a_models.torch_file.ipynb #29adc7c0
 def _find_class(self: RestrictedUnpickler, module: str, name: str) -> Any:
     "Look a name up in our tables, never in Python's modules."
-    if module == '__builtin__': module, name = 'builtins', {'unicode': 'str', 'long': 'int'}.get(name, name)  # Python 2's names
+    # Python 2's names
+    if module == '__builtin__': module, name = 'builtins', {'unicode': 'str', 'long': 'int'}.get(name, name)
     if (module, name) in CONTAINERS: return self._container(CONTAINERS[module, name])
     if (module, name) in ALLOWED: return ALLOWED[module, name]
     if module.split('.')[0] in STAND_INS: return type(name.split('.')[-1], (Inert,), {})
@@ -170,7 +187,8 @@ def _find_class(self: RestrictedUnpickler, module: str, name: str) -> Any:
 
 def _persistent_load(self: RestrictedUnpickler, pid: Any) -> StoredTensor:
     "Take note of a storage: ('storage', dtype, name, device, elements), in the old format with a sixth, empty entry."
-    if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != 'storage' or not isinstance(pid[1], torch.dtype) or (len(pid) == 6 and pid[5] is not None):
+    if (not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != 'storage'
+        or not isinstance(pid[1], torch.dtype) or (len(pid) == 6 and pid[5] is not None)):
         raise pickle.UnpicklingError('an unknown kind of stored object')
     self.storages[str(pid[2])] = pid[1]
     return StoredTensor(str(pid[2]), pid[1])
@@ -191,7 +209,8 @@ def _inside(obj):
 
 
 def plain(obj: Any, _seen: dict | None = None, _depth: int = 0) -> Any: # whatever a RestrictedUnpickler gave
-    """Turn stand-ins into Python's containers and values; a class as a key becomes its name, a tensor's note its shape in words.
+    """Turn stand-ins into Python's containers and values; a class as a key becomes its name, a tensor's note its shape
+    in words.
 
     Raises: DataError for values nested too deep, in a circle, or that unfold to more than a million."""
     seen = {} if _seen is None else _seen
@@ -213,7 +232,8 @@ def plain(obj: Any, _seen: dict | None = None, _depth: int = 0) -> Any: # whatev
 # %% ../../nbs/209a_models.torch_file.ipynb #9b0d7f76
 def _children(obj):
     "Values directly inside a container."
-    return list(obj.values()) if isinstance(obj, dict) else list(obj) if isinstance(obj, (list, tuple, set)) else [_inside(obj)] if not hasattr(obj, 'array') else []
+    return (list(obj.values()) if isinstance(obj, dict) else list(obj) if isinstance(obj, (list, tuple, set))
+            else [_inside(obj)] if not hasattr(obj, 'array') else [])
 
 
 def _again(entry):
@@ -250,17 +270,23 @@ def _open_zip(path):
     size = path.stat().st_size
     with zipfile.ZipFile(path) as z:
         entries = z.infolist()
-        if any(i.compress_type != zipfile.ZIP_STORED for i in entries): raise DataError('compressed entries, which torch never writes', file=path)
-        if sum(i.file_size for i in entries) > size: raise DataError('entries that together are larger than the file', file=path)
+        if any(i.compress_type != zipfile.ZIP_STORED for i in entries):
+            raise DataError('compressed entries, which torch never writes', file=path)
+        if sum(i.file_size for i in entries) > size:
+            raise DataError('entries that together are larger than the file', file=path)
         roots = [i.filename[:-len('/data.pkl')] for i in entries if i.filename.endswith('/data.pkl')]
         if len(roots) != 1: raise DataError('not a torch file: no data.pkl in it', file=path)
         root, names = roots[0], {i.filename: i for i in entries}
-        if f'{root}/byteorder' in names and z.read(f'{root}/byteorder') != b'little': raise DataError('big-endian weights are not supported', file=path)
-        if names[f'{root}/data.pkl'].file_size > MAX_PICKLE: raise DataError(f'a structure of more than {MAX_PICKLE >> 20} MB', file=path)
+        if f'{root}/byteorder' in names and z.read(f'{root}/byteorder') != b'little':
+            raise DataError('big-endian weights are not supported', file=path)
+        if names[f'{root}/data.pkl'].file_size > MAX_PICKLE:
+            raise DataError(f'a structure of more than {MAX_PICKLE >> 20} MB', file=path)
         tree = RestrictedUnpickler(io.BytesIO(z.read(f'{root}/data.pkl'))).load()
 
     def fetch(wanted):
-        with zipfile.ZipFile(path) as z: return _cut_all(wanted, lambda key, dtype: _tensor(z.read(f'{root}/data/{key}'), dtype), 4 * size + (1 << 20))
+        with zipfile.ZipFile(path) as z:
+            return _cut_all(wanted, lambda key, dtype: _tensor(z.read(f'{root}/data/{key}'), dtype),
+                            4 * size + (1 << 20))
     return TorchFile(tree, fetch)
 
 # %% ../../nbs/209a_models.torch_file.ipynb #95e63a88
@@ -282,7 +308,8 @@ def _open_legacy(path):
             f.seek(at)
             count = struct.unpack('<q', f.read(8))[0]
             n = count * torch.empty((), dtype=dtype).element_size()
-            if count < 0 or at + 8 + n > size: raise DataError('a storage that ends beyond the file: perhaps truncated', file=path)
+            if count < 0 or at + 8 + n > size:
+                raise DataError('a storage that ends beyond the file: perhaps truncated', file=path)
             places[str(key)], at = (at + 8, n), at + 8 + n
 
     def load(key, dtype):
@@ -297,9 +324,12 @@ def what_instead(path: str | Path) -> str: # '' for a file that may hold weights
     with open(path, 'rb') as f: head = f.read(2048)
     text = head.lstrip(b'\xef\xbb\xbf \t\r\n').lower()
     if not head: return 'an empty file'
-    if text.startswith(b'version https://git-lfs'): return 'a Git LFS pointer, not the weights: fetch the file itself (git lfs pull)'
-    if text.startswith((b'<!doctype', b'<html', b'<head')) or b'<html' in text[:500]: return 'a web page, not the weights: download the file itself'
-    if text.startswith(b'<?xml') or text.startswith(b'<error'): return 'an XML message (often a refused download), not the weights'
+    if text.startswith(b'version https://git-lfs'):
+        return 'a Git LFS pointer, not the weights: fetch the file itself (git lfs pull)'
+    if text.startswith((b'<!doctype', b'<html', b'<head')) or b'<html' in text[:500]:
+        return 'a web page, not the weights: download the file itself'
+    if text.startswith(b'<?xml') or text.startswith(b'<error'):
+        return 'an XML message (often a refused download), not the weights'
     if text.startswith((b'{"error', b'{"message', b'{"detail')): return 'a message of a server, not the weights'
     if head[257:262] == b'ustar': return 'a tar archive: unpack it first'
     if head[:2] == b'\x1f\x8b': return 'a gzip archive: unpack it first'
@@ -316,5 +346,6 @@ def open_torch(path: str | Path) -> TorchFile: # .pt, .pth, .tar, .bin, .ckpt
     if zipfile.is_zipfile(path): return _open_zip(path)
     with open(path, 'rb') as f: start = f.read(2)
     if start == b'PK': raise DataError('truncated: a zip without its end', file=path)
-    if start[:1] != pickle.PROTO: raise DataError('not a torch file: neither a zip nor the older row of pickles', file=path)
+    if start[:1] != pickle.PROTO:
+        raise DataError('not a torch file: neither a zip nor the older row of pickles', file=path)
     return _open_legacy(path)

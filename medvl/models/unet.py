@@ -6,6 +6,8 @@
 __all__ = ['STAGES', 'STRIDE', 'read_stages', 'stage_channels', 'stretch', 'LinearHead', 'double_conv', 'UpBlock', 'UNet']
 
 # %% ../../nbs/216_models.unet.ipynb #ae43699a
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,26 +19,29 @@ STAGES = ('input', 'conv1', 'conv2', 'conv3', 'conv4', 'conv5')
 STRIDE = 32 # pixels a cell of the coarsest stage
 
 
-def read_stages(encoder, # module with `stages(x)` -> dict, such as medvl.models.resnet.ResNet
-                x, # float (b,1|3,h,w), normalised; h and w multiples of 32
-                names, # of STAGES
-                ): # dict name -> float (b,c,h',w')
+def read_stages(encoder: nn.Module, # module with `stages(x)` -> dict, such as medvl.models.resnet.ResNet
+                x: torch.Tensor, # float (b,1|3,h,w), normalised; h and w multiples of 32
+                names: Sequence[str], # of STAGES
+                ) -> dict: # dict name -> float (b,c,h',w')
     """Read the named stages of an encoder in one pass.
 
-    Raises: TypeError for an encoder without stages, DataError for a size that does not divide, ValueError for a stage it lacks."""
+    Raises: TypeError for an encoder without stages, DataError for a size that does not divide, ValueError for a stage
+    it lacks."""
     if not callable(getattr(encoder, 'stages', None)):
-        raise TypeError(f'this head reads {", ".join(names)}, which {type(encoder).__name__} does not offer: use a ResNet')
+        raise TypeError(f'this head reads {", ".join(names)}, which {type(encoder).__name__} does not offer: use a '
+                        'ResNet')
     if x.shape[-2] % STRIDE or x.shape[-1] % STRIDE:
-        raise DataError(f'images of {x.shape[-2]}×{x.shape[-1]} pixels do not divide into cells of {STRIDE}', fix='Prepare them with sides that are multiples of 32, e.g. size=(224, 224).')
+        raise DataError(f'images of {x.shape[-2]}×{x.shape[-1]} pixels do not divide into cells of {STRIDE}',
+                        fix='Prepare them with sides that are multiples of 32, e.g. size=(224, 224).')
     found = encoder.stages(x)
     absent = [n for n in names if n not in found]
     if absent: raise ValueError(f'the encoder has no stage {", ".join(absent)}; it has {", ".join(found)}')
     return {n: found[n] for n in names}
 
 # %% ../../nbs/216_models.unet.ipynb #56dfa925
-def stage_channels(encoder, # as for `read_stages`
-                   names, # of STAGES
-                   ): # dict name -> channels
+def stage_channels(encoder: nn.Module, # as for `read_stages`
+                   names: Sequence[str], # of STAGES
+                   ) -> dict: # dict name -> channels
     "Count the channels of an encoder's stages, by looking at a tiny image."
     some, modes = next(encoder.parameters()), {m: m.training for m in encoder.modules()}
     encoder.eval()
@@ -47,10 +52,11 @@ def stage_channels(encoder, # as for `read_stages`
     return {n: v.shape[1] for n, v in found.items()}
 
 # %% ../../nbs/216_models.unet.ipynb #0363ab8e
-def stretch(logits, # float (b,k,h',w')
-            size, # (h,w), pixels
-            ): # float (b,k,h,w)
-    "Stretch a map bilinearly; cells are squares, so their centres do not sit on the image's border (align_corners false)."
+def stretch(logits: torch.Tensor, # float (b,k,h',w')
+            size: Sequence[int], # (h,w), pixels
+            ) -> torch.Tensor: # float (b,k,h,w)
+    """Stretch a map bilinearly; cells are squares, so their centres do not sit on the image's border (align_corners
+    false)."""
     return F.interpolate(logits, size=tuple(size), mode='bilinear', align_corners=False)
 
 
@@ -58,20 +64,20 @@ class LinearHead(nn.Module):
     "One linear layer on the last stage."
     reads = ('conv5',)
     def __init__(self,
-                 channels, # dict stage -> channels, of `stage_channels`
-                 classes, # number of classes
+                 channels: dict, # dict stage -> channels, of `stage_channels`
+                 classes: int, # number of classes
                  ):
         super().__init__()
         self.classifier = nn.Conv2d(channels['conv5'], classes, 1)
 
-    def forward(self, stages, size): # dict stage -> float (b,c,h',w'); (h,w)
+    def forward(self, stages: dict, size: Sequence[int]) -> torch.Tensor: # dict stage -> float (b,c,h',w'); (h,w)
         "Give logits (b,k,h,w)."
         return stretch(self.classifier(stages['conv5']), size)
 
 # %% ../../nbs/216_models.unet.ipynb #e59fd530
-def double_conv(channels_in, # of the input
-                channels_out, # of the output
-                ): # module
+def double_conv(channels_in: int, # of the input
+                channels_out: int, # of the output
+                ) -> nn.Module: # module
     "Make two 3×3 convolutions with BatchNorm and ReLU."
     layers = []
     for c in (channels_in, channels_out):
@@ -82,15 +88,15 @@ def double_conv(channels_in, # of the input
 class UpBlock(nn.Module):
     "Double a map and mix it with a stage of the encoder."
     def __init__(self,
-                 channels_in, # of the coarse map
-                 skip, # of the encoder's stage
-                 channels_out, # of the result
+                 channels_in: int, # of the coarse map
+                 skip: int, # of the encoder's stage
+                 channels_out: int, # of the result
                  ):
         super().__init__()
         self.up = nn.ConvTranspose2d(channels_in, channels_out, 2, stride=2)
         self.mix = double_conv(channels_out + skip, channels_out)
 
-    def forward(self, x, skip): # (b,c,h,w), (b,s,2h,2w) -> (b,o,2h,2w)
+    def forward(self, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor: # (b,c,h,w), (b,s,2h,2w) -> (b,o,2h,2w)
         return self.mix(torch.cat([self.up(x), skip], 1))
 
 # %% ../../nbs/216_models.unet.ipynb #f15f9fcc
@@ -98,9 +104,9 @@ class UNet(nn.Module):
     "U-Net on the stages of an encoder. Source: Ronneberger et al., MICCAI 2015; LoVT, section 4."
     reads = STAGES
     def __init__(self,
-                 channels, # dict stage -> channels, of `stage_channels`
-                 classes, # number of classes
-                 width=1.0, # factor of all widths
+                 channels: dict, # dict stage -> channels, of `stage_channels`
+                 classes: int, # number of classes
+                 width: float = 1.0, # factor of all widths
                  ):
         super().__init__()
         last = channels['conv5']
@@ -110,7 +116,7 @@ class UNet(nn.Module):
         self.blocks = nn.ModuleList(UpBlock(a, channels[s], b) for a, s, b in zip(widths, self.skips, widths[1:]))
         self.output = nn.Conv2d(widths[5], classes, 1)
 
-    def forward(self, stages, size): # dict stage -> float (b,c,h',w'); (h,w)
+    def forward(self, stages: dict, size: Sequence[int]) -> torch.Tensor: # dict stage -> float (b,c,h',w'); (h,w)
         "Give logits (b,k,h,w)."
         x = self.bridge(stages['conv5'])
         for block, name in zip(self.blocks, self.skips): x = block(x, stages[name])

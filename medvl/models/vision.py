@@ -9,6 +9,7 @@ __all__ = ['CLASS_TOKEN', 'VISION_POOLINGS', 'tokens_to_map', 'TransformersVisio
 import inspect
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..core.errors import DataError, unknown_name
@@ -18,10 +19,10 @@ from .resnet import RESNETS, ResNet, load_resnet
 from .text import load_transformer
 
 # %% ../../nbs/201_models.vision.ipynb #b751f875
-def tokens_to_map(tokens, # (n,t,d)
-                  height, # of the grid
-                  width, # of the grid
-                  ): # (n,d,height,width)
+def tokens_to_map(tokens: torch.Tensor, # (n,t,d)
+                  height: int, # of the grid
+                  width: int, # of the grid
+                  ) -> torch.Tensor: # (n,d,height,width)
     """Fold patch tokens into a map, dropping the prefix tokens.
 
     Raises: ValueError if there are fewer tokens than places."""
@@ -30,16 +31,17 @@ def tokens_to_map(tokens, # (n,t,d)
     return tokens[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
 
 # %% ../../nbs/201_models.vision.ipynb #a542bc2f
-CLASS_TOKEN = ('vit', 'deit', 'dinov2', 'dinov2_with_registers', 'dinov3_vit', 'beit', 'data2vec-vision', 'ijepa', 'vit_mae', 'clip_vision_model')
+CLASS_TOKEN = ('vit', 'deit', 'dinov2', 'dinov2_with_registers', 'dinov3_vit', 'beit', 'data2vec-vision', 'ijepa',
+               'vit_mae', 'clip_vision_model')
 VISION_POOLINGS = ('auto', 'first', 'pooled', 'mean')
 
 
 class TransformersVision(nn.Module):
     "A vision backbone of the transformers library."
     def __init__(self,
-                 model, # transformers model with last_hidden_state
-                 pooling='auto', # 'auto', 'first' (class token), 'pooled' (the network's own) or 'mean'
-                 checkpointing=False, # recompute activations in the backward pass
+                 model: nn.Module, # transformers model with last_hidden_state
+                 pooling: str = 'auto', # 'auto', 'first' (class token), 'pooled' (the network's own) or 'mean'
+                 checkpointing: bool = False, # recompute activations in the backward pass
                  ):
         super().__init__()
         if pooling not in VISION_POOLINGS: raise ValueError(unknown_name('pooling', pooling, VISION_POOLINGS))
@@ -65,19 +67,22 @@ class TransformersVision(nn.Module):
         h, w = (n // s if floor else -(-n // s) for n in x.shape[-2:])
         return tokens_to_map(hidden, h, w)
 
-    def feature_maps(self, x, level=-1): # (n,1|3,h,w) normalised; level -1: the last map, else a hidden state
+    def feature_maps(self, x: torch.Tensor,
+                     level: int = -1) -> torch.Tensor: # (n,1|3,h,w) normalised; level -1: the last
+                                                       # map, else a hidden state
         "Give a map, (n,c,h',w')."
         if level == -1: return self._to_map(self._run(x).last_hidden_state, x)
         out = self._run(x, output_hidden_states=True)
         states = getattr(out, 'reshaped_hidden_states', None) or out.hidden_states
-        if not -len(states) <= level < len(states): raise ValueError(unknown_name('level', level, [-1, *range(len(states))]))
+        if not -len(states) <= level < len(states):
+            raise ValueError(unknown_name('level', level, [-1, *range(len(states))]))
         return self._to_map(states[level], x)
 
-    def pool(self, maps): # (n,c,h,w)
+    def pool(self, maps: torch.Tensor) -> torch.Tensor: # (n,c,h,w)
         "Average a map: for encoders whose feature is the mean."
         return maps.mean((2, 3))
 
-    def forward(self, x): # (n,1|3,h,w) normalised -> (n, num_features)
+    def forward(self, x: torch.Tensor) -> torch.Tensor: # (n,1|3,h,w) normalised -> (n, num_features)
         out = self._run(x)
         pooled = getattr(out, 'pooler_output', None)
         if self.pooling == 'pooled' and pooled is not None: return pooled.flatten(1)
@@ -85,23 +90,27 @@ class TransformersVision(nn.Module):
         return self.pool(self._to_map(out.last_hidden_state, x))
 
 # %% ../../nbs/201_models.vision.ipynb #29089e9a
-def resolve_image_source(name, # see `build_image_encoder`
-                         ): # 'efficientnet', 'resnet', local folder (Path) or hub name (str)
+def resolve_image_source(name: str | Path, # see `build_image_encoder`
+                         ) -> str | Path: # 'efficientnet', 'resnet', local folder (Path) or hub name (str)
     "Say what an image encoder's name means."
     if name in EFFICIENTNETS: return 'efficientnet'
     if name in RESNETS: return 'resnet'
     if Path(name).expanduser().is_dir(): return Path(name).expanduser()
     if str(name).count('/') == 1 and not str(name).startswith(('.', '/', '~')): return str(name)
-    raise ValueError(unknown_name('image encoder', name, [*EFFICIENTNETS, *RESNETS]) + ' Or a hub name (owner/name), or a folder with config.json.')
+    raise ValueError(unknown_name('image encoder', name, [*EFFICIENTNETS, *RESNETS])
+                     + ' Or a hub name (owner/name), or a folder with config.json.')
 
 
-def build_image_encoder(name='efficientnet-b2', # efficientnet-b0 … b7, -lite0, -tiny; resnet-18, -34, -50, -101, -tiny; hub name; local folder
-                        pretrained=False, # load the weights that belong to the name
-                        weights=None, # file of weights for an EfficientNet or (torchvision's names) a ResNet; a classifier in it is left out
-                        checkpointing=False, # recompute activations in the backward pass
-                        pooling='auto', # for transformers backbones
-                        **options, # for EfficientNet: padding, dropout, drop_connect, bn_momentum; for ResNet: zero_init, bn_momentum
-                        ): # module with forward, feature_maps, pool, num_features
+def build_image_encoder(name: str | Path = 'efficientnet-b2', # efficientnet-b0 … b7, -lite0, -tiny; resnet-18, -34,
+                                                              # -50, -101, -tiny; hub name; local folder
+                        pretrained: bool = False, # load the weights that belong to the name
+                        weights: str | Path | None = None, # file of weights for an EfficientNet or (torchvision's
+                                                           # names) a ResNet; a classifier in it is left out
+                        checkpointing: bool = False, # recompute activations in the backward pass
+                        pooling: str = 'auto', # for transformers backbones
+                        **options, # for EfficientNet: padding, dropout, drop_connect, bn_momentum; for ResNet:
+                                   # zero_init, bn_momentum
+                        ) -> nn.Module: # module with forward, feature_maps, pool, num_features
     """Build an image encoder.
 
     Raises: ValueError for an unknown name; DataError if pretrained weights are not in reach."""
@@ -113,5 +122,6 @@ def build_image_encoder(name='efficientnet-b2', # efficientnet-b0 … b7, -lite0
     elif weights: load_weights(encoder, weights, ignore=('_fc.',))
     elif pretrained and name in PACKAGED: load_packaged(encoder, name)
     elif pretrained:
-        raise DataError(f'no pre-trained weights for {name} are in reach', fix=f'Give a file with `weights`, use {", ".join(PACKAGED)}, or pretrained=False.')
+        raise DataError(f'no pre-trained weights for {name} are in reach',
+                        fix=f'Give a file with `weights`, use {", ".join(PACKAGED)}, or pretrained=False.')
     return encoder

@@ -7,6 +7,8 @@ __all__ = ['STRIDES', 'ANCHORS', 'yolo_anchors', 'conv_norm', 'Scale', 'YoloHead
            'select_yolo']
 
 # %% ../../nbs/217_models.yolo.ipynb #d909eb8f
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,14 +18,15 @@ from .boxes import LARGEST, nms
 
 # %% ../../nbs/217_models.yolo.ipynb #3f91afaa
 STRIDES = (32, 16, 8) # pixels a cell of the three grids, coarse to fine
-ANCHORS = {'corrected': (((62.64, 48.6), (84.24, 106.92), (201.42, 176.04)), ((16.2, 32.94), (33.48, 24.3), (31.86, 64.26)), ((5.4, 7.02), (8.64, 16.2), (17.82, 12.42)))}
+ANCHORS = {'corrected': (((62.64, 48.6), (84.24, 106.92), (201.42, 176.04)),
+                         ((16.2, 32.94), (33.48, 24.3), (31.86, 64.26)), ((5.4, 7.02), (8.64, 16.2), (17.82, 12.42)))}
 ANCHORS['reference'] = (((64.64, 48.6), *ANCHORS['corrected'][0][1:]), *ANCHORS['corrected'][1:])
 
 
-def yolo_anchors(name='corrected', # 'corrected' or 'reference' (the original's typo)
-                 size=(224, 224), # (h,w) of the images, pixels
-                 device='cpu', # where to
-                 ): # float32 (3,3,2): grid, anchor, (width, height) in pixels
+def yolo_anchors(name: str = 'corrected', # 'corrected' or 'reference' (the original's typo)
+                 size: Sequence[int] = (224, 224), # (h,w) of the images, pixels
+                 device: str | torch.device = 'cpu', # where to
+                 ) -> torch.Tensor: # float32 (3,3,2): grid, anchor, (width, height) in pixels
     """Give the box shapes of the three grids.
 
     Raises: ValueError for an unknown name."""
@@ -31,20 +34,21 @@ def yolo_anchors(name='corrected', # 'corrected' or 'reference' (the original's 
     return torch.tensor(ANCHORS[name], device=device) * (max(size) / 224)
 
 # %% ../../nbs/217_models.yolo.ipynb #3943f71a
-def conv_norm(channels_in, # of the input
-              channels_out, # of the output
-              kernel=1, # 1 or 3
-              ): # module
+def conv_norm(channels_in: int, # of the input
+              channels_out: int, # of the output
+              kernel: int = 1, # 1 or 3
+              ) -> nn.Module: # module
     "Make a convolution with BatchNorm and leaky ReLU."
-    return nn.Sequential(nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(channels_out), nn.LeakyReLU(.1))
+    return nn.Sequential(nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2, bias=False),
+                         nn.BatchNorm2d(channels_out), nn.LeakyReLU(.1))
 
 
 class Scale(nn.Module):
     "One grid: a trunk of five convolutions, then the answer."
     def __init__(self,
-                 channels_in, # of the stage (and the branch from the coarser grid)
-                 hidden, # h
-                 values, # numbers a cell
+                 channels_in: int, # of the stage (and the branch from the coarser grid)
+                 hidden: int, # h
+                 values: int, # numbers a cell
                  ):
         super().__init__()
         h, wide = hidden, 2 * hidden
@@ -52,7 +56,9 @@ class Scale(nn.Module):
         self.trunk = nn.Sequential(*(conv_norm(*p) for p in pairs))
         self.answer = nn.Sequential(conv_norm(h, wide, 3), nn.Conv2d(wide, values, 1))
 
-    def forward(self, x): # (b,c,g,g) -> trunk (b,h,g,g), answer (b,values,g,g)
+    def forward(self,
+                x: torch.Tensor, # (b,c,g,g)
+                ) -> tuple[torch.Tensor, torch.Tensor]: # trunk (b,h,g,g), answer (b,values,g,g)
         x = self.trunk(x)
         return x, self.answer(x)
 
@@ -61,9 +67,9 @@ class YoloHead(nn.Module):
     "YOLOv3's three grids. Source: Redmon & Farhadi, arXiv 1804.02767."
     reads = ('conv5', 'conv4', 'conv3')
     def __init__(self,
-                 channels, # dict stage -> channels, of `medvl.models.unet.stage_channels`
-                 classes, # number of classes
-                 width=1.0, # factor of all widths
+                 channels: dict, # dict stage -> channels, of `medvl.models.unet.stage_channels`
+                 classes: int, # number of classes
+                 width: float = 1.0, # factor of all widths
                  ):
         super().__init__()
         h = [max(4, round(width * channels['conv5'] / d)) for d in (4, 8, 16)]
@@ -71,27 +77,30 @@ class YoloHead(nn.Module):
         self.scales = nn.ModuleList(Scale(c, hidden, 3 * (5 + classes)) for c, hidden in zip(into, h))
         self.branches = nn.ModuleList(conv_norm(a, b) for a, b in zip(h, h[1:]))
 
-    def forward(self, stages): # dict stage -> float (b,c,g,g)
+    def forward(self, stages: dict) -> list[torch.Tensor]: # dict stage -> float (b,c,g,g)
         "Give the raw answers of the three grids: (b, 3·(5+k), g, g) each, coarse to fine."
         out, x = [], stages[self.reads[0]]
         for i, scale in enumerate(self.scales):
-            if i: x = torch.cat([F.interpolate(self.branches[i - 1](x), scale_factor=2, mode='nearest'), stages[self.reads[i]]], 1)
+            if i:
+                x = torch.cat([F.interpolate(self.branches[i - 1](x), scale_factor=2, mode='nearest'),
+                               stages[self.reads[i]]], 1)
             x, answer = scale(x)
             out.append(answer)
         return out
 
 # %% ../../nbs/217_models.yolo.ipynb #baada8e6
-def split_raw(raw, # float (b, 3·(5+k), g, g')
-              ): # float (b,3,g,g',5+k)
+def split_raw(raw: torch.Tensor, # float (b, 3·(5+k), g, g')
+              ) -> torch.Tensor: # float (b,3,g,g',5+k)
     "Sort a grid's raw answers: anchor, row, column, then x, y, w, h, objectness and classes."
     return raw.unflatten(1, (3, -1)).permute(0, 1, 3, 4, 2)
 
 
-def decode_grid(raw, # float (b, 3·(5+k), g, g')
-                anchors, # float (3,2), pixels
-                size, # (h,w) of the image, pixels
-                limit=LARGEST, # on the logarithm of the size; None: as the original
-                ): # float (b, 3·g·g', 5+k): centre x, y, width, height in pixels, objectness, classes 0..1
+def decode_grid(raw: torch.Tensor, # float (b, 3·(5+k), g, g')
+                anchors: torch.Tensor, # float (3,2), pixels
+                size: Sequence[int], # (h,w) of the image, pixels
+                limit: float | None = LARGEST, # on the logarithm of the size; None: as the original
+                ) -> torch.Tensor: # float (b, 3·g·g', 5+k): centre x, y, width, height in
+                                   # pixels, objectness, classes 0..1
     "Turn the raw answers of one grid into boxes."
     t = split_raw(raw)
     rows, columns = t.shape[2:4]
@@ -102,19 +111,19 @@ def decode_grid(raw, # float (b, 3·(5+k), g, g')
     return torch.cat([centre, side.exp() * anchors[:, None, None], t[..., 4:].sigmoid()], -1).flatten(1, 3)
 
 # %% ../../nbs/217_models.yolo.ipynb #3f441a65
-def plus_one(boxes, # float (n,4) x0,y0,x1,y1
-             ): # float (n,4): one pixel longer at the far ends
+def plus_one(boxes: torch.Tensor, # float (n,4) x0,y0,x1,y1
+             ) -> torch.Tensor: # float (n,4): one pixel longer at the far ends
     "Grow boxes, so that the plain overlap of the result is the original's '+1' overlap."
     return boxes + boxes.new_tensor([0., 0., 1., 1.])
 
 
-def select_yolo(decoded, # float (n,5+k), of `decode_grid`, all grids
-                size, # (h,w), pixels
-                threshold=.2, # candidates are at least this confident
-                overlap=.4, # boxes of a class that overlap a stronger one by this or more are dropped
-                top=100, # most boxes; 0: all
-                reference=False, # '+1' overlap, boxes are not cut: the original
-                ): # dict: boxes float (m,4), scores (m,), labels int64 (m,), best first
+def select_yolo(decoded: torch.Tensor, # float (n,5+k), of `decode_grid`, all grids
+                size: Sequence[int], # (h,w), pixels
+                threshold: float = .2, # candidates are at least this confident
+                overlap: float = .4, # boxes of a class that overlap a stronger one by this or more are dropped
+                top: int = 100, # most boxes; 0: all
+                reference: bool = False, # '+1' overlap, boxes are not cut: the original
+                ) -> dict: # dict: boxes float (m,4), scores (m,), labels int64 (m,), best first
     "Choose the boxes that the detector reports; the score is the objectness."
     d = decoded[decoded[:, 4] >= threshold].float()
     boxes = torch.cat([d[:, :2] - d[:, 2:4] / 2, d[:, :2] + d[:, 2:4] / 2], 1)
@@ -123,7 +132,8 @@ def select_yolo(decoded, # float (n,5+k), of `decode_grid`, all grids
         real = ((boxes[:, 2:] - boxes[:, :2]) > 1e-3).all(1)
         boxes, d = boxes[real], d[real]
     labels = d[:, 5:].argmax(1) if d.shape[1] > 5 else torch.zeros(len(d), dtype=torch.int64, device=d.device)
-    limit = torch.nextafter(torch.tensor(float(overlap)), torch.tensor(0.)).item()  # `nms` drops what is above, this rule what is at the limit too
+    # `nms` drops what is above, this rule what is at the limit too
+    limit = torch.nextafter(torch.tensor(float(overlap)), torch.tensor(0.)).item()
     kept = nms(plus_one(boxes) if reference else boxes, d[:, 4], limit, labels)
     kept = kept[:top] if top else kept
     return {'boxes': boxes[kept], 'scores': d[kept, 4], 'labels': labels[kept]}

@@ -7,16 +7,19 @@ __all__ = ['DenseMethod', 'size_of', 'encoder_of', 'dense_from']
 
 # %% ../../../nbs/335a_methods.parts.dense.ipynb #8029e166
 import copy
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from ...core.errors import DataError
 from ...core.patch import patch
 from ...core.seed import key_of
-from ..base import CONFIG, Method, evaluating, from_pretrained
+from ..base import CONFIG, Method, StepState, evaluating, from_pretrained
 from ...models.resnet import load_resnet
 from ...models.scaling import scale_images
 from ...models.unet import STRIDE, read_stages, stage_channels
@@ -27,7 +30,7 @@ class DenseMethod(Method):
     "An encoder with stages and a head; a derived class sets `head` and calls `begin`."
     chunkable, gathered_batch = True, ()
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> 'DenseMethod':
         "Change the mode; what is frozen stays as in evaluation."
         super().train(mode)
         if self.config.frozen: self.image_encoder.eval()
@@ -36,44 +39,49 @@ class DenseMethod(Method):
         return self
 
     @property
-    def resting(self):
+    def resting(self) -> bool:
         "Say whether the encoder rests: frozen, or in the warm-up of the head."
-        return self.config.frozen or (self.training and self.config.head_warmup > 0 and self.steps.item() < self.config.head_warmup)
+        return self.config.frozen or (self.training and self.config.head_warmup > 0
+                                      and self.steps.item() < self.config.head_warmup)
 
-    def warmup_names(self):
+    def warmup_names(self) -> list[str]:
         "List the parameters that move while the encoder rests."
         return [n for n, _ in self.named_parameters() if not n.startswith('image_encoder.')]
 
-    def after_step(self, features, state):
+    def after_step(self, features: dict, state: StepState) -> None:
         "Count the steps."
         self.steps.fill_(state.step + 1)
 
-    def forward(self, batch, state=None):
+    def forward(self, batch: dict, state: StepState | None = None) -> dict:
         "Run `encode`, then `losses`, at the step that `state` says."
         if state is not None: self.steps.fill_(state.step)
         return super().forward(batch, state)
 
-    def image_features(self, images): # as above -> (b,f)
+    def image_features(self, images: torch.Tensor) -> torch.Tensor: # as above -> (b,f)
         "Give the encoder's pooled features."
         return self.image_encoder.pool(self.run_stages(images, ('conv5',))['conv5'])
 
-    def feature_maps(self, images, level=-1): # level -1: the last stage, or a stage's name
+    def feature_maps(self, images: torch.Tensor,
+                     level: int | str = -1) -> torch.Tensor: # level -1: the last stage, or a stage's name
         "Give one map of the encoder, (b,c,h',w')."
-        return self.image_encoder.feature_maps(self.scaled(images), level)
+        return self.image_encoder.feature_maps(self.scaled_images(images), level)
 
-    def save_assets(self, folder):
+    def save_assets(self, folder: Path) -> Any:
         "Local paths do not leave this machine; the weights are stored with the method."
         return replace(self.config, image_weights='', image_pretrained=False)
 
 # %% ../../../nbs/335a_methods.parts.dense.ipynb #fe93f37b
 @patch(DenseMethod)
-def begin(self: DenseMethod, image_encoder, reads):
+def begin(self: DenseMethod, image_encoder: nn.Module | None, reads: Sequence[str]) -> dict:
     "Take or build the encoder; give the channels of the stages that the head reads."
     c = self.config
-    if not c.classes or len(set(c.classes)) != len(c.classes): raise ValueError(f'classes must be names, each once, not {c.classes}')
-    if c.head_warmup < 0 or (c.head_warmup and c.frozen): raise ValueError(f'head_warmup={c.head_warmup} with frozen={c.frozen}: a warm-up is for fine-tuning, in steps')
+    if not c.classes or len(set(c.classes)) != len(c.classes):
+        raise ValueError(f'classes must be names, each once, not {c.classes}')
+    if c.head_warmup < 0 or (c.head_warmup and c.frozen):
+        raise ValueError(f'head_warmup={c.head_warmup} with frozen={c.frozen}: a warm-up is for fine-tuning, in steps')
     self.names, self.reads = tuple(c.classes), tuple(reads)
-    self.image_encoder = build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None) if image_encoder is None else image_encoder
+    self.image_encoder = (build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None)
+                          if image_encoder is None else image_encoder)
     self.image_encoder.checkpointing = c.image_checkpointing
     self.image_encoder.requires_grad_(not c.frozen)
     self.register_buffer('steps', torch.zeros((), dtype=torch.int64))
@@ -81,7 +89,7 @@ def begin(self: DenseMethod, image_encoder, reads):
 
 # %% ../../../nbs/335a_methods.parts.dense.ipynb #069f2f36
 @patch(DenseMethod)
-def scaled(self: DenseMethod, images):
+def scaled_images(self: DenseMethod, images: torch.Tensor) -> torch.Tensor:
     "(b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255 -> scaled (b,1,h,w)."
     if images.dim() not in (4, 5) or images.shape[-3] not in (1, 3) or (images.dim() == 5 and images.shape[1] != 1):
         raise ValueError(f'images must be (b,1,h,w) or (b,1,1,h,w), not {tuple(images.shape)}')
@@ -89,40 +97,44 @@ def scaled(self: DenseMethod, images):
 
 
 @patch(DenseMethod)
-def run_stages(self: DenseMethod, images, names):
+def run_stages(self: DenseMethod, images: torch.Tensor, names: Sequence[str]) -> dict:
     context = evaluating(self.image_encoder) if self.resting else nullcontext()
-    with context: return read_stages(self.image_encoder, self.scaled(images), names)
+    with context: return read_stages(self.image_encoder, self.scaled_images(images), names)
 
 
 @patch(DenseMethod)
-def stages_of(self: DenseMethod, batch): # images; or taps: dict stage -> (b,c,h',w')
+def stages_of(self: DenseMethod, batch: dict) -> dict: # images; or taps: dict stage -> (b,c,h',w')
     """Give the stages that the head reads, from kept features if the batch has them.
 
     Raises: DataError for features that lack a stage; ValueError for kept features of an encoder that is not frozen."""
     if 'taps' not in batch: return self.run_stages(batch['images'], self.reads)
-    if not self.config.frozen: raise ValueError('the batch brings kept features, but this encoder learns: leave `taps` out')
+    if not self.config.frozen:
+        raise ValueError('the batch brings kept features, but this encoder learns: leave `taps` out')
     absent = [n for n in self.reads if n != 'input' and n not in batch['taps']]
-    if absent: raise DataError(f'the kept features lack {", ".join(absent)}; they hold {", ".join(batch["taps"])}', fix='Keep what `features` of this method gives.')
+    if absent:
+        raise DataError(f'the kept features lack {", ".join(absent)}; they hold {", ".join(batch["taps"])}',
+                        fix='Keep what `features` of this method gives.')
     found = {n: batch['taps'][n].to(self.device).float() for n in self.reads if n != 'input'}
-    return {**found, **({'input': self.scaled(batch['images'])} if 'input' in self.reads else {})}
+    return {**found, **({'input': self.scaled_images(batch['images'])} if 'input' in self.reads else {})}
 
 # %% ../../../nbs/335a_methods.parts.dense.ipynb #aa3209a7
 @patch(DenseMethod)
-def features(self: DenseMethod, images): # as above
+def features(self: DenseMethod, images: torch.Tensor) -> dict: # as above
     "Give the stages that the head reads, without the raw input: dict name -> (b,c,h',w'), to be kept."
     found = self.run_stages(images, self.reads)
     return {k: v for k, v in found.items() if k != 'input'}
 
 
-def size_of(stages): # dict of `stages_of` -> (h,w), pixels
+def size_of(stages: dict) -> tuple: # dict of `stages_of` -> (h,w), pixels
     "Give the size of the images behind some stages."
     return tuple(STRIDE * n for n in stages['conv5'].shape[-2:])
 
 # %% ../../../nbs/335a_methods.parts.dense.ipynb #8f2e291b
-def encoder_of(source, # trained Method with `image_encoder`, or its folder; name of an encoder; or file of weights
-               taken, # fields that the caller states: image_encoder, image_mean …
-               prefix='', # of the weights in a file
-               ): # (encoder or None, fields of the configuration)
+def encoder_of(source: Method | str | Path, # trained Method with `image_encoder`, or its folder; name
+                                            # of an encoder; or file of weights
+               taken: dict, # fields that the caller states: image_encoder, image_mean …
+               prefix: str = '', # of the weights in a file
+               ) -> tuple: # (encoder or None, fields of the configuration)
     """Find the encoder, and what its configuration says about it.
 
     Raises: TypeError for a method without such an encoder; DataError for weights of another architecture."""
@@ -132,29 +144,33 @@ def encoder_of(source, # trained Method with `image_encoder`, or its folder; nam
         name = taken.get('image_encoder', 'resnet-50')
         encoder = build_image_encoder(name)
         try: load_resnet(encoder, source, prefix)
-        except DataError as e: raise DataError(f'these are not the weights of {name}: {e.message}', file=source, fix='Name the encoder of the file with image_encoder=…, or its prefix.') from e
+        except DataError as e:
+            raise DataError(f'these are not the weights of {name}: {e.message}', file=source,
+                            fix='Name the encoder of the file with image_encoder=…, or its prefix.') from e
         return encoder, {**taken, 'image_encoder': name}
     encoder = getattr(source, 'image_encoder', None)
     if not callable(getattr(encoder, 'stages', None)):
         raise TypeError(f'{type(source).__name__} has no image encoder with stages (a ResNet) to put a head on')
-    if taken.get('image_encoder', encoder.name) != encoder.name: raise ValueError(f'the encoder is {encoder.name}, not {taken["image_encoder"]}')
+    if taken.get('image_encoder', encoder.name) != encoder.name:
+        raise ValueError(f'the encoder is {encoder.name}, not {taken["image_encoder"]}')
     facts = {f: getattr(source.config, f) for f in ('image_mean', 'image_std') if hasattr(source.config, f)}
     return copy.deepcopy(encoder), {**facts, **taken, 'image_encoder': encoder.name}
 
 # %% ../../../nbs/335a_methods.parts.dense.ipynb #cce1d121
-def dense_from(cls, # class of the method: config_class, and constructor (config, image_encoder)
-               source, # as for `encoder_of`
-               seed=0, # of the head, and of a new encoder
-               prefix='', # of the weights in a file
+def dense_from(cls: type[Method], # class of the method: config_class, and constructor (config, image_encoder)
+               source: Method | str | Path, # as for `encoder_of`
+               seed: int = 0, # of the head, and of a new encoder
+               prefix: str = '', # of the weights in a file
                **changes, # fields of the configuration
-               ): # the method, where the source's weights lie
+               ) -> Method: # the method, where the source's weights lie
     "Put a head on an encoder; the same seed makes the same head on every encoder of one size."
     known = {f.name for f in fields(cls.config_class)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key_of(seed, cls.name, 'encoder'))
         encoder, facts = encoder_of(source, changes, prefix)
         config = cls.config_class(**{k: v for k, v in facts.items() if k in known or k in changes})
-        if encoder is None: encoder = build_image_encoder(config.image_encoder, config.image_pretrained, config.image_weights or None)
+        if encoder is None:
+            encoder = build_image_encoder(config.image_encoder, config.image_pretrained, config.image_weights or None)
         torch.manual_seed(key_of(seed, cls.name, 'head'))
         method = cls(config, encoder)
     return method if isinstance(source, (str, Path)) else method.to(source.device)

@@ -16,32 +16,41 @@ def check_samples(batch: dict, # dict with sample_id, perhaps tokens
                   text: torch.Tensor | None = None, # (b,t,d)
                   allow_empty: bool = False, # let texts without words pass, as the original does
                   module: torch.nn.Module | None = None, # whose weights are looked at before a sample is blamed
-                  ):
+                  ) -> None:
     """Refuse features that are not finite and texts without words.
 
-    Where all samples of a batch are spoilt the loss is let become NaN: `train.checks` encodes each alone and tells diverged weights from one bad sample.
+    Where all samples of a batch are spoilt the loss is let become NaN: `train.checks` encodes each alone and tells
+    diverged weights from one bad sample.
     Raises: DataError naming the samples, or the weights where these are not finite."""
     if torch.compiler.is_compiling(): return
     flags = [~torch.isfinite(f).flatten(1).all(1) for f in (image, text) if f is not None]
     networks = len(flags)
-    if text is not None and not allow_empty: flags.append((batch['tokens']['attention_mask'].sum(-1) <= 2).any(-1).to(image.device))
+    if text is not None and not allow_empty:
+        flags.append((batch['tokens']['attention_mask'].sum(-1) <= 2).any(-1).to(image.device))
     flags = torch.stack(flags)
     if not flags.any(): return
     spoilt = [n for n, p in module.named_parameters() if not torch.isfinite(p).all()] if module is not None else []
-    if spoilt: raise DataError(f'the weights are not finite any more ({", ".join(spoilt[:3])}), so no sample gives finite features', fix='Lower lr or set clip.')
-    if len(image) > 1 and flags[:networks].all(1).any(): return # BatchNorm spreads one sample's fault, and diverged weights spoil all: the training loop finds out which
+    if spoilt:
+        raise DataError(f'the weights are not finite any more ({", ".join(spoilt[:3])}), so no sample gives finite '
+                        'features', fix='Lower lr or set clip.')
+    # BatchNorm spreads one sample's fault, and diverged weights spoil all: the training loop finds out which
+    if len(image) > 1 and flags[:networks].all(1).any(): return
     names = batch.get('sample_id') or [f'number {i} of the batch' for i in range(len(image))]
-    reasons = ('the image gives features that are not finite', 'the text gives features that are not finite', 'the report is empty')
+    reasons = ('the image gives features that are not finite', 'the text gives features that are not finite',
+               'the report is empty')
     for reason, row in zip(reasons, flags.tolist()):
         bad = [str(n) for n, b in zip(names, row) if b]
-        if bad: raise DataError(f'{reason}: {", ".join(bad[:8])}', fix='Look at these samples, or leave them out of the manifest.')
+        if bad:
+            raise DataError(f'{reason}: {", ".join(bad[:8])}',
+                            fix='Look at these samples, or leave them out of the manifest.')
 
 # %% ../../../nbs/300a_methods.parts.guards.ipynb #845518d5
 def check_sentences(batch: dict, # with sample_id, or without
                     mask: torch.Tensor, # bool (b,m): real sentences
-                    ):
+                    ) -> None:
     "Refuse reports without sentences. Raises: DataError naming the samples."
     empty = ~mask.any(1) if mask.shape[1] else torch.ones(len(mask), dtype=torch.bool)
     if not empty.any(): return
     names = batch.get('sample_id') or [f'number {i} of the batch' for i in range(len(mask))]
-    raise DataError(f'a report without sentences: {", ".join(str(n) for n, e in zip(names, empty.tolist()) if e)}', fix='Leave these samples out, or train them on labels.')
+    raise DataError(f'a report without sentences: {", ".join(str(n) for n, e in zip(names, empty.tolist()) if e)}',
+                    fix='Leave these samples out, or train them on labels.')

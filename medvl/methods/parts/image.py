@@ -8,7 +8,8 @@ __all__ = ['new_probe', 'ImageMethod', 'two_layers', 'views_of', 'WithViews', 'm
 
 # %% ../../../nbs/319_methods.parts.image.ipynb #d07a4b9d
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Callable
 
 import torch
 from torch import nn
@@ -45,17 +46,25 @@ class ImageMethod(Method):
         self.image_side = ImageSide(self.image_encoder, partial(scale_images, mean=c.image_mean, std=c.image_std))
         self.probe = new_probe(self)
 
-    def image_features(self, images): return self.image_side.features(images)
-    def feature_maps(self, images, level=-1): return self.image_side.maps(images, level)
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        "Give the pooled features, (b,f)."
+        return self.image_side.pooled(images)
+    def feature_maps(self, images: torch.Tensor, level: int | str = -1) -> torch.Tensor:
+        "Give the map of one scale, (b·v,c,h',w')."
+        return self.image_side.maps(images, level)
 
-    def encode_image(self, images): # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
         "Give a unit vector an image, float32 (b,f)."
         return unit(self.image_features(images))
 
-    def save_assets(self, folder): return self.image_side.save(folder, self.config)
+    def save_assets(self, folder: Path) -> Any:
+        "Write the configuration of a library's encoder; give the configuration to store."
+        return self.image_side.save(folder, self.config)
 
     @classmethod
-    def from_assets(cls, config, folder): return cls(config, saved_image_encoder(folder))
+    def from_assets(cls, config: Any, folder: Path) -> 'ImageMethod':
+        "Rebuild the method, weights aside, from a stored folder."
+        return cls(config, saved_image_encoder(folder))
 
 # %% ../../../nbs/319_methods.parts.image.ipynb #017c666f
 def two_layers(
@@ -65,7 +74,7 @@ def two_layers(
     norm:bool=True, # BatchNorm before the ReLU
     bias:bool=True, # of both linear layers
     maps:bool=False, # for maps (n,c,h,w) instead of vectors (n,c)
-): # nn.Sequential
+) -> nn.Module: # nn.Sequential
     "Build a head of two layers."
     linear = (lambda i, o: nn.Conv2d(i, o, 1, bias=bias)) if maps else (lambda i, o: nn.Linear(i, o, bias=bias))
     between = [(nn.BatchNorm2d if maps else nn.BatchNorm1d)(hidden)] if norm else []
@@ -82,7 +91,8 @@ def views_of(
     Raises: ValueError where there are none, or another number."""
     found = batch.get('augmented')
     if found is None or len(found) != count:
-        raise ValueError(f'{by} needs {count} versions of each image in batch["augmented"], and there are {0 if found is None else len(found)}: '
+        raise ValueError(f'{by} needs {count} versions of each image in batch["augmented"], and there are '
+                         f'{0 if found is None else len(found)}: '
                          'give train(transform=MultiView(…)), and WithViews(dataset, MultiView(…)) for validation')
     return list(found)
 
@@ -90,8 +100,8 @@ def views_of(
 class WithViews:
     "A validation set whose batches carry versions of their images, the same in every epoch."
     def __init__(self,
-        dataset, # samples of the batch contract
-        transform, # callable(batch, seed, epoch) -> batch, such as MultiView
+        dataset: Any, # samples of the batch contract
+        transform: Callable, # callable(batch, seed, epoch) -> batch, such as MultiView
         seed:int=0, # of the versions
     ): self.dataset, self.transform, self.seed = dataset, transform, seed
 
@@ -101,7 +111,7 @@ class WithViews:
         if name == 'dataset': raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def collate(self, samples):
+    def collate(self, samples: list) -> dict:
         "Make a batch, and the versions of its images."
         from medvl.data.batch import collate
         return self.transform(getattr(self.dataset, 'collate', collate)(samples), self.seed, 0)
@@ -109,27 +119,28 @@ class WithViews:
 # %% ../../../nbs/319_methods.parts.image.ipynb #a5b62f77
 @torch.no_grad()
 def mean_auroc(
-    logits, # float (n,k)
-    labels, # float (n,k): 1, 0, NaN
-): # scalar; 0.5, a guess, for labels that are not there in both kinds
+    logits: torch.Tensor, # float (n,k)
+    labels: torch.Tensor, # float (n,k): 1, 0, NaN
+) -> torch.Tensor: # scalar; 0.5, a guess, for labels that are not there in both kinds
     "Give the mean over labels of the chance that a positive scores above a negative."
     found = []
     for z, y in zip(logits.T, labels.T):
         p, q = z[y == 1], z[y == 0]
-        found.append(((p[:, None] > q).double() + (p[:, None] == q).double() / 2).mean() if len(p) and len(q) else z.new_tensor(.5).double())
+        found.append(((p[:, None] > q).double() + (p[:, None] == q).double() / 2).mean() if len(p)
+                     and len(q) else z.new_tensor(.5).double())
     return torch.stack(found).mean().float()
 
 # %% ../../../nbs/319_methods.parts.image.ipynb #656153a4
 def probe_features(
-    method, # ImageMethod
-    pooled, # (b,f), the encoder's features
+    method: Method, # ImageMethod
+    pooled: torch.Tensor, # (b,f), the encoder's features
 ) -> dict: # `probe`: logits (b,k); empty without a probe
     "Let the probe read features without touching them."
     return {} if method.probe is None else {'probe': method.probe(pooled.detach())}
 
 
 def with_probe(
-    method, # ImageMethod
+    method: Method, # ImageMethod
     losses:dict, # of the method
     features:dict, # from `encode`
     batch:dict, # with `labels` (b,k) where the method has a probe
@@ -141,7 +152,8 @@ def with_probe(
     z = features['probe']
     if 'labels' not in batch or batch['labels'].shape != z.shape:
         have = tuple(batch['labels'].shape) if 'labels' in batch else 'none'
-        raise ValueError(f'the probe reads {", ".join(method.config.probe)}: labels of shape {tuple(z.shape)} are needed, there are {have}')
+        raise ValueError(f'the probe reads {", ".join(method.config.probe)}: labels of shape {tuple(z.shape)} are '
+                         f'needed, there are {have}')
     y = batch['labels'].to(z.device, z.dtype)
     loss = classification_loss(z, y)
     out = {**losses, 'loss': losses['loss'] + loss - loss.detach(), 'probe_loss': loss.detach()}

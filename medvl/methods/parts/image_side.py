@@ -22,7 +22,8 @@ from ...models.vision import TransformersVision, build_image_encoder
 @dataclass
 class ImageConfig:
     "What a method's configuration says of its image side; the defaults are those of the chest methods."
-    image_encoder: str = 'resnet-50'  # resnet-18, -34, -50, -101, -tiny; any other name of build_image_encoder, hub name or folder
+    image_encoder: str = 'resnet-50'  # resnet-18, -34, -50, -101, -tiny; any other name of
+                                      # build_image_encoder, hub name or folder
     image_pretrained: bool = False  # load weights that belong to the name (hub, folder, lite0)
     image_weights: str = ''  # local file to start from, e.g. ImageNet's with torchvision's names
     image_checkpointing: bool = False  # recompute the encoder's activations
@@ -33,7 +34,8 @@ class ImageConfig:
 @dataclass
 class EfficientNetConfig(ImageConfig):
     "An image side whose encoder may be an EfficientNet; the defaults are Mammo-CLIP's."
-    image_encoder: str = 'efficientnet-b2'  # efficientnet-b0 … b7, -lite0, -tiny; a hub name or a folder with a transformers backbone
+    image_encoder: str = 'efficientnet-b2'  # efficientnet-b0 … b7, -lite0, -tiny; a hub name or a folder with a
+                                            # transformers backbone
     image_mean: float = 0.3089279  # of min-max scaled images
     image_std: float = 0.25053555408335154  # of min-max scaled images
     image_pooling: str = 'auto'  # for transformers backbones: auto, first, pooled, mean
@@ -46,7 +48,8 @@ class EfficientNetConfig(ImageConfig):
 def new_efficientnet(c: EfficientNetConfig) -> nn.Module:
     "Build the encoder that a configuration names; the options of an EfficientNet go to EfficientNets only."
     options = dict(padding=c.padding, dropout=c.dropout, drop_connect=c.drop_connect, bn_momentum=c.bn_momentum)
-    return build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing, c.image_pooling,
+    return build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing,
+                               c.image_pooling,
                                **(options if c.image_encoder in EFFICIENTNETS else {}))
 
 # %% ../../../nbs/301_methods.parts.image_side.ipynb #d802cd80
@@ -74,7 +77,7 @@ def scaled(self: ImageSide,
 
 # %% ../../../nbs/301_methods.parts.image_side.ipynb #45d8afa7
 @patch(ImageSide)
-def features(self: ImageSide,
+def pooled(self: ImageSide,
              images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
              ) -> torch.Tensor: # (b,f)
     "Give the encoder's pooled features; views are averaged."
@@ -100,7 +103,8 @@ def save(self: ImageSide,
     config = replace(config, image_weights='', image_pretrained=False)
     if not isinstance(self.encoder, TransformersVision): return config
     self.encoder.model.config.save_pretrained(Path(folder) / 'image_encoder')
-    return replace(config, image_encoder='./image_encoder') if Path(config.image_encoder).expanduser().is_dir() else config
+    return (replace(config, image_encoder='./image_encoder') if Path(config.image_encoder).expanduser().is_dir()
+            else config)
 
 
 def saved_image_encoder(folder: str | Path, # of a saved method

@@ -8,6 +8,7 @@ __all__ = ['TEXT_OVER', 'ImageTextConfig', 'ImageTextMethod', 'frozen_wish']
 # %% ../../../nbs/314a_methods.parts.image_text.ipynb #8bc645dd
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ...core.patch import patch
 from ...data.text.reports import split_sentences
 from ...data.text.sentences import SentenceTokens
 from ...losses.global_nce import global_nce, top_k_accuracy
-from ..base import Method
+from ..base import Method, StepState
 from .guards import check_samples, check_sentences
 from .image import new_probe, probe_features, with_probe
 from .image_side import ImageConfig, ImageSide, saved_image_encoder
@@ -43,7 +44,8 @@ class ImageTextConfig(ImageConfig):
     tokenizer: str = ''  # hub name, folder or vocab.txt; '' is the text encoder's own
     vocab_size: int | None = None  # for text encoders without weights; None: the tokenizer's
     max_length: int = 512  # tokens of a text at most
-    frozen_layers: int | None = None  # of the text encoder, embeddings too; None: half of a pre-trained one (6 of 12); 0: none
+    frozen_layers: int | None = None  # of the text encoder, embeddings too; None: half of a
+                                      # pre-trained one (6 of 12); 0: none
     image_pool: str = 'attention'  # of regions: attention, mean, max
     text_pool: str = 'attention'  # attention, mean, max
     text_over: str = 'sentences'  # what the text pool runs over: sentences or tokens
@@ -79,56 +81,71 @@ class ImageTextMethod(Method):
             c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing)
         self.image_side = ImageSide(self.image_encoder, partial(scale_images, mean=c.image_mean, std=c.image_std))
         self.probe = new_probe(self)
-        self.text_encoder = text_encoder or build_text_encoder(c.text_encoder, 'mean', c.text_pretrained, c.vocab_size, c.text_checkpointing)
+        self.text_encoder = text_encoder or build_text_encoder(c.text_encoder, 'mean', c.text_pretrained, c.vocab_size,
+                                                               c.text_checkpointing)
         self.config = c = replace(c, frozen_layers=freeze_layers(self.text_encoder, frozen_wish(c, text_encoder)))
         image, text = self.image_encoder.num_features, self.text_encoder.num_features
-        self.image_pool, self.text_pool = (build_pool(kind, n, c.legacy_padded_mean) for kind, n in ((c.image_pool, image), (c.text_pool, text)))
+        self.image_pool, self.text_pool = (build_pool(kind, n, c.legacy_padded_mean)
+                                           for kind, n in ((c.image_pool, image), (c.text_pool, text)))
         self.image_projection, self.text_projection = (self.new_projection(n) for n in (image, text))
         self.text_side = TextSide(self.text_encoder, c, tokenizer)
 
-    def new_projection(self, width:int): return Projection(width, self.config.dim, self.config.hidden, self.config.projection_norm, self.config.legacy_padded_norm)
+    def new_projection(self, width:int) -> nn.Module:
+        "Make a projection head for features of one width."
+        return Projection(width, self.config.dim, self.config.hidden, self.config.projection_norm,
+                          self.config.legacy_padded_norm)
 
     @property
-    def tokenizer(self): return self.text_side.tokenizer
+    def tokenizer(self) -> Any:
+        "Give the tokenizer of the text side."
+        return self.text_side.tokenizer
 
-    def save_assets(self, folder): return self.text_side.save(folder, self.image_side.save(folder, self.config))
+    def save_assets(self, folder: Path) -> ImageTextConfig:
+        "Write tokenizer and configurations of library encoders; give the configuration to store."
+        return self.text_side.save_text(folder, self.image_side.save(folder, self.config))
 
     @classmethod
-    def from_assets(cls, config, folder):
+    def from_assets(cls, config: ImageTextConfig, folder: Path) -> 'ImageTextMethod':
         text, tokenizer = saved_text(folder, config)
         return cls(config, tokenizer, saved_image_encoder(folder), text)
 
     # what evaluation asks
-    def image_features(self, images): return self.image_side.features(images)
-    def feature_maps(self, images, level=-1): return self.image_side.maps(images, level)
+    def image_features(self, images: torch.Tensor) -> torch.Tensor:
+        "Give the pooled features, (b,f)."
+        return self.image_side.pooled(images)
+    def feature_maps(self, images: torch.Tensor, level: int | str = -1) -> torch.Tensor:
+        "Give the map of one scale, (b·v,c,h',w')."
+        return self.image_side.maps(images, level)
 
-    def encode_image(self, images): # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor: # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
         "Give a unit vector a sample, float32 (b,d); views are averaged."
         e = unit(self.image_projection(self.read_images(images.flatten(0, -4))['pooled']))
         return e if images.dim() == 4 else unit(e.unflatten(0, images.shape[:2]).mean(1))
 
-    def project_text(self, texts, batch_size=64): # list of str, or of lists of sentences
+    def project_text(self, texts: list, batch_size: int = 64) -> torch.Tensor: # list of str, or of lists of sentences
         "Give the projected, not normalised vectors of texts, (b,d)."
         texts = [texts] if isinstance(texts, str) else list(texts)
-        parts = [self.text_projection(self.read_texts(self.token_batch(texts[i:i + batch_size]))['pooled']) for i in range(0, len(texts), batch_size)]
+        parts = [self.text_projection(self.read_texts(self.token_batch(texts[i:i + batch_size]))['pooled'])
+                 for i in range(0, len(texts), batch_size)]
         return torch.cat(parts) if parts else torch.zeros(0, self.config.dim, device=self.device)
 
-    def encode_text(self, texts, batch_size=64): # list of str, or of lists of sentences
+    def encode_text(self, texts: list, batch_size: int = 64) -> torch.Tensor: # list of str, or of lists of sentences
         "Give a unit vector a text, float32 (b,d)."
         return unit(self.project_text(texts, batch_size))
 
     # what training asks
-    def encode(self, batch): # images (b,1,1,h,w); tokens with sentence numbers
+    def encode(self, batch: dict) -> dict: # images (b,1,1,h,w); tokens with sentence numbers
         "Give `image` and `text`, unit vectors (b,d)."
         return self.global_features(batch, self.read_images(batch['images']), self.read_texts(self.tokens_of(batch)))
 
-    def losses(self, features, batch, state):
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the global loss and its two directions; in evaluation mode top-1 and top-5 accuracy."
         return with_probe(self, self.global_losses(features, batch), features, batch)
 
 
 def frozen_wish(config:ImageTextConfig, given:Any) -> int|None: # given: a text encoder that was handed in, or None
-    "Say how many layers to freeze: as told; else half of a pre-trained encoder (None), none of one with random weights."
+    """Say how many layers to freeze: as told; else half of a pre-trained encoder (None), none of one with random
+    weights."""
     if config.frozen_layers is not None: return config.frozen_layers
     return None if given is None and config.text_pretrained and config.text_encoder not in CONFIGURATIONS else 0
 
@@ -136,7 +153,8 @@ def frozen_wish(config:ImageTextConfig, given:Any) -> int|None: # given: a text 
 @patch(ImageTextMethod)
 def read_images(self: ImageTextMethod, images: torch.Tensor) -> dict: # (b,1|3,h,w) or (b,1,1|3,h,w)
     "Give regions (b,n,f), their grid (h',w'), pooled (b,f), weights (b,n) or None."
-    if images.dim() == 5 and images.shape[1] != 1: raise ValueError(f'{type(self).__name__} reads one image a sample, not {images.shape[1]}')
+    if images.dim() == 5 and images.shape[1] != 1:
+        raise ValueError(f'{type(self).__name__} reads one image a sample, not {images.shape[1]}')
     maps = self.feature_maps(images)
     regions = maps.flatten(2).mT
     pooled, weights = self.image_pool(regions)
@@ -147,29 +165,37 @@ def read_images(self: ImageTextMethod, images: torch.Tensor) -> dict: # (b,1|3,h
 def token_batch(self: ImageTextMethod, texts: list) -> dict: # of str, or of lists of sentences
     "Give tokens as `read_texts` wants them: input_ids, attention_mask, sentence, int64 (b,L)."
     split = [(split_sentences(t) or [t]) if isinstance(t, str) else list(t) for t in texts]
-    return {k: torch.from_numpy(v) for k, v in SentenceTokens(self.tokenizer, None, self.text_side.limit).batch(split).items()}
+    return {k: torch.from_numpy(v)
+            for k, v in SentenceTokens(self.tokenizer, None, self.text_side.limit).batch(split).items()}
 
 
 @patch(ImageTextMethod)
-def read_texts(self: ImageTextMethod, tokens: dict) -> dict: # of int64 (b,L) or (b,1,L): input_ids, attention_mask, sentence
+def read_texts(self: ImageTextMethod,
+               tokens: dict) -> dict: # of int64 (b,L) or (b,1,L): input_ids, attention_mask, sentence
     """Give sentences (b,m,f), mask bool (b,m), pooled (b,f), weights (b,m) or None.
 
     Raises: ValueError without sentence numbers; DataError where nothing is numbered."""
-    if 'sentence' not in tokens: raise ValueError('tokens need "sentence", the number of each token\'s sentence (0: none): see medvl.data.text.sentences')
-    ids, mask, sentence = (tokens[k].flatten(0, -2).to(self.device) for k in ('input_ids', 'attention_mask', 'sentence'))
+    if 'sentence' not in tokens:
+        raise ValueError('tokens need "sentence", the number of each token\'s sentence (0: none): see '
+                         'medvl.data.text.sentences')
+    ids, mask, sentence = (tokens[k].flatten(0, -2).to(self.device)
+                           for k in ('input_ids', 'attention_mask', 'sentence'))
     hidden = self.text_encoder.tokens(ids, mask)
     sentences, real = pool_sentences(hidden, sentence)
     over = (sentences, real) if self.config.text_over == 'sentences' else (hidden, sentence > 0)
     pooled, weights = self.text_pool(*over)
-    return dict(sentences=sentences, mask=real, pooled=pooled, weights=weights if self.config.text_over == 'sentences' else None)
+    return dict(sentences=sentences, mask=real, pooled=pooled,
+                weights=weights if self.config.text_over == 'sentences' else None)
 
 # %% ../../../nbs/314a_methods.parts.image_text.ipynb #073c5175
 @patch(ImageTextMethod)
 def tokens_of(self: ImageTextMethod, batch: dict) -> dict:
     "Give the tokens, and refuse images without reports. Raises: DataError."
     if 'tokens' in batch: return batch['tokens']
-    raise DataError(f'images without a report: {", ".join(map(str, list(batch.get("sample_id", ()))[:4])) or "the whole batch"}',
-                    fix='Use a ChestReportDataset, or a method that reads images alone: byol, simclr, pixelpro, supervised.')
+    raise DataError('images without a report: '
+                    f'{", ".join(map(str, list(batch.get("sample_id", ()))[:4])) or "the whole batch"}',
+                    fix='Use a ChestReportDataset, or a method that reads images alone: byol, simclr, pixelpro, '
+                        'supervised.')
 
 # %% ../../../nbs/314a_methods.parts.image_text.ipynb #2bf8c416
 @patch(ImageTextMethod)
@@ -186,7 +212,8 @@ def global_losses(self: ImageTextMethod, features: dict, batch: dict) -> dict:
     "Weigh the two directions of the contrastive loss."
     c, group = self.config, batch.get('text_group')
     image, text = features['image'], features['text']
-    out = global_nce(image, text, c.temperature, c.same_modality, None if group is None else group.to(image.device), c.duplicates)
+    out = global_nce(image, text, c.temperature, c.same_modality, None if group is None else group.to(image.device),
+                     c.duplicates)
     out = {'loss': c.i2t_weight * out['i2t'] + c.t2i_weight * out['t2i'], **out}
     if self.training: return out
     s = (image @ text.T).detach()

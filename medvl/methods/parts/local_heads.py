@@ -28,20 +28,23 @@ class LocalHeads:
                  sentence_projection: nn.Module, # (b,m,g) and mask -> (b,m,d)
                  alignment: CrossAttention,
                  ):
-        self.config, self.region_projection, self.sentence_projection, self.alignment = config, region_projection, sentence_projection, alignment
+        self.config, self.region_projection, self.sentence_projection, self.alignment = (
+            config, region_projection, sentence_projection, alignment)
         self.positives_of = {}  # grid -> its table
 
 
 def check_local(config: Any, # LoVTConfig
-                ):
+                ) -> None:
     "Refuse numbers that no local loss can have. Raises: ValueError."
     if config.positives not in POSITIVES: raise ValueError(unknown_name('positives', config.positives, POSITIVES))
-    for name, low in (('local_temperature', 1e-9), ('attention_temperature', 1e-9), ('radius', 0), ('decay', 0), ('sentence_radius', 0)):
-        if not getattr(config, name) >= low: raise ValueError(f'{name}={getattr(config, name)} must be {"positive" if low else "0 or more"}')
+    for name, low in (('local_temperature', 1e-9), ('attention_temperature', 1e-9), ('radius', 0), ('decay', 0),
+                      ('sentence_radius', 0)):
+        if not getattr(config, name) >= low:
+            raise ValueError(f'{name}={getattr(config, name)} must be {"positive" if low else "0 or more"}')
 
 # %% ../../../nbs/303_methods.parts.local_heads.ipynb #354b619a
 @patch(LocalHeads)
-def align(self: LocalHeads,
+def align_places(self: LocalHeads,
           regions: torch.Tensor, # (b,n,f)
           sentences: torch.Tensor, # (b,m,g)
           mask: torch.Tensor, # bool (b,m): real sentences
@@ -49,7 +52,8 @@ def align(self: LocalHeads,
     "Project places of both sides and let each describe the other."
     regions, sentences = self.region_projection(regions), self.sentence_projection(sentences, mask)
     out = self.alignment(regions, sentences, mask)
-    return {'regions': regions, 'sentences': sentences, 'regions_attended': out['regions'], 'sentences_attended': out['sentences'],
+    return {'regions': regions, 'sentences': sentences, 'regions_attended': out['regions'],
+            'sentences_attended': out['sentences'],
             'region_attention': out['region_attention'], 'sentence_attention': out['sentence_attention']}
 
 # %% ../../../nbs/303_methods.parts.local_heads.ipynb #9f37ea42
@@ -61,24 +65,31 @@ def positives(self: LocalHeads,
     "Give the positives of the regions of a grid."
     c, key = self.config, (*shape, like.device, like.dtype)
     if key not in self.positives_of:
-        radius, decay = {'spatial': (c.radius, c.decay), 'uniform': (c.radius, None), 'identity': (0, None)}[c.positives]
+        radius, decay = {'spatial': (c.radius, c.decay), 'uniform': (c.radius, None),
+                         'identity': (0, None)}[c.positives]
         self.positives_of[key] = positive_weights(grid_distances(*shape), radius, decay).to(like)
     return self.positives_of[key]
 
 # %% ../../../nbs/303_methods.parts.local_heads.ipynb #59d813fd
 @patch(LocalHeads)
 def terms(self: LocalHeads,
-          f: dict, # features: regions, sentences, *_attended, mask, grid (b,2), perhaps region_weights, sentence_weights
+          f: dict, # features: regions, sentences, *_attended, mask, grid (b,2),
+                   # perhaps region_weights, sentence_weights
           start: Any = 0.0, # loss to add to
           training: bool = True, # False: how often each place is found, too
-          ) -> dict: # `loss`: `start` and the weighted terms; regions_l2att, regions_att2l, sentences_l2att, sentences_att2l
+          ) -> dict: # `loss`: `start` and the weighted terms; regions_l2att,
+                     # regions_att2l, sentences_l2att, sentences_att2l
     "Compute the local losses."
     c, out = self.config, {'loss': start}
     sides = (('regions', c.region_weight, None, self.positives(tuple(f['grid'][0].tolist()), f['regions'])),
-             ('sentences', c.sentence_weight, f['mask'], positive_weights(sequence_distances(f['mask'].shape[1]), c.sentence_radius, None).to(f['sentences'])))
+             ('sentences', c.sentence_weight, f['mask'],
+              positive_weights(sequence_distances(f['mask'].shape[1]), c.sentence_radius, None).to(f['sentences'])))
     for kind, weight, mask, same in sides:
         local, attended = f[kind], f[f'{kind}_attended']
-        found = local_contrastive(local, attended, same, c.local_temperature, mask, f.get(f'{kind[:-1]}_weights'), c.local_same_modality)
-        out = {**out, 'loss': out['loss'] + weight * (found['l2att'] + found['att2l']), **{f'{kind}_{k}': v for k, v in found.items()}}
-        if not training: out |= {f'{kind}_{k}': v for k, v in local_retrieval(local.detach(), attended.detach(), mask).items()}
+        found = local_contrastive(local, attended, same, c.local_temperature, mask, f.get(f'{kind[:-1]}_weights'),
+                                  c.local_same_modality)
+        out = {**out, 'loss': out['loss'] + weight * (found['l2att'] + found['att2l']),
+               **{f'{kind}_{k}': v for k, v in found.items()}}
+        if not training:
+            out |= {f'{kind}_{k}': v for k, v in local_retrieval(local.detach(), attended.detach(), mask).items()}
     return out

@@ -22,7 +22,8 @@ class TextSide:
                  config: Any, # with text_encoder, tokenizer, max_length
                  tokenizer: Any = None, # a transformers tokenizer; None loads it by name when a text is first encoded
                  ):
-        self.encoder, self.name, self.source, self.max_length = encoder, config.text_encoder, config.tokenizer, config.max_length
+        self.encoder, self.name, self.source, self.max_length = (encoder, config.text_encoder, config.tokenizer,
+                                                                 config.max_length)
         self.own = None if tokenizer is None else self.fitting(tokenizer)
 
     def fitting(self, tokenizer: Any) -> Any:
@@ -44,27 +45,30 @@ def tokenizer(self: TextSide) -> Any:
     Raises: ValueError if the encoder brings none."""
     if self.own is None:
         name = self.source or resolve_text_source(self.name)
-        if name is None: raise ValueError(f'the text encoder {self.name!r} brings no tokenizer: give one with tokenizer=')
+        if name is None:
+            raise ValueError(f'the text encoder {self.name!r} brings no tokenizer: give one with tokenizer=')
         self.own = self.fitting(load_tokenizer(name))
     return self.own
 
 
 def with_vocabulary(config: Any, # of a method
                     tokenizer: Any, # or None
-                    ) -> Any: # the configuration; an untrained 'tiny' encoder gets as many rows as the tokenizer has tokens
+                    ) -> Any: # the configuration; an untrained 'tiny' encoder gets as
+                              # many rows as the tokenizer has tokens
     "Fit the vocabulary of an untrained encoder to the tokenizer it is given."
     if tokenizer is None or config.text_encoder != 'tiny' or config.vocab_size is not None: return config
     return replace(config, vocab_size=len(tokenizer))
 
 # %% ../../../nbs/302_methods.parts.text_side.ipynb #19929933
 @patch(TextSide)
-def save(self: TextSide,
+def save_text(self: TextSide,
          folder: str | Path, # of the method
          config: Any, # its configuration
          ) -> Any: # the configuration to store
     "Write the tokenizer and the encoder's configuration; local paths do not leave this machine."
     folder, config = Path(folder), replace(config, tokenizer='', text_pretrained=False)
-    if self.own is not None or config.text_encoder not in CONFIGURATIONS: self.tokenizer.save_pretrained(folder / 'tokenizer')
+    if self.own is not None or config.text_encoder not in CONFIGURATIONS:
+        self.tokenizer.save_pretrained(folder / 'tokenizer')
     self.encoder.text_encoder.config.save_pretrained(folder / 'text_encoder')
     return replace(config, text_encoder='./text_encoder') if Path(config.text_encoder).expanduser().is_dir() else config
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ...core.errors import DataError
 from ...data.text.tokens import BIOCLINICALBERT
 from ..clip import CLIP, CLIPConfig
@@ -23,16 +25,21 @@ from ...models.resnet import load_resnet
 
 # %% ../../../nbs/318_methods.released.lovt_files.ipynb #42a17fec
 PATHS = {  # ours: theirs, by the authors' code
-    'image_encoder': 'model_a.encoder.feature_extractor.backbone_layers.', 'text_encoder.text_encoder': 'model_b.encoder.language_model.',
+    'image_encoder': 'model_a.encoder.feature_extractor.backbone_layers.',
+    'text_encoder.text_encoder': 'model_b.encoder.language_model.',
     'image_pool': 'model_a.encoder.global_aggregator.', 'text_pool': 'model_b.encoder.global_aggregator.',
     'image_projection': 'model_a.project_global.', 'text_projection': 'model_b.project_global.',
-    'region_projection': 'model_a.project_local.', 'sentence_projection': 'model_b.project_local.', 'alignment': 'll_attention.'}
+    'region_projection': 'model_a.project_local.', 'sentence_projection': 'model_b.project_local.',
+    'alignment': 'll_attention.'}
 SIDES = {'a': r'scan|image|(?:^|[._])a[._]', 'b': r'report|text|(?:^|[._])b[._]'}  # words of a path that tell the side
 PARTS = {  # ours: (name that identifies it, side, words that a path must hold, one of them)
-    'image_encoder': ('layer4.0.conv1.weight', None, ()), 'text_encoder.text_encoder': ('encoder.layer.0.attention.self.query.weight', None, ()),
+    'image_encoder': ('layer4.0.conv1.weight', None, ()),
+    'text_encoder.text_encoder': ('encoder.layer.0.attention.self.query.weight', None, ()),
     'image_pool': ('attention.in_proj_weight', 'a', ()), 'text_pool': ('attention.in_proj_weight', 'b', ()),
-    'image_projection': ('projection_before.weight', 'a', ('global',)), 'text_projection': ('projection_before.weight', 'b', ('global',)),
-    'region_projection': ('projection_before.weight', 'a', ('local',)), 'sentence_projection': ('projection_before.weight', 'b', ('local',)),
+    'image_projection': ('projection_before.weight', 'a', ('global',)),
+    'text_projection': ('projection_before.weight', 'b', ('global',)),
+    'region_projection': ('projection_before.weight', 'a', ('local',)),
+    'sentence_projection': ('projection_before.weight', 'b', ('local',)),
     'alignment': ('key_projection.weight', None, ())}
 
 # %% ../../../nbs/318_methods.released.lovt_files.ipynb #54966855
@@ -48,15 +55,21 @@ def find_part(names: Any, # all names of a checkpoint
     elif PATHS[part] + mark in names: found = [PATHS[part]]
     else:
         found = sorted({n[:-len(mark)] for n in names if n == mark or n.endswith('.' + mark)})
-        if side: found = [p for p in found if re.search(SIDES[side], p.lower()) and not re.search(SIDES['b' if side == 'a' else 'a'], p.lower())]
+        if side:
+            found = [p for p in found if re.search(SIDES[side], p.lower())
+                     and not re.search(SIDES['b' if side == 'a' else 'a'], p.lower())]
         if words: found = [p for p in found if any(w in p.lower() for w in words)]
     if len(found) != 1 or not any(n.startswith(found[0]) for n in names):
-        raise DataError(f'{part} is not found in the checkpoint' if not found else f'{part} may stand under {", ".join(found[:4])}',
-                        fix=f'Say where with paths={{{part!r}: "path.to.module."}}; names look like {", ".join(list(names)[:3])}.')
+        raise DataError(f'{part} is not found in the checkpoint' if not found
+                        else f'{part} may stand under {", ".join(found[:4])}',
+                        fix=f'Say where with paths={{{part!r}: "path.to.module."}}; names look like '
+                            f'{", ".join(list(names)[:3])}.')
     return found[0]
 
 # %% ../../../nbs/318_methods.released.lovt_files.ipynb #a612a753
-LEFT_OUT = ('online', 'evaluator', 'metric', 'fc.', 'position_ids', 'chexpert_bin', 'loss_module.', 'pos_weights', 'negatives_mask')  # in names that are no part of the method
+# in names that are no part of the method
+LEFT_OUT = ('online', 'evaluator', 'metric', 'fc.', 'position_ids', 'chexpert_bin', 'loss_module.', 'pos_weights',
+            'negatives_mask')
 LOCAL = ('region_projection', 'sentence_projection', 'alignment')
 
 
@@ -100,7 +113,8 @@ def open_lovt(source: str | Path | Checkpoint, # path of a Lightning checkpoint,
     for part in parts or PARTS:
         out.paths[part] = path = find_part(checkpoint.weights, part, (paths or {}).get(part))
         own = {k[len(path):]: v for k, v in checkpoint.weights.items() if k.startswith(path)}
-        if part.endswith('_projection'): own = {k: v.squeeze(-1) if k.endswith('weight') and v.dim() == 3 else v for k, v in own.items()}
+        if part.endswith('_projection'):
+            own = {k: v.squeeze(-1) if k.endswith('weight') and v.dim() == 3 else v for k, v in own.items()}
         out.weights |= {f'{part}.{k}': v for k, v in own.items() if not any(w in k for w in LEFT_OUT)}
     taken = tuple(out.paths.values())
     rest = [k for k in checkpoint.weights if not k.startswith(taken)]
@@ -108,7 +122,8 @@ def open_lovt(source: str | Path | Checkpoint, # path of a Lightning checkpoint,
     unneeded = _unneeded(checkpoint.weights, parts or PARTS)
     odd = [k for k in rest if not any(w in k.lower() for w in LEFT_OUT) and not k.startswith(unneeded)]
     if odd and (parts is None if strict is None else strict):
-        raise DataError(f'tensors that belong to no part of LoVT: {", ".join(odd[:4])}', file=checkpoint.file or None, fix='Give `paths`, or the `parts` you need.')
+        raise DataError(f'tensors that belong to no part of LoVT: {", ".join(odd[:4])}', file=checkpoint.file or None,
+                        fix='Give `paths`, or the `parts` you need.')
     return out
 
 # %% ../../../nbs/318_methods.released.lovt_files.ipynb #4e3577b6
@@ -126,26 +141,40 @@ def _one_objective(config, key):
 def _shared_fields(c, a, b):
     "Fields that LoVT, CLIP and ConVIRT share."
     weights, goal = c.get('loss_weights') or {}, c['g_alignment'] or {}
-    if c.get('d_zg') not in (None, c['d_z']): raise DataError('d_zg differs from d_z: one size of the shared spaces is known here', fix='Give config= yourself.')
+    if c.get('d_zg') not in (None, c['d_z']):
+        raise DataError('d_zg differs from d_z: one size of the shared spaces is known here',
+                        fix='Give config= yourself.')
     return dict(
-        image_encoder=re.sub(r'^resnet(\d+)$', r'resnet-\1', list(a['backbone_model'])[-1]), text_encoder='bert-base-clinical-config', tokenizer=BIOCLINICALBERT,
-        max_length=b['max_length'], frozen_layers=b['freeze_encoder_layers'], image_pool=POOLS[a['global_aggregator']], text_pool=POOLS[b['global_aggregator']],
-        text_over='sentences' if b.get('global_from_local') else 'tokens', dim=c['d_z'], hidden=c['d_hidden'], projection_norm=c['projection_norm'] or 'none',
-        temperature=goal.get('similarity_temperature', .1), same_modality=bool(goal.get('negatives_from_same_modality')), i2t_weight=weights.get('global_a2b', 0.),
+        image_encoder=re.sub(r'^resnet(\d+)$', r'resnet-\1', list(a['backbone_model'])[-1]),
+        text_encoder='bert-base-clinical-config', tokenizer=BIOCLINICALBERT,
+        max_length=b['max_length'], frozen_layers=b['freeze_encoder_layers'], image_pool=POOLS[a['global_aggregator']],
+        text_pool=POOLS[b['global_aggregator']],
+        text_over='sentences' if b.get('global_from_local') else 'tokens', dim=c['d_z'], hidden=c['d_hidden'],
+        projection_norm=c['projection_norm'] or 'none',
+        temperature=goal.get('similarity_temperature', .1),
+        same_modality=bool(goal.get('negatives_from_same_modality')), i2t_weight=weights.get('global_a2b', 0.),
         t2i_weight=weights.get('global_b2a', 0.), legacy_padded_mean=True, legacy_padded_norm=True)
 
 # %% ../../../nbs/318_methods.released.lovt_files.ipynb #244b3716
 def _local_fields(c, regions, sentences):
     "Fields that only LoVT has."
-    weights = {side: (c['loss_weights'].get(f'local_{side}_l2att', 0.), c['loss_weights'].get(f'local_{side}_att2l', 0.)) for side in 'ab'}
-    if any(x != y for x, y in weights.values()): raise DataError('two directions of a local loss have different weights', fix='Give config= yourself.')
+    weights = {side: (c['loss_weights'].get(f'local_{side}_l2att', 0.),
+                      c['loss_weights'].get(f'local_{side}_att2l', 0.)) for side in 'ab'}
+    if any(x != y for x, y in weights.values()):
+        raise DataError('two directions of a local loss have different weights', fix='Give config= yourself.')
     maps = {bool(c[f'project_attention_{kind}']) for kind in ('keys', 'values', 'outputs')}
-    if len(maps) > 1: raise DataError('some of the maps of the cross-attention are missing: all or none is known here', fix='Give config= yourself.')
+    if len(maps) > 1:
+        raise DataError('some of the maps of the cross-attention are missing: all or none is known here',
+                        fix='Give config= yourself.')
     first = regions or sentences or {}
-    fields = dict(region_weight=weights['a'][0] if regions else 0., sentence_weight=weights['b'][0] if sentences else 0., weigh_places=bool(c['l_weights_a']),
-                  similarity={'scaled_dot_product': 'dot', 'cosine': 'cosine'}[c['attention_sim']], attention_norm=c['attention_norm'] or 'none', symmetric=c['symmetric_attention'],
-                  attention_temperature=c['attention_temperature'], trainable_temperature=c['attention_temperature_trainable'], attention_maps=maps.pop(),
-                  attention_dropout=c['attention_prob_dropout_prob'], local_temperature=first.get('similarity_temperature', .3),
+    fields = dict(region_weight=weights['a'][0] if regions else 0.,
+                  sentence_weight=weights['b'][0] if sentences else 0., weigh_places=bool(c['l_weights_a']),
+                  similarity={'scaled_dot_product': 'dot', 'cosine': 'cosine'}[c['attention_sim']],
+                  attention_norm=c['attention_norm'] or 'none', symmetric=c['symmetric_attention'],
+                  attention_temperature=c['attention_temperature'],
+                  trainable_temperature=c['attention_temperature_trainable'], attention_maps=maps.pop(),
+                  attention_dropout=c['attention_prob_dropout_prob'],
+                  local_temperature=first.get('similarity_temperature', .3),
                   local_same_modality=bool(first.get('negatives_from_same_modality')))
     if sentences: fields |= dict(sentence_radius=int(sentences['distance_threshold']))
     if regions:
@@ -154,12 +183,15 @@ def _local_fields(c, regions, sentences):
     return fields
 
 
-UNKNOWN = {'encoder_a': ('add_region_pos_encodings', 'concat_global_with_regions'), 'encoder_b': ('project_language_embeddings',)} # options of the original not known here
+# options of the original not known here
+UNKNOWN = {'encoder_a': ('add_region_pos_encodings', 'concat_global_with_regions'),
+           'encoder_b': ('project_language_embeddings',)}
 
 # %% ../../../nbs/318_methods.released.lovt_files.ipynb #799272a0
 def lovt_config(checkpoint: Checkpoint, # of the original code
                 ) -> LoVTConfig | CLIPConfig | ConVIRTConfig:
-    """Translate the configuration that a Lightning checkpoint stores: LoVT with a local objective or reports pooled by attention, else CLIP (regions pooled by attention) or ConVIRT.
+    """Translate the configuration that a Lightning checkpoint stores: LoVT with a local objective or reports pooled by
+    attention, else CLIP (regions pooled by attention) or ConVIRT.
 
     Raises: DataError if there is none, or it asks for what is not known here."""
     try:
@@ -167,11 +199,16 @@ def lovt_config(checkpoint: Checkpoint, # of the original code
         a, b = c['encoder_a'], c['encoder_b']
         for side, names in UNKNOWN.items():
             for name in names:
-                if c[side].get(name): raise DataError(f'{side}.{name} is not known here', file=checkpoint.file or None, fix='Give config= yourself.')
-        shared, regions, sentences = _shared_fields(c, a, b), _one_objective(c, 'll_alignments_a'), _one_objective(c, 'll_alignments_b')
-        if regions or sentences or shared['text_pool'] == 'attention': return LoVTConfig(**shared, **_local_fields(c, regions, sentences))
+                if c[side].get(name):
+                    raise DataError(f'{side}.{name} is not known here', file=checkpoint.file or None,
+                                    fix='Give config= yourself.')
+        shared, regions, sentences = (_shared_fields(c, a, b), _one_objective(c, 'll_alignments_a'),
+                                      _one_objective(c, 'll_alignments_b'))
+        if regions or sentences or shared['text_pool'] == 'attention':
+            return LoVTConfig(**shared, **_local_fields(c, regions, sentences))
     except (KeyError, TypeError, AttributeError, IndexError) as e:
-        raise DataError(f'no configuration of LoVT in the file (looking for {e})', file=checkpoint.file or None, fix='Give the configuration yourself.') from e
+        raise DataError(f'no configuration of LoVT in the file (looking for {e})', file=checkpoint.file or None,
+                        fix='Give the configuration yourself.') from e
     return (CLIPConfig if shared['image_pool'] == 'attention' else ConVIRTConfig)(**shared)
 
 # %% ../../../nbs/318_methods.released.lovt_files.ipynb #54e4c956
@@ -188,19 +225,21 @@ def from_lovt(source: str | Path | Checkpoint, # path of a Lightning checkpoint,
     checkpoint = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     if config is None:
         config = lovt_config(checkpoint) if 'hyper_parameters' in checkpoint.extra else LoVTConfig(
-            text_encoder='bert-base-clinical-config', tokenizer=BIOCLINICALBERT, legacy_padded_mean=True, legacy_padded_norm=True, frozen_layers=6)
+            text_encoder='bert-base-clinical-config', tokenizer=BIOCLINICALBERT, legacy_padded_mean=True,
+            legacy_padded_norm=True, frozen_layers=6)
     method = METHODS[type(config)](replace(config, **changes), tokenizer)
     opened = open_lovt(checkpoint, parts_of(method.config), paths, strict=True)
     pooler = [k for k in opened.weights if '.pooler.' in k and k not in method.state_dict()]
-    report = load_weights(method, Checkpoint({k: v for k, v in opened.weights.items() if k not in pooler}, {}, opened.source))
+    report = load_weights(method,
+                          Checkpoint({k: v for k, v in opened.weights.items() if k not in pooler}, {}, opened.source))
     report.ignored = opened.ignored + pooler
     return method.eval(), report
 
 # %% ../../../nbs/318_methods.released.lovt_files.ipynb #15f78d3a
-def fill_encoder(method, # any method with a ResNet `image_encoder`, or the ResNet itself
-                 source, # file of torchvision or of LoVT's code, or a Checkpoint
-                 path=None, # where the ResNet stands in the file; None: it is searched
-                 ): # LoadReport; `ignored` names what was left out
+def fill_encoder(method: nn.Module, # any method with a ResNet `image_encoder`, or the ResNet itself
+                 source: str | Path | Checkpoint, # file of torchvision or of LoVT's code, or a Checkpoint
+                 path: str | None = None, # where the ResNet stands in the file; None: it is searched
+                 ) -> LoadReport: # `ignored` names what was left out
     """Fill an image encoder from a file, all of it or nothing.
 
     Raises: DataError if there is no ResNet in the file, or another one."""

@@ -8,8 +8,10 @@ __all__ = ['CLASSES', 'OUTPUTS', 'RECORD', 'LEFT_OVER', 'kind_of_method', 'relea
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #38711b43
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,7 +22,7 @@ from ...core.errors import DataError
 from ...core.paths import read_json, sha256_file, write_json
 from ..base import Method, from_pretrained, save_pretrained
 from ..classifier import Classifier, ClassifierConfig
-from ..mammoclip import RELEASED_ENCODERS, MammoCLIP, released_config
+from ..mammoclip import RELEASED_ENCODERS, MammoCLIP, MammoCLIPConfig, released_config
 from ..retinanet import RELEASED_NAMES, RetinaNet, reference_config
 from ...models.checkpoints import Checkpoint, read_checkpoint
 from ...models.released import SPARE, check_weights, encoder_of, kind_of, weight_table, write_torch
@@ -31,26 +33,29 @@ CLASSES = {MammoCLIP: 'pretraining', Classifier: 'classifier', RetinaNet: 'detec
 
 
 def kind_of_method(
-    method, # MammoCLIP, Classifier or RetinaNet
+    method: Method, # MammoCLIP, Classifier or RetinaNet
 ) -> str: # pretraining, classifier or detector
     """Say which kind of file a method becomes.
 
     Raises: TypeError for other methods."""
     for cls, kind in CLASSES.items():
         if isinstance(method, cls): return kind
-    raise TypeError(f'{type(method).__name__} has no counterpart among the released files; {", ".join(c.__name__ for c in CLASSES)} have.')
+    raise TypeError(f'{type(method).__name__} has no counterpart among the released files; '
+                    f'{", ".join(c.__name__ for c in CLASSES)} have.')
 
 
 def released_state(
-    method, # MammoCLIP, Classifier or RetinaNet
+    method: Method, # MammoCLIP, Classifier or RetinaNet
 ) -> dict: # name of the original -> tensor (sharing memory with the method)
     "Give a method's weights under the original's names, in its order."
     state, kind = method.state_dict(), kind_of_method(method)
     if kind != 'detector': return dict(state)
-    return {theirs + k[len(ours):]: v for theirs, ours in RELEASED_NAMES.items() for k, v in state.items() if k.startswith(ours)}
+    return {theirs + k[len(ours):]: v for theirs, ours in RELEASED_NAMES.items()
+            for k, v in state.items() if k.startswith(ours)}
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #f740b552
-OUTPUTS = {1: (('finding',), ()), 3: (('birads',), ('0', '1', '2')), 4: (('density',), ('A', 'B', 'C', 'D'))} # outputs: (labels, classes)
+# outputs: (labels, classes)
+OUTPUTS = {1: (('finding',), ()), 3: (('birads',), ('0', '1', '2')), 4: (('density',), ('A', 'B', 'C', 'D'))}
 
 
 def _classifier(weights, encoder, labels, classes, changes):
@@ -58,8 +63,11 @@ def _classifier(weights, encoder, labels, classes, changes):
     n = len(weights['classifier.classification_head.bias'])
     if not labels: labels, classes = OUTPUTS.get(n, (tuple(f'label_{i}' for i in range(n)), ()))
     labels = (labels,) if isinstance(labels, str) else tuple(labels)
-    if len(classes or labels) != n: raise ValueError(f'the classifier has {n} outputs; {len(classes or labels)} names are given: {", ".join(classes or labels)}.')
-    return Classifier(ClassifierConfig(**{**dict(labels=labels, classes=tuple(classes), frozen=False, image_encoder=encoder), **changes}))
+    if len(classes or labels) != n:
+        raise ValueError(f'the classifier has {n} outputs; {len(classes or labels)} names are given: '
+                         f'{", ".join(classes or labels)}.')
+    return Classifier(ClassifierConfig(**{**dict(labels=labels, classes=tuple(classes), frozen=False,
+                                                 image_encoder=encoder), **changes}))
 
 
 def _detector(weights, encoder, labels, changes):
@@ -67,7 +75,8 @@ def _detector(weights, encoder, labels, changes):
     anchors = len(weights['regressionModel.output.bias'])//4
     n = len(weights['classificationModel.output.bias'])//anchors
     labels = (labels,) if isinstance(labels, str) else tuple(labels) or tuple(f'finding_{i}' for i in range(n))
-    if len(labels) != n: raise ValueError(f'the detector has {n} classes; {len(labels)} names are given: {", ".join(labels)}.')
+    if len(labels) != n:
+        raise ValueError(f'the detector has {n} classes; {len(labels)} names are given: {", ".join(labels)}.')
     widths = dict(pyramid_width=len(weights['fpn.P5_1.bias']), head_width=len(weights['regressionModel.conv1.bias']))
     return RetinaNet(reference_config(**{**dict(classes=labels, image_encoder=encoder), **widths, **changes}))
 
@@ -76,7 +85,8 @@ def _pretrained(checkpoint, encoder, config, tokenizer):
     "A Mammo-CLIP for these weights; the stored configuration must name the same encoder."
     config = config or released_config(checkpoint)
     if config.image_encoder != encoder:
-        raise DataError(f'the configuration names {config.image_encoder}, the weights are of {encoder}.', file=checkpoint.file,
+        raise DataError(f'the configuration names {config.image_encoder}, the weights are of {encoder}.',
+                        file=checkpoint.file,
                         fix='Give the right configuration with config=.')
     return MammoCLIP(config, tokenizer)
 
@@ -92,9 +102,13 @@ class Released:
     spare: dict = field(default_factory=dict, repr=False) # tensors that no network needs
     source: str = '' # file
 
-    def __str__(self): return f'{self.source}: {self.kind}, {self.encoder}; tensors: ' + ', '.join(f'{n} {s}' for s, n in self.table.status.value_counts().items())
+    def __str__(self):
+        return (f'{self.source}: {self.kind}, {self.encoder}; tensors: '
+                + ', '.join(f'{n} {s}' for s, n in self.table.status.value_counts().items()))
 
-    def _repr_html_(self): return f'<b>{self.source}</b>: {self.kind}, {self.encoder}' + self.table.status.value_counts().to_frame('tensors').to_html()
+    def _repr_html_(self):
+        return (f'<b>{self.source}</b>: {self.kind}, {self.encoder}'
+                + self.table.status.value_counts().to_frame('tensors').to_html())
 
 
 def _fill(state, weights, table):
@@ -108,11 +122,11 @@ def _fill(state, weights, table):
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #1975b556
 def open_released(
-    source, # path of a .tar or .pth, or its Checkpoint
-    labels=(), # names of a classifier's or detector's outputs
-    classes=(), # values, when a classifier's outputs are the classes of one label
-    config=None, # MammoCLIPConfig; None reads it from the file
-    tokenizer=None, # None loads BioClinicalBERT's when it is needed
+    source: str | Path | Checkpoint, # path of a .tar or .pth, or its Checkpoint
+    labels: Sequence[str] = (), # names of a classifier's or detector's outputs
+    classes: Sequence = (), # values, when a classifier's outputs are the classes of one label
+    config: MammoCLIPConfig | None = None, # None reads it from the file
+    tokenizer: Any = None, # None loads BioClinicalBERT's when it is needed
     strict:bool=True, # refuse what does not fit to the last tensor
     **changes, # fields of the classifier's or detector's configuration
 ) -> Released: # the method and the table
@@ -128,7 +142,8 @@ def open_released(
     state = released_state(method)
     table = weight_table(state, weights, SPARE[kind])
     if strict: check_weights(table, checkpoint.file)
-    elif not table.status.isin(['loaded', 'spare']).all(): warnings.warn(f'{checkpoint.file}: tensors {dict(table.status.value_counts())}', stacklevel=2)
+    elif not table.status.isin(['loaded', 'spare']).all():
+        warnings.warn(f'{checkpoint.file}: tensors {dict(table.status.value_counts())}', stacklevel=2)
     _fill(state, weights, table)
     spare = {k: weights[k] for k in table.index[table.status == 'spare']}
     return Released(method.eval(), kind, encoder, table, checkpoint.extra, spare, checkpoint.file)
@@ -149,12 +164,13 @@ def _with_tokenizer(method):
     "Load the tokenizer, so that it is saved with the model; say so when it cannot be had."
     try: method.tokenizer # noqa: B018
     except (OSError, ValueError) as e:
-        warnings.warn(f'The folder has no tokenizer, so texts cannot be encoded: {e} Give it with tokenizer=.', stacklevel=3)
+        warnings.warn(f'The folder has no tokenizer, so texts cannot be encoded: {e} Give it with tokenizer=.',
+                      stacklevel=3)
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #ea17ddd4
 def convert_released(
-    source, # path of a released .tar or .pth
-    folder, # where to
+    source: str | Path, # path of a released .tar or .pth
+    folder: str | Path, # where to
     **options, # of `open_released`
 ) -> Released: # as opened
     """Turn a released file into a folder that `medvl.load` and `from_pretrained` open.
@@ -173,32 +189,37 @@ def convert_released(
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #3267bd5f
 def stored_config(
-    c, # MammoCLIPConfig
+    c: MammoCLIPConfig,
 ) -> dict: # the part of the original's configuration that describes the model
     "Write a configuration in the original's words."
     name = {ours: theirs for theirs, ours in RELEASED_ENCODERS.items()}.get(c.image_encoder, c.image_encoder)
-    text = {'source': 'huggingface', 'name': CLINICAL_BERT, 'pretrained': True, 'gradient_checkpointing': False, 'pooling': c.pooling,
+    text = {'source': 'huggingface', 'name': CLINICAL_BERT, 'pretrained': True, 'gradient_checkpointing': False,
+            'pooling': c.pooling,
             'cache_dir': '', 'trust_remote_code': True}
-    return {'base': {'mean': c.image_mean, 'std': c.image_std, 'image_size_h': 1520, 'image_size_w': 912, 'text_max_length': c.max_length},
+    return {'base': {'mean': c.image_mean, 'std': c.image_std, 'image_size_h': 1520, 'image_size_w': 912,
+                     'text_max_length': c.max_length},
             'tokenizer': {'source': 'huggingface', 'pretrained_model_name_or_path': CLINICAL_BERT, 'cache_dir': ''},
             'model': {'name': 'clip_custom', 'temperature': c.temperature,
                       'image_encoder': {'source': 'cnn', 'name': name, 'pretrained': False, 'model_type': 'cnn'},
-                      'text_encoder': text, 'projection_head': {'name': c.projection, 'dropout': c.projection_dropout, 'proj_dim': c.dim}},
-            'loss': {'breast_clip': {'label_smoothing': c.label_smoothing, 'i2i_weight': c.i2i_weight, 't2t_weight': c.t2t_weight,
+                      'text_encoder': text,
+                      'projection_head': {'name': c.projection, 'dropout': c.projection_dropout, 'proj_dim': c.dim}},
+            'loss': {'breast_clip': {'label_smoothing': c.label_smoothing, 'i2i_weight': c.i2i_weight,
+                                     't2t_weight': c.t2t_weight,
                                      'loss_ratio': 1.0}}}
 
 # %% ../../../nbs/340_methods.released.mammoclip_files.ipynb #fe0b15e3
 def export_released(
-    source, # a method, or a folder of `convert_released` or `save_pretrained`
-    path, # .tar or .pth to write
-    extra=None, # dict of plain values beside; default: what the converted file had, or a configuration
+    source: Method | str | Path, # a method, or a folder of `convert_released` or `save_pretrained`
+    path: str | Path, # .tar or .pth to write
+    extra: dict | None = None, # dict of plain values beside; default: what the converted file had, or a configuration
 ) -> Path: # of the file
     """Write a file that the original's code reads.
 
     Raises: TypeError for a method without counterpart."""
     method = source if isinstance(source, torch.nn.Module) else from_pretrained(source)
     kind, state = kind_of_method(method), released_state(method)
-    record = None if isinstance(source, torch.nn.Module) or not (Path(source)/RECORD).is_file() else read_json(Path(source)/RECORD)
+    record = (None if isinstance(source, torch.nn.Module) or not (Path(source)/RECORD).is_file()
+              else read_json(Path(source)/RECORD))
     if record:
         spare = load_file(str(Path(source)/LEFT_OVER)) if (Path(source)/LEFT_OVER).is_file() else {}
         state = {k: (spare | state)[k] for k in record['order']}
