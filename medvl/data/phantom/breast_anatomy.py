@@ -268,8 +268,8 @@ def vessels(
     canvas = np.zeros((frame.height, frame.width), np.uint8)
     t = np.linspace(0, 1, 40)[:, None]
     for _ in range(count):
-        start, end = np.array([0, rng.uniform(-60, 60)]), np.array([breast.depth*rng.uniform(0.6, 0.95),
-                                                                    rng.normal(0, 14)])
+        start = np.array([0, rng.uniform(-60, 60)])
+        end = np.array([breast.depth*rng.uniform(0.6, 0.95), rng.normal(0, 14)])
         bend = (start + end)/2 + rng.normal(0, 16, 2)
         curve = (1 - t)**2*start + 2*t*(1 - t)*bend + t**2*end
         curve[:, 1] += 2.0*np.sin(rng.uniform(8, 18)*t[:, 0] + rng.uniform(0, 6))

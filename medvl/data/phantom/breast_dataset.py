@@ -114,8 +114,8 @@ def person(truth:Any, ds:Any) -> None:
     ds.PatientName = NAMES[int(rng.integers(len(NAMES)))]
     ds.PatientBirthDate = f'{2024 - truth.age}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}'
     ds.StudyDate, ds.StudyTime = f'2024{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}', '093000'
-    ds.InstitutionName, ds.ReferringPhysicianName, ds.AccessionNumber = ('Phantom General Hospital', 'EXAMPLE^DOCTOR',
-                                                                         truth.exam_id)
+    ds.InstitutionName, ds.ReferringPhysicianName = 'Phantom General Hospital', 'EXAMPLE^DOCTOR'
+    ds.AccessionNumber = truth.exam_id
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #950d6dc0
 def empty_dicom(

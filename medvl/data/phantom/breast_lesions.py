@@ -87,8 +87,8 @@ def draw_places(
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #1215de15
 MASS_KINDS = {False: (('round', 'oval'), (('circumscribed', 0.75), ('obscured', 0.25))),
-              True: (('irregular', 'irregular', 'irregular', 'oval'), (('spiculated', 0.5), ('indistinct', 0.3),
-                                                                       ('microlobulated', 0.2)))}
+              True: (('irregular', 'irregular', 'irregular', 'oval'),
+                     (('spiculated', 0.5), ('indistinct', 0.3), ('microlobulated', 0.2)))}
 CALCIFICATIONS = {True: ('fine pleomorphic', 'fine linear branching'), False: ('amorphous', 'coarse heterogeneous')}
 LOOK_ALIKES = {
     'mass': (('lymph_node', '', '', (8, 26)), ('oil_cyst', '', '', (8, 26)), ('tissue_band', '', '', (11, 30))),

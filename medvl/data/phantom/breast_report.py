@@ -72,8 +72,8 @@ FINDING_TEMPLATES = {
              '[a|a single] {shape} mass [measuring|of] {size} with {margin} margins is [seen|present|noted|identified] '
              '{place}.',
              '{margin} {shape} mass {place}, measuring {size}.', '{shape} mass, {margin} margins, {size}, {place}.'),
-    'suspicious_calcification': ('[there are|we see] suspicious {morphology} calcifications in a {distribution} '
-                                 'distribution {place}.',
+    'suspicious_calcification': (
+             '[there are|we see] suspicious {morphology} calcifications in a {distribution} distribution {place}.',
              'suspicious {distribution} calcifications, {morphology}, are [seen|present|noted] {place}, '
              '[spanning|over] {size}.',
              '{distribution} {morphology} calcifications {place} are suspicious.',
@@ -98,10 +98,10 @@ def finding_sentence(
 ) -> Sentence:
     "Describe one finding."
     shape = {'round': '[round|rounded]', 'oval': '[oval|oval shaped]', 'irregular': '[irregular|irregularly shaped]',
-        '': ''}[finding.shape]
+             '': ''}[finding.shape]
     distribution = {'grouped': '[grouped|clustered]'}.get(finding.distribution, finding.distribution)
-    text = one_of(rng, FINDING_TEMPLATES[finding.label]).replace('{shape}', shape).replace('{distribution}',
-                                                                                           distribution)
+    text = one_of(rng, FINDING_TEMPLATES[finding.label])
+    text = text.replace('{shape}', shape).replace('{distribution}', distribution)
     text = wording(rng, text, size=size_words(rng, finding.size), margin=finding.margin, morphology=finding.morphology,
         place=place_words(rng, finding, breast))
     return Sentence('FINDINGS', text, finding.label, index)
@@ -124,8 +124,8 @@ NEGATIVES = {
     'there is no mass in the {side} breast.', 'no mass on the {side}.'),
     'suspicious_calcification': (
         'no suspicious [calcification|calcifications|microcalcification] in the {side} breast.',
-                                 'there are no suspicious calcifications [on the {side}|in the {side} breast].',
-                                 'no suspicious [grouped|] calcifications.')}
+        'there are no suspicious calcifications [on the {side}|in the {side} breast].',
+        'no suspicious [grouped|] calcifications.')}
 BOTH_NEGATIVE = ('no [suspicious|dominant|] mass or suspicious calcification [is seen|] in the {side} breast.',
     'there is no mass and no suspicious calcification on the {side}.')
 
@@ -157,6 +157,8 @@ NEUTRAL = ('skin is normal.', 'nipple is normal.', 'the skin [line|] is [smooth|
     'and the inframammary fold is [open|included].',
     'the examination was [read on a diagnostic workstation|interpreted with knowledge of the clinical history that was '
     'supplied].')
+
+# %% ../../../nbs/151_data.phantom.breast_report.ipynb #c548bb18
 CLOSING = ('a letter with the result [is|will be] sent to the patient.', 'result [sent|communicated].',
     'continue [regular|monthly] self examination.',
     'not every finding is visible on a mammogram, so clinical symptoms should be [followed up|evaluated] on their own '

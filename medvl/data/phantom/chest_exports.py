@@ -44,8 +44,8 @@ def rsna_tables(root:Path, rows:list) -> None:
     lines(root/'stage_2_train_labels.csv', 'patientId,x,y,width,height,Target',
           [line for r in rows for line in [f'{r["id"]},{",".join(map(number, b[1:]))},1' for b in r['boxes']]
            or [f'{r["id"]},,,,,0']])
-    lines(root/'stage_2_detailed_class_info.csv', 'patientId,class', [f'{r["id"]},{r["kind"]}' for r in rows
-                                                                      for _ in range(max(1, len(r['boxes'])))])
+    lines(root/'stage_2_detailed_class_info.csv', 'patientId,class',
+          [f'{r["id"]},{r["kind"]}' for r in rows for _ in range(max(1, len(r['boxes'])))])
 
 
 def siim_tables(root:Path, rows:list) -> None:
@@ -95,8 +95,8 @@ def mimic_tables(root:Path, rows:list) -> None:
     tables = {'metadata': (meta, films), 'split': ('dicom_id,study_id,subject_id,split', split),
               'chexpert': (head, study), 'negbio': (head, study)}
     for name, (head, body) in tables.items():
-        (root/f'mimic-cxr-2.0.0-{name}.csv.gz').write_bytes(gzip.compress('\n'.join([head, *body, '']).encode(),
-                                                                          mtime=0))
+        text = '\n'.join([head, *body, ''])
+        (root/f'mimic-cxr-2.0.0-{name}.csv.gz').write_bytes(gzip.compress(text.encode(), mtime=0))
 
 # %% ../../../nbs/159a_data.phantom.chest_exports.ipynb #6a1a8d8d
 PARTS = {'train': 'train', 'valid': 'validation', 'test': 'test'}
@@ -125,7 +125,7 @@ def lovt_tables(
     "Write train.csv, validation.csv, test.csv and dataset_statistics.json."
     what, place = LOVT_SETS[name], folder/LOVT_SETS[name].folder
     place.mkdir(parents=True)
-    def text(r):
+    def text(r:dict) -> str:
         if not what.classes: return r['id']
         boxes = '|'.join(';'.join(map(number, b[1:])) for b in r['boxes'])
         return f'{r["id"]},{boxes},{"|".join(str(b[0]) for b in r["boxes"])}'

@@ -98,7 +98,10 @@ def match_picture(
 ) -> np.ndarray: # float (h,w): the order of `picture`, the grey values of `like`, sharp and blurred
     "Give the picture the grey values of another, both as it is and as it looks from afar."
     ranks = lambda values: match_grey(values, np.linspace(0, 1, len(values)))
-    def spread(values): out = np.zeros(picture.shape, np.float32); out[inside] = values; return out
+    def spread(values:np.ndarray) -> np.ndarray:
+        out = np.zeros(picture.shape, np.float32)
+        out[inside] = values
+        return out
     now, wanted = ranks(picture[inside]), ranks(like[inside])
     for mm in AFAR*rounds:
         far, goal = (canvas.soften(spread(u), mm)[inside] for u in (now, wanted))

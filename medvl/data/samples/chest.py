@@ -342,7 +342,7 @@ class ChestImageDataset:
         return out | (dict(labels=self.values[index]) if self.labels else {})
 
     def _repr_html_(self):
-        def count(k):
+        def count(k:int) -> str:
             y = self.values[:, k]
             return ' / '.join(str(int(n)) for n in ((y == 1).sum(), (y == 0).sum(), np.isnan(y).sum()))
         facts = {'images / patients': f"{len(self)} / {len({r['patient_id'] for r in self.table})}",

@@ -292,7 +292,7 @@ def check_alike(
     """Check that datasets can share a batch.
 
     Raises: ValueError naming the two that differ."""
-    def form(s):
+    def form(s:Any) -> dict:
         image = s.prepared.images
         return {'size of the images': tuple(image.shape[1:]), 'kind of pixel': image.dtype.name,
                 'number of views': s.config.views, 'number of texts': s.config.texts,
