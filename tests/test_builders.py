@@ -10,7 +10,7 @@ from golden import golden, sample
 from medvl.core.errors import DataError
 from medvl.data.cells import birads_category, density_letter
 from medvl.data.releases.folder import read_folder
-from medvl.data.phantom.breast_prepared import with_split
+from medvl.data.phantom.breast_prepared import split_source
 from medvl.data.releases.report_table import BREAST_COLUMNS, breast_table, read_breast_table, read_report_table
 from medvl.data.releases.rsna_breast import read_rsna
 from medvl.data.schema import read_list, validate
@@ -37,7 +37,7 @@ def test_vindr_has_the_release_numbers(vindr):
 def test_vindr_gets_a_validation_part(vindr):
     "The official test patients stay; a fifth of the others validates."
     source = read_vindr(vindr[0])
-    r = with_split(source).records
+    r = split_source(source).records
     assert ((r.split == 'test') == (source.records.split == 'test')).all() and set(r.split) == {'train', 'valid', 'test'} and r.groupby('patient_id').split.nunique().max() == 1
     assert abs(r[r.split == 'valid'].patient_id.nunique() - 800) <= 5 # of 4000; the rare findings decide about the last few
 

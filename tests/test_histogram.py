@@ -150,13 +150,13 @@ def test_the_real_figure(tmp_path):
     root = Path(__file__).resolve().parents[2]/'shared'/'data'/'mammo'
     if not root.exists(): pytest.skip('sample data absent: ../shared/data/mammo')
     from medvl.data.releases.folder import read_folder
-    from medvl.data.phantom.breast_prepared import public_salt, with_split
+    from medvl.data.phantom.breast_prepared import public_salt, split_source
     from medvl.data.prepare.run import prepare
     table = read_folder(root)
     records = table.records[table.records.source == 'CDD-CESM'].reset_index(drop=True)
     here = lambda part: part[part.image_id.isin(records.image_id)].reset_index(drop=True)
     table = table._replace(records=records, boxes=here(table.boxes), sentences=here(table.sentences))
-    data = prepare(with_split(table, seed=0), root, tmp_path/'out', size=(384, 256), jobs=2, salt=public_salt(tmp_path))
+    data = prepare(split_source(table, seed=0), root, tmp_path/'out', size=(384, 256), jobs=2, salt=public_salt(tmp_path))
     row = histogram_control(data, labels=['malignant'], n_boot=200).iloc[0]
     assert (row.n, row.patients) == (94, 26) and row.auroc == pytest.approx(.78, abs=.015), row
     from sklearn.linear_model import LogisticRegression

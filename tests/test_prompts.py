@@ -15,7 +15,7 @@ from releases import vindr
 from medvl.core.errors import DataError
 from medvl.data.augment.breast_versions import Augment, AugmentConfig
 from medvl.data.samples.breast import BreastTextDataset
-from medvl.data.samples.findings import FindingConfig, FindingDataset, Mixture, finding_breasts, paper_findings, shares_of
+from medvl.data.samples.findings import FindingConfig, FindingDataset, Mixture, finding_breasts, paper_findings, mixture_counts
 from medvl.data.releases.finding_table import finding_labels, finding_table, four_lists, read_finding_table, read_lists, vindr_findings, write_finding_table
 from medvl.data.phantom.breast_prepared import prepared_phantom
 from medvl.data.prepared import Prepared
@@ -221,7 +221,7 @@ def test_a_mixture_trains_and_is_balanced(phantom, tokenizer, tmp_path):
 
 @pytest.mark.parametrize('sizes,balance', [((3, 10), 'equal'), ((3, 10), (1, 3)), ((7, 2, 4), (0, 1, 1)), ((5, 5), None)])
 def test_balance_and_coverage(sizes, balance):
-    counts = shares_of(sizes, balance)
+    counts = mixture_counts(sizes, balance)
     assert sum(counts) == sum(sizes) and (balance != 'equal' or max(counts) - min(counts) <= 1)
     mix = Mixture.__new__(Mixture)
     mix.sources, mix.counts, mix.starts, mix.seed, mix.balance, mix._orders = [range(n) for n in sizes], counts, np.cumsum([0, *counts]), 0, balance, {}

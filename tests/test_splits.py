@@ -15,7 +15,7 @@ from medvl.core.errors import DataError
 from medvl.core.paths import write_json
 from medvl.data.leaks import assert_no_leak, check_leaks, near_pairs
 from medvl.data.likeness import thumbnails
-from medvl.data.phantom.breast_prepared import with_split
+from medvl.data.phantom.breast_prepared import split_source
 from medvl.data.prepared import open_prepared, write_table
 from medvl.data.schema import empty
 from medvl.data.splits import allot, deal_groups, fold_patients, fraction_patients, fraction_rows, group_folds, patient_number, split_patients
@@ -78,36 +78,36 @@ def source(split, per=4):
 @pytest.mark.parametrize('valid, share', [(None, 0.2), (0.1, 0.1), (0, 0)])
 def test_validation_is_taken_out_of_training_alone(valid, share):
     before = source(['train']*80 + ['test']*20)
-    after = with_split(before, valid=valid)
+    after = split_source(before, valid=valid)
     r, was = after.records, before.records.split
     assert (was != 'valid').all() and ((r.split == 'test') == (was == 'test')).all() and r.groupby('patient_id').split.nunique().max() == 1
     count = r.groupby('split').patient_id.nunique()
-    assert count.get('valid', 0) == round(80*share) and r.equals(with_split(before, valid=valid).records)
+    assert count.get('valid', 0) == round(80*share) and r.equals(split_source(before, valid=valid).records)
     assert (after.report.issues.kind == 'no valid part').any() == (share > 0) and not after.report.rejects.size
-    if share: assert not r.equals(with_split(before, seed=1, valid=valid).records) and abs(r[r.split == 'valid'].label_mass.mean() - r[r.split == 'train'].label_mass.mean()) < 0.05
+    if share: assert not r.equals(split_source(before, seed=1, valid=valid).records) and abs(r[r.split == 'valid'].label_mass.mean() - r[r.split == 'train'].label_mass.mean()) < 0.05
 
 
 def test_own_split_is_questioned():
     full = source(['train']*6 + ['valid']*2 + ['test']*2)
-    assert with_split(full).records.equals(full.records) and not len(full.report.issues)
-    drawn = with_split(source(['']*40))
+    assert split_source(full).records.equals(full.records) and not len(full.report.issues)
+    drawn = split_source(source(['']*40))
     assert drawn.records.groupby('split').patient_id.nunique().to_dict() == dict(train=24, valid=6, test=10)
     gaps = ['train']*6 + ['']*2 + ['valid', 'test']
-    with pytest.raises(DataError, match='8 of 40 rows have no part') as e: with_split(source(gaps))
+    with pytest.raises(DataError, match='8 of 40 rows have no part') as e: split_source(source(gaps))
     assert (e.value.row, e.value.column) == (24, 'split')
-    assert (with_split(source(gaps), unassigned='leave').records.split == '').sum() == 8 and (with_split(source(gaps), unassigned='test').records.split == 'test').sum() == 12
+    assert (split_source(source(gaps), unassigned='leave').records.split == '').sum() == 8 and (split_source(source(gaps), unassigned='test').records.split == 'test').sum() == 12
     torn = source(['train']*6 + ['valid']*2 + ['test']*2)
     torn.records.loc[[0, 39], 'split'] = ['test', 'train']
-    with pytest.raises(DataError, match=r'divides 2 patients between parts: test \(row 0\), train \(row 1\); test \(row 36\), train \(row 39\)'): with_split(torn)
-    told = with_split(torn, divided='report')
+    with pytest.raises(DataError, match=r'divides 2 patients between parts: test \(row 0\), train \(row 1\); test \(row 36\), train \(row 39\)'): split_source(torn)
+    told = split_source(torn, divided='report')
     assert told.records.equals(torn.records) and set(told.report.issues.row) == {0, 36} and set(told.report.issues.kind) == {'patient in several parts'}
     half = source(['train']*3 + ['test']*3)
     half.records.loc[0, 'split'] = ''
     half.records.loc[1, 'split'] = ''
-    with pytest.raises(DataError, match=r'test \(row 0\), train \(row 2\)'): with_split(half, unassigned='test') # her other rows are in train
-    with pytest.raises(DataError, match="'dev' is no part"): with_split(source(['train', 'dev', 'test']))
+    with pytest.raises(DataError, match=r'test \(row 0\), train \(row 2\)'): split_source(half, unassigned='test') # her other rows are in train
+    with pytest.raises(DataError, match="'dev' is no part"): split_source(source(['train', 'dev', 'test']))
     for bad in (dict(unassigned='tset'), dict(divided='yes')):
-        with pytest.raises(ValueError, match='There are'): with_split(torn, **bad)
+        with pytest.raises(ValueError, match='There are'): split_source(torn, **bad)
 
 
 def test_fractions_are_nested():

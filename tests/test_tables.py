@@ -20,7 +20,7 @@ from medvl.core.paths import append_jsonl, neutral_cell, read_jsonl, restored_ce
 from medvl.data.cells import BIRADS_ORDER, age_years, birads_category, density_letter, side_letter, told, without_text_of
 from medvl.data.dicom.write import write_dicom
 from medvl.data.releases.folder import read_folder
-from medvl.data.phantom.breast_prepared import with_split
+from medvl.data.phantom.breast_prepared import split_source
 from medvl.data.prepare.run import prepare, read_journal, without_names
 from medvl.data.releases.release import Part, Release, check_release, find_files, read_table
 from medvl.data.schema import Report, alike_ids, read_csv
@@ -111,7 +111,7 @@ def write(root, rows, pictures, header='image_path,image_id,patient_id,lateralit
     return root
 
 
-def run(root, out, **options): return prepare(with_split(read_folder(root)) if options.pop('split', False) else read_folder(root), root, out, **dict(size=SIZE, backend='sequential', salt=out.parent/'salt') | options)
+def run(root, out, **options): return prepare(split_source(read_folder(root)) if options.pop('split', False) else read_folder(root), root, out, **dict(size=SIZE, backend='sequential', salt=out.parent/'salt') | options)
 
 
 def rejected(data): return read_csv(data.folder/'rejects.csv')
@@ -386,7 +386,7 @@ def test_errors_repeat_no_name(tmp_path, pictures):
     with pytest.raises(DataError, match='none of 1 files') as e: run(root, tmp_path/'out')
     assert NAME not in str(e.value)
     write(root, [f'ok0.png,a,{NAME},L,CC,train', f'ok1.png,b,{NAME},R,CC,test'], pictures, header + ',split')
-    with pytest.raises(DataError, match=r'train \(row 0\), test \(row 1\)') as e: with_split(read_folder(root))
+    with pytest.raises(DataError, match=r'train \(row 0\), test \(row 1\)') as e: split_source(read_folder(root))
     assert NAME not in str(e.value)
 
 

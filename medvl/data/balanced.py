@@ -6,6 +6,8 @@
 __all__ = ['groups_of', 'shares_of', 'reference_shares', 'balanced_order', 'BalancedBatches', 'Balanced']
 
 # %% ../../nbs/148_data.balanced.ipynb #e3371068
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -17,7 +19,7 @@ from .sampler import EpochBatches
 # %% ../../nbs/148_data.balanced.ipynb #076d8bda
 def groups_of(
     manifest:pd.DataFrame, # one row a sample
-    by, # name of a label or column, or several names
+    by:str|list|tuple, # name of a label or column, or several names
 ) -> tuple: # codes int (n,), -1 where not stated; list of names, one a group
     """Number the groups of samples.
 
@@ -32,23 +34,26 @@ def groups_of(
     stated = (values.notna() & (values.astype(object) != '')).all(axis=1).to_numpy()
     codes, found = np.full(len(values), -1), values[stated].value_counts().sort_index().index.tolist()
     if len(found) < 2:
-        raise DataError(f'there is nothing to balance by {", ".join(names)}: {int(stated.sum())} of {len(values)} rows state it, all of one group.', column=names[0])
+        raise DataError(f'there is nothing to balance by {", ".join(names)}: {int(stated.sum())} of {len(values)} rows '
+                        'state it, all of one group.', column=names[0])
     number = {v: k for k, v in enumerate(found)}
     codes[stated] = [number[v] for v in values[stated].itertuples(index=False, name=None)]
-    return codes, [', '.join(f'{n} {v:g}' if isinstance(v, float) else f'{n} {v}' for n, v in zip(names, f)) for f in found]
+    return codes, [', '.join(f'{n} {v:g}' if isinstance(v, float) else f'{n} {v}' for n, v in zip(names, f))
+                   for f in found]
 
 # %% ../../nbs/148_data.balanced.ipynb #b656901f
 def shares_of(
     codes:np.ndarray, # int (n,): group of each sample, -1 none
     power:float=0., # 0: equal shares; 1: as they are
-    shares=None, # wanted shares, one a group, instead
+    shares:tuple|list|np.ndarray|None=None, # wanted shares, one a group, instead
 ) -> np.ndarray: # float64 (groups,), sums to 1
     """Say how often each group is drawn.
 
     Raises: ValueError for shares that are no shares of these groups."""
     count = np.bincount(codes[codes >= 0])
     if shares is None:
-        if not 0 <= power <= 1: raise ValueError(f'power={power} must lie in [0, 1]: 0 makes groups equal, 1 leaves them as they are.')
+        if not 0 <= power <= 1:
+            raise ValueError(f'power={power} must lie in [0, 1]: 0 makes groups equal, 1 leaves them as they are.')
         shares = np.where(count > 0, count.astype(float)**power, 0)
     shares = np.asarray(shares, float)
     if shares.shape != count.shape or not (shares >= 0).all() or not shares.sum() > 0 or (shares[count == 0] > 0).any():
@@ -57,11 +62,16 @@ def shares_of(
 
 
 def reference_shares(
-    train, valid, # int: groups of the training and of the validation samples
+    train:np.ndarray|list, # int: groups of the training samples
+    valid:np.ndarray|list, # the same of the validation samples
 ) -> np.ndarray: # float64 (groups,)
-    "Give the shares of the original: weights 1/count, with the counts of the VALIDATION fold. Source: Mammo-CLIP, balanced loader."
+    """Give the shares of the original: weights 1/count, with the counts of the VALIDATION fold.
+
+    Source: Mammo-CLIP, balanced loader."""
     ours, theirs = (np.bincount(np.asarray(x)[np.asarray(x) >= 0]) for x in (train, valid))
-    if len(ours) != len(theirs) or not theirs.all(): raise ValueError(f'training has {ours.tolist()} samples of each group, validation {theirs.tolist()}: every group is needed in both.')
+    if len(ours) != len(theirs) or not theirs.all():
+        raise ValueError(f'training has {ours.tolist()} samples of each group, validation {theirs.tolist()}: every '
+                         'group is needed in both.')
     return (ours/theirs)/(ours/theirs).sum()
 
 # %% ../../nbs/148_data.balanced.ipynb #745aa1ff
@@ -69,7 +79,8 @@ def _rounds(members, first, count, seed, group):
     "Draws `first … first + count - 1` of a group that is gone through again and again, shuffled anew each time."
     if not count: return members[:0]
     n = len(members)
-    deck = np.concatenate([members[numpy_rng('balanced', seed, group, lap).permutation(n)] for lap in range(first//n, (first + count - 1)//n + 1)])
+    deck = np.concatenate([members[numpy_rng('balanced', seed, group, lap).permutation(n)]
+                           for lap in range(first//n, (first + count - 1)//n + 1)])
     return deck[first - first//n*n:][:count]
 
 
@@ -99,18 +110,19 @@ def balanced_order(
 class BalancedBatches(EpochBatches):
     "Batches of (epoch, index) in which groups have chosen shares."
     def __init__(self,
-        codes, # int (n,): group of each sample, -1 never drawn
+        codes:np.ndarray|list, # int (n,): group of each sample, -1 never drawn
         batch_size:int, # samples of a batch of one rank
         seed:int=0, epoch:int=0, start_step:int=0, rank:int=0, world:int=1, drop_last:bool=True, # as in EpochBatches
-        power:float=0., shares=None, # as in `shares_of`
+        power:float=0., shares:tuple|list|np.ndarray|None=None, # as in `shares_of`
         how:str='even', # 'even' or 'weighted'
     ):
         self.codes = np.asarray(codes)
         if how not in ('even', 'weighted'): raise ValueError(unknown_name('way to balance', how, ('even', 'weighted')))
-        super().__init__(int((self.codes >= 0).sum()), batch_size, seed, epoch, start_step, rank, world, True, drop_last)
+        super().__init__(int((self.codes >= 0).sum()), batch_size, seed, epoch, start_step, rank, world, True,
+                         drop_last)
         self.shares, self.how = shares_of(self.codes, power, shares), how
 
-    def order(self): # int64 (total,)
+    def order(self) -> np.ndarray: # int64 (total,)
         "Give the samples of the epoch in order."
         total = self.steps*self.batch_size*self.world if self.drop_last else self.n
         return balanced_order(self.codes, self.shares, total, self.seed, self.epoch, self.how)
@@ -119,9 +131,9 @@ class BalancedBatches(EpochBatches):
 class Balanced:
     "A dataset that is drawn group by group."
     def __init__(self,
-        dataset, # map-style; with `prepared` where `by` names columns
-        by, # label or column name(s) of its manifest, or int (n,) codes of groups
-        power:float=0., shares=None, how:str='even', # as in BalancedBatches
+        dataset:Any, # map-style; with `prepared` where `by` names columns
+        by:str|list|tuple|np.ndarray, # label or column name(s) of its manifest, or int (n,) codes of groups
+        power:float=0., shares:tuple|list|np.ndarray|None=None, how:str='even', # as in BalancedBatches
     ):
         named = isinstance(by, str) or any(isinstance(b, str) for b in by)
         self.codes, self.groups = groups_of(dataset.prepared.manifest, by) if named else (np.asarray(by), None)
@@ -136,16 +148,18 @@ class Balanced:
         if name.startswith('__') or name == 'dataset': raise AttributeError(name)
         return getattr(self.dataset, name)
 
-    def batches(self, batch_size, seed=0, rank=0, world=1): # BalancedBatches
+    def batches(self, batch_size:int, seed:int=0, rank:int=0, world:int=1) -> BalancedBatches: # BalancedBatches
         "Give the sampler of a training run."
         return BalancedBatches(self.codes, batch_size, seed, rank=rank, world=world, shares=self.shares, how=self.how)
 
     @property
-    def digest(self):
+    def digest(self) -> str:
         inner = getattr(self.dataset, 'digest', '')
-        return digest(['Balanced', inner() if callable(inner) else inner, self.codes.tolist(), self.shares.tolist(), self.how])
+        return digest(['Balanced', inner() if callable(inner) else inner, self.codes.tolist(), self.shares.tolist(),
+                       self.how])
 
     def __repr__(self):
         count = np.bincount(self.codes[self.codes >= 0])
-        parts = [f'{self.groups[g] if self.groups else g}: {n} as {s:.0%}' for g, (n, s) in enumerate(zip(count, self.shares))]
+        parts = [f'{self.groups[g] if self.groups else g}: {n} as {s:.0%}'
+                 for g, (n, s) in enumerate(zip(count, self.shares))]
         return f'Balanced({self.dataset!r}; {", ".join(parts)}; {int((self.codes < 0).sum())} never drawn)'

@@ -6,6 +6,8 @@
 __all__ = ['SCHEMES', 'with_split', 'check_folds', 'with_folds', 'fold_parts', 'each_fold', 'with_validation', 'training_share']
 
 # %% ../../nbs/149a_data.folds.ipynb #b512045f
+from collections.abc import Iterator
+
 import pandas as pd
 
 from ..core.errors import DataError, unknown_name
@@ -18,7 +20,8 @@ def with_split(
     **columns, # `split` and/or `fold`: new values
 ) -> Prepared: # the same pixels
     "Replace columns of the manifest."
-    return Prepared(prepared.folder, prepared.info, prepared.images, prepared.masks, prepared.manifest.assign(**columns), prepared.boxes, prepared.sentences)
+    return Prepared(prepared.folder, prepared.info, prepared.images, prepared.masks,
+                    prepared.manifest.assign(**columns), prepared.boxes, prepared.sentences)
 
 
 def check_folds(
@@ -27,21 +30,25 @@ def check_folds(
     """Read the folds.
 
     Raises: DataError without folds, or for a patient in two of them."""
-    if 'fold' not in manifest: raise DataError('there are no folds.', column='fold', fix='Use with_folds to deal the patients.')
+    if 'fold' not in manifest:
+        raise DataError('there are no folds.', column='fold', fix='Use with_folds to deal the patients.')
     here = manifest[manifest.fold >= 0]
     several = here.groupby('patient_id').fold.nunique()
     if (several > 1).any():
-        raise DataError(f'patient {several.index[several > 1][0]} is in {several.max()} folds ({int((several > 1).sum())} patients in all).', column='fold',
+        raise DataError(f'patient {several.index[several > 1][0]} is in {several.max()} folds '
+                        f'({int((several > 1).sum())} patients in all).', column='fold',
                         fix='Use with_folds to deal the patients anew.')
     found = sorted(here.fold.unique().tolist())
-    if len(found) < 3: raise DataError(f'three folds are needed (train, valid, test), there are {len(found)}.', column='fold', fix='Use with_folds to deal the patients.')
+    if len(found) < 3:
+        raise DataError(f'three folds are needed (train, valid, test), there are {len(found)}.', column='fold',
+                        fix='Use with_folds to deal the patients.')
     return found
 
 # %% ../../nbs/149a_data.folds.ipynb #d51f4423
 def with_folds(
     prepared:Prepared, # data set
     k:int=4, # folds
-    stratify=(), # columns to spread evenly, such as ('label_cancer',)
+    stratify:tuple=(), # columns to spread evenly, such as ('label_cancer',)
     seed:int=0, # another seed, another division
 ) -> Prepared: # with a column `fold`, 0..k-1
     "Deal the patients to folds."
@@ -74,7 +81,7 @@ def fold_parts(
 
 def each_fold(
     prepared:Prepared, # with a column `fold`
-): # yields (fold, parts): every fold is the test part once
+) -> Iterator[tuple]: # yields (fold, parts): every fold is the test part once
     "Rotate through the folds."
     for k in check_folds(prepared.manifest): yield k, fold_parts(prepared, k)
 
@@ -82,7 +89,7 @@ def each_fold(
 def with_validation(
     prepared:Prepared, # with a column `split`
     share:float=0.15, # of the training patients
-    stratify=(), # columns to spread evenly
+    stratify:tuple=(), # columns to spread evenly
     seed:int=0, # another seed, another choice
 ) -> Prepared: # with a valid part; unchanged where there is one
     """Make training patients the validation part where there is none.
@@ -91,7 +98,9 @@ def with_validation(
     split = prepared.manifest['split']
     if (split == 'valid').any(): return prepared
     train = prepared.manifest[split == 'train']
-    if not len(train): raise DataError('no images in the split train.', column='split', fix='Divide the patients with medvl.data.splits.')
+    if not len(train):
+        raise DataError('no images in the split train.', column='split',
+                        fix='Divide the patients with medvl.data.splits.')
     part = split_patients(train, (1 - share, share), stratify, seed, names=('train', 'valid'))
     return with_split(prepared, split=split.where(split != 'train', part.reindex(split.index)))
 
@@ -99,7 +108,7 @@ def with_validation(
 def training_share(
     parts:dict, # 'train', 'valid', ... -> Prepared
     fraction:float, # of the training patients, (0, 1]
-    stratify=(), # columns to keep in proportion
+    stratify:tuple=(), # columns to keep in proportion
     seed:int=0, # another seed, another choice
 ) -> dict: # the same parts, with less to train on
     "Take a share of the training patients."

@@ -17,7 +17,7 @@ def epoch_order(
     seed:int, # seed of the run
     epoch:int, # epoch
     shuffle:bool=True, # random order
-    lengths=None, # int (n,): lengths to bucket by; None: no bucketing
+    lengths:np.ndarray|list|None=None, # int (n,): lengths to bucket by; None: no bucketing
     window:int=50, # batches that are sorted together
 ) -> np.ndarray: # int64 (n,), a permutation; batch k is [k*batch_size : (k+1)*batch_size]
     "Give the order of the samples of an epoch."
@@ -26,7 +26,8 @@ def epoch_order(
     order = rng.permutation(n)
     if lengths is None: return order
     lengths = np.asarray(lengths)
-    if lengths.shape != (n,): raise ValueError(f'lengths has shape {lengths.shape}; one number for each of the {n} samples is needed.')
+    if lengths.shape != (n,):
+        raise ValueError(f'lengths has shape {lengths.shape}; one number for each of the {n} samples is needed.')
     parts = [order[i:i + window*batch_size] for i in range(0, n, window*batch_size)]
     order = np.concatenate([p[np.argsort(lengths[p], kind='stable')] for p in parts])
     full = n//batch_size*batch_size
@@ -46,28 +47,29 @@ class EpochBatches:
         world:int=1, # processes
         shuffle:bool=True, # random order
         drop_last:bool=True, # leave out what does not fill a global batch
-        lengths=None, # int (n,): bucket by length
+        lengths:np.ndarray|list|None=None, # int (n,): bucket by length
     ):
         if n < 1 or batch_size < 1: raise ValueError(f'There are no batches of {batch_size} from {n} samples.')
         if not 0 <= rank < world: raise ValueError(f'Rank {rank} does not exist in a world of {world}.')
         self.n, self.batch_size, self.seed, self.epoch, self.start_step = n, batch_size, seed, epoch, start_step
         self.rank, self.world, self.shuffle, self.drop_last, self.lengths = rank, world, shuffle, drop_last, lengths
         if drop_last and n < batch_size*world:
-            raise ValueError(f'{n} samples do not fill one global batch of {world} x {batch_size}. Use a smaller batch, or drop_last=False.')
+            raise ValueError(f'{n} samples do not fill one global batch of {world} x {batch_size}. Use a smaller '
+                             'batch, or drop_last=False.')
 
     @property
-    def steps(self): # int
+    def steps(self) -> int: # int
         "Steps of a whole epoch."
         size = self.batch_size*self.world
         return self.n//size if self.drop_last else -(-self.n//size)
 
     def __len__(self): return max(0, self.steps - self.start_step)
 
-    def set_epoch(self, epoch:int, start_step:int=0):
+    def set_epoch(self, epoch:int, start_step:int=0) -> None:
         "Go to another epoch (and step)."
         self.epoch, self.start_step = epoch, start_step
 
-    def order(self): # int64: batch k of all ranks is [k*size : (k + 1)*size]
+    def order(self) -> np.ndarray: # int64: batch k of all ranks is [k*size : (k + 1)*size]
         "Give the samples of the epoch in order; other samplers define this anew."
         return epoch_order(self.n, self.batch_size*self.world, self.seed, self.epoch, self.shuffle, self.lengths)
 

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['DIFFICULTY', 'SIDES', 'VIEWS', 'DENSITIES', 'KNOBS', 'FIELD_MM', 'GLAND_SHARE', 'PhantomConfig', 'check_picture',
-           'check_config', 'difficulty_knobs', 'Frame', 'Breast', 'draw_breasts', 'outline', 'skin_depth', 'fractal',
-           'fit', 'gland', 'strands', 'vessels', 'pectoral', 'healthy_view']
+           'check_phantom_config', 'difficulty_knobs', 'Frame', 'Breast', 'draw_breasts', 'outline', 'skin_depth',
+           'fractal', 'fill_frame', 'gland', 'strands', 'vessels', 'pectoral', 'healthy_view']
 
 # %% ../../../nbs/150_data.phantom.breast_anatomy.ipynb #a5802883
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -28,9 +29,11 @@ class PhantomConfig:
     bits: int = 8  # grey levels: 8 gives uint8, 12 gives uint16 with values 0..4095
     p_mass: float = 0.4  # probability that a breast has a mass
     p_calcification: float = 0.4  # probability of suspicious calcifications, independent of masses
-    p_second: float = 0.15  # probability of one more thing of a mass's size: a second mass where there is one, else a look-alike
+    # probability of one more thing of a mass's size: a second mass where there is one, else a look-alike
+    p_second: float = 0.15
     p_malignant: float = 0.5  # probability that one finding is malignant
-    p_benign: float = 0.3  # probability that the report mentions one of the benign look-alikes; they are in every picture
+    # probability that the report mentions one of the benign look-alikes; they are in every picture
+    p_benign: float = 0.3
     density: tuple[float, ...] = (0.25, 0.25, 0.25, 0.25)  # probabilities of ACR A, B, C, D
     contrast: float | None = None  # brightness of a lesion above tissue, share of the grey scale; None: by difficulty
     noise: float | None = None  # standard deviation of the noise, share of the grey scale; None: by difficulty
@@ -39,33 +42,36 @@ class PhantomConfig:
     min_pixels: float = 5.0  # a mass is drawn at least this wide, pixels (matters below about 120 rows)
     markers: bool = False  # burn a lead marker such as "L CC" into the air
 
-    def __post_init__(self): check_config(self)
+    def __post_init__(self): check_phantom_config(self)
 
 # %% ../../../nbs/150_data.phantom.breast_anatomy.ipynb #b7d5a807
 def check_picture(
-    config, # settings with difficulty, size, bits, contrast, noise, distractors, lesion_scale
+    config:Any, # settings with difficulty, size, bits, contrast, noise, distractors, lesion_scale
     probabilities:tuple, # names of the fields that are probabilities
     smallest:int=32, # pixels, least height and width
-):
+) -> None:
     """Refuse settings that no phantom can be drawn with, whatever it shows.
 
     Raises: ValueError that names the field, its value and what is allowed."""
     if isinstance(config.difficulty, str) and config.difficulty not in DIFFICULTY:
         raise ValueError(unknown_name('difficulty', config.difficulty, DIFFICULTY))
     if not isinstance(config.difficulty, str) and not 0 <= config.difficulty <= 1:
-        raise ValueError(f'difficulty is {config.difficulty!r}; give a number from 0 to 1 or one of {", ".join(DIFFICULTY)}.')
+        raise ValueError(f'difficulty is {config.difficulty!r}; give a number from 0 to 1 or one of '
+                         f'{", ".join(DIFFICULTY)}.')
     if len(config.size) != 2 or min(config.size) < smallest:
         raise ValueError(f'size is {config.size!r}; give (height, width) of at least {smallest} pixels each.')
     if config.bits not in (8, 12): raise ValueError(f'bits is {config.bits!r}; give 8 or 12.')
     for name in probabilities:
-        if not 0 <= getattr(config, name) <= 1: raise ValueError(f'{name} is {getattr(config, name)!r}; a probability lies in 0..1.')
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f'{name} is {getattr(config, name)!r}; a probability lies in 0..1.')
     for name in ('contrast', 'noise', 'distractors', 'lesion_scale'):
-        if getattr(config, name) is not None and getattr(config, name) < 0: raise ValueError(f'{name} must not be negative.')
+        if getattr(config, name) is not None and getattr(config, name) < 0:
+            raise ValueError(f'{name} must not be negative.')
 
 
-def check_config(
-    config, # a PhantomConfig
-):
+def check_phantom_config(
+    config:PhantomConfig, # a PhantomConfig
+) -> None:
     """Refuse a configuration that cannot be drawn.
 
     Raises: ValueError that names the field, its value and what is allowed."""
@@ -78,7 +84,7 @@ KNOBS = {'contrast': (0.44, 0.13), 'noise': (0.012, 0.040), 'distractors': (0.5,
 
 
 def difficulty_knobs(
-    config, # the settings, e.g. a PhantomConfig
+    config:Any, # the settings, e.g. a PhantomConfig
     ends:dict=KNOBS, # name -> value at easy and at hard
 ) -> dict: # contrast, noise, distractors, lesion_scale
     "Resolve the difficulty into the four numbers that the renderer uses; an explicit setting wins."
@@ -99,17 +105,17 @@ class Frame:
     field: tuple = FIELD_MM  # mm, height and width of the field of view
 
     @property
-    def spacing(self):
+    def spacing(self) -> float:
         "Give the size of a pixel in millimetres, the same in both directions."
         return max(self.field[0]/self.height, self.field[1]/self.width)
 
-    def coordinates(self):
+    def coordinates(self) -> tuple:
         "Give `x` (1, w) and `up` (h, 1) of the pixel centres in millimetres, float32."
         x = (np.arange(self.width, dtype=np.float32)[None] + 0.5)*self.spacing
         y = (np.arange(self.height, dtype=np.float32)[:, None] + 0.5 - self.height/2)*self.spacing
         return x, self.nipple_y - y
 
-    def to_pixels(self, x, up):
+    def to_pixels(self, x:np.ndarray|float, up:np.ndarray|float) -> tuple:
         "Give column and row (pixel centres are at .5) of a point in millimetres."
         return x/self.spacing, (self.nipple_y - up)/self.spacing + self.height/2
 
@@ -133,7 +139,7 @@ class Breast:
 
 
 def draw_breasts(
-    rng, # generator of the patient
+    rng:np.random.Generator, # generator of the patient
     density:str, # ACR A..D, the same in both breasts
 ) -> dict: # side -> Breast
     "Draw the two breasts of a patient; the right one resembles the left one."
@@ -150,7 +156,7 @@ def draw_breasts(
 def outline(
     breast:Breast, # the breast
     view:str, # CC or MLO
-    up, # mm above the nipple, any shape
+    up:np.ndarray|float, # mm above the nipple, any shape
 ) -> np.ndarray: # mm from the chest-wall edge to the skin, 0 outside
     "Give the reach of the breast at the heights `up`."
     up = np.asarray(up, np.float32)
@@ -159,7 +165,8 @@ def outline(
     reach = np.clip(1 - t**breast.power, 0, 1)**(1/breast.power)
     if view == 'MLO':
         s = np.clip(up/breast.superior, 0, 1.6)
-        tail = breast.tail + (1 - breast.tail)*(0.5 + 0.5*np.cos(np.pi*np.minimum(s, 1)))**0.85 + 0.10*np.maximum(s - 1, 0)
+        tail = (breast.tail + (1 - breast.tail)*(0.5 + 0.5*np.cos(np.pi*np.minimum(s, 1)))**0.85
+                + 0.10*np.maximum(s - 1, 0))
         fold = breast.fold/breast.depth*np.sqrt(np.clip(-2*up/breast.inferior - 1.6, 0, 1))
         reach = np.where(up > 0, tail, np.maximum(reach, fold))
     nipple = 3.5*np.exp(-(up/4.5)**2)
@@ -169,8 +176,8 @@ def outline(
 def skin_depth(
     breast:Breast, # the breast
     view:str, # CC or MLO
-    x, # mm from the chest-wall edge, shape (n,)
-    up, # mm above the nipple, shape (n,)
+    x:np.ndarray, # mm from the chest-wall edge, shape (n,)
+    up:np.ndarray, # mm above the nipple, shape (n,)
 ) -> np.ndarray: # mm to the nearest skin, float (n,); negative outside
     "Measure how deep points lie below the skin (to about 1 mm), from 150 points of the outline."
     skin_up = np.linspace(-110, 120, 150, dtype=np.float32)
@@ -181,7 +188,7 @@ def skin_depth(
 
 # %% ../../../nbs/150_data.phantom.breast_anatomy.ipynb #2d77b9f2
 def fractal(
-    rng, # generator; one number is taken from it, whatever the size
+    rng:np.random.Generator, # generator; one number is taken from it, whatever the size
     frame:Frame, # where to draw
     coarsest:float=40.0, # mm, size of the largest structure
     finest:float=0.3, # mm, size of the smallest one; also limited by the pixels
@@ -198,10 +205,10 @@ def fractal(
         out = grid if out is None else grid + cv2.resize(out, shape[::-1], interpolation=cv2.INTER_CUBIC)
         power, cell = power + 0.79*weight**2, cell/2
     out = cv2.resize(out, (columns, rows), interpolation=cv2.INTER_CUBIC)
-    return fit(out/float(np.sqrt(power)), frame)
+    return fill_frame(out/float(np.sqrt(power)), frame)
 
 
-def fit(
+def fill_frame(
     field:np.ndarray, # float32, the field of view
     frame:Frame, # the wanted frame, at least that large
 ) -> np.ndarray: # float32 (h,w)
@@ -215,7 +222,7 @@ GLAND_SHARE = {'A': (0.03, 0.10), 'B': (0.17, 0.31), 'C': (0.42, 0.56), 'D': (0.
 
 
 def gland(
-    rng, # generator of the view's tissue
+    rng:np.random.Generator, # generator of the view's tissue
     frame:Frame, # where to draw
     breast:Breast, # the breast
     inside:np.ndarray, # bool (h,w), breast without muscle
@@ -234,7 +241,7 @@ def gland(
 
 # %% ../../../nbs/150_data.phantom.breast_anatomy.ipynb #a5e1cc46
 def strands(
-    rng, # generator of the view's tissue
+    rng:np.random.Generator, # generator of the view's tissue
     frame:Frame, # where to draw
     breast:Breast, # the breast
     width:float=0.10, # thickness of a strand, share of the fractal's range
@@ -244,14 +251,15 @@ def strands(
     bend = 7*fractal(rng, frame, 30.0, 4.0)
     radius, angle = np.hypot(breast.depth + 8 - x, up), np.arctan2(up, breast.depth + 8 - x)
     grid = rng.standard_normal((48, 64), dtype=np.float32)
-    rays = cv2.remap(grid, (angle/np.pi + 0.5)*54 + 4 + 0.05*bend, (radius + bend)/13.0, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REFLECT)
+    rays = cv2.remap(grid, (angle/np.pi + 0.5)*54 + 4 + 0.05*bend, (radius + bend)/13.0, cv2.INTER_CUBIC,
+                     borderMode=cv2.BORDER_REFLECT)
     net = fractal(rng, frame, 14.0, 1.5, 0.8)
     line = np.exp(-(rays/(1.6*width))**2) + 0.55*np.exp(-(net/width)**2)
     return np.clip(line, 0, 1.3)
 
 # %% ../../../nbs/150_data.phantom.breast_anatomy.ipynb #afdec576
 def vessels(
-    rng, # generator of the view's tissue
+    rng:np.random.Generator, # generator of the view's tissue
     frame:Frame, # where to draw
     breast:Breast, # the breast
     count:int, # number of curves
@@ -260,13 +268,15 @@ def vessels(
     canvas = np.zeros((frame.height, frame.width), np.uint8)
     t = np.linspace(0, 1, 40)[:, None]
     for _ in range(count):
-        start, end = np.array([0, rng.uniform(-60, 60)]), np.array([breast.depth*rng.uniform(0.6, 0.95), rng.normal(0, 14)])
+        start = np.array([0, rng.uniform(-60, 60)])
+        end = np.array([breast.depth*rng.uniform(0.6, 0.95), rng.normal(0, 14)])
         bend = (start + end)/2 + rng.normal(0, 16, 2)
         curve = (1 - t)**2*start + 2*t*(1 - t)*bend + t**2*end
         curve[:, 1] += 2.0*np.sin(rng.uniform(8, 18)*t[:, 0] + rng.uniform(0, 6))
         points = np.stack(frame.to_pixels(curve[:, 0], curve[:, 1]), 1)
         thick = max(1, round(rng.uniform(0.8, 1.8)/frame.spacing))
-        cv2.polylines(canvas, [np.round(points*16).astype(np.int32)], False, int(rng.integers(120, 255)), thick, cv2.LINE_AA, 4)
+        cv2.polylines(canvas, [np.round(points*16).astype(np.int32)], False, int(rng.integers(120, 255)), thick,
+                      cv2.LINE_AA, 4)
     return cv2.GaussianBlur(canvas.astype(np.float32)/255, (0, 0), max(0.5, 0.35/frame.spacing))
 
 
@@ -284,7 +294,7 @@ def pectoral(
 
 # %% ../../../nbs/150_data.phantom.breast_anatomy.ipynb #088b5eef
 def healthy_view(
-    rng, # generator of this view's tissue
+    rng:np.random.Generator, # generator of this view's tissue
     breast:Breast, # the breast
     view:str, # CC or MLO
     size:tuple[int, int], # height and width, pixels

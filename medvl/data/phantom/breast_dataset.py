@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['SOURCE', 'NAMES', 'BLOCK', 'COLUMNS', 'LOCAL', 'index_rows', 'visible', 'lesion_mask', 'box_row', 'box_rows',
-           'sentence_rows', 'person', 'empty_dicom', 'phantom_dicom', 'fill_pixels', 'put', 'png', 'encode',
+           'sentence_rows', 'person', 'empty_dicom', 'fill_pixels', 'phantom_dicom', 'put', 'png', 'encode',
            'exam_files', 'write_block', 'block_done', 'claim', 'write_tables', 'follow', 'write_blocks',
            'write_phantom', 'auroc', 'clustered_auroc', 'read_pixels', 'trivial_features', 'position_features',
            'judge_features', 'histogram_rows', 'shortcut_report']
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #c32d9883
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Callable
 
 import cv2
 import joblib
@@ -29,8 +31,8 @@ from ...core.progress import progress as progress_bar
 from ...core.seed import numpy_rng
 from ..histogram import histogram_features, judge_histogram
 from .breast_exam import Exam, View, phantom_exam
-from .breast_anatomy import DENSITIES, PhantomConfig
-from .breast_lesions import LESIONS, depth_third, quadrant
+from .breast_anatomy import DENSITIES, Breast, PhantomConfig
+from .breast_lesions import LESIONS, Finding, depth_third, quadrant
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #daf71de3
 SOURCE = 'phantom'
@@ -46,35 +48,40 @@ def index_rows(
         b = t.breasts[side]
         out.append({'image_path': f'images/{v.image_id}{suffix}', 'image_id': v.image_id, 'patient_id': t.patient_id,
             'exam_id': t.exam_id, 'laterality': side, 'view': view,
-            'source': SOURCE, 'age': t.age, 'density': t.density, 'birads': b.birads, 'pathology': b.pathology, 'report_text': b.report,
+            'source': SOURCE, 'age': t.age, 'density': t.density, 'birads': b.birads, 'pathology': b.pathology,
+            'report_text': b.report,
             'mask_path': f'masks/{v.image_id}.png' if lesion_mask(v).any() else '', 'spacing_y': round(v.spacing, 6),
             'spacing_x': round(v.spacing, 6),
             'height': v.pixels.shape[0], 'width': v.pixels.shape[1], **{f'label_{k}': n for k, n in b.labels.items()}})
     return out
 
 
-def visible(view):
+def visible(view:View) -> list:
     "Give the numbers of the findings that can be seen in a view."
     return [k for k in range(len(view.findings)) if np.isfinite(view.boxes[k, 0])]
 
 
-def lesion_mask(view):
+def lesion_mask(view:View) -> np.ndarray:
     "Mark what is a lesion in a view, bool (h,w)."
     return np.isin(view.masks, [k + 1 for k, f in enumerate(view.findings) if f.label in LESIONS])
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #724ec9c8
-def box_row(view, anatomy, finding, box, number):
+def box_row(view:View, anatomy:Breast, finding:Finding, box:np.ndarray, number:int) -> dict:
     "Give the row of one finding or look-alike in one view."
     f = finding
     return {'image_id': view.image_id, 'label': f.label, **dict(zip(('x0', 'y0', 'x1', 'y1'), map(float, box))),
-        'severity': 'malignant' if f.malignant else 'benign', 'finding': number, 'told': int(number >= 0), 'size_mm': f.size, 'shape': f.shape,
-        'margin': f.margin, 'morphology': f.morphology,
-        'distribution': f.distribution, 'birads': f.birads, 'quadrant': quadrant(f, anatomy), 'depth': depth_third(f, anatomy),
-        'nipple_mm': round(anatomy.depth - f.x, 2), 'lateral_mm': round(f.lateral, 2), 'superior_mm': round(f.superior, 2)}
+        'severity': 'malignant' if f.malignant else 'benign', 'finding': number, 'told': int(number >= 0),
+        'size_mm': f.size, 'shape': f.shape, 'margin': f.margin, 'morphology': f.morphology,
+        'distribution': f.distribution, 'birads': f.birads, 'quadrant': quadrant(f, anatomy),
+        'depth': depth_third(f, anatomy),
+        'nipple_mm': round(anatomy.depth - f.x, 2), 'lateral_mm': round(f.lateral, 2),
+        'superior_mm': round(f.superior, 2)}
 
 
-def box_rows(exam):
-    "Give the rows of boxes.csv, in millimetres also where the finding lies in the breast; what the report passes over comes last, finding -1."
+def box_rows(exam:Exam) -> list:
+    """Give the rows of boxes.csv, in millimetres also where the finding lies in the breast.
+
+    What the report passes over comes last, as finding -1."""
     out = []
     for (side, _), v in exam.views.items():
         anatomy = exam.truth.breasts[side].anatomy
@@ -83,36 +90,39 @@ def box_rows(exam):
     return out
 
 
-def sentence_rows(exam):
+def sentence_rows(exam:Exam) -> list:
     "Give the rows of sentences.csv."
     out = []
     for side, b in exam.truth.breasts.items():
         views = [v for (s, _), v in exam.views.items() if s == side]
         for s in b.sentences:
-            row = {'exam_id': exam.truth.exam_id, 'laterality': side, 'section': s.section, 'sentence': s.text, 'label': s.label}
+            row = {'exam_id': exam.truth.exam_id, 'laterality': side, 'section': s.section, 'sentence': s.text,
+                   'label': s.label}
             places = [(v.image_id, visible(v).index(s.finding)) for v in views if s.finding in visible(v)]
             out.extend({**row, 'image_id': i, 'box': k} for i, k in places or [('', '')])
     return out
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #4d6cbcce
-NAMES = ('MEADOW^IVY', 'HARBOUR^NELL', 'WILLOW^ADA', 'FOREST^RUTH', 'BROOK^MAY', 'HILL^EDITH', 'STONE^CLARA', 'FIELD^ROSE')
+NAMES = ('MEADOW^IVY', 'HARBOUR^NELL', 'WILLOW^ADA', 'FOREST^RUTH', 'BROOK^MAY', 'HILL^EDITH', 'STONE^CLARA',
+         'FIELD^ROSE')
 
 
-def person(truth, ds):
+def person(truth:Any, ds:Any) -> None:
     "Fill in an invented person."
     rng = numpy_rng(truth.patient_id, 'person')
     ds.PatientID, ds.PatientSex, ds.PatientAge = truth.patient_id, getattr(truth, 'sex', 'F'), f'{truth.age:03d}Y'
     ds.PatientName = NAMES[int(rng.integers(len(NAMES)))]
     ds.PatientBirthDate = f'{2024 - truth.age}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}'
     ds.StudyDate, ds.StudyTime = f'2024{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}', '093000'
-    ds.InstitutionName, ds.ReferringPhysicianName, ds.AccessionNumber = 'Phantom General Hospital', 'EXAMPLE^DOCTOR', truth.exam_id
+    ds.InstitutionName, ds.ReferringPhysicianName = 'Phantom General Hospital', 'EXAMPLE^DOCTOR'
+    ds.AccessionNumber = truth.exam_id
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #950d6dc0
 def empty_dicom(
-    kind, # UID of the storage class
+    kind:str, # UID of the storage class
     image_id:str, # decides the UIDs of instance and series
     exam_id:str, # decides the UID of the study
-): # pydicom FileDataset
+) -> Any: # pydicom FileDataset
     "Make a DICOM data set that has nothing but its UIDs."
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, generate_uid
@@ -124,17 +134,28 @@ def empty_dicom(
     ds.StudyInstanceUID, ds.SeriesInstanceUID = (generate_uid(entropy_srcs=[exam_id, s]) for s in ('study', image_id))
     return ds
 
+
+def fill_pixels(ds:Any, pixels:np.ndarray, monochrome1:bool) -> None:
+    "Store 12-bit pixels uncompressed."
+    ds.Rows, ds.Columns = pixels.shape
+    ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 1, 16, 12, 11, 0
+    ds.PhotometricInterpretation = 'MONOCHROME1' if monochrome1 else 'MONOCHROME2'
+    ds.PresentationLUTShape = 'INVERSE' if monochrome1 else 'IDENTITY'
+    ds.WindowCenter, ds.WindowWidth, ds.RescaleIntercept, ds.RescaleSlope = 2048, 4096, 0, 1
+    ds.PixelData = np.ascontiguousarray(4095 - pixels if monochrome1 else pixels, dtype='<u2').tobytes()
+
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #e43ed900
 def phantom_dicom(
     exam:Exam, # the exam, drawn with bits=12
     view:View, # the view to write
     monochrome1:bool=False, # store inverted grey values
-): # pydicom FileDataset
+) -> Any: # pydicom FileDataset
     """Make the DICOM data set of one view.
 
     Raises: ValueError when the pixels are not 12-bit."""
     from pydicom.uid import DigitalMammographyXRayImageStorageForPresentation
-    if view.pixels.dtype != np.uint16: raise ValueError('phantom_dicom needs 12-bit pixels; make the exam with bits=12.')
+    if view.pixels.dtype != np.uint16:
+        raise ValueError('phantom_dicom needs 12-bit pixels; make the exam with bits=12.')
     ds = empty_dicom(DigitalMammographyXRayImageStorageForPresentation, view.image_id, exam.truth.exam_id)
     person(exam.truth, ds)
     ds.Modality, ds.Manufacturer, ds.BodyPartExamined, ds.InstanceNumber = 'MG', 'medvl phantom', 'BREAST', 1
@@ -144,21 +165,11 @@ def phantom_dicom(
     fill_pixels(ds, view.pixels, monochrome1)
     return ds
 
-# %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #2c028a95
-def fill_pixels(ds, pixels, monochrome1):
-    "Store 12-bit pixels uncompressed."
-    ds.Rows, ds.Columns = pixels.shape
-    ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 1, 16, 12, 11, 0
-    ds.PhotometricInterpretation = 'MONOCHROME1' if monochrome1 else 'MONOCHROME2'
-    ds.PresentationLUTShape = 'INVERSE' if monochrome1 else 'IDENTITY'
-    ds.WindowCenter, ds.WindowWidth, ds.RescaleIntercept, ds.RescaleSlope = 2048, 4096, 0, 1
-    ds.PixelData = np.ascontiguousarray(4095 - pixels if monochrome1 else pixels, dtype='<u2').tobytes()
-
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #86c9c59d
 BLOCK = 16
 
 
-def put(path, data):
+def put(path:Path, data:bytes) -> int:
     "Write bytes so that the file appears whole; give their number."
     part = path.with_name(f'.{path.name}.part')
     part.write_bytes(data)
@@ -166,14 +177,15 @@ def put(path, data):
     return len(data)
 
 
-def png(array):
+def png(array:np.ndarray) -> bytes:
     "Encode an image as PNG."
     done, data = cv2.imencode('.png', array)
-    if not done: raise ValueError(f'OpenCV could not encode an image of shape {array.shape} and type {array.dtype} as PNG.')
+    if not done:
+        raise ValueError(f'OpenCV could not encode an image of shape {array.shape} and type {array.dtype} as PNG.')
     return data.tobytes()
 
 
-def encode(exam, view, fmt, monochrome1):
+def encode(exam:Exam, view:View, fmt:str, monochrome1:float) -> bytes:
     "Encode one view as PNG or DICOM."
     if fmt == 'png': return png(view.pixels)
     from io import BytesIO
@@ -202,7 +214,7 @@ def write_block(
     folder:Path, # the data set
     block:int, # number of the block
     stop:int, # exams in the data set
-    make, # callable: number of an exam -> tables, files
+    make:Callable, # callable: number of an exam -> tables, files
 ) -> int: # exams written
     "Write the files of one block of exams, and its record last."
     record = {'exams': [], 'index': [], 'boxes': [], 'sentences': [], 'bytes': {}}
@@ -217,19 +229,20 @@ def write_block(
     return len(record['exams'])
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #e98be6e7
-def block_done(folder, block, stop):
+def block_done(folder:Path, block:int, stop:int) -> bool:
     "Say whether a block's record covers its exams and all its files have their recorded size."
     path = folder/'blocks'/f'{block:06d}.json'
     if not path.exists(): return False
     record = read_json(path)
     if not set(range(block*BLOCK, min(stop, (block + 1)*BLOCK))) <= set(record['exams']): return False
-    return all((folder/name).exists() and (folder/name).stat().st_size == size for name, size in record['bytes'].items())
+    return all((folder/name).exists() and (folder/name).stat().st_size == size
+               for name, size in record['bytes'].items())
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #6d6a5f27
 def claim(
     folder:Path, # the data set
     settings:dict, # seed, fmt, configuration ...
-):
+) -> None:
     """Open the folder for these settings.
 
     Raises: DataError when it holds something else."""
@@ -237,11 +250,13 @@ def claim(
     if path.exists():
         there = {k: v for k, v in read_json(path).items() if k not in ('n_exams', 'complete')}
         if there != json.loads(json.dumps(settings)):
-            changed = ', '.join(sorted(k for k in {*there, *settings} if there.get(k) != json.loads(json.dumps(settings)).get(k)))
+            changed = ', '.join(sorted(k for k in {*there, *settings}
+                                       if there.get(k) != json.loads(json.dumps(settings)).get(k)))
             raise DataError(f'The folder holds a phantom data set with other settings ({changed}).', file=str(path),
                 fix='choose another folder or delete this one')
     elif folder.exists() and any(folder.iterdir()):
-        raise DataError('The folder is not empty and holds no phantom data set.', file=str(folder), fix='choose a new folder')
+        raise DataError('The folder is not empty and holds no phantom data set.', file=str(folder),
+                        fix='choose a new folder')
     for name in ('images', 'masks', 'blocks'): (folder/name).mkdir(parents=True, exist_ok=True)
     if not path.exists(): write_json(path, {**settings, 'n_exams': 0, 'complete': False})
 
@@ -251,15 +266,17 @@ COLUMNS = {'index': ['image_path', 'image_id', 'patient_id', 'exam_id', 'lateral
            'sentences': ['exam_id', 'laterality', 'section', 'sentence', 'label', 'image_id', 'box']}
 
 
-def write_tables(folder, n_exams):
+def write_tables(folder:Path, n_exams:int) -> None:
     "Gather the records of the blocks into index.csv, boxes.csv and sentences.csv."
     records = [read_json(folder/'blocks'/f'{b:06d}.json') for b in range(-(-n_exams//BLOCK))]
     for name, columns in COLUMNS.items():
-        rows = [{k: v for k, v in row.items() if k != 'exam'} for r in records for row in r[name] if row['exam'] < n_exams]
-        with atomic_path(folder/f'{name}.csv') as part: pd.DataFrame(rows, columns=None if rows else columns).to_csv(part, index=False)
+        rows = [{k: v for k, v in row.items() if k != 'exam'} for r in records for row in r[name]
+                if row['exam'] < n_exams]
+        with atomic_path(folder/f'{name}.csv') as part:
+            pd.DataFrame(rows, columns=None if rows else columns).to_csv(part, index=False)
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #01a0da5a
-def follow(blocks, total, show):
+def follow(blocks:Iterable[int], total:int, show:bool) -> int|None:
     "Wait for the blocks, with a bar where one is wanted."
     if not show: return sum(blocks)
     with progress_bar(total=total, desc='phantom', unit='exam') as bar:
@@ -269,7 +286,7 @@ def follow(blocks, total, show):
 def write_blocks(
     folder:Path, # where to write; made if absent
     n_exams:int, # number of exams
-    make, # callable: number of an exam -> tables, files, as exam_files; it travels to other processes
+    make:Callable, # callable: number of an exam -> tables, files, as exam_files; it travels to other processes
     settings:dict, # what decides the result; a folder of other settings is refused
     jobs:int=1, # processes
     progress:bool=True, # show a bar
@@ -288,7 +305,7 @@ def write_blocks(
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #ee9681bc
 def write_phantom(
-    folder, # where to write; made if absent
+    folder:str|Path, # where to write; made if absent
     n_exams:int, # number of four-view exams
     size:tuple[int, int]|None=None, # image height and width, pixels; default: the configuration's, 256 x 160
     seed:int=0, # seed of the population
@@ -325,10 +342,10 @@ def auroc(
 
 
 def clustered_auroc(
-    score, # float (n,)
-    label, # bool (n,)
-    cluster, # int (n,), number of the exam
-    rng, # generator of the resampling
+    score:np.ndarray, # float (n,)
+    label:np.ndarray, # bool (n,)
+    cluster:np.ndarray, # int (n,), number of the exam
+    rng:np.random.Generator, # generator of the resampling
     n_boot:int, # resamples
 ) -> tuple: # AUROC and its standard error
     "Give an AUROC and its standard error by resampling exams."
@@ -337,7 +354,7 @@ def clustered_auroc(
     return auroc(score, label), float(np.nanstd([auroc(score[i], label[i]) for i in again], ddof=1))
 
 
-def read_pixels(path):
+def read_pixels(path:Path) -> np.ndarray:
     "Read a PNG or DICOM that `write_phantom` wrote, bright lesions, any bit depth, as 0..1."
     if path.suffix == '.png':
         pixels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
@@ -348,7 +365,7 @@ def read_pixels(path):
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #b911996d
 def trivial_features(
-    folder, # a phantom data set
+    folder:str|Path, # a phantom data set
 ) -> pd.DataFrame: # one row a breast: features, labels, exam number
     "Compute what should not predict anything."
     folder, out = Path(folder), []
@@ -369,15 +386,16 @@ def trivial_features(
     return pd.DataFrame(out).groupby(['exam_id', 'laterality'], sort=False).mean().reset_index()
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #6d4a3ec3
-def position_features(folder):
+def position_features(folder:str|Path) -> Iterator[tuple]:
     "Give position and size of each finding once, with its kind, for the two position checks."
     index = pd.read_csv(Path(folder)/'index.csv')[['image_id', 'exam_id', 'view']]
     boxes = pd.read_csv(Path(folder)/'boxes.csv').merge(index, on='image_id').query('view == "CC"')
     kinds = boxes[boxes.label.isin(['mass', 'suspicious_calcification'])]
     names = {'nipple_mm': 'distance from nipple', 'lateral_mm': 'lateral position', 'superior_mm': 'vertical position'}
-    yield 'mass or calcification', (kinds.label == 'mass').to_numpy(), kinds.rename(columns=names), list(names.values())
-    yield 'malignant or benign', (kinds.severity == 'malignant').to_numpy(), kinds.rename(columns=names), list(names.values())
     masses = kinds[kinds.label == 'mass'].rename(columns={'size_mm': 'size'})
+    kinds = kinds.rename(columns=names)
+    yield 'mass or calcification', (kinds.label == 'mass').to_numpy(), kinds, list(names.values())
+    yield 'malignant or benign', (kinds.severity == 'malignant').to_numpy(), kinds, list(names.values())
     yield 'malignant or benign mass', (masses.severity == 'malignant').to_numpy(), masses, ['size']
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #b0c5a961
@@ -402,11 +420,12 @@ def judge_features(
     return out.drop(columns='error').sort_values('auroc', key=lambda a: -(a - 0.5).abs(), ignore_index=True)
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #594a62fc
-LOCAL = ('mass', 'suspicious_calcification', 'cancer', 'malignant', 'abnormal')  # labels that are a place, not a look of the whole breast
+# labels that are a place, not a look of the whole breast
+LOCAL = ('mass', 'suspicious_calcification', 'cancer', 'malignant', 'abnormal')
 
 
 def histogram_rows(
-    folder, # a phantom data set
+    folder:str|Path, # a phantom data set
     n_boot:int=200, # resamples of exams
     seed:int=0, # of folds and resampling
     family:float=0.05, # probability that a clean data set has any row that is not ok
@@ -414,13 +433,15 @@ def histogram_rows(
     "Judge what twelve numbers of the histogram say about each local label."
     folder = Path(folder)
     index = pd.read_csv(folder/'index.csv', keep_default_na=False)
-    numbers = np.stack([histogram_features(np.rint(255*read_pixels(folder/p)).astype(np.uint8)) for p in index.image_path])
+    numbers = np.stack([histogram_features(np.rint(255*read_pixels(folder/p)).astype(np.uint8))
+                        for p in index.image_path])
     table = judge_histogram(numbers, index, LOCAL, n_boot=n_boot, seed=seed, family=family)
-    return table[table.local & table.auroc.notna()].assign(feature='histogram', unit='image')[['label', 'feature', 'auroc', 'low', 'high', 'ok', 'n', 'positives', 'unit']]
+    table = table[table.local & table.auroc.notna()].assign(feature='histogram', unit='image')
+    return table[['label', 'feature', 'auroc', 'low', 'high', 'ok', 'n', 'positives', 'unit']]
 
 # %% ../../../nbs/152_data.phantom.breast_dataset.ipynb #d99c7bdb
 def shortcut_report(
-    folder, # a phantom data set
+    folder:str|Path, # a phantom data set
     n_boot:int=200, # resamples of exams
     seed:int=0, # of the resampling
     family:float=0.05, # probability that a clean data set has any row that is not ok
@@ -429,10 +450,11 @@ def shortcut_report(
 
     Raises: DataError when the data set has fewer than 20 exams."""
     breasts = trivial_features(folder)
-    if breasts.exam_id.nunique() < 20: raise DataError('A check of shortcuts needs at least 20 exams.', file=str(folder),
-        fix='write more exams')
+    if breasts.exam_id.nunique() < 20:
+        raise DataError('A check of shortcuts needs at least 20 exams.', file=str(folder), fix='write more exams')
     labels = [c for c in breasts if c.startswith('label_')]
     features = [c for c in breasts if c not in ('exam_id', 'laterality', *labels)]
     jobs = [(name[6:], breasts[name].to_numpy() > 0.5, breasts, features, 'breast') for name in labels]
     single = judge_features([*jobs, *((*job, 'finding') for job in position_features(folder))], n_boot, seed, family)
-    return pd.concat([single, histogram_rows(folder, n_boot, seed, family)]).sort_values('auroc', key=lambda a: -(a - 0.5).abs(), ignore_index=True)
+    both = pd.concat([single, histogram_rows(folder, n_boot, seed, family)])
+    return both.sort_values('auroc', key=lambda a: -(a - 0.5).abs(), ignore_index=True)

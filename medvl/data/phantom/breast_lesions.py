@@ -12,6 +12,7 @@ __all__ = ['MASS_KINDS', 'CALCIFICATIONS', 'LOOK_ALIKES', 'LESIONS', 'EXTENT', '
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #d80614d3
 from dataclasses import dataclass
 from functools import partial
+from typing import Callable
 
 import cv2
 import numpy as np
@@ -36,7 +37,7 @@ class Finding:
     superior: float  # of the nipple; negative is inferior
     key: int  # random stream of its details
 
-    def up(self, view):
+    def up(self, view:str) -> float:
         "Give the height above the nipple in `view`."
         return self.lateral if view == 'CC' else self.superior
 
@@ -52,19 +53,19 @@ def quadrant(
     return f'{vertical} {side}'.strip()
 
 
-def depth_third(finding, breast):
+def depth_third(finding:Finding, breast:Breast) -> str:
     "Name the third of the breast, counted from the nipple: anterior, middle or posterior."
     return ('anterior', 'middle', 'posterior')[min(2, int(3*(breast.depth - finding.x)/breast.depth))]
 
 
-def clock(finding, breast):
+def clock(finding:Finding, breast:Breast) -> int:
     "Give the hour on the clock face as seen by the examiner: lateral is 3 in a left breast, 9 in a right one."
     toward_three = finding.lateral if breast.side == 'L' else -finding.lateral
     return int(round(np.degrees(np.arctan2(toward_three, finding.superior))/30)) % 12 or 12
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #bbc6bc23
 def draw_places(
-    rng, # generator of the breast's places
+    rng:np.random.Generator, # generator of the breast's places
     breast:Breast, # the breast
     count:int=5, # number of places
     margin:float=17.0, # mm below the skin
@@ -86,16 +87,19 @@ def draw_places(
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #1215de15
 MASS_KINDS = {False: (('round', 'oval'), (('circumscribed', 0.75), ('obscured', 0.25))),
-              True: (('irregular', 'irregular', 'irregular', 'oval'), (('spiculated', 0.5), ('indistinct', 0.3), ('microlobulated', 0.2)))}
+              True: (('irregular', 'irregular', 'irregular', 'oval'),
+                     (('spiculated', 0.5), ('indistinct', 0.3), ('microlobulated', 0.2)))}
 CALCIFICATIONS = {True: ('fine pleomorphic', 'fine linear branching'), False: ('amorphous', 'coarse heterogeneous')}
 LOOK_ALIKES = {
     'mass': (('lymph_node', '', '', (8, 26)), ('oil_cyst', '', '', (8, 26)), ('tissue_band', '', '', (11, 30))),
-    'calcification': (('benign_calcification', 'vascular', 'linear', (22, 30)), ('benign_calcification', 'round', 'scattered', (22, 30)),
-                      ('benign_calcification', 'coarse popcorn-like', 'grouped', (6, 10)), ('benign_calcification', 'rim', 'single', (7, 12)))}
+    'calcification': (('benign_calcification', 'vascular', 'linear', (22, 30)),
+                      ('benign_calcification', 'round', 'scattered', (22, 30)),
+                      ('benign_calcification', 'coarse popcorn-like', 'grouped', (6, 10)),
+                      ('benign_calcification', 'rim', 'single', (7, 12)))}
 LESIONS = ('mass', 'suspicious_calcification')
 
 
-def draw_mass(rng, malignant):
+def draw_mass(rng:np.random.Generator, malignant:bool) -> dict:
     "Draw shape, margin, size and category of a mass."
     shapes, margins = MASS_KINDS[malignant]
     margin = str(rng.choice([m for m, _ in margins], p=[p for _, p in margins]))
@@ -105,20 +109,23 @@ def draw_mass(rng, malignant):
                 birads=usual if rng.random() < 0.75 else other)
 
 
-def draw_calcification(rng, malignant):
+def draw_calcification(rng:np.random.Generator, malignant:bool) -> dict:
     "Draw morphology, distribution, size and category of suspicious calcifications."
     morphology = str(rng.choice(CALCIFICATIONS[malignant]))
-    distribution = str(rng.choice(('grouped', 'linear', 'segmental') if malignant else ('grouped', 'grouped', 'segmental')))
+    distribution = str(rng.choice(('grouped', 'linear', 'segmental') if malignant
+                                  else ('grouped', 'grouped', 'segmental')))
     low, high = {'grouped': (9, 15), 'linear': (14, 24), 'segmental': (17, 26)}[distribution]
     category = 5 if morphology == 'fine linear branching' and rng.random() < 0.7 else 4
-    return dict(shape='', margin='', morphology=morphology, distribution=distribution, size=rng.uniform(low, high), birads=category)
+    return dict(shape='', margin='', morphology=morphology, distribution=distribution, size=rng.uniform(low, high),
+                birads=category)
 
 
-def draw_look_alike(rng, kind):
+def draw_look_alike(rng:np.random.Generator, kind:str) -> tuple:
     "Draw a benign structure that is as large and as bright as a mass, or as calcifications."
     label, morphology, distribution, (low, high) = LOOK_ALIKES[kind][int(rng.integers(len(LOOK_ALIKES[kind])))]
     shape, margin = ('oval', 'circumscribed') if label == 'lymph_node' else ('', '')
-    return label, dict(shape=shape, margin=margin, morphology=morphology, distribution=distribution, size=rng.uniform(low, high), birads=2)
+    return label, dict(shape=shape, margin=margin, morphology=morphology, distribution=distribution,
+                       size=rng.uniform(low, high), birads=2)
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #ca1a8982
 @dataclass(frozen=True)
@@ -135,7 +142,8 @@ def draw_contents(
     config:PhantomConfig, # probabilities, lesion scale
 ) -> Contents: # in all three to five things
     "Draw what is to be found in one breast: as many things with lesions as without."
-    draws, scale, places = numpy_rng(*key, 'findings').random(5), difficulty_knobs(config)['lesion_scale'], draw_places(numpy_rng(*key, 'places'), breast)
+    draws, scale = numpy_rng(*key, 'findings').random(5), difficulty_knobs(config)['lesion_scale']
+    places = draw_places(numpy_rng(*key, 'places'), breast)
     slots = ['mass']*(2 + int(draws[1] < config.p_second)) + ['calcification']*(1 + int(draws[4] < 0.3))
     masses = (len(slots) - slots.count('calcification') - 1)*int(draws[0] < config.p_mass)
     wrong = {*range(masses)} | ({slots.index('calcification')} if draws[2] < config.p_calcification else set())
@@ -144,17 +152,20 @@ def draw_contents(
     lesions = [draw_lesion(key, i, slots[i], config.p_malignant, one) for i in sorted(wrong)]
     benign = [f for i, f in enumerate(blind) if i not in wrong]
     told = int(numpy_rng(*key, 'told').integers(len(benign))) if draws[3] < config.p_benign else -1
-    return Contents((*lesions, *benign[told:told + 1][:told >= 0]), tuple(f for i, f in enumerate(benign) if i != told), tuple(blind))
+    return Contents((*lesions, *benign[told:told + 1][:told >= 0]), tuple(f for i, f in enumerate(benign) if i != told),
+                    tuple(blind))
 
 
-def place_finding(key, places, scale, i, label, details, malignant=False):
+def place_finding(key:tuple, places:np.ndarray, scale:float, i:int, label:str, details:dict,
+                  malignant:bool=False) -> Finding:
     "Put a finding at the i-th place, at most 34 mm large."
     size = round(float(np.clip(details.pop('size')*scale, 5.0, 34.0)), 1)
     x, lateral, superior = map(float, places[i])
-    return Finding(label, size=size, malignant=malignant, x=x, lateral=lateral, superior=superior, key=key_of(*key, 'render', i), **details)
+    return Finding(label, size=size, malignant=malignant, x=x, lateral=lateral, superior=superior,
+                   key=key_of(*key, 'render', i), **details)
 
 
-def draw_lesion(key, i, slot, p_malignant, one):
+def draw_lesion(key:tuple, i:int, slot:str, p_malignant:float, one:Callable) -> Finding:
     "Draw the lesion of a slot."
     rng, label = numpy_rng(*key, slot, i), 'mass' if slot == 'mass' else 'suspicious_calcification'
     malignant = bool(rng.random() < p_malignant)
@@ -162,9 +173,9 @@ def draw_lesion(key, i, slot, p_malignant, one):
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #20ed6e69
 def border(
-    rng, # generator of this finding in this view
+    rng:np.random.Generator, # generator of this finding in this view
     finding:Finding, # shape and margin
-    theta, # float (h,w), angle
+    theta:np.ndarray, # float (h,w), angle
 ) -> np.ndarray: # float (h,w), R / radius
     "Give the border of a mass as a function of angle."
     if finding.shape == 'oval':
@@ -178,17 +189,17 @@ def border(
 
 
 def softness(
-    rng, # generator of this finding in this view
+    rng:np.random.Generator, # generator of this finding in this view
     margin:str, # BI-RADS word
-    theta, # float (h,w), angle
+    theta:np.ndarray, # float (h,w), angle
     least:float, # one pixel, share of the radius
-): # float or (h,w), width of the edge, share of the radius
+) -> np.ndarray|float: # float or (h,w), width of the edge, share of the radius
     "Say over which share of the radius the grey falls off."
     if margin == 'obscured': return np.maximum(least, 0.15 + 1.0*(0.5 + 0.5*np.cos(theta - rng.uniform(0, 2*np.pi)))**2)
     return max(least, {'circumscribed': 0.14, 'microlobulated': 0.18, 'spiculated': 0.45, 'indistinct': 1.0}[margin])
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #c721ed5f
-def spicules(rng, theta, r, wave, pixel):
+def spicules(rng:np.random.Generator, theta:np.ndarray, r:np.ndarray, wave:np.ndarray, pixel:float) -> np.ndarray:
     "Draw rays outside the border; `r` and `pixel` as shares of the radius."
     out = np.zeros_like(theta)
     for angle in np.linspace(0, 2*np.pi, 15)[:-1] + rng.normal(0, 0.16, 14):
@@ -200,7 +211,7 @@ def spicules(rng, theta, r, wave, pixel):
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #47025f2d
 def render_mass(
-    rng, # generator of this finding in this view
+    rng:np.random.Generator, # generator of this finding in this view
     finding:Finding, # the mass
     center:tuple[float, float], # column and row, pixels
     spacing:float, # mm per pixel
@@ -217,18 +228,20 @@ def render_mass(
     rho = r/wave
     t = np.clip((1 - rho)/softness(rng, finding.margin, theta, 1.2/radius) + 0.5, 0, 1)
     grey = t*t*(3 - 2*t)*(0.72 + 0.28*np.sqrt(np.clip(1 - rho**2, 0, 1)))
-    if finding.margin == 'spiculated': grey = np.maximum(grey, spicules(rng, theta, r, wave, 1/radius)*np.clip(2.2 - r, 0, 1))
+    if finding.margin == 'spiculated':
+        grey = np.maximum(grey, spicules(rng, theta, r, wave, 1/radius)*np.clip(2.2 - r, 0, 1))
     return (y0, x0), grey.astype(np.float32), rho <= 1
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #cde18ecd
-EXTENT = {'lymph_node': 1.2, 'oil_cyst': 1.25, 'tissue_band': 1.6}  # half the largest extent, in radii of a mass of that area
+# half the largest extent, in radii of a mass of that area
+EXTENT = {'lymph_node': 1.2, 'oil_cyst': 1.25, 'tissue_band': 1.6}
 
 
 def benign_depth(
     label:str, # lymph_node, oil_cyst or tissue_band
-    u, # float (h,w), along the structure, in radii of a mass of the same area
-    v, # float (h,w), across it
-): # float (h,w), 0 in the middle of the tissue, 1 at its border
+    u:np.ndarray, # float (h,w), along the structure, in radii of a mass of the same area
+    v:np.ndarray, # float (h,w), across it
+) -> np.ndarray: # float (h,w), 0 in the middle of the tissue, 1 at its border
     "Say how far a point is from the middle of a structure's tissue."
     if label == 'oil_cyst': return np.abs(np.hypot(u, v/0.92) - 1.0)/(0.25*(1 + 0.4*u/np.maximum(np.hypot(u, v), 0.1)))
     if label == 'tissue_band': return np.hypot(u/1.6, (v - 0.16*u**2 + 0.15)/0.55)
@@ -236,7 +249,7 @@ def benign_depth(
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #3b2f065d
 def render_look_alike(
-    rng, # generator of this structure in this view
+    rng:np.random.Generator, # generator of this structure in this view
     finding:Finding, # lymph node, oil cyst or band of tissue
     center:tuple[float, float], # column and row, pixels
     spacing:float, # mm per pixel
@@ -256,7 +269,7 @@ def render_look_alike(
     return (y0, x0), grey.astype(np.float32), (depth <= 1) | ((finding.label == 'oil_cyst') & (np.hypot(u, v/0.92) < 1))
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #d8a06ea2
-def spread(rng, n, distribution, half):
+def spread(rng:np.random.Generator, n:int, distribution:str, half:float) -> np.ndarray:
     "Give `n` points (n,3) in mm: x, lateral, superior, within `half` of the centre."
     if distribution == 'linear':
         t, bend = np.linspace(-1, 1, n), rng.normal(0, 0.15, 2)
@@ -281,8 +294,9 @@ def draw_grains(
         ball = rng.normal(0, 1, (90, 3))
         return half*ball/np.linalg.norm(ball, axis=1, keepdims=True), np.full(90, 0.6), np.full(90, 0.55)
     n, diameter, level = {'coarse popcorn-like': (7, (2.0, 3.2), (1.0, 1.3)), 'round': (16, (0.6, 1.0), (0.7, 1.1)),
-        'amorphous': (34, (0.3, 0.5), (0.4, 0.6)),
-                          'coarse heterogeneous': (14, (0.6, 1.1), (0.6, 1.1)), 'fine pleomorphic': (24, (0.3, 0.6), (0.5, 1.2)),
+                          'amorphous': (34, (0.3, 0.5), (0.4, 0.6)),
+                          'coarse heterogeneous': (14, (0.6, 1.1), (0.6, 1.1)),
+                          'fine pleomorphic': (24, (0.3, 0.6), (0.5, 1.2)),
                           'fine linear branching': (12, (0.3, 0.45), (0.7, 1.1))}[kind]
     points = spread(rng, n, finding.distribution, half*(0.6 if kind.startswith('coarse p') else 1.0))
     if kind == 'fine linear branching':
@@ -292,7 +306,7 @@ def draw_grains(
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #0cc2b19a
 def thin(
-    points, # (n,2) in pixels
+    points:np.ndarray, # (n,2) in pixels
     apart:float=2.1, # least distance, pixels
 ) -> np.ndarray: # indices of the kept points
     "Keep the first of points that lie too close together to be told apart."
@@ -330,7 +344,7 @@ def render_calcification(
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #47bbc63b
 def distractors(
-    rng, # generator of the view
+    rng:np.random.Generator, # generator of the view
     frame:Frame, # where to draw
     breast:Breast, # the breast
     mean:float, # mean number of shadows
@@ -350,8 +364,8 @@ def distractors(
         if 2 <= column < frame.width - 3 and 2 <= row < frame.height - 3:
             s = max(0.55, rng.uniform(0.4, 1.0)/2.6/frame.spacing)
             k = np.arange(-4, 5)
-            patch = np.exp(-0.5*((k[:, None] - row % 1)**2 + (k - column % 1)**2)/s**2).astype(np.float32)*float(rng.uniform(0.7, 1.2))
-            add_patch(out, (int(row) - 4, int(column) - 4), patch)
+            patch = np.exp(-0.5*((k[:, None] - row % 1)**2 + (k - column % 1)**2)/s**2).astype(np.float32)
+            add_patch(out, (int(row) - 4, int(column) - 4), patch*float(rng.uniform(0.7, 1.2)))
     return out
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #805766de
@@ -381,7 +395,8 @@ def lesion_layer(
         center = frame.to_pixels(finding.x, finding.up(view))
         if finding.label == 'mass' or finding.label in EXTENT:
             render = render_mass if finding.label == 'mass' else render_look_alike
-            corner, patch, mask = render(numpy_rng(finding.key, view), finding, center, frame.spacing, config.min_pixels)
+            corner, patch, mask = render(numpy_rng(finding.key, view), finding, center, frame.spacing,
+                                         config.min_pixels)
         else: corner, patch, mask = render_calcification(finding, view, center, frame.spacing)
         here, there = add_patch(grey, corner, patch)
         masks[here][mask[there] & inside[here]] = k + 1

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDE_NAMES', 'FINDING_TEMPLATES', 'DENSITY_TEMPLATES', 'NEGATIVES', 'BOTH_NEGATIVE', 'NEUTRAL', 'CLOSING',
            'ASSESSMENT', 'NEXT_STEP', 'OPINION', 'Sentence', 'wording', 'one_of', 'place_words', 'size_words',
-           'finding_sentence', 'impression', 'pad', 'breast_report', 'wanted_lengths', 'report_text']
+           'finding_sentence', 'impression', 'pad', 'breast_report', 'wanted_lengths', 'phantom_report_text']
 
 # %% ../../../nbs/151_data.phantom.breast_report.ipynb #b9208583
 import re
@@ -27,7 +27,7 @@ class Sentence:
 
 
 def wording(
-    rng, # generator of the report
+    rng:np.random.Generator, # generator of the report
     template:str, # text with [choice|choice] and {field}
     **fields, # values of the fields
 ) -> str: # a sentence that starts with a capital letter
@@ -42,7 +42,7 @@ def wording(
     return text[0].upper() + text[1:]
 
 
-def one_of(rng, options):
+def one_of(rng:np.random.Generator, options:tuple|list) -> str:
     "Take one of the options."
     return options[int(rng.integers(len(options)))]
 
@@ -50,9 +50,10 @@ def one_of(rng, options):
 SIDE_NAMES = {'L': 'left', 'R': 'right'}
 
 
-def place_words(rng, finding, breast):
+def place_words(rng:np.random.Generator, finding:Finding, breast:Breast) -> str:
     "Say where a finding is: quadrant, side, often depth or clock face."
-    q, side, depth, hour = quadrant(finding, breast), SIDE_NAMES[breast.side], depth_third(finding, breast), clock(finding, breast)
+    q, side, depth, hour = (quadrant(finding, breast), SIDE_NAMES[breast.side], depth_third(finding, breast),
+                            clock(finding, breast))
     options = [f'in the {q} {side} breast',
         f'in the {q} quadrant of the {side} breast' if ' ' in q else f'in the {q} region of the {side} breast']
     where = one_of(rng, options)
@@ -61,38 +62,46 @@ def place_words(rng, finding, breast):
     return where + one_of(rng, further)
 
 
-def size_words(rng, size):
+def size_words(rng:np.random.Generator, size:float) -> str:
     "Give a size in whole millimetres, or in centimetres with one decimal."
     return f'{round(size)} mm' if rng.random() < 0.75 else f'{size/10:.1f} cm'
 
 
 FINDING_TEMPLATES = {
     'mass': ('[there is|we see] [a|one] {size} {shape} mass with [a|] {margin} margin {place}.',
-             '[a|a single] {shape} mass [measuring|of] {size} with {margin} margins is [seen|present|noted|identified] {place}.',
+             '[a|a single] {shape} mass [measuring|of] {size} with {margin} margins is [seen|present|noted|identified] '
+             '{place}.',
              '{margin} {shape} mass {place}, measuring {size}.', '{shape} mass, {margin} margins, {size}, {place}.'),
-    'suspicious_calcification': ('[there are|we see] suspicious {morphology} calcifications in a {distribution} distribution {place}.',
-             'suspicious {distribution} calcifications, {morphology}, are [seen|present|noted] {place}, [spanning|over] {size}.',
+    'suspicious_calcification': (
+             '[there are|we see] suspicious {morphology} calcifications in a {distribution} distribution {place}.',
+             'suspicious {distribution} calcifications, {morphology}, are [seen|present|noted] {place}, '
+             '[spanning|over] {size}.',
              '{distribution} {morphology} calcifications {place} are suspicious.',
-             'suspicious microcalcifications with {morphology} morphology and {distribution} distribution [span {size}|] {place}.'),
+             'suspicious microcalcifications with {morphology} morphology and {distribution} distribution [span '
+             '{size}|] {place}.'),
     'benign_calcification': ('[incidental|] benign {morphology} calcifications [are noted|are seen|] {place}.',
-             '{morphology} calcifications {place} are [typically|] benign.', 'typically benign {morphology} calcifications {place}.'),
+             '{morphology} calcifications {place} are [typically|] benign.',
+             'typically benign {morphology} calcifications {place}.'),
     'lymph_node': ('[a|an incidental] benign [intramammary|] lymph node with fatty hilum [is seen|lies] {place}.',
              'intramammary lymph node [measuring {size}|] {place}, benign.'),
-    'oil_cyst': ('[a|an incidental] benign oil cyst [is seen|lies] {place}.', 'oil cyst with [lucent centre|fat inside] [measuring {size}|] {place}, benign.'),
-    'tissue_band': ('[a|] [harmless|benign] band of fibroglandular tissue [is seen|lies] {place}.', 'elongated band of ordinary tissue [measuring {size}|] {place}, benign.')}
+    'oil_cyst': ('[a|an incidental] benign oil cyst [is seen|lies] {place}.',
+                 'oil cyst with [lucent centre|fat inside] [measuring {size}|] {place}, benign.'),
+    'tissue_band': ('[a|] [harmless|benign] band of fibroglandular tissue [is seen|lies] {place}.',
+                    'elongated band of ordinary tissue [measuring {size}|] {place}, benign.')}
 
 # %% ../../../nbs/151_data.phantom.breast_report.ipynb #a952331f
 def finding_sentence(
-    rng, # generator of the report
+    rng:np.random.Generator, # generator of the report
     finding:Finding, # what to describe
     breast:Breast, # where it lies
     index:int, # number of the finding in its breast
 ) -> Sentence:
     "Describe one finding."
     shape = {'round': '[round|rounded]', 'oval': '[oval|oval shaped]', 'irregular': '[irregular|irregularly shaped]',
-        '': ''}[finding.shape]
+             '': ''}[finding.shape]
     distribution = {'grouped': '[grouped|clustered]'}.get(finding.distribution, finding.distribution)
-    text = one_of(rng, FINDING_TEMPLATES[finding.label]).replace('{shape}', shape).replace('{distribution}', distribution)
+    text = one_of(rng, FINDING_TEMPLATES[finding.label])
+    text = text.replace('{shape}', shape).replace('{distribution}', distribution)
     text = wording(rng, text, size=size_words(rng, finding.size), margin=finding.margin, morphology=finding.morphology,
         place=place_words(rng, finding, breast))
     return Sentence('FINDINGS', text, finding.label, index)
@@ -101,7 +110,8 @@ def finding_sentence(
 DENSITY_TEMPLATES = {
     'A': ('the breasts are almost entirely fatty.', '[breast tissue|tissue] is almost entirely fat [(ACR A)|].',
     'ACR density A: almost entirely fatty breasts.'),
-    'B': ('there are scattered areas of fibroglandular density.', 'scattered fibroglandular densities [are present|] [(ACR B)|].',
+    'B': ('there are scattered areas of fibroglandular density.',
+          'scattered fibroglandular densities [are present|] [(ACR B)|].',
           'ACR density B: scattered areas of fibroglandular [density|tissue].'),
     'C': ('the breasts are heterogeneously dense, which may obscure small masses.',
     'the breast tissue is heterogeneously dense [(ACR C)|].',
@@ -112,23 +122,28 @@ DENSITY_TEMPLATES = {
 NEGATIVES = {
     'mass': ('no [suspicious|dominant|discrete|] mass is [seen|identified] in the {side} breast.',
     'there is no mass in the {side} breast.', 'no mass on the {side}.'),
-    'suspicious_calcification': ('no suspicious [calcification|calcifications|microcalcification] in the {side} breast.',
-                                 'there are no suspicious calcifications [on the {side}|in the {side} breast].',
-                                 'no suspicious [grouped|] calcifications.')}
+    'suspicious_calcification': (
+        'no suspicious [calcification|calcifications|microcalcification] in the {side} breast.',
+        'there are no suspicious calcifications [on the {side}|in the {side} breast].',
+        'no suspicious [grouped|] calcifications.')}
 BOTH_NEGATIVE = ('no [suspicious|dominant|] mass or suspicious calcification [is seen|] in the {side} breast.',
     'there is no mass and no suspicious calcification on the {side}.')
 
 # %% ../../../nbs/151_data.phantom.breast_report.ipynb #d22671f6
 NEUTRAL = ('skin is normal.', 'nipple is normal.', 'the skin [line|] is [smooth|normal|intact].',
     'the nipple is [in profile|unremarkable|not retracted].',
-    'normal skin [thickness and contour|thickness] of the {side} breast.', 'no skin thickening or nipple retraction is [seen|present].',
+    'normal skin [thickness and contour|thickness] of the {side} breast.',
+    'no skin thickening or nipple retraction is [seen|present].',
     'no [enlarged|abnormal] axillary lymph nodes [are seen|].', 'axilla is [clear|unremarkable].',
     'image quality is [good|adequate|diagnostic].',
-    'craniocaudal and mediolateral oblique views [of the {side} breast|] were obtained.', 'positioning is [good|adequate].',
+    'craniocaudal and mediolateral oblique views [of the {side} breast|] were obtained.',
+    'positioning is [good|adequate].',
     'the pectoral muscle is [well|adequately] [shown|seen] on the [mediolateral|] oblique view.',
     'no motion [artefact|blur] is [seen|noted].',
-    'comparison is made with [earlier|previous] examinations where available.', 'no earlier images are available for comparison.',
-    'the visible part of the axilla is unremarkable on the [mediolateral oblique view|oblique view] of the {side} breast.',
+    'comparison is made with [earlier|previous] examinations where available.',
+    'no earlier images are available for comparison.',
+    'the visible part of the axilla is unremarkable on the [mediolateral oblique view|oblique view] of the {side} '
+    'breast.',
     'subcutaneous fat and Cooper ligaments of the {side} breast have a normal appearance [throughout|].',
     'vessels are [normal|unremarkable].', 'the edge of the breast is well seen in both views.',
     'all of the skin line can be seen with a [hot|bright] light.',
@@ -140,23 +155,31 @@ NEUTRAL = ('skin is normal.', 'nipple is normal.', 'the skin [line|] is [smooth|
     'in the craniocaudal view, which speaks for good positioning.',
     'the nipple of the {side} breast is in profile in [at least one|the craniocaudal] projection, '
     'and the inframammary fold is [open|included].',
-    'the examination was [read on a diagnostic workstation|interpreted with knowledge of the clinical history that was supplied].')
+    'the examination was [read on a diagnostic workstation|interpreted with knowledge of the clinical history that was '
+    'supplied].')
+
+# %% ../../../nbs/151_data.phantom.breast_report.ipynb #c548bb18
 CLOSING = ('a letter with the result [is|will be] sent to the patient.', 'result [sent|communicated].',
     'continue [regular|monthly] self examination.',
-    'not every finding is visible on a mammogram, so clinical symptoms should be [followed up|evaluated] on their own merit.',
-    'correlation with [physical|clinical] examination is advised.', 'the result was entered into the [reminder|recall] system.',
+    'not every finding is visible on a mammogram, so clinical symptoms should be [followed up|evaluated] on their own '
+    'merit.',
+    'correlation with [physical|clinical] examination is advised.',
+    'the result was entered into the [reminder|recall] system.',
     'clinical correlation advised.',
     'the [referring physician|referring doctor] has been [informed of|sent] this result, '
     'and the images are available in the archive for later comparison.',
     'these images were read [independently|] by two readers.', 'double read.', 'images are archived.',
     'please [call|ask] us if you have any question about this report.',
-    'the images are in the archive and can be seen [there|] at any time.', 'the next step is up to the doctor who sent her to us.')
+    'the images are in the archive and can be seen [there|] at any time.',
+    'the next step is up to the doctor who sent her to us.')
 
 # %% ../../../nbs/151_data.phantom.breast_report.ipynb #743f960f
 ASSESSMENT = {1: 'negative', 2: 'benign [finding|]', 3: 'probably benign', 4: 'suspicious [abnormality|finding|]',
     5: 'highly suggestive of malignancy'}
-NEXT_STEP = {1: '[routine|annual] screening [mammography|] [is advised|].', 2: '[routine|annual] screening [mammography|] [is advised|].',
-    3: '[short interval|six month] follow-up [mammography|] [is advised|].', 4: '[tissue sampling|biopsy|core biopsy] is recommended.',
+NEXT_STEP = {1: '[routine|annual] screening [mammography|] [is advised|].',
+             2: '[routine|annual] screening [mammography|] [is advised|].',
+    3: '[short interval|six month] follow-up [mammography|] [is advised|].',
+    4: '[tissue sampling|biopsy|core biopsy] is recommended.',
     5: '[biopsy|core biopsy] [is needed|should be performed].'}
 OPINION = {2: '[, benign|, of benign appearance]', 3: ', [probably benign|likely benign]',
     4: '[, suspicious for malignancy|, concerning for malignancy]',
@@ -164,7 +187,7 @@ OPINION = {2: '[, benign|, of benign appearance]', 3: ', [probably benign|likely
 
 
 def impression(
-    rng, # generator of the report
+    rng:np.random.Generator, # generator of the report
     breast:Breast, # the breast
     findings:list, # of Finding
     birads:int, # category of the breast, 1..5
@@ -178,16 +201,17 @@ def impression(
         out.append(Sentence('IMPRESSION', text, f.label, k))
     if birads < 3: out.append(Sentence('IMPRESSION',
         wording(rng, 'no [mammographic|] [evidence|sign] of malignancy in the {side} breast.', side=side)))
-    text = wording(rng, '[{side} breast:|assessment, {side} breast:|] BI-RADS [category|] {n}[:|,] ' + ASSESSMENT[birads] + '.',
+    text = wording(rng, '[{side} breast:|assessment, {side} breast:|] BI-RADS [category|] {n}[:|,] '
+                   + ASSESSMENT[birads] + '.',
         side=side, n=birads)
     out.append(Sentence('IMPRESSION', text, 'birads'))
     return [*out, Sentence('IMPRESSION', wording(rng, NEXT_STEP[birads]))]
 
 # %% ../../../nbs/151_data.phantom.breast_report.ipynb #241c029b
 def pad(
-    rng, # generator of the report
+    rng:np.random.Generator, # generator of the report
     must:list, # of Sentence, all kept
-    pool, # templates of neutral remarks; of a dict they are the keys, and the values become labels
+    pool:tuple|dict, # templates of neutral remarks; of a dict they are the keys, and the values become labels
     side:str, # left or right
     wanted:tuple[int, int, float], # numbers of sentences, characters and words
     weights:tuple=(150, 4, 9), # how much a sentence, a character and a word too many or too few matter
@@ -206,7 +230,7 @@ def pad(
 
 # %% ../../../nbs/151_data.phantom.breast_report.ipynb #1a9cc340
 def breast_report(
-    rng, # generator of this breast's report
+    rng:np.random.Generator, # generator of this breast's report
     breast:Breast, # the breast
     findings:list, # of Finding
     birads:int, # category of the breast, 1..5
@@ -216,7 +240,9 @@ def breast_report(
     side, absent = SIDE_NAMES[breast.side], [k for k in NEGATIVES if all(f.label != k for f in findings)]
     if len(absent) == 2 and rng.random() < 0.4: negatives = [Sentence('FINDINGS',
         wording(rng, one_of(rng, BOTH_NEGATIVE), side=side), 'no_finding')]
-    else: negatives = [Sentence('FINDINGS', wording(rng, one_of(rng, NEGATIVES[k]), side=side), 'no_' + k) for k in absent]
+    else:
+        negatives = [Sentence('FINDINGS', wording(rng, one_of(rng, NEGATIVES[k]), side=side), 'no_' + k)
+                     for k in absent]
     body = [finding_sentence(rng, f, breast, k) for k, f in enumerate(findings)] + negatives
     summary = impression(rng, breast, findings, birads)
     length = wanted_lengths(rng)
@@ -226,14 +252,15 @@ def breast_report(
     return [first, *(body[i] for i in rng.permutation(len(body))), *summary]
 
 
-def wanted_lengths(rng):
+def wanted_lengths(rng:np.random.Generator) -> tuple:
     "Draw the wanted numbers of sentences, characters and words: of the findings, of the impression."
     findings, closing = rng.uniform(460, 560), rng.uniform(255, 335)
     return (int(rng.integers(8, 10)), findings, findings/6.45), (6, closing, closing/6.6)
 
 
-def report_text(
+def phantom_report_text(
     sentences:list, # of Sentence
 ) -> str: # 'FINDINGS: ... IMPRESSION: ...'
     "Join sentences into a report with its section headings."
-    return ' '.join(f'{section}: ' + ' '.join(s.text for s in sentences if s.section == section) for section in ('FINDINGS', 'IMPRESSION'))
+    return ' '.join(f'{section}: ' + ' '.join(s.text for s in sentences if s.section == section)
+                    for section in ('FINDINGS', 'IMPRESSION'))

@@ -18,9 +18,11 @@ from .breast_anatomy import Frame, check_picture, fractal
 
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #f614bc91
 FINDINGS = ('opacity', 'effusion', 'pneumothorax', 'atelectasis', 'nodule', 'oedema', 'cardiomegaly', 'device')
-GLOBAL_FINDINGS = ('oedema', 'cardiomegaly') # they change most of the picture by nature: haze in both lungs, a large heart
+# they change most of the picture by nature: haze in both lungs, a large heart
+GLOBAL_FINDINGS = ('oedema', 'cardiomegaly')
 LOCAL_FINDINGS = tuple(f for f in FINDINGS if f not in GLOBAL_FINDINGS)
-CHEST_KNOBS = {'contrast': (0.36, 0.14), 'noise': (0.010, 0.035), 'distractors': (0.3, 4.0), 'lesion_scale': (1.2, 0.85)}
+CHEST_KNOBS = {'contrast': (0.36, 0.14), 'noise': (0.010, 0.035), 'distractors': (0.3, 4.0),
+               'lesion_scale': (1.2, 0.85)}
 
 
 @dataclass(frozen=True)
@@ -39,10 +41,13 @@ class ChestConfig:
     p_device: float = 0.35  # devices and foreign objects
     p_ap: float = 0.4  # anteroposterior view; else posteroanterior
     p_stated: float = 0.7  # an absent finding is ruled out in the report
-    p_mimic: float = 0.4  # each kind of harmless look-alike (nipples, skin fold, fat pad, calcified cartilage, bowel gas)
-    compensate: bool = True  # the grey values of an ill chest occur as often as if it were healthy; False gives findings away
+    # each kind of harmless look-alike (nipples, skin fold, fat pad, calcified cartilage, bowel gas)
+    p_mimic: float = 0.4
+    # the grey values of an ill chest occur as often as if it were healthy; False gives findings away
+    compensate: bool = True
     contrast: float | None = None  # brightness of a lesion, share of the grey scale; None: by difficulty
-    noise: float | None = None  # standard deviation of the noise of a middling image, share of the grey scale; None: by difficulty
+    # standard deviation of the noise of a middling image, share of the grey scale; None: by difficulty
+    noise: float | None = None
     distractors: float | None = None  # mean number of soft shadows that are nothing; None: by difficulty
     lesion_scale: float | None = None  # factor on lesion size; None: by difficulty
     min_pixels: float = 5.0  # a nodule is drawn at least this wide, pixels
@@ -81,7 +86,7 @@ class Chest:
 
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #f9c77490
 def draw_chest(
-    rng, # generator of the patient
+    rng:np.random.Generator, # generator of the patient
     sex:str, # F or M: women have slightly smaller chests and breast shadows
     age:float, # years: the aortic knob grows with age
 ) -> Chest:
@@ -95,26 +100,26 @@ def draw_chest(
     return Chest(sex, *map(float, v))
 
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #6bae7d7c
-def outer_wall(chest, y):
+def outer_wall(chest:Chest, y:np.ndarray|float) -> np.ndarray|float:
     "Give the distance of the inner chest wall from the midline at height `y`, mm."
     widest = chest.dome - 10
     t = np.clip((widest - y)/(widest - chest.apex), 0, 1)
     return 38 + (chest.width - 38)*(1 - t**chest.power)**0.5
 
 
-def inner_wall(chest, y):
+def inner_wall(chest:Chest, y:np.ndarray|float) -> np.ndarray|float:
     "Give the distance of the mediastinal border from the midline at height `y`, mm."
     return chest.inner*0.8 + 17*np.exp(-(y - chest.apex)/6.0) + 0.10*np.maximum(0, y - chest.apex - 60)
 
 
-def diaphragm(chest, side, u):
+def diaphragm(chest:Chest, side:str, u:np.ndarray|float) -> np.ndarray|float:
     "Give the y of the diaphragm at distance `u` from the midline, mm."
     top, middle = chest.dome + chest.drop*(side == 'L'), 0.46*chest.width
     outside = np.clip((u - middle)/(chest.width - middle), 0, 1.3)
     return top + chest.angle*outside**2.6 + 12*np.clip((middle - u)/middle, 0, 1)**2
 
 
-def heart_shape(chest, large=False):
+def heart_shape(chest:Chest, large:bool=False) -> tuple:
     "Give centre (x, y), half axes and tilt of the heart, an ellipse as wide as the cardiothoracic ratio says."
     half = (chest.ctr_large if large else chest.ctr)*chest.width
     tilt, flat = (0.7*chest.tilt, 0.68) if large else (chest.tilt, 0.76)
@@ -126,8 +131,8 @@ def heart_shape(chest, large=False):
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #2c207c30
 def in_heart(
     chest:Chest, # the chest
-    x, # mm, any shape
-    y, # mm
+    x:np.ndarray|float, # mm, any shape
+    y:np.ndarray|float, # mm
     large:bool=False, # cardiomegaly
 ) -> np.ndarray: # <= 1 inside, grows outwards
     "Say how far a place is from the heart's centre, in radii."
@@ -140,13 +145,14 @@ def in_heart(
 def in_lung(
     chest:Chest, # the chest
     side:str, # R or L, of the patient
-    x, # mm, any shape
-    y, # mm
+    x:np.ndarray|float, # mm, any shape
+    y:np.ndarray|float, # mm
     large:bool=False, # cardiomegaly
 ) -> np.ndarray: # bool
     "Say whether places lie in the visible part of a lung: not behind heart, great vessels or diaphragm."
     u = x if side == 'L' else -x
-    inside = (u > inner_wall(chest, y)) & (u < outer_wall(chest, y)) & (y > chest.apex) & (y < diaphragm(chest, side, u))
+    inside = ((u > inner_wall(chest, y)) & (u < outer_wall(chest, y)) & (y > chest.apex)
+              & (y < diaphragm(chest, side, u)))
     if side == 'L':
         inside &= np.hypot(x - chest.inner + 6, y - chest.apex - 52) > chest.knob # aortic knob
         inside &= np.hypot((x - chest.inner + 4)/14, (y - chest.apex - 88)/24) > 1 # pulmonary trunk
@@ -167,15 +173,15 @@ class Canvas:
         x, y = (np.arange(n, dtype=np.float32) + 0.5 for n in self.shape[::-1])
         self.x, self.y = (x[None] - self.origin[0])*self.spacing, (y[:, None] - self.origin[1])*self.spacing
 
-    def to_pixels(self, x, y):
+    def to_pixels(self, x:np.ndarray|float|list, y:np.ndarray|float|list) -> tuple:
         "Give column and row of a point (pixel centres are at .5)."
         return np.asarray(x)/self.spacing + self.origin[0], np.asarray(y)/self.spacing + self.origin[1]
 
-    def soften(self, mask, mm):
+    def soften(self, mask:np.ndarray, mm:float) -> np.ndarray:
         "Blur a mask or picture by a Gaussian."
         return cv2.GaussianBlur(np.asarray(mask, np.float32), (0, 0), max(0.45, mm/self.spacing))
 
-    def lines(self, curves, thickness, level=255):
+    def lines(self, curves:list, thickness:float|list, level:float|list=255) -> np.ndarray:
         "Draw curves, a list of (n,2) points in mm, as uint8 (h,w)."
         out = np.zeros(self.shape, np.uint8)
         thickness, level = np.broadcast_to(thickness, len(curves)), np.broadcast_to(level, len(curves))
@@ -186,7 +192,7 @@ class Canvas:
         return out
 
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #2715fb66
-def rib_curves(chest, jitter):
+def rib_curves(chest:Chest, jitter:np.ndarray) -> tuple:
     "Give the curves of posterior and anterior ribs, both sides."
     t, back, front = np.linspace(0, 1, 24), [], []
     for side in (-1, 1):
@@ -194,26 +200,30 @@ def rib_curves(chest, jitter):
             start = chest.apex + 2 + chest.ribs*(i - 0.3) + jitter[i]
             end = start + 8 + 2.6*i
             wall = float(outer_wall(chest, max(end, chest.apex + 6))) + 3
-            back.append(np.stack([side*(14 + (wall - 14)*np.sin(np.pi/2*t)**0.9), start - 7*np.sin(np.pi*t) + (end - start)*t**2.2], 1))
+            back.append(np.stack([side*(14 + (wall - 14)*np.sin(np.pi/2*t)**0.9), start - 7*np.sin(np.pi*t)
+                                  + (end - start)*t**2.2], 1))
             if i > 7: continue
-            front.append(np.stack([side*(wall - (0.62*wall - 16)*t**1.2), end + 10*np.sin(np.pi/2*t) + (22 + 2*i)*t**1.3], 1))
+            front.append(np.stack([side*(wall - (0.62*wall - 16)*t**1.2), end + 10*np.sin(np.pi/2*t)
+                                   + (22 + 2*i)*t**1.3], 1))
     return back, front
 
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #717f7d9c
 def bones(
-    rng, # generator of the patient's bones
+    rng:np.random.Generator, # generator of the patient's bones
     canvas:Canvas, # where to draw
     chest:Chest, # the chest
     view:str, # PA or AP: AP shows the scapulae over the lungs
 ) -> np.ndarray: # float32 (h,w), 0 .. about 1
     "Draw ribs, clavicles, spine and shoulders."
     back, front = rib_curves(chest, rng.normal(0, 1.0, 10))
-    plain = canvas.lines(back, 9.5, 190).astype(np.float32) - 0.36*canvas.lines(back, 5.5, 190) + 0.5*canvas.lines(front, 11.0, 150)
+    plain = (canvas.lines(back, 9.5, 190).astype(np.float32) - 0.36*canvas.lines(back, 5.5, 190)
+             + 0.5*canvas.lines(front, 11.0, 150))
     t, s = np.linspace(0, 1, 20), chest.slope*(0.6 if view == 'AP' else 1.0)
     collar = [np.stack([side*(16 + 128*t), chest.apex + 22 - 128*s*t - 7*np.sin(2*np.pi*t)], 1) for side in (-1, 1)]
     plain += canvas.lines(collar, 12.0, 200) - 0.35*canvas.lines(collar, 6.5, 200)
     blade, top = (92 if view == 'AP' else 124), chest.shoulder
-    shoulders = [np.stack([side*(blade + np.array([36, 10, 2, 14, 40])), top + np.array([12, 22, 72, 118, 60])], 1) for side in (-1, 1)]
+    shoulders = [np.stack([side*(blade + np.array([36, 10, 2, 14, 40])), top + np.array([12, 22, 72, 118, 60])], 1)
+                 for side in (-1, 1)]
     arms = [np.stack([side*np.array([150, 162, 172]), top + np.array([22, 40, 120])], 1) for side in (-1, 1)]
     plain += 0.30*canvas.lines(shoulders, 8.0, 200) + 0.6*canvas.lines(arms, 26.0, 160)
     spine = np.exp(-(canvas.x/17)**4)*(0.30 + 0.10*np.cos(2*np.pi*(canvas.y + rng.uniform(0, 30))/(22 + 0.03*canvas.y)))
@@ -221,7 +231,7 @@ def bones(
 
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #3aef4987
 def lung_vessels(
-    rng, # generator of this image
+    rng:np.random.Generator, # generator of this image
     canvas:Canvas, # where to draw
     chest:Chest, # the chest
     count:int=20, # branches a side
@@ -242,29 +252,30 @@ def lung_vessels(
     return canvas.soften(canvas.lines(curves, wide, level), 0.9)/255
 
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #a448c2e7
-def body_outline(canvas, chest):
+def body_outline(canvas:Canvas, chest:Chest) -> np.ndarray:
     "Give the body, bool (h,w): neck, shoulders, trunk; the rest is air."
     y, u = canvas.y, np.abs(canvas.x)
     neck = 52 + 10*np.exp((y - chest.shoulder + 20)/16).clip(0, 20)
     shoulder = chest.shoulder - 8 + 0.0012*np.clip(u - 60, 0, None)**2
-    trunk = chest.width + 24 + 14*np.exp(-((y - chest.shoulder - 10)/55)**2) + 60/(1 + np.exp((y - chest.shoulder - 70)/9))
+    trunk = (chest.width + 24 + 14*np.exp(-((y - chest.shoulder - 10)/55)**2)
+             + 60/(1 + np.exp((y - chest.shoulder - 70)/9)))
     return ((u < neck) & (y < chest.shoulder + 20)) | ((y > shoulder) & (u < trunk))
 
 
-def floor_of(canvas, chest):
+def floor_of(canvas:Canvas, chest:Chest) -> np.ndarray:
     "Give the y of the diaphragm in each column, (1,w); the two domes meet smoothly at the midline."
     right, left = (diaphragm(chest, side, np.abs(canvas.x)) for side in SIDES)
     return right + (left - right)/(1 + np.exp(-canvas.x/7))
 
 
-def lung_masks(canvas, chest, large=False):
+def lung_masks(canvas:Canvas, chest:Chest, large:bool=False) -> tuple:
     "Give the masks of the lungs, R and L of the patient, and of the heart, bool (h,w)."
     lungs = {side: in_lung(chest, side, canvas.x, canvas.y, large) for side in SIDES}
     heart = in_heart(chest, canvas.x, canvas.y, large) <= 1
     return lungs, heart & (canvas.y < floor_of(canvas, chest) + 14)
 
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #3dcfe05c
-def airways(canvas, chest):
+def airways(canvas:Canvas, chest:Chest) -> np.ndarray:
     "Give the dark column of the trachea and the gas bubble of the stomach, float32 (h,w), 0..1."
     carina = chest.apex + 66
     trachea = (np.abs(canvas.x + 3) < 8.5) & (canvas.y < carina)
@@ -274,7 +285,7 @@ def airways(canvas, chest):
     return 0.75*canvas.soften(trachea | main, 2.0) + 0.6*canvas.soften(bubble, 4.0)
 
 
-def breast_shadows(canvas, chest):
+def breast_shadows(canvas:Canvas, chest:Chest) -> np.ndarray:
     "Give the shadows of the breasts, float32 (h,w), 0..1."
     middle, y0 = 0.56*chest.width, chest.dome - 34
     d = np.sqrt(((np.abs(canvas.x) - middle)/(0.55*chest.width))**2 + ((canvas.y - y0)/52)**2)
@@ -282,8 +293,8 @@ def breast_shadows(canvas, chest):
 
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #692c8cd8
 def healthy_chest(
-    rng, # generator of this image's tissue
-    bone_rng, # generator of the patient's bones
+    rng:np.random.Generator, # generator of this image's tissue
+    bone_rng:np.random.Generator, # generator of the patient's bones
     chest:Chest, # the chest
     size:tuple, # height and width, pixels
     view:str='PA', # or AP
@@ -298,7 +309,8 @@ def healthy_chest(
     below = canvas.soften(body & (canvas.y > floor_of(canvas, chest)), 2.0)
     centre = np.exp(-(canvas.x/40)**2) # spine and mediastinum, before and behind
     tissue = 0.50 + 0.19*centre + (0.24 - 0.10*centre)*below + 0.11*canvas.soften(heart, 8.0)
-    tissue += 0.020*fractal(rng, canvas.frame, 60.0, 1.0) + 0.07*breast_shadows(canvas, chest) - 0.09*airways(canvas, chest)
+    tissue += (0.020*fractal(rng, canvas.frame, 60.0, 1.0) + 0.07*breast_shadows(canvas, chest)
+               - 0.09*airways(canvas, chest))
     dark = soft*(0.62 + 0.38*thick)
     marks = 0.080*lung_vessels(rng, canvas, chest) + 0.010*fractal(rng, canvas.frame, 14.0, 1.0, 0.3)
     tissue = tissue - 0.37*dark + soft*marks + (0.06 + 0.05*soft)*bones(bone_rng, canvas, chest, view)
@@ -312,13 +324,13 @@ ZONES = ('upper', 'mid', 'lower')
 SIDE_WORDS = {'R': 'right', 'L': 'left'}
 
 
-def zone_of(chest, side, y):
+def zone_of(chest:Chest, side:str, y:float) -> str:
     "Name the zone of a lung at height `y`, mm."
     bottom = chest.dome + chest.drop*(side == 'L')
     return ZONES[int(np.clip(3*(y - chest.apex)/(bottom - chest.apex), 0, 2))]
 
 
-def bounds(mask):
+def bounds(mask:np.ndarray) -> np.ndarray:
     "Give the bounds of a mask, float32 x0, y0, x1, y1 with exclusive right and lower edges; NaN when it is empty."
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not rows.size: return np.full(4, np.nan, np.float32)

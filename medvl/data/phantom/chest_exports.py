@@ -31,67 +31,85 @@ from ..pixels.profiles import preprocess
 from ..splits import split_patients
 
 # %% ../../../nbs/159a_data.phantom.chest_exports.ipynb #4f15c132
-def number(v): return f'{v:.12g}' if not float(v).is_integer() else f'{v:.1f}'
+def number(v:float) -> str: return f'{v:.12g}' if not float(v).is_integer() else f'{v:.1f}'
 
 
-def lines(path, head, rows):
+def lines(path:Path, head:str, rows:list) -> None:
     "Write a table as text."
     path.write_text('\n'.join([head, *rows]) + '\n')
 
 
-def rsna_tables(root, rows):
+def rsna_tables(root:Path, rows:list) -> None:
     "Write stage_2_train_labels.csv and stage_2_detailed_class_info.csv."
     lines(root/'stage_2_train_labels.csv', 'patientId,x,y,width,height,Target',
-          [line for r in rows for line in [f'{r["id"]},{",".join(map(number, b[1:]))},1' for b in r['boxes']] or [f'{r["id"]},,,,,0']])
-    lines(root/'stage_2_detailed_class_info.csv', 'patientId,class', [f'{r["id"]},{r["kind"]}' for r in rows for _ in range(max(1, len(r['boxes'])))])
+          [line for r in rows for line in [f'{r["id"]},{",".join(map(number, b[1:]))},1' for b in r['boxes']]
+           or [f'{r["id"]},,,,,0']])
+    lines(root/'stage_2_detailed_class_info.csv', 'patientId,class',
+          [f'{r["id"]},{r["kind"]}' for r in rows for _ in range(max(1, len(r['boxes'])))])
 
 
-def siim_tables(root, rows):
+def siim_tables(root:Path, rows:list) -> None:
     "Write train-rle.csv."
     lines(root/'train-rle.csv', 'ImageId, EncodedPixels', [f'{r["id"]}, {run}' for r in rows for run in r['runs']])
 
 # %% ../../../nbs/159a_data.phantom.chest_exports.ipynb #4a3a524c
-def object_tables(root, rows):
+def object_tables(root:Path, rows:list) -> None:
     "Write train.csv and dev.csv."
     for part in ('train', 'dev'):
         (root/part).mkdir(exist_ok=True)
-        lines(root/f'{part}.csv', 'image_name,annotation', [f'{r["id"]}.jpg,{r["annotation"]}' for r in rows if r['part'] == part])
+        lines(root/f'{part}.csv', 'image_name,annotation',
+              [f'{r["id"]}.jpg,{r["annotation"]}' for r in rows if r['part'] == part])
 
 
-def nih_tables(root, rows):
-    "Write BBox_List_2017.csv, Data_Entry_2017.csv and the official lists; images without a finding are listed for testing."
-    lines(root/'BBox_List_2017.csv', 'Image Index,Finding Label,Bbox [x,y,w,h],,,', [f'{r["id"]}.png,{w},{",".join(map(number, b))},,,' for r in rows for w, *b in r['named']])
-    lines(root/'Data_Entry_2017.csv', 'Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],',
-          [f'{r["id"]}.png,{"|".join(r["labels"])},0,{int(r["patient"])},{r["age"]},{r["sex"]},{r["view"]},2500,2048,0.168,0.168,' for r in rows])
+def nih_tables(root:Path, rows:list) -> None:
+    """Write BBox_List_2017.csv, Data_Entry_2017.csv and the official lists.
+
+    Images without a finding are listed for testing."""
+    lines(root/'BBox_List_2017.csv', 'Image Index,Finding Label,Bbox [x,y,w,h],,,',
+          [f'{r["id"]}.png,{w},{",".join(map(number, b))},,,' for r in rows for w, *b in r['named']])
+    head = ('Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,'
+            'OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],')
+    lines(root/'Data_Entry_2017.csv', head,
+          [f'{r["id"]}.png,{"|".join(r["labels"])},0,{int(r["patient"])},{r["age"]},{r["sex"]},{r["view"]},'
+           '2500,2048,0.168,0.168,' for r in rows])
     test = [r['labels'] == ['No Finding'] or r['split'] == 'test' for r in rows]
-    for name, here in (('test_list.txt', True), ('train_val_list.txt', False)): (root/name).write_text(''.join(f'{r["id"]}.png\n' for r, t in zip(rows, test) if t == here))
+    for name, here in (('test_list.txt', True), ('train_val_list.txt', False)):
+        (root/name).write_text(''.join(f'{r["id"]}.png\n' for r, t in zip(rows, test) if t == here))
 
 # %% ../../../nbs/159a_data.phantom.chest_exports.ipynb #5d0c9824
 MIMIC_LABELS = tuple(sorted(CHEXPERT_FINDINGS)) # the order of MIMIC-CXR-JPG
 
 
-def mimic_tables(root, rows):
+def mimic_tables(root:Path, rows:list) -> None:
     "Write mimic-cxr-2.0.0-{metadata,split,chexpert,negbio}.csv.gz."
     words = {'train': 'train', 'valid': 'validate', 'test': 'test'}
     labels = ['' if c not in r['labels'] else f'{r["labels"][c]:.1f}' for r in rows for c in MIMIC_LABELS]
     labels = [','.join(labels[k:k + len(MIMIC_LABELS)]) for k in range(0, len(labels), len(MIMIC_LABELS))]
     study = [f'{r["subject"]},{r["study"]},{text}' for r, text in zip(rows, labels)]
-    tables = {'metadata': ('dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,StudyTime',
-                           [f'{r["id"]},{r["subject"]},{r["study"]},CHEST (SINGLE VIEW),{r["view"]},{r["shape"][0]},{r["shape"][1]},21800506,213014.531' for r in rows]),
-              'split': ('dicom_id,study_id,subject_id,split', [f'{r["id"]},{r["study"]},{r["subject"]},{words[r["split"]]}' for r in rows]),
-              'chexpert': (','.join(('subject_id', 'study_id', *MIMIC_LABELS)), study), 'negbio': (','.join(('subject_id', 'study_id', *MIMIC_LABELS)), study)}
+    head = ','.join(('subject_id', 'study_id', *MIMIC_LABELS))
+    meta = ('dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,'
+            'StudyTime')
+    films = [f'{r["id"]},{r["subject"]},{r["study"]},CHEST (SINGLE VIEW),{r["view"]},{r["shape"][0]},{r["shape"][1]},'
+             '21800506,213014.531' for r in rows]
+    split = [f'{r["id"]},{r["study"]},{r["subject"]},{words[r["split"]]}' for r in rows]
+    tables = {'metadata': (meta, films), 'split': ('dicom_id,study_id,subject_id,split', split),
+              'chexpert': (head, study), 'negbio': (head, study)}
     for name, (head, body) in tables.items():
-        (root/f'mimic-cxr-2.0.0-{name}.csv.gz').write_bytes(gzip.compress('\n'.join([head, *body, '']).encode(), mtime=0))
+        text = '\n'.join([head, *body, ''])
+        (root/f'mimic-cxr-2.0.0-{name}.csv.gz').write_bytes(gzip.compress(text.encode(), mtime=0))
 
 # %% ../../../nbs/159a_data.phantom.chest_exports.ipynb #6a1a8d8d
 PARTS = {'train': 'train', 'valid': 'validation', 'test': 'test'}
 
 
-def statistics(rows, name):
+def statistics(rows:list, name:str) -> dict:
     "Sum up the pixels of one part: mean of means; variance within plus variance of means."
     means, variances = np.array([r['mean'] for r in rows]), np.array([r['variance'] for r in rows])
-    out = dict(num_samples=len(rows), scan=dict(pixel_mean=float(means.mean()), pixel_std=float(np.sqrt(variances.mean() + means.var()))))
-    if name != 'siim': out['patient_ids'] = None if name == 'object_cxr' else list(dict.fromkeys(int(r['patient']) if name == 'nih' else r['patient'] for r in rows))
+    out = dict(num_samples=len(rows), scan=dict(pixel_mean=float(means.mean()),
+                                                pixel_std=float(np.sqrt(variances.mean() + means.var()))))
+    if name != 'siim':
+        patients = [int(r['patient']) if name == 'nih' else r['patient'] for r in rows]
+        out['patient_ids'] = None if name == 'object_cxr' else list(dict.fromkeys(patients))
     if name in ('covid_rural', 'siim'):
         share = float(np.mean([r['pixels'] for r in rows]))
         weight = {'opacity': 1 - share} if name == 'covid_rural' else {'pneumothorax': (1 - share)/max(share, 1e-9)}
@@ -103,18 +121,25 @@ def lovt_tables(
     folder:Path, # of the tables
     name:str, # key of LOVT_SETS
     rows:list, # of the items, with split, mean and variance
-):
+) -> None:
     "Write train.csv, validation.csv, test.csv and dataset_statistics.json."
     what, place = LOVT_SETS[name], folder/LOVT_SETS[name].folder
     place.mkdir(parents=True)
-    text = lambda r: f'{r["id"]},{"|".join(";".join(map(number, b[1:])) for b in r["boxes"])},{"|".join(str(b[0]) for b in r["boxes"])}' if what.classes else r['id']
+    def text(r:dict) -> str:
+        if not what.classes: return r['id']
+        boxes = '|'.join(';'.join(map(number, b[1:])) for b in r['boxes'])
+        return f'{r["id"]},{boxes},{"|".join(str(b[0]) for b in r["boxes"])}'
     chosen = {p: [r for r in rows if r['split'] == p] for p in PARTS}
-    for part, file in PARTS.items(): lines(place/f'{file}.csv', 'ID,boxes,classes' if what.classes else 'ID', [text(r) for r in chosen[part]])
-    (place/'dataset_statistics.json').write_text(json.dumps({file: statistics(chosen[part], name) for part, file in PARTS.items()}))
+    for part, file in PARTS.items():
+        lines(place/f'{file}.csv', 'ID,boxes,classes' if what.classes else 'ID', [text(r) for r in chosen[part]])
+    (place/'dataset_statistics.json').write_text(json.dumps({file: statistics(chosen[part], name)
+                                                             for part, file in PARTS.items()}))
 
 # %% ../../../nbs/159a_data.phantom.chest_exports.ipynb #d3885946
-EXPORTS = {'rsna': (rsna_item, rsna_tables, {}), 'covid_rural': (covid_item, None, {'p_opacity': 0.8}), 'siim': (siim_item, siim_tables, {'p_pneumothorax': 0.35}),
-           'object_cxr': (object_item, object_tables, {'p_device': 0.5}), 'nih': (nih_item, nih_tables, {}), 'mimic': (mimic_item, mimic_tables, {})}
+EXPORTS = {'rsna': (rsna_item, rsna_tables, {}), 'covid_rural': (covid_item, None, {'p_opacity': 0.8}),
+           'siim': (siim_item, siim_tables, {'p_pneumothorax': 0.35}),
+           'object_cxr': (object_item, object_tables, {'p_device': 0.5}), 'nih': (nih_item, nih_tables, {}),
+           'mimic': (mimic_item, mimic_tables, {})}
 PROFILES = {'rsna': 'lovt_v1', 'mimic': 'lovt_v1'}
 
 
@@ -137,35 +162,41 @@ def export_item(
     exam = chest_exam(seed, i, config)
     row = EXPORTS[name][0](root, exam, seed, i, **extra)
     pixels = preprocess(exam.pixels, PROFILES.get(name, 'lovt_equalised_v1'), (224, 224)).pixels/255
-    return row | dict(index=i, image_id=exam.truth.image_id, positive=float(bool(row['boxes']) or row.get('pixels', 0) > 0), mean=float(pixels.mean()), variance=float(pixels.var()))
+    return row | dict(index=i, image_id=exam.truth.image_id,
+                      positive=float(bool(row['boxes']) or row.get('pixels', 0) > 0), mean=float(pixels.mean()),
+                      variance=float(pixels.var()))
 
 # %% ../../../nbs/159a_data.phantom.chest_exports.ipynb #6c8ddb4c
-def split_rows(rows, name, seed):
-    "Divide the items 60 : 20 : 20 by patient; of NIH only those the reader takes; Object-CXR's test part is its dev set. Give them in random order."
+def split_rows(rows:list, name:str, seed:int) -> list:
+    """Divide the items 60 : 20 : 20 by patient; of NIH only those the reader takes. Give them in random order.
+
+    Object-CXR's test part is its dev set."""
     table = pd.DataFrame({'patient_id': [r['patient'] for r in rows], 'positive': [r['positive'] for r in rows]})
     free = pd.Series([r.get('part') != 'dev' for r in rows])
     parts = pd.Series('test', table.index)
-    if name == 'object_cxr': parts[free] = split_patients(table[free], (0.8, 0.2), ('positive',), seed, names=('train', 'valid'))
+    if name == 'object_cxr':
+        parts[free] = split_patients(table[free], (0.8, 0.2), ('positive',), seed, names=('train', 'valid'))
     else: parts = split_patients(table, (0.6, 0.2, 0.2), ('positive',), seed)
     return [r | {'split': p} for r, p in zip(rows, parts)]
 
 
-def listed(rows, name):
+def listed(rows:list, name:str) -> list:
     "Keep what stands in LoVT's tables: of NIH, images with boxes and images without any finding."
     return [r for r in rows if r['boxes'] or r['labels'] == ['No Finding']] if name == 'nih' else rows
 
 
-def opened(folder, settings):
+def opened(folder:Path, settings:dict) -> bool:
     "Tell whether the folder holds this very export; refuse anything else."
     if not folder.exists() or not any(folder.iterdir()): return False
     there = read_json(folder/'export.json') if (folder/'export.json').is_file() else None
     if there == json.loads(json.dumps(settings)): return True
-    raise DataError('the folder holds something else.' if there is None else 'the folder holds another export.', file=str(folder), fix='Choose another folder.')
+    raise DataError('the folder holds something else.' if there is None else 'the folder holds another export.',
+                    file=str(folder), fix='Choose another folder.')
 
 # %% ../../../nbs/159a_data.phantom.chest_exports.ipynb #ee336cb0
 def export_chest_phantom(
     name:str, # rsna, covid_rural, siim, object_cxr, nih or mimic
-    folder, # to write: release/, tables/, phantom.csv; appears whole
+    folder:str|Path, # to write: release/, tables/, phantom.csv; appears whole
     n:int, # images
     size:tuple=(224, 224), # height and width, pixels; NIH's are square
     seed:int=0, # of the population, and of the split
@@ -189,9 +220,11 @@ def export_chest_phantom(
         root.mkdir(parents=True)
         item = partial(export_item, name=name, root=root, seed=int(seed), config=config)
         dev = lambda i: {'part': 'dev' if i >= n - n//5 else 'train'} if name == 'object_cxr' else {}
-        rows = split_rows(joblib.Parallel(n_jobs=jobs, **pool_options())(joblib.delayed(item)(i, extra=dev(i)) for i in range(n)), name, seed)
+        work = (joblib.delayed(item)(i, extra=dev(i)) for i in range(n))
+        rows = split_rows(joblib.Parallel(n_jobs=jobs, **pool_options())(work), name, seed)
         if tables: tables(root, rows)
         if name in LOVT_SETS: lovt_tables(temporary/'tables', name, listed(rows, name))
-        pd.DataFrame([{k: r[k] for k in ('id', 'index', 'image_id', 'split')} for r in rows]).to_csv(temporary/'phantom.csv', index=False)
+        pd.DataFrame([{k: r[k] for k in ('id', 'index', 'image_id', 'split')} for r in rows]).to_csv(
+            temporary/'phantom.csv', index=False)
         write_json(temporary/'export.json', settings)
     return out

@@ -13,19 +13,21 @@ from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 
 from ...core.config import config_dict
 from ...core.seed import numpy_rng
-from .chest_anatomy import CHEST_KNOBS, FINDINGS, Chest, ChestConfig, bounds, draw_chest, healthy_chest
+from .chest_anatomy import CHEST_KNOBS, FINDINGS, Canvas, Chest, ChestConfig
+from .chest_anatomy import bounds, draw_chest, healthy_chest
 from .chest_lesions import chest_layer, draw_chest_findings, draw_mimics
 from .chest_report import chest_report, region_boxes, stated_labels
-from .breast_exam import name_of, scale_tissue
+from .breast_exam import phantom_name, scale_tissue
 from .breast_anatomy import difficulty_knobs
 from .breast_dataset import empty_dicom, fill_pixels, person, png, write_blocks
-from .breast_report import report_text
+from .breast_report import phantom_report_text
 
 # %% ../../../nbs/158_data.phantom.chest_film.ipynb #703a11d4
 @dataclass(frozen=True)
@@ -63,8 +65,9 @@ def chest_truth(
     labels = {f: int(any(g.label == f for g in findings)) for f in FINDINGS}
     mimics = tuple(draw_mimics(key, anatomy, config))
     sentences = tuple(chest_report(numpy_rng(*key, 'report'), findings, view, config.p_stated, mimics))
-    return ChestTruth(int(seed), int(i), name_of('C', *key, 'p'), name_of('S', *key, 'e'), name_of('', *key, 'i'), age, sex, view, anatomy, tuple(findings),
-                      mimics, labels, stated_labels(sentences), sentences, report_text(sentences))
+    return ChestTruth(int(seed), int(i), phantom_name('C', *key, 'p'), phantom_name('S', *key, 'e'),
+                      phantom_name('', *key, 'i'), age, sex, view, anatomy, tuple(findings),
+                      mimics, labels, stated_labels(sentences), sentences, phantom_report_text(sentences))
 
 # %% ../../../nbs/158_data.phantom.chest_film.ipynb #c27d4ddf
 GREY_STEPS = 16384
@@ -90,12 +93,15 @@ def match_picture(
     picture:np.ndarray, # float (h,w): with findings
     like:np.ndarray, # float (h,w): the same without
     inside:np.ndarray, # bool (h,w): the body
-    canvas, # gives the scale
+    canvas:Canvas, # gives the scale
     rounds:int=2, # of going back and forth between fine and coarse
 ) -> np.ndarray: # float (h,w): the order of `picture`, the grey values of `like`, sharp and blurred
     "Give the picture the grey values of another, both as it is and as it looks from afar."
     ranks = lambda values: match_grey(values, np.linspace(0, 1, len(values)))
-    def spread(values): out = np.zeros(picture.shape, np.float32); out[inside] = values; return out
+    def spread(values:np.ndarray) -> np.ndarray:
+        out = np.zeros(picture.shape, np.float32)
+        out[inside] = values
+        return out
     now, wanted = ranks(picture[inside]), ranks(like[inside])
     for mm in AFAR*rounds:
         far, goal = (canvas.soften(spread(u), mm)[inside] for u in (now, wanted))
@@ -108,7 +114,7 @@ def match_picture(
 
 
 def chest_grey(
-    rng, # generator of the display
+    rng:np.random.Generator, # generator of the display
     drawn:dict, # from healthy_chest
     findings:np.ndarray, # float32 (h,w), share of the grey scale
     harmless:np.ndarray, # float32 (h,w): what is no finding
@@ -134,13 +140,14 @@ def chest_grey(
     return np.rint(np.clip(ill, 0.01, 1)*(2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
 
 
-def burn_side(rng, pixels, canvas):
+def burn_side(rng:np.random.Generator, pixels:np.ndarray, canvas:Canvas) -> None:
     "Burn an R or an L into the upper corner of that side, in place."
     mark, h, film = 'RL'[int(rng.integers(2))], 9/canvas.frame.spacing, canvas.frame.spacing
     x = pixels.shape[1]/2 + (rng.uniform(140, 156)*(1 if mark == 'L' else -1) - 4)/film
     y = pixels.shape[0]/2 + rng.uniform(-156, -148)/film
     stencil = np.zeros(pixels.shape, np.uint8)
-    cv2.putText(stencil, mark, (int(x), int(y)), cv2.FONT_HERSHEY_SIMPLEX, h/21, 255, max(1, round(1.6/film)), cv2.LINE_AA)
+    cv2.putText(stencil, mark, (int(x), int(y)), cv2.FONT_HERSHEY_SIMPLEX, h/21, 255, max(1, round(1.6/film)),
+                cv2.LINE_AA)
     np.maximum(pixels, (stencil/255*0.97*(255 if pixels.dtype == np.uint8 else 4095)).astype(pixels.dtype), out=pixels)
 
 # %% ../../../nbs/158_data.phantom.chest_film.ipynb #8b48de39
@@ -156,21 +163,22 @@ class ChestExam:
     heart: np.ndarray  # bool (h,w)
     regions: dict  # name -> float32 (4,)
 
-    def mask(self, label):
+    def mask(self, label:str) -> np.ndarray:
         "Give the union of the findings of a label, bool (h,w)."
         return self.masks[[f.label == label for f in self.truth.findings]].any(0)
 
     @property
-    def bits(self):
+    def bits(self) -> np.ndarray:
         "Give all labels in one image, uint8 (h,w): bit k is set where FINDINGS[k] is."
         out = np.zeros(self.pixels.shape, np.uint8)
         for f, m in zip(self.truth.findings, self.masks): out[m] |= 1 << FINDINGS.index(f.label)
         return out
 
     @property
-    def ratio(self):
+    def ratio(self) -> float:
         "Measure the cardiothoracic ratio in the masks."
-        return float(np.ptp(np.flatnonzero(self.heart.any(0)))/np.ptp(np.flatnonzero((self.lungs['R'] | self.lungs['L']).any(0))))
+        lungs = self.lungs['R'] | self.lungs['L']
+        return float(np.ptp(np.flatnonzero(self.heart.any(0)))/np.ptp(np.flatnonzero(lungs.any(0))))
 
     def _repr_html_(self): return chest_html(self)
 
@@ -186,51 +194,64 @@ def chest_exam(
     Raises: ValueError for a configuration that cannot be drawn."""
     config = replace(config or ChestConfig(), **changes)
     truth, key = chest_truth(seed, i, config), (int(seed), int(i), 'chest', 'image')
-    draw = lambda large: healthy_chest(numpy_rng(*key, 'tissue'), numpy_rng(*key, 'bones'), truth.anatomy, tuple(config.size), truth.view, large)
+    draw = lambda large: healthy_chest(numpy_rng(*key, 'tissue'), numpy_rng(*key, 'bones'), truth.anatomy,
+                                       tuple(config.size), truth.view, large)
     large = bool(truth.labels['cardiomegaly'])
     drawn, healthy = draw(large), draw(False)['tissue'] if large else None
-    added, masks, harmless = chest_layer(truth.findings, drawn, truth.anatomy, config, numpy_rng(*key, 'shadows'), truth.mimics)
-    pixels = chest_grey(numpy_rng(*key, 'grey'), drawn, added, harmless, difficulty_knobs(config, CHEST_KNOBS)['noise'], config.bits, healthy, config.compensate)
+    added, masks, harmless = chest_layer(truth.findings, drawn, truth.anatomy, config, numpy_rng(*key, 'shadows'),
+                                         truth.mimics)
+    pixels = chest_grey(numpy_rng(*key, 'grey'), drawn, added, harmless, difficulty_knobs(config, CHEST_KNOBS)['noise'],
+                        config.bits, healthy, config.compensate)
     if config.markers: burn_side(numpy_rng(*key, 'marker'), pixels, drawn['canvas'])
     boxes = np.stack([bounds(m) for m in masks]) if len(masks) else np.zeros((0, 4), np.float32)
-    return ChestExam(truth, pixels, drawn['canvas'].spacing, boxes, masks, drawn['lungs'], drawn['heart'], region_boxes(drawn, truth.anatomy))
+    return ChestExam(truth, pixels, drawn['canvas'].spacing, boxes, masks, drawn['lungs'], drawn['heart'],
+                     region_boxes(drawn, truth.anatomy))
 
 
-def chest_html(exam):
+def chest_html(exam:ChestExam) -> str:
     "Tell what is in an examination: patient, findings, report."
     t = exam.truth
-    rows = ''.join('<tr>' + ''.join(f'<td>{html.escape(str(v))}</td>' for v in (f.label, f.kind, f.side, f.zone, f.severity, f.size)) + '</tr>' for f in t.findings)
+    told = [(f.label, f.kind, f.side, f.zone, f.severity, f.size) for f in t.findings]
+    rows = ''.join('<tr>' + ''.join(f'<td>{html.escape(str(v))}</td>' for v in r) + '</tr>' for r in told)
     head = ''.join(f'<th>{h}</th>' for h in ('finding', 'kind', 'side', 'zone', 'severity', 'size (mm)'))
-    return (f'<p><b>{t.exam_id}</b>: {t.sex}, {t.age} years, {t.view}, heart {exam.ratio:.2f} of the thorax</p><table><tr>{head}</tr>{rows or "<tr><td colspan=6>no finding</td></tr>"}</table>'
+    return (f'<p><b>{t.exam_id}</b>: {t.sex}, {t.age} years, {t.view}, heart {exam.ratio:.2f} of the thorax</p>'
+            f'<table><tr>{head}</tr>{rows or "<tr><td colspan=6>no finding</td></tr>"}</table>'
             f'<p>{html.escape(t.report)}</p>')
 
 # %% ../../../nbs/158_data.phantom.chest_film.ipynb #8cc07fdb
 CHEST_SOURCE = 'chest phantom'
 
 
-def chest_index(exam, suffix, labels):
+def chest_index(exam:ChestExam, suffix:str, labels:str) -> dict:
     "Give the row of index.csv."
     t, values = exam.truth, exam.truth.labels if labels == 'image' else exam.truth.stated
-    return {'image_path': f'images/{t.image_id}{suffix}', 'image_id': t.image_id, 'patient_id': t.patient_id, 'exam_id': t.exam_id, 'laterality': '', 'view': t.view,
-            'source': CHEST_SOURCE, 'age': t.age, 'sex': t.sex, 'report_text': t.report, 'mask_path': f'masks/{t.image_id}.png' if t.findings else '',
-            'anatomy_path': f'anatomy/{t.image_id}.png', 'spacing_y': round(exam.spacing, 6), 'spacing_x': round(exam.spacing, 6), 'height': exam.pixels.shape[0],
-            'width': exam.pixels.shape[1], **{f'label_{f}': '' if values[f] != values[f] else int(values[f]) for f in FINDINGS}}
+    return {'image_path': f'images/{t.image_id}{suffix}', 'image_id': t.image_id, 'patient_id': t.patient_id,
+            'exam_id': t.exam_id, 'laterality': '', 'view': t.view,
+            'source': CHEST_SOURCE, 'age': t.age, 'sex': t.sex, 'report_text': t.report,
+            'mask_path': f'masks/{t.image_id}.png' if t.findings else '',
+            'anatomy_path': f'anatomy/{t.image_id}.png', 'spacing_y': round(exam.spacing, 6),
+            'spacing_x': round(exam.spacing, 6), 'height': exam.pixels.shape[0],
+            'width': exam.pixels.shape[1], **{f'label_{f}': '' if values[f] != values[f] else int(values[f])
+                                              for f in FINDINGS}}
 
 
-def chest_boxes(exam):
+def chest_boxes(exam:ChestExam) -> list:
     "Give the rows of boxes.csv."
-    return [{'image_id': exam.truth.image_id, 'label': f.label, **dict(zip(('x0', 'y0', 'x1', 'y1'), map(float, b))), 'severity': f.severity, 'finding': k, 'kind': f.kind,
-             'side': f.side, 'zone': f.zone, 'size_mm': f.size, 'x_mm': round(f.x, 2), 'y_mm': round(f.y, 2)} for k, (f, b) in enumerate(zip(exam.truth.findings, exam.boxes))]
+    return [{'image_id': exam.truth.image_id, 'label': f.label, **dict(zip(('x0', 'y0', 'x1', 'y1'), map(float, b))),
+             'severity': f.severity, 'finding': k, 'kind': f.kind,
+             'side': f.side, 'zone': f.zone, 'size_mm': f.size, 'x_mm': round(f.x, 2), 'y_mm': round(f.y, 2)}
+             for k, (f, b) in enumerate(zip(exam.truth.findings, exam.boxes))]
 
 
-def chest_sentences(exam):
+def chest_sentences(exam:ChestExam) -> list:
     "Give the rows of sentences.csv; a sentence about several findings has a row for each."
     out, t = [], exam.truth
     for n, s in enumerate(t.sentences):
         region = exam.regions.get(s.region)
         place = dict(zip(('x0', 'y0', 'x1', 'y1'), ['']*4 if region is None else map(float, region)))
         side = {'r': 'R', 'l': 'L'}.get(s.region[:1], '') if s.region.startswith(('right', 'left')) else ''
-        out += [{'exam_id': t.exam_id, 'laterality': side, 'number': n, 'section': s.section, 'sentence': s.text, 'label': s.label, 'image_id': t.image_id, 'box': k,
+        out += [{'exam_id': t.exam_id, 'laterality': side, 'number': n, 'section': s.section, 'sentence': s.text,
+                 'label': s.label, 'image_id': t.image_id, 'box': k,
                  'region': s.region, **place} for k in s.findings or (-1,)]
     return out
 
@@ -238,12 +259,13 @@ def chest_sentences(exam):
 def chest_dicom(
     exam:ChestExam, # drawn with bits=12
     monochrome1:bool=False, # store inverted grey values
-): # pydicom FileDataset
+) -> Any: # pydicom FileDataset
     """Make the DICOM data set of an examination: a digital radiograph for presentation, invented person.
 
     Raises: ValueError when the pixels are not 12-bit."""
     from pydicom.uid import DigitalXRayImageStorageForPresentation
-    if exam.pixels.dtype != np.uint16: raise ValueError('chest_dicom needs 12-bit pixels; make the examination with bits=12.')
+    if exam.pixels.dtype != np.uint16:
+        raise ValueError('chest_dicom needs 12-bit pixels; make the examination with bits=12.')
     ds = empty_dicom(DigitalXRayImageStorageForPresentation, exam.truth.image_id, exam.truth.exam_id)
     person(exam.truth, ds)
     ds.Modality, ds.Manufacturer, ds.BodyPartExamined, ds.InstanceNumber = 'DX', 'medvl phantom', 'CHEST', 1
@@ -271,7 +293,7 @@ def chest_files(
 
 # %% ../../../nbs/158_data.phantom.chest_film.ipynb #2e98ab2f
 def write_chest_phantom(
-    folder, # where to write; made if absent
+    folder:str|Path, # where to write; made if absent
     n:int, # number of examinations, one image and one patient each
     size:tuple[int, int]=(224, 224), # image height and width, pixels
     seed:int=0, # seed of the population
@@ -289,6 +311,9 @@ def write_chest_phantom(
     if fmt not in ('png', 'dicom'): raise ValueError(f'fmt is {fmt!r}; give png or dicom.')
     if labels not in ('image', 'report'): raise ValueError(f'labels is {labels!r}; give image or report.')
     if n < 1: raise ValueError(f'n is {n!r}; give at least 1.')
-    config = replace(config or ChestConfig(), size=tuple(size), difficulty=difficulty, bits=12 if fmt == 'dicom' else 8, **changes)
-    settings = {'kind': CHEST_SOURCE, 'version': 2, 'seed': int(seed), 'fmt': fmt, 'labels': labels, 'config': config_dict(config)}
-    return write_blocks(Path(folder), n, partial(chest_files, seed=int(seed), config=config, fmt=fmt, labels=labels), settings, jobs, progress)
+    config = replace(config or ChestConfig(), size=tuple(size), difficulty=difficulty, bits=12 if fmt == 'dicom' else 8,
+                     **changes)
+    settings = {'kind': CHEST_SOURCE, 'version': 2, 'seed': int(seed), 'fmt': fmt, 'labels': labels,
+                'config': config_dict(config)}
+    return write_blocks(Path(folder), n, partial(chest_files, seed=int(seed), config=config, fmt=fmt, labels=labels),
+                        settings, jobs, progress)

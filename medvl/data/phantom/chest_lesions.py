@@ -15,7 +15,8 @@ import cv2
 import numpy as np
 
 from ...core.seed import key_of, numpy_rng
-from .chest_anatomy import CHEST_KNOBS, FINDINGS, SIDES, Chest, ChestConfig, in_lung, outer_wall, zone_of
+from .chest_anatomy import CHEST_KNOBS, FINDINGS, SIDES, Canvas, Chest, ChestConfig
+from .chest_anatomy import in_lung, outer_wall, zone_of
 from .breast_anatomy import difficulty_knobs, fractal
 from .breast_lesions import Finding, add_patch, render_mass
 
@@ -35,17 +36,18 @@ class ChestFinding:
     key: int  # random stream of its details
 
 
-GRADES = {'opacity': (52, 74), 'effusion': (45, 78), 'pneumothorax': (24, 34), 'atelectasis': (55, 68), 'cardiomegaly': (0.605, 0.64)}
+GRADES = {'opacity': (52, 74), 'effusion': (45, 78), 'pneumothorax': (24, 34), 'atelectasis': (55, 68),
+          'cardiomegaly': (0.605, 0.64)}
 
 
-def grade(label, size, words=('small', 'moderate', 'large')):
+def grade(label:str, size:float, words:tuple=('small', 'moderate', 'large')) -> str:
     "Put a size into words."
     low, high = GRADES[label]
     return words[int(size >= low) + int(size >= high)]
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #ffe88a8f
 def draw_place(
-    rng, # generator of the finding
+    rng:np.random.Generator, # generator of the finding
     chest:Chest, # the chest
     large:bool, # the heart is enlarged
     apart:list=(), # places that are taken, [(x, y), ...]
@@ -56,7 +58,8 @@ def draw_place(
     n = 160
     u, y = rng.uniform(20, chest.width, n), rng.uniform(chest.apex + 8, chest.dome + 20, n)
     x = u if side == 'L' else -u
-    good = np.logical_and.reduce([in_lung(chest, side, x + dx, y + dy, large) for dx, dy in ((margin, 0), (-margin, 0), (0, margin), (0, -margin))])
+    good = np.logical_and.reduce([in_lung(chest, side, x + dx, y + dy, large)
+                                  for dx, dy in ((margin, 0), (-margin, 0), (0, margin), (0, -margin))])
     if good.sum() < 6: return draw_place(rng, chest, large, apart, margin - 1.5)
     x, y = x[good][:12], y[good][:12]
     away = np.min([np.hypot(x - a, y - b) for a, b in apart], axis=0) if apart else np.zeros(len(x))
@@ -64,11 +67,12 @@ def draw_place(
     return side, float(x[best]), float(y[best])
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #2ff166b3
-DEVICES = {'button': ('ellipse', (9, 14)), 'coin': ('ellipse', (19, 25)), 'pin': ('polygon', (24, 38)), 'clip': ('box', (14, 22)),
+DEVICES = {'button': ('ellipse', (9, 14)), 'coin': ('ellipse', (19, 25)), 'pin': ('polygon', (24, 38)),
+           'clip': ('box', (14, 22)),
            'pacemaker': ('box', (38, 48)), 'tube': ('polygon', (9, 10)), 'line': ('polygon', (4, 5))}
 
 
-def draw_local(rng, label, chest, large, scale, taken):
+def draw_local(rng:np.random.Generator, label:str, chest:Chest, large:bool, scale:float, taken:list) -> list:
     "Draw opacities, nodules or bands: one to three of them."
     count = 1 + int(rng.random() < 0.4) + int(label == 'opacity' and rng.random() < 0.3)
     kind = {'opacity': ('consolidation', 'infiltrate')[int(rng.integers(2))], 'atelectasis': ''}.get(label)
@@ -80,16 +84,18 @@ def draw_local(rng, label, chest, large, scale, taken):
         size = round(float(low*(high/low)**rng.random()*scale), 1)
         own = ('mass' if size >= 30 else 'nodule') if label == 'nodule' else kind
         severity = '' if label == 'nodule' else grade(label, size)
-        out.append(dict(label=label, kind=own, side=side, zone=zone_of(chest, side, y), size=size, severity=severity, x=x, y=y, shape=''))
+        out.append(dict(label=label, kind=own, side=side, zone=zone_of(chest, side, y), size=size, severity=severity,
+                        x=x, y=y, shape=''))
     return out
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #4e123d30
-def draw_wide(rng, label, chest, scale):
+def draw_wide(rng:np.random.Generator, label:str, chest:Chest, scale:float) -> list:
     "Draw effusions, a pneumothorax, oedema or a large heart."
     if label == 'cardiomegaly':
         return [dict(label=label, kind='', side='', zone='', size=round(chest.ctr_large, 3), x=0.0, y=0.0, shape='',
                      severity=grade(label, chest.ctr_large, ('mild', 'moderate', 'severe')))]
-    sides = {'effusion': (('R',), ('L',), SIDES)[int(rng.integers(3))], 'pneumothorax': (SIDES[int(rng.integers(2))],), 'oedema': SIDES}[label]
+    sides = {'effusion': (('R',), ('L',), SIDES)[int(rng.integers(3))], 'pneumothorax': (SIDES[int(rng.integers(2))],),
+             'oedema': SIDES}[label]
     level, out = rng.random(), []
     for side in sides:
         if label == 'oedema': size, severity = 60 + 60*level, ('mild', 'moderate', 'severe')[int(3*level)]
@@ -97,23 +103,26 @@ def draw_wide(rng, label, chest, scale):
             low, high = {'effusion': (30, 105), 'pneumothorax': (15, 46)}[label]
             size = (low + (high - low)*rng.random()**1.3)*(scale if label == 'pneumothorax' else 1)
             severity = grade(label, size)
-        out.append(dict(label=label, kind='', side=side, zone='', size=round(float(size), 1), severity=severity, x=0.0, y=0.0, shape=''))
+        out.append(dict(label=label, kind='', side=side, zone='', size=round(float(size), 1), severity=severity, x=0.0,
+                        y=0.0, shape=''))
     return out
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #e77a58a0
-def draw_devices(rng, chest, large, taken):
+def draw_devices(rng:np.random.Generator, chest:Chest, large:bool, taken:list) -> list:
     "Draw one to three devices or foreign objects; tubes and lines at most once."
     out, names = [], list(DEVICES)
     for name in rng.permutation(names)[:1 + int(rng.random() < 0.45) + int(rng.random() < 0.2)]:
         shape, (low, high) = DEVICES[str(name)]
         size, side, x, y = rng.uniform(low, high), SIDES[int(rng.integers(2))], 0.0, 0.0
-        if name == 'pacemaker': side, x, y = 'L', 0.62*chest.width + rng.normal(0, 4), chest.apex + 26 + rng.normal(0, 5)
+        if name == 'pacemaker':
+            side, x, y = 'L', 0.62*chest.width + rng.normal(0, 4), chest.apex + 26 + rng.normal(0, 5)
         elif name in ('tube', 'line'): side = '' if name == 'tube' else side
         else:
             x, y = rng.uniform(-0.85, 0.85)*chest.width, rng.uniform(chest.apex + 10, chest.dome + 10)
             side = 'L' if x > 0 else 'R'
         zone = zone_of(chest, side or 'R', y) if name not in ('tube', 'line') else ''
-        out.append(dict(label='device', kind=str(name), side=side, zone=zone, size=round(float(size), 1), severity='', x=float(x), y=float(y), shape=shape))
+        out.append(dict(label='device', kind=str(name), side=side, zone=zone, size=round(float(size), 1), severity='',
+                        x=float(x), y=float(y), shape=shape))
     return out
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #bb965775
@@ -123,8 +132,10 @@ def draw_chest_findings(
     config:ChestConfig, # probabilities, lesion scale
 ) -> list: # of ChestFinding
     "Draw what is to be found in one chest."
-    present = dict(zip(FINDINGS, numpy_rng(*key, 'findings').random(len(FINDINGS)) < [getattr(config, f'p_{f}') for f in FINDINGS]))
-    scale, large, taken, out = difficulty_knobs(config, CHEST_KNOBS)['lesion_scale'], bool(present['cardiomegaly']), [], []
+    probable = [getattr(config, f'p_{f}') for f in FINDINGS]
+    present = dict(zip(FINDINGS, numpy_rng(*key, 'findings').random(len(FINDINGS)) < probable))
+    scale, large = difficulty_knobs(config, CHEST_KNOBS)['lesion_scale'], bool(present['cardiomegaly'])
+    taken, out = [], []
     for label in FINDINGS:
         if not present[label]: continue
         rng = numpy_rng(*key, label)
@@ -135,7 +146,7 @@ def draw_chest_findings(
     return out
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #bf26974d
-def render_opacity(finding, canvas, cloud):
+def render_opacity(finding:ChestFinding, canvas:Canvas, cloud:np.ndarray) -> np.ndarray:
     "Draw an opacity: grey float32 (h,w), 0..1, before it is cut at the border of the lung."
     rng = numpy_rng(finding.key)
     ratio, turn = rng.uniform(0.6, 0.9), rng.uniform(0, np.pi)
@@ -147,7 +158,7 @@ def render_opacity(finding, canvas, cloud):
     return body*(1.0 + 0.10*cloud) if finding.kind == 'consolidation' else body*np.clip(0.62 + 0.26*cloud, 0.2, 1)
 
 
-def render_band(finding, canvas):
+def render_band(finding:ChestFinding, canvas:Canvas) -> np.ndarray:
     "Draw a band of atelectasis: grey float32 (h,w), 0..1."
     rng = numpy_rng(finding.key)
     turn, thick = rng.uniform(-0.5, 0.5), max(rng.uniform(5.0, 8.0), 1.8*canvas.spacing)
@@ -158,19 +169,21 @@ def render_band(finding, canvas):
     return np.exp(-np.abs(across/(0.62*thick))**3)*np.clip((finding.size/2 - np.abs(along))/6 + 0.5, 0, 1)
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #fa1248d8
-def render_nodule(finding, canvas, least):
+def render_nodule(finding:ChestFinding, canvas:Canvas, least:float) -> tuple:
     "Draw a nodule or mass: grey float32 (h,w), 0..1, and mask."
     rng = numpy_rng(finding.key)
     malignant = bool(rng.random() < 0.4)
-    like = Finding('mass', str(rng.choice(('round', 'oval'))), 'spiculated' if malignant else 'circumscribed', '', '', finding.size, malignant, 4, 0, 0, 0, finding.key)
-    corner, patch, inside = render_mass(rng, like, tuple(map(float, canvas.to_pixels(finding.x, finding.y))), canvas.spacing, least)
+    like = Finding('mass', str(rng.choice(('round', 'oval'))), 'spiculated' if malignant else 'circumscribed', '', '',
+                   finding.size, malignant, 4, 0, 0, 0, finding.key)
+    corner, patch, inside = render_mass(rng, like, tuple(map(float, canvas.to_pixels(finding.x, finding.y))),
+                                        canvas.spacing, least)
     grey, mask = np.zeros(canvas.shape, np.float32), np.zeros(canvas.shape, bool)
     here, there = add_patch(grey, corner, patch)
     mask[here] = inside[there]
     return grey, mask
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #26a64589
-def render_effusion(finding, canvas, chest, lung):
+def render_effusion(finding:ChestFinding, canvas:Canvas, chest:Chest, lung:np.ndarray) -> tuple:
     "Draw an effusion: grey float32 (h,w), 0..1, and mask."
     u = np.abs(canvas.x)
     bottom = chest.dome + chest.drop*(finding.side == 'L') + chest.angle
@@ -179,7 +192,7 @@ def render_effusion(finding, canvas, chest, lung):
     return np.clip((canvas.y - meniscus)/(0.22*finding.size + 4) + 0.55, 0, 1)*canvas.soften(mask, 1.6), mask
 
 
-def render_pneumothorax(finding, canvas, chest, lung):
+def render_pneumothorax(finding:ChestFinding, canvas:Canvas, chest:Chest, lung:np.ndarray) -> tuple:
     "Draw a pneumothorax: pleural line and darkness as grey float32 (h,w), and mask."
     small = replace(chest, width=chest.width - 0.75*finding.size, apex=chest.apex + 1.15*finding.size)
     u = np.abs(canvas.x)
@@ -191,7 +204,7 @@ def render_pneumothorax(finding, canvas, chest, lung):
     return 0.55*line - 0.42*inside, mask
 
 
-def render_oedema(finding, canvas, chest, lung, cloud):
+def render_oedema(finding:ChestFinding, canvas:Canvas, chest:Chest, lung:np.ndarray, cloud:np.ndarray) -> tuple:
     "Draw haze around a hilum: grey float32 (h,w), 0..1, and mask."
     side = 1 if finding.side == 'L' else -1
     dx, dy = canvas.x - side*(chest.inner + 22), canvas.y - chest.apex - 96
@@ -200,7 +213,7 @@ def render_oedema(finding, canvas, chest, lung, cloud):
     return haze*(0.75 + 0.22*cloud), lung & (canvas.soften(haze, 4.0) > 0.4)
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #5ed0bf84
-def ribbon(curve, half):
+def ribbon(curve:np.ndarray, half:float) -> np.ndarray:
     "Give the outline of a curve (n,2) that is `half` thick to both sides."
     way = np.gradient(curve, axis=0)
     across = np.stack([-way[:, 1], way[:, 0]], 1)/np.linalg.norm(way, axis=1, keepdims=True)
@@ -234,7 +247,7 @@ def device_outline(
     return ribbon((1 - s)**2*start + 2*s*(1 - s)*bend + s**2*end, max(1.2, least))
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #d7c05c92
-def render_device(finding, canvas, chest):
+def render_device(finding:ChestFinding, canvas:Canvas, chest:Chest) -> tuple:
     "Draw a device: grey float32 (h,w), 0..1, and mask."
     outline = device_outline(finding, chest, canvas.spacing)
     points = np.round((np.stack(canvas.to_pixels(outline[:, 0], outline[:, 1]), 1) - 0.5)*16).astype(np.int32)
@@ -247,7 +260,8 @@ def render_device(finding, canvas, chest):
     if finding.kind in ('tube', 'line'): grey = 0.6*grey
     if finding.kind == 'pacemaker': # its lead runs to the heart; the truth is the generator
         s = np.linspace(0, 1, 24)[:, None]
-        lead = (1 - s)**2*[finding.x, finding.y] + 2*s*(1 - s)*np.array([-30, chest.apex + 20]) + s**2*np.array([0.2*chest.width, chest.dome - 12])
+        bend, tip = np.array([-30, chest.apex + 20]), np.array([0.2*chest.width, chest.dome - 12])
+        lead = (1 - s)**2*[finding.x, finding.y] + 2*s*(1 - s)*bend + s**2*tip
         grey = np.maximum(grey, 0.55*canvas.lines([lead], 1.6).astype(np.float32)/255)
     return grey, solid > 127
 
@@ -267,14 +281,18 @@ def draw_mimics(
         rng = numpy_rng(*key, 'mimic', kind)
         side = '' if kind in ('nipples', 'cartilage') else SIDES[int(rng.integers(2))]
         sign, low = {'R': -1, 'L': 1, '': 1}[side], chest.dome + chest.drop*(side == 'L')
-        size = rng.uniform(*{'nipples': (9, 13), 'fold': (80, 120), 'fat': (36, 62), 'cartilage': (5, 9), 'bowel': (30, 52)}[kind])
-        x, y = {'nipples': (0.54*chest.width + rng.normal(0, 4), chest.dome - 26 + rng.normal(0, 6)), 'fold': (0.72*chest.width, chest.apex + rng.uniform(70, 95)),
-                'fat': (0.36*chest.width + rng.normal(0, 4), low - 6), 'cartilage': (chest.inner + 14, chest.apex + 80), 'bowel': (rng.uniform(0.45, 0.7)*chest.width, low + rng.uniform(26, 36))}[kind]
-        out.append(ChestFinding('', kind, side, '', round(float(size), 1), '', float(sign*x), float(y), '', key_of(*key, 'mimic', kind)))
+        size = rng.uniform(*{'nipples': (9, 13), 'fold': (80, 120), 'fat': (36, 62), 'cartilage': (5, 9),
+                             'bowel': (30, 52)}[kind])
+        x, y = {'nipples': (0.54*chest.width + rng.normal(0, 4), chest.dome - 26 + rng.normal(0, 6)),
+                'fold': (0.72*chest.width, chest.apex + rng.uniform(70, 95)),
+                'fat': (0.36*chest.width + rng.normal(0, 4), low - 6), 'cartilage': (chest.inner + 14, chest.apex + 80),
+                'bowel': (rng.uniform(0.45, 0.7)*chest.width, low + rng.uniform(26, 36))}[kind]
+        out.append(ChestFinding('', kind, side, '', round(float(size), 1), '', float(sign*x), float(y), '',
+                                key_of(*key, 'mimic', kind)))
     return out
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #54a7891e
-def blob(canvas, x, y, long, short, turn, soft):
+def blob(canvas:Canvas, x:float, y:float, long:float, short:float, turn:float, soft:float) -> np.ndarray:
     "Draw a soft ellipse: float32 (h,w), 0..1; half axes and border in mm."
     c, s, dx, dy = float(np.cos(turn)), float(np.sin(turn)), canvas.x - x, canvas.y - y
     r = np.sqrt(((dx*c + dy*s)/long)**2 + ((dy*c - dx*s)/short)**2)
@@ -288,35 +306,46 @@ def render_mimic(
 ) -> np.ndarray: # float32 (h,w), in units of a lesion's contrast
     "Draw a look-alike."
     rng, canvas, sign = numpy_rng(mimic.key), drawn['canvas'], 1 if mimic.side == 'L' else -1
-    if mimic.kind == 'nipples': return 0.85*sum(blob(canvas, side*mimic.x, mimic.y + rng.normal(0, 2), 0.55*mimic.size, 0.45*mimic.size, np.pi/2, 3.0) for side in (-1, 1))
-    if mimic.kind == 'fat': return 0.75*blob(canvas, mimic.x, mimic.y, 0.5*mimic.size, 0.36*mimic.size, sign*0.5, 12.0)*canvas.soften(drawn['lungs'][mimic.side], 1.6)
-    if mimic.kind == 'bowel': return -0.55*sum(blob(canvas, mimic.x + dx*mimic.size, mimic.y + rng.normal(0, 3), 0.42*mimic.size, rng.uniform(8, 12), rng.uniform(-0.3, 0.3), 4.0) for dx in (-0.45, 0.3))*drawn['body']
+    if mimic.kind == 'nipples':
+        return 0.85*sum(blob(canvas, side*mimic.x, mimic.y + rng.normal(0, 2), 0.55*mimic.size, 0.45*mimic.size,
+                             np.pi/2, 3.0) for side in (-1, 1))
+    if mimic.kind == 'fat':
+        pad = blob(canvas, mimic.x, mimic.y, 0.5*mimic.size, 0.36*mimic.size, sign*0.5, 12.0)
+        return 0.75*pad*canvas.soften(drawn['lungs'][mimic.side], 1.6)
+    if mimic.kind == 'bowel':
+        return -0.55*sum(blob(canvas, mimic.x + dx*mimic.size, mimic.y + rng.normal(0, 3), 0.42*mimic.size,
+                              rng.uniform(8, 12), rng.uniform(-0.3, 0.3), 4.0) for dx in (-0.45, 0.3))*drawn['body']
     if mimic.kind == 'cartilage':
-        spots = [blob(canvas, side*(mimic.x + 7*rng.random()), mimic.y + 21*k + rng.normal(0, 3), mimic.size*rng.uniform(0.7, 1.3), 0.32*mimic.size, side*rng.uniform(0.2, 0.9), 2.0) for side in (-1, 1) for k in range(4) if rng.random() < 0.75]
+        spots = [blob(canvas, side*(mimic.x + 7*rng.random()), mimic.y + 21*k + rng.normal(0, 3),
+                      mimic.size*rng.uniform(0.7, 1.3), 0.32*mimic.size, side*rng.uniform(0.2, 0.9), 2.0)
+                      for side in (-1, 1) for k in range(4) if rng.random() < 0.75]
         return rng.uniform(0.7, 1.1)*np.clip(sum(spots, np.zeros(canvas.shape, np.float32)), 0, 1)
     t = np.linspace(-0.5, 0.5, 24)
     fold = np.stack([mimic.x + sign*(30*t - 60*t**2), mimic.y + mimic.size*t], 1)
-    line, beside = (canvas.soften(canvas.lines([fold + [sign*off, 0]], wide), soft)/255 for off, wide, soft in ((0, 1.8, 1.0), (9, 16, 4.0)))
+    line, beside = (canvas.soften(canvas.lines([fold + [sign*off, 0]], wide), soft)/255
+                    for off, wide, soft in ((0, 1.8, 1.0), (9, 16, 4.0)))
     return (0.42*line - 0.30*beside)*canvas.soften(drawn['lungs'][mimic.side], 1.6)
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #cf5fcdb1
-def chest_distractors(rng, canvas, chest, mean):
+def chest_distractors(rng:np.random.Generator, canvas:Canvas, chest:Chest, mean:float) -> np.ndarray:
     "Strew soft shadows over the chest, float32 (h,w), 0..1 in units of a lesion's contrast."
     out = np.zeros(canvas.shape, np.float32)
     for _ in range(rng.poisson(mean)):
         cx, cy, turn = rng.uniform(-0.95, 0.95)*chest.width, rng.uniform(chest.apex, chest.dome), rng.uniform(0, np.pi)
         long, short, c, s = rng.uniform(10, 24), rng.uniform(4, 9), np.cos(turn), np.sin(turn)
         dx, dy = canvas.x - cx, canvas.y - cy
-        out += rng.uniform(0.25, 0.55)*np.exp(-(((dx*c + dy*s)/long)**2 + ((dy*c - dx*s)/short)**2)**1.5).astype(np.float32)
+        square = ((dx*c + dy*s)/long)**2 + ((dy*c - dx*s)/short)**2
+        out += rng.uniform(0.25, 0.55)*np.exp(-square**1.5).astype(np.float32)
     return out
 
 
-def render_finding(finding, drawn, chest, cloud, least):
+def render_finding(finding:ChestFinding, drawn:dict, chest:Chest, cloud:np.ndarray, least:float) -> tuple:
     "Draw one finding: grey float32 (h,w) in units of a lesion's contrast, mask bool (h,w)."
     canvas, lungs = drawn['canvas'], drawn['lungs']
     lung = lungs.get(finding.side)
     if finding.label == 'cardiomegaly': return np.zeros(canvas.shape, np.float32), drawn['heart']
-    if finding.label == 'device': return tuple(f(v) for f, v in zip((lambda g: 1.2*g, lambda m: m), render_device(finding, canvas, chest)))
+    if finding.label == 'device':
+        return tuple(f(v) for f, v in zip((lambda g: 1.2*g, lambda m: m), render_device(finding, canvas, chest)))
     if finding.label == 'effusion': return render_effusion(finding, canvas, chest, lung)
     if finding.label == 'pneumothorax': return render_pneumothorax(finding, canvas, chest, lung)
     inside = canvas.soften(lung, 1.6)
@@ -324,7 +353,8 @@ def render_finding(finding, drawn, chest, cloud, least):
     elif finding.label == 'nodule': grey, mask = render_nodule(finding, canvas, least)
     else:
         grey = render_opacity(finding, canvas, cloud) if finding.label == 'opacity' else render_band(finding, canvas)
-        mask = canvas.soften(grey, 3.0) > (0.35 if finding.kind == 'consolidation' else 0.25) if finding.label == 'opacity' else grey > 0.4
+        mask = (canvas.soften(grey, 3.0) > (0.35 if finding.kind == 'consolidation' else 0.25)
+                if finding.label == 'opacity' else grey > 0.4)
     return grey*inside, mask & lung
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #8b751688
@@ -333,9 +363,9 @@ def chest_layer(
     drawn:dict, # from healthy_chest
     chest:Chest, # the chest
     config:ChestConfig, # difficulty
-    rng, # generator of the image's shadows
+    rng:np.random.Generator, # generator of the image's shadows
     mimics:list=(), # of ChestFinding, from draw_mimics
-) -> tuple: # findings float32 (h,w), share of the grey scale; masks bool (k,h,w), overlapping; what is no finding float32 (h,w)
+) -> tuple: # findings float32 (h,w), share of the grey scale; masks bool (k,h,w); what is no finding float32 (h,w)
     "Draw all findings of an image, and apart from them what is none."
     canvas, knobs = drawn['canvas'], difficulty_knobs(config, CHEST_KNOBS)
     cloud = fractal(rng, canvas.frame, 22.0, 1.5, 0.6)

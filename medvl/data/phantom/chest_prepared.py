@@ -7,6 +7,7 @@ __all__ = ['CHEST_WAYS', 'prepared_chest_phantom', 'finding_masks', 'chest_featu
            'chest_histograms']
 
 # %% ../../../nbs/158a_data.phantom.chest_prepared.ipynb #dc822498
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +19,18 @@ from .chest_film import write_chest_phantom
 from ..releases.folder import read_folder
 from ..histogram import histogram_table, judge_histogram
 from .breast_dataset import judge_features, read_pixels
-from .breast_prepared import public_salt, with_split
+from .breast_prepared import public_salt, split_source
 from ..prepare.run import prepare
 from ..prepared import Prepared
 from ..pixels.profiles import preprocess
 
 # %% ../../../nbs/158a_data.phantom.chest_prepared.ipynb #c01f5686
 def prepared_chest_phantom(
-    folder, # gets `source/` and `prepared/`
+    folder:str|Path, # gets `source/` and `prepared/`
     n:int=64, # images, one patient each
     size:tuple=(224, 224), # height and width, pixels
     seed:int=0, # seed of the population
-    difficulty='medium', # 'easy', 'medium', 'hard' or 0..1
+    difficulty:float|str='medium', # 'easy', 'medium', 'hard' or 0..1
     profile:str='resize_v1', # preprocessing profile; or 'letterbox_v1'
     fractions:tuple=(0.6, 0.15, 0.25), # of patients: train, valid, test
     fmt:str='png', # or 'dicom'
@@ -39,29 +40,34 @@ def prepared_chest_phantom(
 ) -> Prepared: # split by patient; the mask store has a bit for each finding
     "Make, read, split and prepare a chest phantom data set; what is there already is opened."
     folder = Path(folder)
-    source = write_chest_phantom(folder/'source', n, source_size or size, seed, difficulty, fmt, jobs, progress=n > 256, **changes)
-    records = with_split(read_folder(source), fractions, seed)
-    return prepare(records, source, folder/'prepared', profile=profile, size=size, jobs=jobs, salt=public_salt(folder), mask_bits=FINDINGS)
+    source = write_chest_phantom(folder/'source', n, source_size or size, seed, difficulty, fmt, jobs, progress=n > 256,
+                                 **changes)
+    records = split_source(read_folder(source), fractions, seed)
+    return prepare(records, source, folder/'prepared', profile=profile, size=size, jobs=jobs, salt=public_salt(folder),
+                   mask_bits=FINDINGS)
 
 # %% ../../../nbs/158a_data.phantom.chest_prepared.ipynb #0bb2389d
 def finding_masks(
     data:Prepared, # prepared with mask_bits
     i:int, # row of the manifest
-    classes=FINDINGS, # names, in the order of the planes
+    classes:tuple|list=FINDINGS, # names, in the order of the planes
 ) -> np.ndarray: # uint8 (C,h,w), 1 where the class is
     """Give one plane for each class; planes may overlap.
 
     Raises: DataError for a data set without mask bits, ValueError for a class that is none of them."""
     names = data.info['settings'].get('mask_bits')
-    if not names: raise DataError('the masks of this data set have no classes.', file=str(data.folder), fix='Prepare it with mask_bits=(…).')
-    if unknown := [c for c in classes if c not in names]: raise ValueError(unknown_name('class of the masks', unknown[0], names))
+    if not names:
+        raise DataError('the masks of this data set have no classes.', file=str(data.folder),
+                        fix='Prepare it with mask_bits=(…).')
+    if unknown := [c for c in classes if c not in names]:
+        raise ValueError(unknown_name('class of the masks', unknown[0], names))
     mask = data.mask(i)
     mask = np.zeros(data.images.shape[1:], np.uint8) if mask is None else mask
     return np.stack([(mask >> names.index(c)) & 1 for c in classes])
 
 # %% ../../../nbs/158a_data.phantom.chest_prepared.ipynb #f43b4c4d
 def chest_features(
-    folder, # written by write_chest_phantom
+    folder:str|Path, # written by write_chest_phantom
 ) -> pd.DataFrame: # one row an image: features, labels, exam_id
     "Compute what should not predict anything."
     folder, out = Path(folder), []
@@ -69,25 +75,31 @@ def chest_features(
         pixels, text = read_pixels(folder/row['image_path']), row['report_text']
         first, second = text.split(' IMPRESSION: ')
         inside = pixels[pixels > 0.05]
-        out.append({'exam_id': row['exam_id'], **{c: float('nan' if row[c] == '' else row[c]) for c in row if c.startswith('label_')}, 'brightness': pixels.mean(), 'brightness of the body': inside.mean(),
-                    'contrast of the body': inside.std(), 'area of the body': inside.size/pixels.size, 'characters': len(text), 'words': len(text.split()),
-                    'sentences': text.count('. ') + 1, 'characters of the findings': len(first), 'characters of the impression': len(second), 'image id': int(row['image_id'], 16)/16**12,
-                    'patient id': int(row['patient_id'][1:], 16)/16**12, 'order': k, 'age': row['age'], 'sex': float(row['sex'] == 'F'), 'view': float(row['view'] == 'AP')})
+        labels = {c: float('nan' if row[c] == '' else row[c]) for c in row if c.startswith('label_')}
+        out.append({'exam_id': row['exam_id'], **labels, 'brightness': pixels.mean(),
+                    'brightness of the body': inside.mean(),
+                    'contrast of the body': inside.std(), 'area of the body': inside.size/pixels.size,
+                    'characters': len(text), 'words': len(text.split()),
+                    'sentences': text.count('. ') + 1, 'characters of the findings': len(first),
+                    'characters of the impression': len(second), 'image id': int(row['image_id'], 16)/16**12,
+                    'patient id': int(row['patient_id'][1:], 16)/16**12, 'order': k, 'age': row['age'],
+                    'sex': float(row['sex'] == 'F'), 'view': float(row['view'] == 'AP')})
     return pd.DataFrame(out)
 
 # %% ../../../nbs/158a_data.phantom.chest_prepared.ipynb #8d47784f
-def chest_positions(folder):
+def chest_positions(folder:str|Path) -> Iterator[tuple]:
     "Give the place of each opacity and nodule once, with its kind."
     index = pd.read_csv(Path(folder)/'index.csv')[['image_id', 'exam_id']]
     boxes = pd.read_csv(Path(folder)/'boxes.csv').merge(index, on='image_id')
-    local = boxes[boxes.label.isin(['opacity', 'nodule'])].rename(columns={'x_mm': 'lateral position', 'y_mm': 'vertical position'})
-    yield 'opacity or nodule', (local.label == 'opacity').to_numpy(), local, ['lateral position', 'vertical position']
+    names = {'x_mm': 'lateral position', 'y_mm': 'vertical position'}
+    local, places = boxes[boxes.label.isin(['opacity', 'nodule'])].rename(columns=names), list(names.values())
+    yield 'opacity or nodule', (local.label == 'opacity').to_numpy(), local, places
     cloud = local[local.label == 'opacity']
-    yield 'consolidation or infiltrate', (cloud.kind == 'consolidation').to_numpy(), cloud, ['lateral position', 'vertical position', 'size_mm']
+    yield 'consolidation or infiltrate', (cloud.kind == 'consolidation').to_numpy(), cloud, [*places, 'size_mm']
 
 # %% ../../../nbs/158a_data.phantom.chest_prepared.ipynb #1b30bdcc
 def chest_shortcuts(
-    folder, # written by write_chest_phantom
+    folder:str|Path, # written by write_chest_phantom
     n_boot:int=200, # resamples of examinations
     seed:int=0, # of the resampling
     family:float=0.05, # probability that a clean data set has any row that is not ok
@@ -96,18 +108,21 @@ def chest_shortcuts(
 
     Raises: DataError when the data set has fewer than 40 examinations."""
     images = chest_features(folder)
-    if len(images) < 40: raise DataError('A check of shortcuts needs at least 40 examinations.', file=str(folder), fix='write more')
+    if len(images) < 40:
+        raise DataError('A check of shortcuts needs at least 40 examinations.', file=str(folder), fix='write more')
     labels = [c for c in images if c.startswith('label_')]
     features = [c for c in images if c not in ('exam_id', *labels)]
-    jobs = [(name[6:], t[name].to_numpy() > 0.5, t, features, 'image') for name in labels for t in [images[images[name].notna()]]]
+    jobs = [(name[6:], t[name].to_numpy() > 0.5, t, features, 'image') for name in labels
+            for t in [images[images[name].notna()]]]
     return judge_features([*jobs, *((*job, 'finding') for job in chest_positions(folder))], n_boot, seed, family)
 
 # %% ../../../nbs/158a_data.phantom.chest_prepared.ipynb #d9ef292b
-CHEST_WAYS = (('resize_v1', 'none'), ('resize_v1', 'minmax'), ('lovt_v1', 'none'), ('lovt_equalised_v1', 'none')) # profile and normalisation of the chest methods
+# profile and normalisation of the chest methods
+CHEST_WAYS = (('resize_v1', 'none'), ('resize_v1', 'minmax'), ('lovt_v1', 'none'), ('lovt_equalised_v1', 'none'))
 
 
 def chest_histograms(
-    folder, # written by write_chest_phantom
+    folder:str|Path, # written by write_chest_phantom
     ways:tuple=CHEST_WAYS, # profile, normalisation
     size:tuple|None=None, # of the prepared images; None: that of the files
     limit:float=.58, # what a local finding may reach
@@ -120,6 +135,7 @@ def chest_histograms(
     stored = [(255*read_pixels(Path(folder)/p)).round().astype(np.uint8) for p in index.image_path]
     for profile in dict.fromkeys(p for p, _ in ways):
         images = np.stack([preprocess(x, profile, size or x.shape).pixels for x in stored])
-        tables += [judge_histogram(histogram_table(images, how), index, LOCAL_FINDINGS, limit, family=family/len(ways), n_boot=n_boot, seed=seed).assign(profile=profile, normalise=how)
+        tables += [judge_histogram(histogram_table(images, how), index, LOCAL_FINDINGS, limit, family=family/len(ways),
+                                   n_boot=n_boot, seed=seed).assign(profile=profile, normalise=how)
                    for p, how in ways if p == profile]
     return pd.concat(tables).sort_values('auroc', ascending=False, ignore_index=True)

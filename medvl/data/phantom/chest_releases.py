@@ -21,7 +21,7 @@ from ..releases.nih_cxr import NIH_CLASSES
 from ..pixels.shapes import mask_rle
 
 # %% ../../../nbs/159_data.phantom.chest_releases.ipynb #ea66029a
-def hex_of(*parts): return hashlib.sha256(repr(parts).encode()).hexdigest()
+def hex_of(*parts) -> str: return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def boxes_for(
@@ -29,7 +29,8 @@ def boxes_for(
     label:str, # a finding
 ) -> list: # of [x, y, width, height], pixels
     "List the boxes of a finding as corner and size."
-    return [[float(x0), float(y0), float(x1 - x0), float(y1 - y0)] for f, (x0, y0, x1, y1) in zip(exam.truth.findings, exam.boxes) if f.label == label and np.isfinite(x0)]
+    return [[float(x0), float(y0), float(x1 - x0), float(y1 - y0)]
+            for f, (x0, y0, x1, y1) in zip(exam.truth.findings, exam.boxes) if f.label == label and np.isfinite(x0)]
 
 
 def write_radiograph(
@@ -37,32 +38,35 @@ def write_radiograph(
     exam:ChestExam, # with 8-bit pixels
     patient:str, # PatientID
     uid:str, # SOPInstanceUID
-):
+) -> None:
     "Write a computed radiograph as the challenges ship it: 8 bits, JPEG, hardly any header."
     path.parent.mkdir(parents=True, exist_ok=True)
     t = exam.truth
-    write_dicom(path, exam.pixels, 'jpeg', SOPClassUID='1.2.840.10008.5.1.4.1.1.1', SOPInstanceUID=uid, StudyInstanceUID=uid + '.1', SeriesInstanceUID=uid + '.2', PatientID=patient,
-                PatientSex=t.sex, PatientAge=f'{t.age:03d}Y', ViewPosition=t.view, Modality='CR', BodyPartExamined='CHEST', PixelSpacing=[f'{exam.spacing:.5f}']*2)
+    write_dicom(path, exam.pixels, 'jpeg', SOPClassUID='1.2.840.10008.5.1.4.1.1.1', SOPInstanceUID=uid,
+                StudyInstanceUID=uid + '.1', SeriesInstanceUID=uid + '.2', PatientID=patient,
+                PatientSex=t.sex, PatientAge=f'{t.age:03d}Y', ViewPosition=t.view, Modality='CR',
+                BodyPartExamined='CHEST', PixelSpacing=[f'{exam.spacing:.5f}']*2)
 
 
-def write_jpeg(path, pixels):
+def write_jpeg(path:Path, pixels:np.ndarray) -> None:
     "Write a JPEG of high quality."
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])
 
 # %% ../../../nbs/159_data.phantom.chest_releases.ipynb #7390f18e
-def rsna_item(root, exam, seed, i):
+def rsna_item(root:Path, exam:ChestExam, seed:int, i:int) -> dict:
     "Write stage_2_train_images/<uuid>.dcm; give its rows."
     h = hex_of(seed, i, 'rsna')
     name = f'{h[:8]}-{h[8:12]}-{h[12:16]}-{h[16:20]}-{h[20:32]}'
-    write_radiograph(root/'stage_2_train_images'/f'{name}.dcm', exam, name, f'1.2.276.0.7230010.3.1.4.8323329.{1000 + i}.1517874{seed % 1000:03d}.1')
+    write_radiograph(root/'stage_2_train_images'/f'{name}.dcm', exam, name,
+                     f'1.2.276.0.7230010.3.1.4.8323329.{1000 + i}.1517874{seed % 1000:03d}.1')
     boxes = boxes_for(exam, 'opacity')
     ill = any(f.label != 'device' for f in exam.truth.findings)
     kind = 'Lung Opacity' if boxes else 'No Lung Opacity / Not Normal' if ill else 'Normal'
     return dict(id=name, patient=name, boxes=[[1, *b] for b in boxes], kind=kind)
 
 
-def covid_item(root, exam, seed, i):
+def covid_item(root:Path, exam:ChestExam, seed:int, i:int) -> dict:
     "Write jpgs/<name>.jpg, in colour, and pngs_masks/<name>.png, 0 and 1."
     patient = f'COVID-19-AR-{16400000 + 1000*(seed % 90) + i}'
     name = f'{patient}_{1 + i % 12:02d}-{1 + i % 28:02d}-2012-XR'
@@ -73,12 +77,16 @@ def covid_item(root, exam, seed, i):
     return dict(id=name, patient=patient, boxes=[], pixels=float(mask.mean()))
 
 
-def siim_item(root, exam, seed, i):
+def siim_item(root:Path, exam:ChestExam, seed:int, i:int) -> dict:
     "Write dicom-images-train/<study>/<series>/<uid>.dcm; give its run lengths, one row an outline."
-    uid, h = f'1.2.276.0.7230010.3.1.4.8323329.{i + 300}.15178751{seed % 90 + 10}.{key_of(seed, i, "siim") % 900000 + 100000}', hex_of(seed, i, 'siim')
-    write_radiograph(root/'dicom-images-train'/uid.replace('.4.8323329', '.2.8323329')/uid.replace('.4.8323329', '.3.8323329')/f'{uid}.dcm', exam, f'{h[:8]}-{h[8:12]}-{h[12:16]}', uid)
+    last, h = key_of(seed, i, 'siim') % 900000 + 100000, hex_of(seed, i, 'siim')
+    uid = f'1.2.276.0.7230010.3.1.4.8323329.{i + 300}.15178751{seed % 90 + 10}.{last}'
+    study, series = (uid.replace('.4.8323329', f'.{k}.8323329') for k in (2, 3))
+    path = root/'dicom-images-train'/study/series/f'{uid}.dcm'
+    write_radiograph(path, exam, f'{h[:8]}-{h[8:12]}-{h[12:16]}', uid)
     masks = [m for f, m in zip(exam.truth.findings, exam.masks) if f.label == 'pneumothorax']
-    return dict(id=uid, patient=h, boxes=[], runs=[mask_rle(m) for m in masks if m.any()] or ['-1'], pixels=float(exam.mask('pneumothorax').mean()))
+    return dict(id=uid, patient=h, boxes=[], runs=[mask_rle(m) for m in masks if m.any()] or ['-1'],
+                pixels=float(exam.mask('pneumothorax').mean()))
 
 # %% ../../../nbs/159_data.phantom.chest_releases.ipynb #66962642
 def device_shapes(
@@ -96,22 +104,25 @@ def device_shapes(
     return out
 
 
-def object_item(root, exam, seed, i, part='train'):
+def object_item(root:Path, exam:ChestExam, seed:int, i:int, part:str='train') -> dict:
     "Write <part>/<number>.jpg; give its annotation."
     name = f'{i:05d}'
     write_jpeg(root/part/f'{name}.jpg', exam.pixels)
     shapes = device_shapes(exam)
-    text = ';'.join(' '.join([str(('box', 'ellipse', 'polygon').index(kind)), *(f'{v:.1f}'.removesuffix('.0') for v in points.ravel())]) for kind, points in shapes)
+    text = ';'.join(' '.join([str(('box', 'ellipse', 'polygon').index(kind)),
+                              *(f'{v:.1f}'.removesuffix('.0') for v in points.ravel())]) for kind, points in shapes)
     corners = [np.round(np.concatenate([p.min(0), p.max(0)]), 1) for _, p in shapes]
-    boxes = [[1, float(x0), float(y0), float(y1 - y0), float(x1 - x0)] for x0, y0, x1, y1 in corners] # LoVT's tables: height before width
+    # LoVT's tables: height before width
+    boxes = [[1, float(x0), float(y0), float(y1 - y0), float(x1 - x0)] for x0, y0, x1, y1 in corners]
     return dict(id=name, patient=name, boxes=boxes, annotation=text, part=part)
 
 # %% ../../../nbs/159_data.phantom.chest_releases.ipynb #23b68dbc
-NIH_WORDS = {'effusion': 'Effusion', 'pneumothorax': 'Pneumothorax', 'atelectasis': 'Atelectasis', 'cardiomegaly': 'Cardiomegaly', 'oedema': 'Edema',
+NIH_WORDS = {'effusion': 'Effusion', 'pneumothorax': 'Pneumothorax', 'atelectasis': 'Atelectasis',
+             'cardiomegaly': 'Cardiomegaly', 'oedema': 'Edema',
              'consolidation': 'Pneumonia', 'infiltrate': 'Infiltrate', 'nodule': 'Nodule', 'mass': 'Mass'}
 
 
-def nih_item(root, exam, seed, i):
+def nih_item(root:Path, exam:ChestExam, seed:int, i:int) -> dict:
     "Write images/<patient>_<number>.png; give its rows."
     name, t = f'{i + 1:08d}_000', exam.truth
     (root/'images').mkdir(exist_ok=True)
@@ -121,19 +132,23 @@ def nih_item(root, exam, seed, i):
         word = NIH_WORDS.get(f.kind if f.label in ('opacity', 'nodule') else f.label)
         if word is None: continue
         labels.append(word)
-        if word != 'Edema' and np.isfinite(x0): boxes.append([word, x0*scale, y0*scale, (x1 - x0)*scale, (y1 - y0)*scale])
+        if word != 'Edema' and np.isfinite(x0):
+            boxes.append([word, x0*scale, y0*scale, (x1 - x0)*scale, (y1 - y0)*scale])
     labels = [{'Infiltrate': 'Infiltration'}.get(w, w) for w in dict.fromkeys(labels)] or ['No Finding']
-    return dict(id=name, patient=f'{i + 1:08d}', boxes=[[NIH_CLASSES.index(w.lower()), *(v/scale for v in b)] for w, *b in boxes], named=boxes, labels=labels, age=t.age, sex=t.sex, view=t.view)
+    numbered = [[NIH_CLASSES.index(w.lower()), *(v/scale for v in b)] for w, *b in boxes]
+    return dict(id=name, patient=f'{i + 1:08d}', boxes=numbered, named=boxes, labels=labels, age=t.age, sex=t.sex,
+                view=t.view)
 
 # %% ../../../nbs/159_data.phantom.chest_releases.ipynb #fdca1818
-def mimic_report(exam):
+def mimic_report(exam:ChestExam) -> str:
     "Give the report as a MIMIC-CXR text file."
     findings, impression = exam.truth.report.removeprefix('FINDINGS: ').split(' IMPRESSION: ')
-    head = ' ' * 33 + 'FINAL REPORT\n EXAMINATION:  CHEST ({view})\n \n INDICATION:  Shortness of breath.\n \n '.format(view='PORTABLE AP' if exam.truth.view == 'AP' else 'PA')
+    view = 'PORTABLE AP' if exam.truth.view == 'AP' else 'PA'
+    head = ' ' * 33 + f'FINAL REPORT\n EXAMINATION:  CHEST ({view})\n \n INDICATION:  Shortness of breath.\n \n '
     return f'{head}FINDINGS: \n \n {wrap(findings)}\n \n IMPRESSION: \n \n {wrap(impression)}\n'
 
 
-def wrap(text, width=84):
+def wrap(text:str, width:int=84) -> str:
     "Break a text into lines that begin with a blank, as the hospital's do."
     lines = ['']
     for word in text.split():
@@ -147,21 +162,24 @@ def chexpert_labels(
 ) -> dict: # finding of CheXpert -> 1, 0, -1; absent: not stated
     "Give CheXpert's labels of the report."
     said, t = exam.truth.stated, exam.truth
-    names = {'Atelectasis': 'atelectasis', 'Cardiomegaly': 'cardiomegaly', 'Edema': 'oedema', 'Lung Lesion': 'nodule', 'Lung Opacity': 'opacity', 'Pleural Effusion': 'effusion', 'Pneumothorax': 'pneumothorax'}
+    names = {'Atelectasis': 'atelectasis', 'Cardiomegaly': 'cardiomegaly', 'Edema': 'oedema', 'Lung Lesion': 'nodule',
+             'Lung Opacity': 'opacity', 'Pleural Effusion': 'effusion', 'Pneumothorax': 'pneumothorax'}
     out = {k: said[v] for k, v in names.items() if said[v] == said[v]}
     kinds = {f.kind for f in t.findings}
     if said['opacity'] == 0: out |= {'Consolidation': 0.0, 'Pneumonia': 0.0}
-    elif said['opacity'] == 1: out |= {'Consolidation': 1.0, 'Pneumonia': 1.0} if 'consolidation' in kinds else {'Pneumonia': -1.0}
+    elif said['opacity'] == 1:
+        out |= {'Consolidation': 1.0, 'Pneumonia': 1.0} if 'consolidation' in kinds else {'Pneumonia': -1.0}
     if kinds & {'pacemaker', 'tube', 'line', 'clip'}: out['Support Devices'] = 1.0
     if not any(f.label != 'device' for f in t.findings): out['No Finding'] = 1.0
     return out
 
 
-def mimic_item(root, exam, seed, i):
+def mimic_item(root:Path, exam:ChestExam, seed:int, i:int) -> dict:
     "Write files/p10/p<subject>/s<study>/<dicom>.jpg and the report beside its folder."
     subject, study, h = 10000000 + 7*i, 51000000 + 13*i + seed % 13, hex_of(seed, i, 'mimic')
     dicom = '-'.join(h[8*k:8*k + 8] for k in range(5))
     folder = root/'files'/f'p{str(subject)[:2]}'/f'p{subject}'
     write_jpeg(folder/f's{study}'/f'{dicom}.jpg', exam.pixels)
     (folder/f's{study}.txt').write_text(mimic_report(exam))
-    return dict(id=dicom, patient=str(subject), subject=subject, study=study, boxes=[], view=exam.truth.view, shape=exam.pixels.shape, labels=chexpert_labels(exam))
+    return dict(id=dicom, patient=str(subject), subject=subject, study=study, boxes=[], view=exam.truth.view,
+                shape=exam.pixels.shape, labels=chexpert_labels(exam))

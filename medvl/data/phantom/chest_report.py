@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHEST_TEMPLATES', 'DEVICE_WORDS', 'SCALE_WORDS', 'NEGATIVE', 'PLACES', 'MIMIC_TEMPLATES', 'CHEST_REMARKS',
            'CHEST_CLOSING', 'SUMMARY', 'region_boxes', 'ChestSentence', 'about', 'region_of', 'common_region',
-           'place_of', 'describe', 'pair_words', 'positive_sentences', 'one_sided', 'negative_sentences',
+           'place_of', 'describe_finding', 'pair_words', 'positive_sentences', 'one_sided', 'negative_sentences',
            'mimic_sentences', 'impression_sentences', 'fill', 'chest_report', 'stated_labels']
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #56cd86b9
@@ -34,7 +34,8 @@ def region_boxes(
         floor = canvas.to_pixels(0, [bottom - 6, bottom + chest.angle])[1]
         out[f'{word} diaphragm'] = np.array([x0, max(0, floor[0]), x1, min(canvas.shape[0], floor[1])], np.float32)
     out['lungs'], out['heart'] = bounds(both), bounds(drawn['heart'])
-    for name, (half, low, high) in {'mediastinum': (chest.inner + 12, chest.apex, chest.dome), 'trachea': (14, -175, chest.apex + 70)}.items():
+    for name, (half, low, high) in {'mediastinum': (chest.inner + 12, chest.apex, chest.dome),
+                                    'trachea': (14, -175, chest.apex + 70)}.items():
         x, y = canvas.to_pixels([-half, half], [low, high])
         out[name] = np.array([x[0], max(0, y[0]), x[1], min(canvas.shape[0], y[1])], np.float32)
     out['chest'] = bounds(drawn['body'])
@@ -48,7 +49,7 @@ class ChestSentence(Sentence):
     region: str = ''  # name of the place, a key of region_boxes; '' none
 
 
-def about(section, text, label, findings=(), region=''):
+def about(section:str, text:str, label:str, findings:tuple|list=(), region:str='') -> ChestSentence:
     "Make a sentence."
     return ChestSentence(section, text, label, findings[0] if findings else -1, tuple(findings), region)
 
@@ -60,39 +61,53 @@ def region_of(
     if finding.label == 'cardiomegaly': return 'heart'
     if finding.kind in ('tube', 'line'): return 'trachea' if finding.kind == 'tube' else 'mediastinum'
     side = SIDE_WORDS[finding.side]
-    if finding.label == 'effusion': return f'{side} costophrenic angle' if finding.severity == 'small' else f'{side} lower zone'
+    if finding.label == 'effusion':
+        return f'{side} costophrenic angle' if finding.severity == 'small' else f'{side} lower zone'
     return f'{side} {finding.zone} zone' if finding.zone else f'{side} lung'
 
 
-def common_region(findings):
+def common_region(findings:list) -> str:
     "Name the region of several findings: their own if it is the same, else the lungs."
     names = {region_of(f) for f in findings}
     return names.pop() if len(names) == 1 else 'lungs'
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #73ad0b2d
 CHEST_TEMPLATES = {
-    'consolidation': ('[there is|] [dense|focal|] [consolidation|airspace consolidation] in the {place}.', '{severity} consolidation [is seen|is present|] in the {place}.',
-                      '[focal|confluent] airspace opacity in the {place} [is compatible|is consistent] with pneumonia.'),
-    'infiltrate': ('[patchy|hazy|ill-defined] [opacity|opacities|infiltrate] in the {place}.', 'there is a [patchy|hazy] [opacity|infiltrate] in the {place}.',
-                   '{severity} [patchy|ill-defined] opacity [is noted|is seen|projects] [in|over] the {place}, [which may represent|possibly] pneumonia.'),
-    'effusion': ('[there is a|] {severity} {side} pleural effusion.', '{severity} {side} pleural effusion [is seen|is present|is noted].',
+    'consolidation': ('[there is|] [dense|focal|] [consolidation|airspace consolidation] in the {place}.',
+                      '{severity} consolidation [is seen|is present|] in the {place}.',
+                      '[focal|confluent] airspace opacity in the {place} [is compatible|is consistent] with '
+                      'pneumonia.'),
+    'infiltrate': ('[patchy|hazy|ill-defined] [opacity|opacities|infiltrate] in the {place}.',
+                   'there is a [patchy|hazy] [opacity|infiltrate] in the {place}.',
+                   '{severity} [patchy|ill-defined] opacity [is noted|is seen|projects] [in|over] the {place}, [which '
+                   'may represent|possibly] pneumonia.'),
+    'effusion': ('[there is a|] {severity} {side} pleural effusion.',
+                 '{severity} {side} pleural effusion [is seen|is present|is noted].',
                  'blunting of the {side} costophrenic angle [from|by] a {severity} pleural effusion.'),
-    'pneumothorax': ('[there is a|] {severity} {side} [apical|] pneumothorax.', '{severity} {side} pneumothorax [is seen|is present|is noted].',
+    'pneumothorax': ('[there is a|] {severity} {side} [apical|] pneumothorax.',
+                     '{severity} {side} pneumothorax [is seen|is present|is noted].',
                      'a {side} pleural line [is visible|is seen], {severity} pneumothorax.'),
-    'atelectasis': ('[linear|plate-like|bandlike] [atelectasis|opacity, likely atelectasis,] in the {place}.', '{severity} [linear|bandlike] atelectasis [is seen|is noted|] in the {place}.',
+    'atelectasis': ('[linear|plate-like|bandlike] [atelectasis|opacity, likely atelectasis,] in the {place}.',
+                    '{severity} [linear|bandlike] atelectasis [is seen|is noted|] in the {place}.',
                     '[subsegmental|discoid] atelectasis [in|of] the {place}.'),
-    'nodule': ('[there is a|] {size} {kind} in the {place}.', 'a [rounded|well seen] {kind} [measuring|of] {size} [projects over|lies in] the {place}.',
+    'nodule': ('[there is a|] {size} {kind} in the {place}.',
+               'a [rounded|well seen] {kind} [measuring|of] {size} [projects over|lies in] the {place}.',
                '{kind} in the {place}, {size}.'),
-    'oedema': ('{severity} [pulmonary oedema|interstitial oedema].', '{severity} perihilar haze [in both lungs|bilaterally] [consistent|compatible] with oedema.',
+    'oedema': ('{severity} [pulmonary oedema|interstitial oedema].',
+               '{severity} perihilar haze [in both lungs|bilaterally] [consistent|compatible] with oedema.',
                '[bilateral|symmetric] perihilar opacities, {severity} pulmonary oedema.'),
-    'cardiomegaly': ('the heart is {severity} enlarged.', '{severity} cardiomegaly.', '{severity} enlargement of the [heart|cardiac silhouette].'),
+    'cardiomegaly': ('the heart is {severity} enlarged.', '{severity} cardiomegaly.',
+                     '{severity} enlargement of the [heart|cardiac silhouette].'),
     'device': ('a {kind} [is seen|is noted|] {place}.', '{kind} {place}.')}
-DEVICE_WORDS = {'button': ('round button', 'button-like density'), 'coin': ('coin-like metallic density', 'round metallic foreign body'), 'pin': ('metallic pin', 'safety pin'),
-                'clip': ('metallic clip', 'surgical clip'), 'pacemaker': ('pacemaker', 'cardiac pacemaker with lead'), 'tube': ('endotracheal tube', 'tracheal tube'),
+DEVICE_WORDS = {'button': ('round button', 'button-like density'),
+                'coin': ('coin-like metallic density', 'round metallic foreign body'),
+                'pin': ('metallic pin', 'safety pin'),
+                'clip': ('metallic clip', 'surgical clip'), 'pacemaker': ('pacemaker', 'cardiac pacemaker with lead'),
+                'tube': ('endotracheal tube', 'tracheal tube'),
                 'line': ('central venous line', 'central venous catheter')}
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #5861834d
-def place_of(rng, finding):
+def place_of(rng:np.random.Generator, finding:ChestFinding) -> str:
     "Say where a finding is, from the patient's point of view."
     if finding.kind == 'tube': return one_of(rng, ('with its tip above the carina', 'in the trachea'))
     if finding.kind == 'line': return f'from the {SIDE_WORDS[finding.side]}, with its tip in the superior vena cava'
@@ -104,8 +119,8 @@ def place_of(rng, finding):
 SCALE_WORDS = {'mild': 'mildly', 'moderate': 'moderately', 'severe': 'severely'}
 
 
-def describe(
-    rng, # generator of the report
+def describe_finding(
+    rng:np.random.Generator, # generator of the report
     finding:ChestFinding, # what to describe
     number:int, # its number among the findings
     section:str='FINDINGS', # or IMPRESSION
@@ -115,52 +130,69 @@ def describe(
     severity = SCALE_WORDS[finding.severity] if template.startswith('the heart is') else finding.severity
     kind = one_of(rng, DEVICE_WORDS[finding.kind]) if finding.label == 'device' else finding.kind
     place = place_of(rng, finding) if finding.zone or finding.label == 'device' else ''
-    text = wording(rng, template, severity=severity, kind=kind, place=place, side=SIDE_WORDS.get(finding.side, ''), size=size_words(rng, finding.size))
+    text = wording(rng, template, severity=severity, kind=kind, place=place, side=SIDE_WORDS.get(finding.side, ''),
+                   size=size_words(rng, finding.size))
     return about(section, text, finding.label, (number,), region_of(finding))
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #0b83f2fc
-def pair_words(rng, first, second):
+def pair_words(rng:np.random.Generator, first:ChestFinding, second:ChestFinding) -> str:
     "Describe two effusions, right and left."
     if first.severity == second.severity:
-        return wording(rng, '[there are|] {severity} bilateral pleural effusions.' if rng.random() < 0.5 else '{severity} pleural effusions [on both sides|bilaterally].',
+        return wording(rng, '[there are|] {severity} bilateral pleural effusions.' if rng.random() < 0.5
+                       else '{severity} pleural effusions [on both sides|bilaterally].',
                        severity=first.severity)
     a, b = (f'{f.severity} {SIDE_WORDS[f.side]}' for f in (first, second))
     return wording(rng, '[there is a|] {a} and {b} pleural effusion.', a=a, b=b)
 
 
 def positive_sentences(
-    rng, # generator of the report
+    rng:np.random.Generator, # generator of the report
     findings:list, # of ChestFinding
 ) -> list: # of ChestSentence
     "Describe all findings of an image."
     out, number = [], {label: [k for k, f in enumerate(findings) if f.label == label] for label in FINDINGS}
     for label, these in number.items():
-        if label == 'effusion' and len(these) == 2: out.append(about('FINDINGS', pair_words(rng, *(findings[k] for k in these)), label, these, common_region([findings[k] for k in these])))
-        elif label == 'oedema' and these: out.append(about('FINDINGS', describe(rng, findings[these[0]], these[0]).text, label, these, 'lungs'))
-        else: out += [describe(rng, findings[k], k) for k in these]
+        if label == 'effusion' and len(these) == 2:
+            out.append(about('FINDINGS', pair_words(rng, *(findings[k] for k in these)), label, these,
+                             common_region([findings[k] for k in these])))
+        elif label == 'oedema' and these:
+            out.append(about('FINDINGS', describe_finding(rng, findings[these[0]], these[0]).text, label, these,
+                             'lungs'))
+        else: out += [describe_finding(rng, findings[k], k) for k in these]
     return out
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #03fedc81
 NEGATIVE = {
-    ('opacity',): ('no [focal|] consolidation.', 'no [focal|confluent] [airspace opacity|airspace disease].', 'there is no [evidence of|] pneumonia.'),
-    ('effusion',): ('no pleural effusion.', 'there is no [pleural effusion|effusion].', 'the costophrenic angles are [sharp|clear].'),
-    ('pneumothorax',): ('no pneumothorax.', 'there is no [evidence of|] pneumothorax.', 'no pneumothorax is [seen|identified].'),
+    ('opacity',): ('no [focal|] consolidation.', 'no [focal|confluent] [airspace opacity|airspace disease].',
+                   'there is no [evidence of|] pneumonia.'),
+    ('effusion',): ('no pleural effusion.', 'there is no [pleural effusion|effusion].',
+                    'the costophrenic angles are [sharp|clear].'),
+    ('pneumothorax',): ('no pneumothorax.', 'there is no [evidence of|] pneumothorax.',
+                        'no pneumothorax is [seen|identified].'),
     ('atelectasis',): ('no atelectasis.', 'there is no [volume loss|atelectasis].'),
     ('nodule',): ('no [suspicious|] [nodule|pulmonary nodule] [or mass|].', 'there is no nodule [or mass|].'),
-    ('oedema',): ('no [pulmonary|] oedema.', 'pulmonary vascularity is normal.', 'there is no [vascular congestion|pulmonary oedema].'),
-    ('cardiomegaly',): ('the heart is normal in size.', 'heart size is [normal|within normal limits].', 'the cardiac silhouette is [normal|not enlarged].'),
+    ('oedema',): ('no [pulmonary|] oedema.', 'pulmonary vascularity is normal.',
+                  'there is no [vascular congestion|pulmonary oedema].'),
+    ('cardiomegaly',): ('the heart is normal in size.', 'heart size is [normal|within normal limits].',
+                        'the cardiac silhouette is [normal|not enlarged].'),
     ('device',): ('no [radiopaque|] foreign body.', 'no lines or tubes [are seen|].'),
-    ('effusion', 'pneumothorax'): ('no pleural effusion or pneumothorax.', 'there is no [effusion|pleural effusion] or pneumothorax.', 'no pneumothorax or pleural effusion.'),
-    ('opacity', 'atelectasis', 'nodule', 'oedema'): ('the lungs are clear.', 'both lungs are [clear|well aerated and clear].', 'clear lungs.')}
-PLACES = {'opacity': 'lungs', 'effusion': 'lungs', 'pneumothorax': 'lungs', 'atelectasis': 'lungs', 'nodule': 'lungs', 'oedema': 'lungs', 'cardiomegaly': 'heart', 'device': 'chest'}
+    ('effusion', 'pneumothorax'): ('no pleural effusion or pneumothorax.',
+                                   'there is no [effusion|pleural effusion] or pneumothorax.',
+                                   'no pneumothorax or pleural effusion.'),
+    ('opacity', 'atelectasis', 'nodule', 'oedema'): (
+        'the lungs are clear.', 'both lungs are [clear|well aerated and clear].', 'clear lungs.')}
+PLACES = {'opacity': 'lungs', 'effusion': 'lungs', 'pneumothorax': 'lungs', 'atelectasis': 'lungs', 'nodule': 'lungs',
+          'oedema': 'lungs', 'cardiomegaly': 'heart', 'device': 'chest'}
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #41a212eb
-def one_sided(rng, findings):
+def one_sided(rng:np.random.Generator, findings:list) -> list:
     "Say what is healthy on the other side, where only one is ill: a list of none to two sentences."
-    out, airspace = [], {s: any(f.side == s and f.label in ('opacity', 'atelectasis', 'nodule', 'oedema') for f in findings) for s in 'RL'}
+    out, kinds = [], ('opacity', 'atelectasis', 'nodule', 'oedema')
+    airspace = {s: any(f.side == s and f.label in kinds for f in findings) for s in 'RL'}
     water = {s: any(f.side == s and f.label == 'effusion' for f in findings) for s in 'RL'}
-    for ill, template, place in ((airspace, '[the {side} lung is clear|the {side} lung is well aerated and clear|clear {side} lung].', '{side} lung'),
-                                 (water, '[no {side} effusion|no pleural effusion on the {side}|the {side} costophrenic angle is sharp].', '{side} costophrenic angle')):
+    dry = '[no {side} effusion|no pleural effusion on the {side}|the {side} costophrenic angle is sharp].'
+    clear = '[the {side} lung is clear|the {side} lung is well aerated and clear|clear {side} lung].'
+    for ill, template, place in ((airspace, clear, '{side} lung'), (water, dry, '{side} costophrenic angle')):
         if ill['R'] == ill['L'] or rng.random() < 0.4: continue
         side = 'left' if ill['R'] else 'right'
         out.append(about('FINDINGS', wording(rng, template, side=side), 'clear', (), place.format(side=side)))
@@ -168,7 +200,7 @@ def one_sided(rng, findings):
 
 
 def negative_sentences(
-    rng, # generator of the report
+    rng:np.random.Generator, # generator of the report
     findings:list, # of ChestFinding
     p_stated:float, # probability that an absent finding is ruled out
 ) -> list: # of ChestSentence, in random order
@@ -181,18 +213,22 @@ def negative_sentences(
             out.append((group, one_of(rng, NEGATIVE[group])))
             absent -= set(group)
     out += [((label,), one_of(rng, NEGATIVE[label,])) for label in FINDINGS if label in absent]
-    said = [about('FINDINGS', wording(rng, t), '|'.join(f'no_{g}' for g in group), (), PLACES[group[0]]) for group, t in out]
+    said = [about('FINDINGS', wording(rng, t), '|'.join(f'no_{g}' for g in group), (), PLACES[group[0]])
+            for group, t in out]
     said += one_sided(rng, findings)
     return [said[i] for i in rng.permutation(len(said))]
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #b541db23
-MIMIC_TEMPLATES = {'nipples': ('[nipple shadows project|both nipples project] over the [lower lungs|lung bases].', 'lungs'), 'fold': ('a skin fold [projects over|overlies] the {side} [hemithorax|chest].', '{side} lung'),
-    'fat': ('[a|a prominent] pericardial fat pad on the {side}.', '{side} lower zone'), 'cartilage': ('[calcified costal cartilage|costal cartilage calcification] [on both sides|bilaterally].', 'chest'),
+MIMIC_TEMPLATES = {
+    'nipples': ('[nipple shadows project|both nipples project] over the [lower lungs|lung bases].', 'lungs'),
+    'fold': ('a skin fold [projects over|overlies] the {side} [hemithorax|chest].', '{side} lung'),
+    'fat': ('[a|a prominent] pericardial fat pad on the {side}.', '{side} lower zone'),
+    'cartilage': ('[calcified costal cartilage|costal cartilage calcification] [on both sides|bilaterally].', 'chest'),
     'bowel': ('[gas-filled colon|bowel gas] [below|beneath] the {side} diaphragm.', '{side} diaphragm')}
 
 
 def mimic_sentences(
-    rng, # generator of the report
+    rng:np.random.Generator, # generator of the report
     mimics:list, # of ChestFinding, from draw_mimics
 ) -> list: # of ChestSentence, without label
     "Name what looks like a finding and is none."
@@ -204,57 +240,86 @@ def mimic_sentences(
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #fd77252c
 CHEST_REMARKS = {
-    'the [bones|osseous structures] are [unremarkable|intact].': 'chest', 'no [acute|] [osseous abnormality|fracture] [is seen|].': 'chest', 'degenerative changes of the [thoracic|] spine are [mild|age-appropriate].': 'mediastinum',
-    'the mediastinal contours are [normal|unremarkable].': 'mediastinum', 'the [superior|upper] mediastinum is [not widened|of normal width].': 'mediastinum', 'the trachea is [midline|in the midline].': 'trachea',
-    'the [soft tissues|chest wall] [are|appear] [unremarkable|normal].': 'chest', 'the aorta is [normal|unremarkable|tortuous].': 'mediastinum', 
-    'the patient is [slightly|minimally] rotated.': 'chest', '[inspiration|inspiratory effort] is [good|adequate].': 'lungs', 'no free air [below the diaphragm|] [is seen|].': 'right diaphragm',
-    'the hila are [normal|unremarkable|not enlarged].': 'mediastinum', 'no prior [study|examination] is available for comparison.': '', 'the clavicles are intact.': 'chest', 'bones [intact|normal].': 'chest', 'spine normal.': 'mediastinum',
-    'the [visible|visualized] upper abdomen is [unremarkable|normal], [and|with] no [dilated bowel|free air].': 'left diaphragm', 'image quality is [adequate|good|diagnostic].': '',
-    'unremarkable mediastinal configuration.': 'mediastinum', 'osseous structures demonstrate [age-appropriate|unremarkable] degenerative changes.': 'chest', 'satisfactory radiographic positioning.': '',
-    'unremarkable subdiaphragmatic structures.': 'left diaphragm', 'no gas is seen in the soft tissue of the neck [or of the arm|].': 'chest', 'no rib is cut off at the top or at the side of the film.': 'chest'}
-CHEST_CLOSING = {'[clinical|] correlation is [advised|recommended].': '', 'findings [were|] discussed with the [referring|ward] team.': '', 'follow-up as [clinically|] indicated.': '',
-    'no [significant|relevant] change [can be assessed|is known] without prior studies.': '', 'see [above|comments].': '', 'a [lateral|second] view [may|could] be [helpful|useful] [if clinically indicated|].': '', 'as above.': '',
-    'the [result|report] was [sent|communicated].': '', 'please correlate [clinically|with history].': '', 'signed electronically.': '', 'images were reviewed [by two readers|with a colleague|].': '',
-    'radiographic surveillance recommended.': '', 'electronically authenticated [document|].': '', 'call us [at any time|] if there is a need to talk of it.': ''}
+    'the [bones|osseous structures] are [unremarkable|intact].': 'chest',
+    'no [acute|] [osseous abnormality|fracture] [is seen|].': 'chest',
+    'degenerative changes of the [thoracic|] spine are [mild|age-appropriate].': 'mediastinum',
+    'the mediastinal contours are [normal|unremarkable].': 'mediastinum',
+    'the [superior|upper] mediastinum is [not widened|of normal width].': 'mediastinum',
+    'the trachea is [midline|in the midline].': 'trachea',
+    'the [soft tissues|chest wall] [are|appear] [unremarkable|normal].': 'chest',
+    'the aorta is [normal|unremarkable|tortuous].': 'mediastinum',
+    'the patient is [slightly|minimally] rotated.': 'chest',
+    '[inspiration|inspiratory effort] is [good|adequate].': 'lungs',
+    'no free air [below the diaphragm|] [is seen|].': 'right diaphragm',
+    'the hila are [normal|unremarkable|not enlarged].': 'mediastinum',
+    'no prior [study|examination] is available for comparison.': '', 'the clavicles are intact.': 'chest',
+    'bones [intact|normal].': 'chest', 'spine normal.': 'mediastinum',
+    'the [visible|visualized] upper abdomen is [unremarkable|normal], [and|with] no [dilated '
+    'bowel|free air].': 'left diaphragm', 'image quality is [adequate|good|diagnostic].': '',
+    'unremarkable mediastinal configuration.': 'mediastinum',
+    'osseous structures demonstrate [age-appropriate|unremarkable] degenerative changes.': 'chest',
+    'satisfactory radiographic positioning.': '',
+    'unremarkable subdiaphragmatic structures.': 'left diaphragm',
+    'no gas is seen in the soft tissue of the neck [or of the arm|].': 'chest',
+    'no rib is cut off at the top or at the side of the film.': 'chest'}
+CHEST_CLOSING = {
+    '[clinical|] correlation is [advised|recommended].': '',
+    'findings [were|] discussed with the [referring|ward] team.': '', 'follow-up as [clinically|] indicated.': '',
+    'no [significant|relevant] change [can be assessed|is known] without prior studies.': '',
+    'see [above|comments].': '',
+    'a [lateral|second] view [may|could] be [helpful|useful] [if clinically indicated|].': '', 'as above.': '',
+    'the [result|report] was [sent|communicated].': '', 'please correlate [clinically|with history].': '',
+    'signed electronically.': '', 'images were reviewed [by two readers|with a colleague|].': '',
+    'radiographic surveillance recommended.': '', 'electronically authenticated [document|].': '',
+    'call us [at any time|] if there is a need to talk of it.': ''}
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #c6ed3128
-SUMMARY = {'consolidation': '[{place} pneumonia|{place} consolidation, likely pneumonia|pneumonia in the {place}].', 'infiltrate': '[possible pneumonia in the {place}|{place} opacity, may represent pneumonia|{place} infiltrate].',
-    'effusion': '{severity} {side} [pleural|] effusion.', 'pneumothorax': '{severity} {side} pneumothorax.', 'atelectasis': '[{place} atelectasis|atelectasis in the {place}].', 'nodule': '[{place} {kind}|{kind} in the {place}], [follow-up CT advised|CT advised|CT recommended].',
-    'oedema': '{severity} pulmonary oedema.', 'cardiomegaly': '{severity} cardiomegaly.', 'device': '{kind} [as described|in situ|noted].'}
+SUMMARY = {
+    'consolidation': '[{place} pneumonia|{place} consolidation, likely pneumonia|pneumonia in the {place}].',
+    'infiltrate': '[possible pneumonia in the {place}|{place} opacity, may represent pneumonia|{place} infiltrate].',
+    'effusion': '{severity} {side} [pleural|] effusion.', 'pneumothorax': '{severity} {side} pneumothorax.',
+    'atelectasis': '[{place} atelectasis|atelectasis in the {place}].',
+    'nodule': '[{place} {kind}|{kind} in the {place}], [follow-up CT advised|CT advised|CT recommended].',
+    'oedema': '{severity} pulmonary oedema.', 'cardiomegaly': '{severity} cardiomegaly.',
+    'device': '{kind} [as described|in situ|noted].'}
 
 
 def impression_sentences(
-    rng, # generator of the report
+    rng:np.random.Generator, # generator of the report
     findings:list, # of ChestFinding
     room:float, # characters that may be used
 ) -> list: # of ChestSentence
     "Sum up: the findings that matter, as far as there is room, or that there is none."
     if not [f for f in findings if f.label != 'device']:
-        text = wording(rng, 'no [acute|] cardiopulmonary [process|abnormality|disease].' if rng.random() < 0.7 else '[normal chest|no acute abnormality].')
+        text = wording(rng, 'no [acute|] cardiopulmonary [process|abnormality|disease].' if rng.random() < 0.7
+                       else '[normal chest|no acute abnormality].')
         return [about('IMPRESSION', text, 'no_finding', (), 'lungs')]
     out, done, used = [], set(), 0
     for k in rng.permutation(len(findings)):
         f = findings[k]
         if f.label in done: continue
         done.add(f.label)
-        both = [j for j, g in enumerate(findings) if g.label == f.label and f.label in ('effusion', 'oedema')] or [int(k)]
+        both = ([j for j, g in enumerate(findings) if g.label == f.label and f.label in ('effusion', 'oedema')]
+                or [int(k)])
         side = SIDE_WORDS.get(f.side, '') if len(both) == 1 else 'bilateral'
         severity = f.severity if len({findings[j].severity for j in both}) == 1 else ''
         kind = one_of(rng, DEVICE_WORDS[f.kind]) if f.label == 'device' else f.kind
-        text = wording(rng, SUMMARY[f.kind if f.label == 'opacity' else f.label], severity=severity, side=side, kind=kind, place=f'{side} {f.zone} zone')
+        text = wording(rng, SUMMARY[f.kind if f.label == 'opacity' else f.label], severity=severity, side=side,
+                       kind=kind, place=f'{side} {f.zone} zone')
         if used + len(text) > room and out: continue
         used += len(text) + 1
         out.append(about('IMPRESSION', text, f.label, both, common_region([findings[j] for j in both])))
     return out
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #8f4a3899
-def fill(rng, must, pool, view, wanted):
+def fill(rng:np.random.Generator, must:list, pool:dict, view:str, wanted:tuple) -> list:
     "Pad a section with remarks, which carry the name of their place."
-    return [s if isinstance(s, ChestSentence) else about(s.section, s.text, '', (), s.label) for s in pad(rng, must, pool, view, wanted, (60, 4, 60))]
+    return [s if isinstance(s, ChestSentence) else about(s.section, s.text, '', (), s.label)
+            for s in pad(rng, must, pool, view, wanted, (60, 4, 60))]
 
 
 def chest_report(
-    rng, # generator of the report
+    rng:np.random.Generator, # generator of the report
     findings:list, # of ChestFinding
     view:str, # PA or AP
     p_stated:float=0.7, # probability that an absent finding is ruled out
@@ -265,9 +330,12 @@ def chest_report(
     body = positive_sentences(rng, findings) + mimic_sentences(rng, mimics)
     for s in negative_sentences(rng, findings, p_stated):
         if sum(len(t.text) + 1 for t in body) + len(s.text) < characters - 105: body.append(s)
-    first = about('FINDINGS', wording(rng, '[frontal|] {view} [view|radiograph|projection] of the chest.', view=view), '', (), 'chest')
-    body = fill(rng, [first, *body], CHEST_REMARKS, view, (round(characters/rng.uniform(33, 45)), characters, characters/rng.uniform(5.6, 6.7)))[1:]
-    summary = fill(rng, impression_sentences(rng, findings, closing - 30), CHEST_CLOSING, view, (4, closing, closing/6.6))
+    first = about('FINDINGS', wording(rng, '[frontal|] {view} [view|radiograph|projection] of the chest.', view=view),
+                  '', (), 'chest')
+    wanted = (round(characters/rng.uniform(33, 45)), characters, characters/rng.uniform(5.6, 6.7))
+    body = fill(rng, [first, *body], CHEST_REMARKS, view, wanted)[1:]
+    summary = fill(rng, impression_sentences(rng, findings, closing - 30), CHEST_CLOSING, view,
+                   (4, closing, closing/6.6))
     return [first, *(body[i] for i in rng.permutation(len(body))), *summary]
 
 

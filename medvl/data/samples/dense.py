@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['TRUTH', 'boxes_by_image', 'planes_of_boxes', 'mask_reading', 'planes_of_mask', 'box_names', 'check_classes',
-           'DenseDataset', 'truth_table', 'to_html']
+           'DenseDataset', 'truth_table', 'dense_html']
 
 # %% ../../../nbs/149c_data.samples.dense.ipynb #66b30a8b
 import numpy as np
+import pandas as pd
 
 from ...core.errors import DataError, unknown_name
 from ...core.paths import digest
@@ -20,7 +21,7 @@ from ..pixels.shapes import box_mask
 # %% ../../../nbs/149c_data.samples.dense.ipynb #9d761777
 def boxes_by_image(
     prepared:Prepared, # boxes in pixels of the store
-    classes, # names of findings
+    classes:tuple|list, # names of findings
 ) -> dict: # {image_id: (float32 (k,4), list of k names)}, boxes of the classes alone
     """Collect the boxes of each image.
 
@@ -30,15 +31,18 @@ def boxes_by_image(
     bad = np.flatnonzero(~((boxes.x1 > boxes.x0) & (boxes.y1 > boxes.y0)).to_numpy())
     if bad.size:
         box = [round(float(v), 3) for v in boxes[['x0', 'y0', 'x1', 'y1']].iloc[bad[0]]]
-        raise DataError(f'a box runs backwards or holds nothing: {box} of image {boxes.image_id.iloc[bad[0]]!r}.', row=int(bad[0]),
-                        column='x1' if box[2] <= box[0] else 'y1', fix='Exchange its ends, or leave it out, and prepare again.')
+        raise DataError(f'a box runs backwards or holds nothing: {box} of image {boxes.image_id.iloc[bad[0]]!r}.',
+                        row=int(bad[0]),
+                        column='x1' if box[2] <= box[0] else 'y1',
+                        fix='Exchange its ends, or leave it out, and prepare again.')
     for image, group in boxes[boxes.label.isin(list(classes))].groupby('image_id'):
-        found[image] = group[['x0', 'y0', 'x1', 'y1']].to_numpy(np.float32, copy=True), group.label.tolist() # torch refuses read-only arrays
+        # torch refuses read-only arrays
+        found[image] = group[['x0', 'y0', 'x1', 'y1']].to_numpy(np.float32, copy=True), group.label.tolist()
     return found
 
 
 def planes_of_boxes(
-    boxes, # (k,4) x0, y0, x1, y1 in pixels, exclusive ends
+    boxes:np.ndarray|list, # (k,4) x0, y0, x1, y1 in pixels, exclusive ends
     names:list, # k class names
     classes:tuple, # names, in the order of the planes
     shape:tuple, # height, width
@@ -59,7 +63,8 @@ def mask_reading(
     bits = list((getattr(prepared, 'info', None) or {}).get('settings', {}).get('mask_bits') or ())
     known = bits if numbers is None else list(numbers)
     if not known and len(classes) > 1:
-        raise DataError(f'the masks show one thing, and cannot tell {", ".join(classes)} apart.', fix="Ask for one class, give numbers={class: label}, or use truth='boxes'.")
+        raise DataError(f'the masks show one thing, and cannot tell {", ".join(classes)} apart.',
+                        fix="Ask for one class, give numbers={class: label}, or use truth='boxes'.")
     if not known: return [('any', 0)]
     for c in classes:
         if c not in known: raise ValueError(unknown_name('class of the masks', c, known))
@@ -67,19 +72,21 @@ def mask_reading(
 
 
 def planes_of_mask(
-    mask, # integer (h,w); None: nothing there
+    mask:np.ndarray|None, # integer (h,w); None: nothing there
     reading:list, # of `mask_reading`
     shape:tuple, # height, width of the image
-    name='', # of the sample, for the message
+    name:str='', # of the sample, for the message
 ) -> np.ndarray: # uint8 (C,h,w)
     """Split a mask into one plane a class.
 
     Raises: DataError for a mask of another size than the image, naming the sample."""
     if mask is None: return np.zeros((len(reading), *shape), np.uint8)
     mask = np.asarray(mask)
-    if mask.shape != tuple(shape): raise DataError(f'the mask of {name} has {mask.shape} pixels, its image {tuple(shape)}.', column='mask_row',
-                                                   fix='Prepare images and masks together, to one size.')
-    return np.stack([(mask >> k) & 1 if how == 'bit' else mask == k if how == 'label' else mask > 0 for how, k in reading]).astype(np.uint8)
+    if mask.shape != tuple(shape):
+        raise DataError(f'the mask of {name} has {mask.shape} pixels, its image {tuple(shape)}.', column='mask_row',
+                        fix='Prepare images and masks together, to one size.')
+    return np.stack([(mask >> k) & 1 if how == 'bit' else mask == k if how == 'label' else mask > 0
+                     for how, k in reading]).astype(np.uint8)
 
 # %% ../../../nbs/149c_data.samples.dense.ipynb #685c96d5
 TRUTH = ('mask', 'boxes')
@@ -95,13 +102,15 @@ def box_names(
     return sorted(names)
 
 
-def check_classes(prepared, classes, truth):
+def check_classes(prepared:Prepared, classes:tuple, truth:str) -> None:
     """Refuse classes that the data cannot show.
 
     Raises: ValueError for an unknown class or truth, DataError without masks or boxes."""
     if truth not in TRUTH: raise ValueError(unknown_name('truth', truth, TRUTH))
-    if not classes or len(set(classes)) < len(classes): raise ValueError(f'classes are distinct names, at least one, not {list(classes)}.')
-    if truth == 'mask' and prepared.masks is None: raise DataError('the data set has no masks.', fix="Use truth='boxes', or prepare with masks.")
+    if not classes or len(set(classes)) < len(classes):
+        raise ValueError(f'classes are distinct names, at least one, not {list(classes)}.')
+    if truth == 'mask' and prepared.masks is None:
+        raise DataError('the data set has no masks.', fix="Use truth='boxes', or prepare with masks.")
     if truth == 'mask': return
     known = box_names(prepared)
     if not known: raise DataError('the data set has no boxes.', fix="Use truth='mask', or prepare with boxes.")
@@ -113,7 +122,7 @@ class DenseDataset:
     "One sample: a chest X-ray with a mask for each class, and its boxes."
     def __init__(self,
         prepared:Prepared, # images, manifest, masks or boxes
-        classes, # one name or several
+        classes:str|tuple|list, # one name or several
         truth:str='mask', # 'mask' (the mask store) or 'boxes' (their area)
         train:bool=False, # draw flips
         numbers:dict|None=None, # {class: label number in the masks}; see `mask_reading`
@@ -132,7 +141,9 @@ class DenseDataset:
         self.options = [self.reading, tuple(view_names), fraction, fraction_by, flip_horizontal, seed]
         m = prepared.manifest
         here = np.flatnonzero(m['view'].isin(view_names)) if view_names else np.arange(len(m))
-        if not len(here): raise DataError('no image of the wanted views.' if view_names else 'the data set has no images.', column='view', fix='Look at the split and the views.')
+        if not len(here):
+            raise DataError('no image of the wanted views.' if view_names else 'the data set has no images.',
+                            column='view', fix='Look at the split and the views.')
         here = here[choose_share(m.patient_id.iloc[here].tolist(), fraction, fraction_by, seed)]
         self.table = m[['row', 'mask_row', 'image_id', 'patient_id', 'view']].iloc[here].to_dict('records')
         self.collate = collate
@@ -140,7 +151,9 @@ class DenseDataset:
     def __len__(self): return len(self.table)
 
     @property
-    def digest(self): return digest([type(self).__name__, self.prepared.digest, list(self.classes), self.truth, self.train, self.options])
+    def digest(self) -> str:
+        return digest([type(self).__name__, self.prepared.digest, list(self.classes), self.truth, self.train,
+                       self.options])
 
     def planes(self,
         index:int, # of a sample
@@ -148,8 +161,10 @@ class DenseDataset:
         "Give the truth of a sample."
         row = self.table[index]
         shape, name = np.shape(self.prepared.images[int(row['row'])]), row['image_id']
-        if self.truth == 'boxes': return planes_of_boxes(*self.boxes.get(name, (np.zeros((0, 4)), [])), self.classes, shape)
-        return planes_of_mask(self.prepared.masks[int(row['mask_row'])] if row['mask_row'] >= 0 else None, self.reading, shape, name)
+        if self.truth == 'boxes':
+            return planes_of_boxes(*self.boxes.get(name, (np.zeros((0, 4)), [])), self.classes, shape)
+        return planes_of_mask(self.prepared.masks[int(row['mask_row'])] if row['mask_row'] >= 0 else None, self.reading,
+                              shape, name)
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -158,29 +173,37 @@ class DenseDataset:
         row, masks = self.table[index], self.planes(index)
         boxes, names = self.boxes.get(row['image_id'], (np.zeros((0, 4), np.float32), []))
         flip = self.train and bool(numpy_rng('sample', self.seed, epoch, index).random() < self.flip)
-        return dict(images=[self.prepared.images[int(row['row'])]], view=[row['view']], patient_id=row['patient_id'], sample_id=row['image_id'], index=index,
-                    epoch=epoch, flip=np.array([[flip, False]]), masks=masks, boxes=[boxes], box_labels=[names], labels=masks.any((1, 2)).astype(np.float32))
+        return dict(images=[self.prepared.images[int(row['row'])]], view=[row['view']], patient_id=row['patient_id'],
+                    sample_id=row['image_id'], index=index,
+                    epoch=epoch, flip=np.array([[flip, False]]), masks=masks, boxes=[boxes], box_labels=[names],
+                    labels=masks.any((1, 2)).astype(np.float32))
 
-    def __repr__(self): return f"DenseDataset({len(self)} images, {len({r['patient_id'] for r in self.table})} patients, {self.truth}: {', '.join(self.classes)})"
+    def __repr__(self):
+        return (f"DenseDataset({len(self)} images, {len({r['patient_id'] for r in self.table})} patients, "
+                f"{self.truth}: {', '.join(self.classes)})")
 
-    def _repr_html_(self): return to_html(self)
+    def _repr_html_(self): return dense_html(self)
 
 # %% ../../../nbs/149c_data.samples.dense.ipynb #4840bf84
 def truth_table(
     data:DenseDataset, # the dataset; every mask is read
-): # DataFrame, one line a class: images that show it, boxes, share of the pixels in percent (of those images; of all)
+# one line a class: images that show it, boxes, share of the pixels in percent (of those images; of all)
+) -> pd.DataFrame:
     "Count the truth."
-    import pandas as pd
     area = np.stack([data.planes(i).mean((1, 2)) for i in range(len(data))])
     boxes = [n for r in data.table for n in data.boxes.get(r['image_id'], (None, []))[1]]
     shown = area > 0
     return pd.DataFrame({'images': shown.sum(0), 'boxes': [boxes.count(c) for c in data.classes],
-                         '% of shown': 100*area.sum(0)/np.maximum(shown.sum(0), 1), '% of all': 100*area.mean(0)}, index=list(data.classes)).round(2)
+                         '% of shown': 100*area.sum(0)/np.maximum(shown.sum(0), 1), '% of all': 100*area.mean(0)},
+                         index=list(data.classes)).round(2)
 
 
-def to_html(data):
+def dense_html(data:DenseDataset) -> str:
     "Show the counts of a dense dataset as a small table; no mask is read."
     boxes = [n for r in data.table for n in data.boxes.get(r['image_id'], (None, []))[1]]
     facts = {'images / patients': f"{len(data)} / {len({r['patient_id'] for r in data.table})}", 'truth': data.truth,
-             **({'masks': sum(r['mask_row'] >= 0 for r in data.table)} if data.truth == 'mask' else {}), **{f'boxes: {c}': boxes.count(c) for c in data.classes}}
-    return '<table>' + ''.join(f'<tr><td style="text-align:left"><b>{k}</b></td><td style="text-align:left">{v}</td></tr>' for k, v in facts.items()) + '</table>'
+             **({'masks': sum(r['mask_row'] >= 0 for r in data.table)} if data.truth == 'mask' else {}),
+             **{f'boxes: {c}': boxes.count(c) for c in data.classes}}
+    return ('<table>'
+            + ''.join(f'<tr><td style="text-align:left"><b>{k}</b></td><td style="text-align:left">{v}</td></tr>'
+                      for k, v in facts.items()) + '</table>')

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['FindingConfig', 'paper_findings', 'check_finding_config', 'finding_breasts', 'FindingDataset', 'finding_sample',
-           'shares_of', 'Mixture', 'check_alike']
+           'mixture_counts', 'Mixture', 'check_alike']
 
 # %% ../../../nbs/149d_data.samples.findings.ipynb #dc73cea1
 import warnings
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 
 from ...core.config import config_dict
 from ...core.errors import DataError, unknown_name
+from ...core.patch import patch
 from ...core.paths import digest
 from ...core.seed import key_of, numpy_rng
 from ..batch import collate
@@ -42,7 +44,8 @@ class FindingConfig:
     flip_horizontal: float = 0.5 # probability, in training
     flip_vertical: float = 0.5 # probability, in training
     flip_scope: str = 'sample' # 'sample' (all views alike) or 'view' (each on its own; needs laterality 'ignore')
-    laterality: str = 'swap' # words of a flipped sample: 'swap', 'no_flip' (never mirrored: every sentence names a side), 'ignore' (paper)
+    # words of a flipped sample: 'swap', 'no_flip' (never mirrored: every sentence names a side), 'ignore' (paper)
+    laterality: str = 'swap'
     max_length: int = 256 # tokens at most
     empty: str = 'drop' # reports are never empty
     seed: int = 0 # of all draws
@@ -52,14 +55,18 @@ def paper_findings(
     **changes, # fields to change
 ) -> FindingConfig:
     "Give the options of the Mammo-CLIP code."
-    return FindingConfig(**{**dict(places='any', normalisation='paper', flip_scope='view', laterality='ignore', seed=10), **changes})
+    return FindingConfig(**{**dict(places='any', normalisation='paper', flip_scope='view', laterality='ignore',
+                                   seed=10), **changes})
 
 
-_CHOICES = {'detail': ('full', 'plain', 'many'), 'places': ('view', 'any'), 'normalisation': ('medvl', 'paper', 'legacy', 'none'),
+_CHOICES = {'detail': ('full', 'plain', 'many'), 'places': ('view', 'any'),
+            'normalisation': ('medvl', 'paper', 'legacy', 'none'),
             'flip_scope': ('sample', 'view'), 'laterality': ('swap', 'no_flip', 'ignore'), 'empty': ('drop',)}
 
 
-def check_finding_config(config): # FindingConfig
+def check_finding_config(
+    config:FindingConfig, # options
+) -> FindingConfig:
     """Refuse options that do not exist or contradict each other.
 
     Raises: ValueError naming the option."""
@@ -68,9 +75,11 @@ def check_finding_config(config): # FindingConfig
     for name in ('views', 'texts'):
         if getattr(config, name) < 1: raise ValueError(f'{name} must be at least 1, not {getattr(config, name)}.')
     for name in ('flip_horizontal', 'flip_vertical'):
-        if not 0 <= getattr(config, name) <= 1: raise ValueError(f'{name} is a probability, not {getattr(config, name)}.')
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f'{name} is a probability, not {getattr(config, name)}.')
     if config.flip_scope == 'view' and config.laterality != 'ignore':
-        raise ValueError("Views that are flipped apart cannot agree with one report: use flip_scope='sample', or laterality='ignore' as the paper does.")
+        raise ValueError("Views that are flipped apart cannot agree with one report: use flip_scope='sample', or "
+                         "laterality='ignore' as the paper does.")
     return config
 
 # %% ../../../nbs/149d_data.samples.findings.ipynb #3230de28
@@ -91,29 +100,31 @@ def finding_breasts(
         if not images: skipped += 1
         else:
             told = sorted((v, tuple(tuple(sorted(g)) for g in f)) for v, f in findings.items())
-            rows.append(dict(sample_id=f'{patient}/{exam}/{side}', patient_id=str(patient), exam_id=str(exam), laterality=str(side),
-                             images=images, findings=findings,
+            rows.append(dict(sample_id=f'{patient}/{exam}/{side}', patient_id=str(patient), exam_id=str(exam),
+                             laterality=str(side), images=images, findings=findings,
                              group=key_of('findings', tuple(told))))
     return rows, skipped
 
 # %% ../../../nbs/149d_data.samples.findings.ipynb #13787b7c
-class _Breasts:
-    "Breasts with findings, and what is needed to speak of them."
+class FindingDataset:
+    "One sample: a breast, `views` of its images and for each a report written from its findings."
     def __init__(self,
         prepared:Prepared, # images, manifest with labels that are findings
-        tokenizer, # a fast transformers tokeniser
+        tokenizer:Any, # a fast transformers tokeniser
         config:FindingConfig|None=None, # options
         train:bool=True, # draw at random; False: the same at every epoch
-        bank=None, # sentences of your own, of the form of `prompt_bank`
+        bank:dict|None=None, # sentences of your own, of the form of `prompt_bank`
     ):
         self.prepared, self.tokenizer, self.train = prepared, tokenizer, train
         self.config = c = check_finding_config(config or FindingConfig())
         self.own_bank = None if bank is None else check_bank(bank, c.findings)
         self.rows, self.skipped = finding_breasts(prepared, c)
-        if not self.rows: raise DataError('no breast has an image of the wanted views with a stated finding.', column='label_*',
-                                          fix=f'View names are {c.view_names}.')
-        if self.skipped: warnings.warn(f'{self.skipped} breasts have no stated finding and are left out, {len(self.rows)} stay.',
-                                       stacklevel=2)
+        if not self.rows:
+            raise DataError('no breast has an image of the wanted views with a stated finding.', column='label_*',
+                            fix=f'View names are {c.view_names}.')
+        if self.skipped:
+            warnings.warn(f'{self.skipped} breasts have no stated finding and are left out, {len(self.rows)} stay.',
+                          stacklevel=2)
         self.lengths, self._versions = None, {}
         self.collate = partial(collate, pad=tokenizer.pad_token_id)
         self._check_reports()
@@ -121,40 +132,55 @@ class _Breasts:
     def _check_reports(self):
         "Write one report of every kind: a bank that leaves nothing to say shows now."
         kinds = {(v, str(f)): (v, f, r['sample_id']) for r in self.rows for v, f in r['findings'].items()}
-        tokenise(self.tokenizer, [self.report(v, f, None, name=n) for v, f, n in kinds.values()], self.config.max_length,
-                 [n for _, _, n in kinds.values()])
+        tokenise(self.tokenizer, [self.report(v, f, None, name=n) for v, f, n in kinds.values()],
+                 self.config.max_length, [n for _, _, n in kinds.values()])
 
-# %% ../../../nbs/149d_data.samples.findings.ipynb #6295473f
-class _Reports(_Breasts):
-    "Write the reports."
-    def bank(self, view): return self.own_bank or prompt_bank(view if self.config.places == 'view' else '', self.config.detail)
-
-    def report(self, view, findings, rng, flip=(False, False), name=''):
-        "Write the report of a view, for images flipped so."
-        right, left, *absent = findings
-        if rng is not None and self.config.negatives >= 0: absent = [_some(a, self.config.negatives, rng) for a in absent]
-        elif self.config.negatives >= 0: absent = [a[:self.config.negatives] for a in absent]
-        sentences = choose_sentences((right, left, *absent), self.bank(view), rng, name)
-        return ' '.join(filter(None, (self._sentence(s, *flip) for s in sentences)))
-
-    def _sentence(self, sentence, horizontal, vertical):
-        "A sentence as the encoder reads it."
-        key = (sentence, bool(horizontal), bool(vertical))
-        if key not in self._versions: self._versions[key] = normalise_section('findings', flip_text(sentence, horizontal, vertical),
-                                                                              self.config.normalisation)
-        return self._versions[key]
-
-# %% ../../../nbs/149d_data.samples.findings.ipynb #a59fd6d1
-class FindingDataset(_Reports):
-    "One sample: a breast, `views` of its images and for each a report written from its findings."
     def __len__(self): return len(self.rows)
 
     @property
-    def digest(self): return digest([type(self).__name__, self.prepared.digest, config_dict(self.config), self.train, repr(self.own_bank)])
+    def digest(self) -> str:
+        return digest([type(self).__name__, self.prepared.digest, config_dict(self.config), self.train,
+                       repr(self.own_bank)])
 
-    def __repr__(self): return f"FindingDataset({len(self)} breasts, {len({r['patient_id'] for r in self.rows})} patients, {len({r['group'] for r in self.rows})} distinct findings)"
+    def __repr__(self):
+        return (f"FindingDataset({len(self)} breasts, {len({r['patient_id'] for r in self.rows})} patients, "
+                f"{len({r['group'] for r in self.rows})} distinct findings)")
 
     def __getitem__(self, key): return finding_sample(self, *(key if isinstance(key, tuple) else (0, key)))
+
+# %% ../../../nbs/149d_data.samples.findings.ipynb #6295473f
+@patch(FindingDataset)
+def bank(self:FindingDataset, view:str) -> dict:
+    "Give the sentences for a view."
+    return self.own_bank or prompt_bank(view if self.config.places == 'view' else '', self.config.detail)
+
+
+@patch(FindingDataset)
+def report(
+    self:FindingDataset,
+    view:str, # name of the view
+    findings:tuple|list, # four lists of names, as in `finding_breasts`
+    rng:np.random.Generator|None, # None: the first sentences
+    flip:tuple|np.ndarray=(False, False), # horizontal, vertical: the words follow
+    name:str='', # of the sample, for messages
+) -> str:
+    "Write the report of a view, for images flipped so."
+    right, left, *absent = findings
+    most = self.config.negatives
+    if rng is not None and most >= 0: absent = [_some(a, most, rng) for a in absent]
+    elif most >= 0: absent = [a[:most] for a in absent]
+    sentences = choose_sentences((right, left, *absent), self.bank(view), rng, name)
+    return ' '.join(filter(None, (self._sentence(s, *flip) for s in sentences)))
+
+
+@patch(FindingDataset)
+def _sentence(self:FindingDataset, sentence, horizontal, vertical):
+    "A sentence as the encoder reads it."
+    key = (sentence, bool(horizontal), bool(vertical))
+    if key not in self._versions:
+        words = flip_text(sentence, horizontal, vertical)
+        self._versions[key] = normalise_section('findings', words, self.config.normalisation)
+    return self._versions[key]
 
 
 def _some(names, count, rng): return [names[i] for i in sorted(rng.permutation(len(names))[:count])]
@@ -178,16 +204,16 @@ def finding_sample(
     words = flip[0] if c.laterality == 'swap' else (False, False)
     views = [images[k % c.views][1] for k in range(c.texts)]
     text = [data.report(v, row['findings'][v], rng, words, row['sample_id']) for v in views]
-    return dict(images=[data.prepared.images[r] for r, _ in images], view=[v for _, v in images], laterality=row['laterality'],
-                patient_id=row['patient_id'],
+    return dict(images=[data.prepared.images[r] for r, _ in images], view=[v for _, v in images],
+                laterality=row['laterality'], patient_id=row['patient_id'],
                 sample_id=row['sample_id'], index=index, epoch=epoch,
                 tokens=tokenise(data.tokenizer, text, c.max_length, [row['sample_id']]*c.texts), text=text,
                 text_group=[row['group']]*c.texts, flip=flip)
 
 # %% ../../../nbs/149d_data.samples.findings.ipynb #fa181484
-def shares_of(
-    lengths, # sizes of the sources
-    balance=None, # None: by size; 'equal'; or one number >= 0 a source
+def mixture_counts(
+    lengths:list|tuple, # sizes of the sources
+    balance:str|list|tuple|None=None, # None: by size; 'equal'; or one number >= 0 a source
 ) -> list: # samples an epoch of each source; their sum is that of `lengths`
     """Say how many samples of each source an epoch has.
 
@@ -204,16 +230,17 @@ def shares_of(
     return counts.tolist()
 
 # %% ../../../nbs/149d_data.samples.findings.ipynb #9db2413b
-class _Sources:
-    "Datasets, and where each sample stands."
+class Mixture:
+    "Several datasets as one."
     def __init__(self,
         sources:dict, # {name: dataset}, e.g. {'reports': BreastTextDataset, 'labels': FindingDataset}
-        balance=None, # None: as many as each has; 'equal'; or one number a source (their share of an epoch)
+        # None: as many as each has; 'equal'; or one number a source (their share of an epoch)
+        balance:str|list|tuple|None=None,
         seed:int=0, # of the order within a source
     ):
         if not sources: raise ValueError('A mixture needs at least one dataset.')
         self.names, self.sources, self.balance, self.seed = list(sources), list(sources.values()), balance, seed
-        self.counts = shares_of([len(s) for s in self.sources], balance)
+        self.counts = mixture_counts([len(s) for s in self.sources], balance)
         self.starts = np.cumsum([0, *self.counts])
         check_alike(dict(zip(self.names, self.sources)))
         self.collate = self.sources[0].collate
@@ -223,25 +250,18 @@ class _Sources:
 
     def __len__(self): return int(self.starts[-1])
 
-    def place(self, epoch, index):
-        "Say which sample of which source, and which pass over that source, stands here."
-        k = int(np.searchsorted(self.starts, index, side='right')) - 1
-        turn, position = divmod(epoch*self.counts[k] + index - int(self.starts[k]), len(self.sources[k]))
-        if self.balance is None: return k, turn, position
-        if self._orders.get(k, (None,))[0] != turn: self._orders[k] = turn, numpy_rng('mixture', self.seed, k,
-                                                                                      turn).permutation(len(self.sources[k]))
-        return k, turn, int(self._orders[k][1][position])
-
-# %% ../../../nbs/149d_data.samples.findings.ipynb #dc3b0bbc
-class Mixture(_Sources):
-    "Several datasets as one."
     @property
-    def config(self): return SimpleNamespace(empty='keep' if any(getattr(s.config, 'empty', '') == 'keep' for s in self.sources) else 'drop')
+    def config(self) -> SimpleNamespace:
+        kept = any(getattr(s.config, 'empty', '') == 'keep' for s in self.sources)
+        return SimpleNamespace(empty='keep' if kept else 'drop')
 
     @property
-    def digest(self): return digest([type(self).__name__, self.names, [s.digest for s in self.sources], self.counts, self.seed])
+    def digest(self) -> str:
+        return digest([type(self).__name__, self.names, [s.digest for s in self.sources], self.counts, self.seed])
 
-    def __repr__(self): return 'Mixture(' + ', '.join(f'{n}: {k} an epoch of {len(s)}' for n, k, s in zip(self.names, self.counts, self.sources)) + ')'
+    def __repr__(self):
+        parts = [f'{n}: {k} an epoch of {len(s)}' for n, k, s in zip(self.names, self.counts, self.sources)]
+        return f'Mixture({", ".join(parts)})'
 
     def __getitem__(self, key):
         epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -250,20 +270,37 @@ class Mixture(_Sources):
         k, turn, item = self.place(epoch, index)
         return self.sources[k][(turn, item)] | dict(index=index, epoch=epoch, source=self.names[k])
 
+# %% ../../../nbs/149d_data.samples.findings.ipynb #dc3b0bbc
+@patch(Mixture)
+def place(
+    self:Mixture,
+    epoch:int, # epoch
+    index:int, # sample of the mixture, not negative
+) -> tuple: # number of the source, pass over it, sample of it
+    "Say which sample of which source, and which pass over that source, stands here."
+    k = int(np.searchsorted(self.starts, index, side='right')) - 1
+    turn, position = divmod(epoch*self.counts[k] + index - int(self.starts[k]), len(self.sources[k]))
+    if self.balance is None: return k, turn, position
+    if self._orders.get(k, (None,))[0] != turn:
+        self._orders[k] = turn, numpy_rng('mixture', self.seed, k, turn).permutation(len(self.sources[k]))
+    return k, turn, int(self._orders[k][1][position])
+
 # %% ../../../nbs/149d_data.samples.findings.ipynb #e0fefc24
 def check_alike(
     sources:dict, # {name: dataset}
-):
+) -> None:
     """Check that datasets can share a batch.
 
     Raises: ValueError naming the two that differ."""
-    def form(s):
+    def form(s:Any) -> dict:
         image = s.prepared.images
-        return {'size of the images': tuple(image.shape[1:]), 'kind of pixel': image.dtype.name, 'number of views': s.config.views,
-                'number of texts': s.config.texts,
-                'longest text': s.config.max_length, 'tokeniser': tokenizer_digest(s.tokenizer, s.config.max_length)[:8],
+        return {'size of the images': tuple(image.shape[1:]), 'kind of pixel': image.dtype.name,
+                'number of views': s.config.views, 'number of texts': s.config.texts,
+                'longest text': s.config.max_length,
+                'tokeniser': tokenizer_digest(s.tokenizer, s.config.max_length)[:8],
                 'way to draw': 'train' if s.train else 'fixed'}
     (first, wanted), *others = [(n, form(s)) for n, s in sources.items()]
     for name, found in others:
         for what, value in found.items():
-            if value != wanted[what]: raise ValueError(f'{first!r} and {name!r} cannot be mixed: the {what} is {wanted[what]} and {value}.')
+            if value != wanted[what]:
+                raise ValueError(f'{first!r} and {name!r} cannot be mixed: the {what} is {wanted[what]} and {value}.')

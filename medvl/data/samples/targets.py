@@ -7,6 +7,8 @@ __all__ = ['WORDS', 'CLASSES', 'column_of', 'label_values', 'class_values', 'tar
            'check_targets', 'with_labels', 'TargetImages']
 
 # %% ../../../nbs/149_data.samples.targets.ipynb #99dd5e10
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -16,7 +18,8 @@ from .breast import ImageDataset
 from ..prepared import Prepared
 
 # %% ../../../nbs/149_data.samples.targets.ipynb #157ba55e
-WORDS = {'1': 1., '1.0': 1., 'true': 1., 'yes': 1., 'present': 1., 'positive': 1., '0': 0., '0.0': 0., 'false': 0., 'no': 0., 'absent': 0., 'negative': 0.,
+WORDS = {'1': 1., '1.0': 1., 'true': 1., 'yes': 1., 'present': 1., 'positive': 1., '0': 0., '0.0': 0., 'false': 0.,
+         'no': 0., 'absent': 0., 'negative': 0.,
          '': np.nan, 'nan': np.nan, 'none': np.nan, '<na>': np.nan, '-1': np.nan, '-1.0': np.nan}
 
 
@@ -29,7 +32,8 @@ def column_of(
     Raises: DataError with the closest name."""
     for column in (f'label_{name}', name):
         if column in manifest: return column
-    raise DataError(unknown_name('label column', name, [c.removeprefix('label_') for c in manifest.columns]), column=name)
+    raise DataError(unknown_name('label column', name, [c.removeprefix('label_') for c in manifest.columns]),
+                    column=name)
 
 
 def label_values(
@@ -54,7 +58,7 @@ CLASSES = {'density': ('A', 'B', 'C', 'D'), 'birads': ('1', '2', '3', '4', '5')}
 def class_values(
     manifest:pd.DataFrame, # one row an image
     name:str, # column
-    classes, # its values, in order
+    classes:tuple|list|str, # its values, in order
 ) -> np.ndarray: # float64 (n,): class numbers, NaN not stated
     """Read a column of classes.
 
@@ -62,28 +66,31 @@ def class_values(
     column = column_of(manifest, name)
     number = {str(c).strip().lower(): float(i) for i, c in enumerate(classes)}
     if len(number) < 2: raise ValueError(f'{name} needs at least two different classes, not {list(classes)}.')
-    text = manifest[column].astype(object).where(manifest[column].notna(), '').astype(str).str.strip().str.lower().str.removesuffix('.0')
+    text = manifest[column].astype(object).where(manifest[column].notna(),
+                                                 '').astype(str).str.strip().str.lower().str.removesuffix('.0')
     bad = np.flatnonzero(~text.isin([*number, '', 'nan', 'none']))
     if bad.size:
-        raise DataError(f'{manifest[column].iloc[bad[0]]!r} is none of the classes {", ".join(map(str, classes))}.', row=int(bad[0]), column=column)
+        raise DataError(f'{manifest[column].iloc[bad[0]]!r} is none of the classes {", ".join(map(str, classes))}.',
+                        row=int(bad[0]), column=column)
     return text.map(number).to_numpy(float)
 
 # %% ../../../nbs/149_data.samples.targets.ipynb #ca14c3f4
 def target_matrix(
     manifest:pd.DataFrame, # one row an image
-    labels, # names
-    classes=(), # values of the one column in `labels`; (): binary labels
+    labels:str|list|tuple, # names
+    classes:tuple|list|str=(), # values of the one column in `labels`; (): binary labels
 ) -> np.ndarray: # float32 (n,k); (n,1) class numbers with `classes`
     "Read all targets of a task."
     labels = [labels] if isinstance(labels, str) else list(labels)
-    if not labels or (classes and len(labels) != 1): raise ValueError(f'{len(labels)} label columns: name at least one, and exactly one with classes.')
+    if not labels or (classes and len(labels) != 1):
+        raise ValueError(f'{len(labels)} label columns: name at least one, and exactly one with classes.')
     read = (lambda n: class_values(manifest, n, classes)) if classes else (lambda n: label_values(manifest, n))
     return np.stack([read(n) for n in labels], 1).astype(np.float32)
 
 # %% ../../../nbs/149_data.samples.targets.ipynb #2807d0a4
 def positive_weights(
     manifest:pd.DataFrame, # TRAINING rows
-    labels, # names of binary labels
+    labels:str|list|tuple, # names of binary labels
     limit:float|None=None, # largest weight; None: no limit
 ) -> tuple: # floats: absent / present among the stated rows
     """Compute the weights of weighted binary cross-entropy.
@@ -93,7 +100,8 @@ def positive_weights(
     out = []
     for name, y in zip(names, values.T):
         present, absent = int((y == 1).sum()), int((y == 0).sum())
-        if not present or not absent: raise DataError(one_class(name, present, absent, 'training'), column=name, fix=_MORE)
+        if not present or not absent:
+            raise DataError(one_class(name, present, absent, 'training'), column=name, fix=_MORE)
         out.append(absent/present if limit is None else min(limit, absent/present))
     return tuple(out)
 
@@ -101,7 +109,7 @@ def positive_weights(
 _MORE = 'Take more patients, another fold, or leave the label out.'
 
 
-def one_class(name, present, absent, part): # text
+def one_class(name:str, present:int, absent:int, part:str) -> str: # text
     "Say that a label has one class only."
     missing = 'no positive' if not present else 'no negative'
     return f'{name}: {missing} among the {present + absent} {part} images that state it'
@@ -109,7 +117,8 @@ def one_class(name, present, absent, part): # text
 # %% ../../../nbs/149_data.samples.targets.ipynb #f8910cb8
 def check_targets(
     parts:dict, # name of the part -> Prepared or manifest
-    labels, classes=(), # as in `target_matrix`
+    labels:str|list|tuple, # as in `target_matrix`
+    classes:tuple|list=(), # as there
 ) -> pd.DataFrame: # counts, a row a part and label
     """Count the targets of each part; stop where one has a single class.
 
@@ -119,18 +128,21 @@ def check_targets(
         manifest = getattr(data, 'manifest', data)
         for name, y in zip(names, target_matrix(manifest, names, classes).T):
             stated = ~np.isnan(y)
-            count = {str(c): int((y == i).sum()) for i, c in enumerate(classes)} if classes else {'present': int((y == 1).sum()), 'absent': int((y == 0).sum())}
-            rows.append({'part': part, 'label': name, **count, 'not stated': int((~stated).sum()), 'patients': manifest.patient_id[stated].nunique()})
+            count = {str(c): int((y == i).sum()) for i, c in enumerate(classes)}
+            if not classes: count = {'present': int((y == 1).sum()), 'absent': int((y == 0).sum())}
+            rows.append({'part': part, 'label': name, **count, 'not stated': int((~stated).sum()),
+                         'patients': manifest.patient_id[stated].nunique()})
             if sum(v > 0 for v in count.values()) > 1: continue
-            text = one_class(name, count.get('present'), count.get('absent'), part) if not classes else f'{name}: one class only among the {part} images: {count}'
+            text = (one_class(name, count.get('present'), count.get('absent'), part) if not classes
+                    else f'{name}: one class only among the {part} images: {count}')
             raise DataError(text, column=name, fix=_MORE)
     return pd.DataFrame(rows)
 
 # %% ../../../nbs/149_data.samples.targets.ipynb #4cf57207
 def with_labels(
     prepared:Prepared, # data set
-    table, # DataFrame, or path of a CSV file
-    columns=None, # label columns; None: all but the key
+    table:pd.DataFrame|str|Path, # DataFrame, or path of a CSV file
+    columns:str|list|tuple|None=None, # label columns; None: all but the key
     on:str='image_id', # key; one row of the table for each value
 ) -> Prepared: # with label_* columns added or replaced
     """Join labels to a prepared data set.
@@ -140,24 +152,29 @@ def with_labels(
     table = table if file is None else pd.read_csv(file, dtype=str, keep_default_na=False)
     for frame in (table, prepared.manifest):
         if on not in frame: raise DataError(unknown_name('key column', on, frame.columns), file=file, column=on)
-    columns = [c for c in table if c != on] if columns is None else [columns] if isinstance(columns, str) else list(columns)
-    values = pd.DataFrame(target_matrix(table, columns), columns=columns).assign(**{on: table[on].astype(str).to_numpy()}).drop_duplicates()
+    columns = ([c for c in table if c != on] if columns is None else [columns] if isinstance(columns, str)
+               else list(columns))
+    values = pd.DataFrame(target_matrix(table, columns),
+                          columns=columns).assign(**{on: table[on].astype(str).to_numpy()}).drop_duplicates()
     if (twice := values[on].duplicated()).any():
-        raise DataError(f'{values[on][twice].iloc[0]!r} has rows that contradict each other ({int(twice.sum())} in all).', file=file, column=on)
+        raise DataError(f'{values[on][twice].iloc[0]!r} has rows that contradict each other ({int(twice.sum())} in '
+                        'all).', file=file, column=on)
     keys = prepared.manifest[on].astype(str)
-    if not keys.isin(values[on]).any(): raise DataError(f'no {on} of the table occurs in the data, such as {keys.iloc[0]!r}.', file=file, column=on)
+    if not keys.isin(values[on]).any():
+        raise DataError(f'no {on} of the table occurs in the data, such as {keys.iloc[0]!r}.', file=file, column=on)
     found = values.set_index(on).reindex(keys).reset_index(drop=True)
     names = {c: f'label_{c.removeprefix("label_")}' for c in columns}
     manifest = prepared.manifest.assign(**{names[c]: found[c].to_numpy(np.float32) for c in columns})
-    return Prepared(prepared.folder, prepared.info, prepared.images, prepared.masks, manifest, prepared.boxes, prepared.sentences)
+    return Prepared(prepared.folder, prepared.info, prepared.images, prepared.masks, manifest, prepared.boxes,
+                    prepared.sentences)
 
 # %% ../../../nbs/149_data.samples.targets.ipynb #56b7d7a9
 class TargetImages(ImageDataset):
     "One sample: an image with any targets; `labels` (k,) hold 1/0/NaN, or one class number."
     def __init__(self,
         prepared:Prepared, # images, manifest
-        labels, # names
-        classes=(), # values of the one column in `labels`; (): binary labels
+        labels:str|list|tuple, # names
+        classes:tuple|list=(), # values of the one column in `labels`; (): binary labels
         train:bool=False, # draw flips
         **options, # of ImageDataset
     ):
@@ -166,4 +183,5 @@ class TargetImages(ImageDataset):
         self.classes, self.values = tuple(classes), target_matrix(prepared.manifest, self.labels, classes)
 
     @property
-    def digest(self): return digest([ImageDataset.digest.fget(self), list(self.classes), self.values.astype(str).tolist()])
+    def digest(self) -> str:
+        return digest([ImageDataset.digest.fget(self), list(self.classes), self.values.astype(str).tolist()])

@@ -17,7 +17,7 @@ import torch
 
 from ...core.progress import progress
 from ...data.prepared import Prepared
-from ...data.samples.boxes import truth_table
+from ...data.samples.boxes import true_boxes
 from ..metrics.coco import BOX, arrange, candidate_pairs, coco_map, match
 from ..metrics.froc import detection_table, froc_curve, froc_table, reference_map
 from ...methods.base import Method, require
@@ -80,7 +80,7 @@ def evaluate_detections(found: pd.DataFrame, # DataFrame of `detect`
     """Score detections against the boxes of a data set.
 
     Raises: DataError when no image has a true box of the classes."""
-    truth, images = truth_table(prepared, classes)
+    truth, images = true_boxes(prepared, classes)
     if merge: truth, classes = truth.assign(label='finding'), ('finding',)
     tables = (truth, found, images, list(classes))
     marks = {k: v for k, v in froc.items() if k != 'rates'}
@@ -96,7 +96,7 @@ def map_validation(prepared: Prepared, # Prepared: validation patients
                    batch_size: int = 8, # images at once
                    ) -> Callable: # callable(method, state) -> {'valid_map', 'valid_map50'}
     "Make the callable that scores a detector on validation patients during training."
-    truth, images = truth_table(prepared, classes)
+    truth, images = true_boxes(prepared, classes)
     if merge: truth, classes = truth.assign(label='finding'), ('finding',)
     arrange(truth, truth.assign(score=1.), images, list(classes))  # stops now if there is nothing to find
 
