@@ -29,7 +29,7 @@ class ChestPreset:
     model: dict = field(default_factory=dict)  # fields of the method's configuration
     train: dict = field(default_factory=dict)  # fields of TrainConfig
     views: str = 'lovt'  # recipe of data.views
-    view_options: dict = field(default_factory=dict)  # fields of ViewConfig
+    view_options: dict = field(default_factory=dict)  # fields of VersionConfig
     versions: int = 1  # of each image
     text: dict | None = None  # fields of ChestReportConfig; None: images only
     keep: str = 'best'  # weights that are the result: 'best' or 'last'
@@ -138,7 +138,7 @@ def new_chest_method(
 
 def chest_transform(
     preset:ChestPreset, # from `chest_preset`
-    **changes, # fields of ViewConfig
+    **changes, # fields of VersionConfig
 ) -> Callable: # callable(batch, seed, epoch) -> batch, for train(transform=…)
     "Build the augmentation of a named configuration."
     options = {**preset.view_options, **changes}

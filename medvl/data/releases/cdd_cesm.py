@@ -19,7 +19,7 @@ import pandas as pd
 
 from ...core.errors import DataError
 from ..cells import age_years, birads_category, density_letter, told
-from .folder import pathology_labels, rewrite
+from .folder import pathology_labels, rewrite_column
 from .release import Part, Release, find_files, find_table, read_table
 from ..schema import BOXES, Report, Source, empty
 from .vindr import require
@@ -132,8 +132,8 @@ def image_records(
     said = [texts.get(p, {}).get((k, s), ('', '')) for p, k, s in zip(patient, kind, side)]
     birads = df.BIRADS.str.replace(r'\.0$', '', regex=True)
     out = pd.DataFrame({'image_path': [images.get(n, f'{n}.jpg') for n in name], 'image_id': name, 'patient_id': 'cesm_p' + patient.str.zfill(3), 'exam_id': 'cesm_p' + patient.str.zfill(3), 'laterality': side,
-        'view': df.View.str.upper(), 'source': 'cdd_cesm_' + kind, 'age': df.Age.map(age_years).astype(float), 'density': rewrite(df['Breast density (ACR)'].rename('density'), density_letter, report),
-        'birads': rewrite(birads.rename('birads'), birads_category, report, side), 'pathology': df['Pathology Classification/ Follow up'].str.lower(), 'findings': [f or t for (f, _), t in zip(said, df.Findings)],
+        'view': df.View.str.upper(), 'source': 'cdd_cesm_' + kind, 'age': df.Age.map(age_years).astype(float), 'density': rewrite_column(df['Breast density (ACR)'].rename('density'), density_letter, report),
+        'birads': rewrite_column(birads.rename('birads'), birads_category, report, side), 'pathology': df['Pathology Classification/ Follow up'].str.lower(), 'findings': [f or t for (f, _), t in zip(said, df.Findings)],
         'impression': [i for _, i in said], 'kind': kind, 'several': birads.str.contains('$', regex=False)})
     known = out[out.density != ''].drop_duplicates(['patient_id', 'laterality']).set_index(['patient_id', 'laterality']).density
     carried = pd.Series(known.reindex(pd.MultiIndex.from_frame(out[['patient_id', 'laterality']])).fillna('').to_numpy(), out.index)

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..cells import age_years, birads_category, density_letter, told
-from .folder import rewrite
+from .folder import rewrite_column
 from .release import Part, Release, find_files, find_table, read_table
 from ..schema import BOXES, Report, Source, empty
 from .vindr import require
@@ -99,7 +99,7 @@ def image_records(
     age = df['Patient age'].map(age_years).astype(float)
     out = pd.DataFrame({'image_path': here.path.fillna('AllDICOMs/' + number + '.dcm'), 'image_id': number, 'patient_id': patient,
         'exam_id': patient + '_' + df['Acquisition date'], 'laterality': side, 'view': df.View.str.upper().replace({'ML': 'MLO'}), 'source': 'inbreast',
-        'age': age, 'density': rewrite(df.ACR.rename('density'), density_letter, report), 'birads': rewrite(df['Bi-Rads'].rename('birads'), birads_category, report)})
+        'age': age, 'density': rewrite_column(df.ACR.rename('density'), density_letter, report), 'birads': rewrite_column(df['Bi-Rads'].rename('birads'), birads_category, report)})
     suspicious = {'1': 0., '2': 0., '3': 0., '4': 1., '5': 1., '6': 1.}
     return out.assign(label_suspicious=out.birads.str[:1].map(suspicious).astype(float))
 

@@ -18,7 +18,7 @@ from ...core.errors import DataError, unknown_name
 from ..cells import quoted
 from ..leaks import check_leaks
 from .nih_cxr import NIH_CLASSES
-from .object_cxr import OBJECT_CLASSES, swap_sides
+from .object_cxr import OBJECT_CLASSES, swap_width_height
 from .release import read_table
 from .rsna_pneumonia import RSNA_CLASSES
 from ..schema import SPLITS, Source, empty
@@ -94,7 +94,7 @@ def read_lovt_split(
     found = images.image_id.str.extract(f'^{what.patient}')[0] if what.patient else images.image_id
     images.insert(1, 'patient_id', found.fillna(images.image_id))
     boxes = pd.DataFrame(boxes, columns=['image_id', 'label', 'x0', 'y0', 'x1', 'y1'])
-    if name == 'object_cxr' and not legacy and len(boxes): boxes[['x0', 'y0', 'x1', 'y1']] = swap_sides(boxes[['x0', 'y0', 'x1', 'y1']])
+    if name == 'object_cxr' and not legacy and len(boxes): boxes[['x0', 'y0', 'x1', 'y1']] = swap_width_height(boxes[['x0', 'y0', 'x1', 'y1']])
     return LovtSplit(name, images, boxes, folder, tuple(int((images.split == s).sum()) for s in SPLITS))
 
 # %% ../../../nbs/186_data.releases.lovt_splits.ipynb #2cb3f7df

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..cells import age_years, birads_category
-from .folder import rewrite
+from .folder import rewrite_column
 from ..text.reports import normalise_section
 from ..schema import Report, Source, empty, read_csv, read_list
 from ..splits import group_folds
@@ -39,7 +39,7 @@ def read_report_table(
         'laterality': df.laterality, 'view': df['view'].str.upper(), 'source': 'report_table', 'findings': df.FINDINGS, 'impression': df.IMPRESSION})
     if 'AGE' in df: out['age'] = df.AGE.map(age_years).astype(float)
     birads = next((c for c in ('BIRADS_numeric', 'BIRADS_CATEGORY') if c in df), None)
-    if birads: out['birads'] = rewrite(df[birads].rename('birads'), birads_category, report, out.laterality)
+    if birads: out['birads'] = rewrite_column(df[birads].rename('birads'), birads_category, report, out.laterality)
     if 'fold' in df: out['fold'] = pd.to_numeric(df.fold, errors='coerce').fillna(-1).astype(int)
     for name in ('findings', 'impression'):
         for i in np.flatnonzero(out[name].str.strip().str.lower().isin(['', 'nan'])): report.add(f'no {name}', ids[i], i, '', 'kept')

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ..cells import age_years, birads_category, density_letter, told
-from .folder import rewrite
+from .folder import rewrite_column
 from ..schema import VIEWS, Report, Source, empty, read_csv
 from .vindr import require
 
@@ -76,7 +76,7 @@ def read_rsna(
     for i in np.flatnonzero(ids.duplicated()): report.add('image listed twice', ids[i], i, '', 'first row used')
     out = pd.DataFrame({'image_path': [pattern.format(patient_id=p, image_id=i) for p, i in zip(patients, ids)], 'image_id': ids, 'patient_id': patients,
         'exam_id': patients, 'laterality': df.laterality.str.upper(), 'view': df['view'].str.upper(), 'source': 'rsna_site' + whole(df.site_id),
-        'age': df.age.map(age_years).astype(float), 'density': rewrite(df.density, density_letter, report), 'birads': rewrite(df.BIRADS.rename('birads'), birads_category, report)})
+        'age': df.age.map(age_years).astype(float), 'density': rewrite_column(df.density, density_letter, report), 'birads': rewrite_column(df.BIRADS.rename('birads'), birads_category, report)})
     for name in ('cancer', 'biopsy', 'invasive', 'implant', 'difficult_negative_case'): out[f'label_{name}'] = flag(df[name], report)
     if 'fold' in df: out['fold'] = pd.to_numeric(whole(df.fold), errors='coerce').fillna(-1).astype(int)
     out = out[~ids.duplicated()].reset_index(drop=True)

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ...core.errors import DataError, closest, unknown_name
 from ..cells import birads_category, density_letter, quoted, told
-from .folder import rewrite
+from .folder import rewrite_column
 from ..schema import BOXES, Report, Source, empty, read_csv, read_list
 from ..splits import group_folds
 
@@ -123,7 +123,7 @@ def _common(df, pattern, report):
     "Columns that images and finding rows share."
     out = pd.DataFrame({'image_path': [pattern.format(study_id=s, series_id=e, image_id=i) for s, e, i in zip(df.study_id, df.series_id, df.image_id)],
                         'image_id': df.image_id, 'patient_id': df.study_id, 'exam_id': df.study_id, 'laterality': df.laterality, 'view': df.view_position,
-                        'source': 'vindr', 'birads': rewrite(df.breast_birads.rename('birads'), birads_category, report, df.laterality), 'density': rewrite(df.breast_density.rename('density'), density_letter, report)})
+                        'source': 'vindr', 'birads': rewrite_column(df.breast_birads.rename('birads'), birads_category, report, df.laterality), 'density': rewrite_column(df.breast_density.rename('density'), density_letter, report)})
     out['split'] = df.split.str.lower().map({'training': 'train', 'test': 'test'}).fillna('')
     return out.reset_index(drop=True)
 
