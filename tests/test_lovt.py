@@ -446,7 +446,7 @@ def test_lovt_stack_golden():
     method.load_state_dict(state)
     for side, read in (('a', image), ('b', text)): close(getattr(method, NAMES[f'project_global_{side}'])(read['pooled']), z[f'zg_{side}'])
     method.load_state_dict(state)
-    method._positives[7, 7, regions.device, regions.dtype] = (p := reference_positives(.5, 1., True).double()) / p.sum(1, keepdim=True)
+    method.local.positives_of[7, 7, regions.device, regions.dtype] = (p := reference_positives(.5, 1., True).double()) / p.sum(1, keepdim=True)
     out = method(batch)
     pairs = {'i2t': 'global_a2b', 't2i': 'global_b2a', 'regions_l2att': 'local_a_l2att', 'regions_att2l': 'local_a_att2l', 'sentences_l2att': 'local_b_l2att', 'sentences_att2l': 'local_b_att2l'}
     for ours, theirs in pairs.items(): close(out[ours], z[f'metric/{theirs}_loss'])
@@ -456,7 +456,7 @@ def test_lovt_stack_golden():
     close(sentences.grad[mask], z['grad_yl_b'][mask])
     for theirs, ours in NAMES.items():
         for k, g in under(z, f'grad/{theirs}/').items(): close(dict(getattr(method, ours).named_parameters())[k].grad, g, rtol=1e-9, atol=1e-10)
-    method._positives.clear()
+    method.local.positives_of.clear()
     method.load_state_dict(state)
     assert abs(method(batch)['loss'] - z['total_loss']) < 2e-6, 'with exact grid distances'
     logits = (F.normalize(z['zg_a'], dim=1) @ F.normalize(z['zg_b'], dim=1).T)
@@ -537,10 +537,10 @@ def test_losses_are_the_weighted_sum_and_every_ablation_is_what_it_says():
         out = method(batch)
         weights = {'i2t': config.i2t_weight, 't2i': config.t2i_weight} | {f'{k}_{d}': w for k, w in (('regions', config.region_weight), ('sentences', config.sentence_weight)) for d in ('l2att', 'att2l')}
         assert out['loss'].item() == pytest.approx(sum(w * out[k].item() for k, w in weights.items() if k in out), rel=1e-5), name
-        assert method.local == ('regions_l2att' in out) == any('alignment' in n for n, _ in method.named_parameters())
+        assert (method.local is not None) == ('regions_l2att' in out) == any('alignment' in n for n, _ in method.named_parameters())
         settings(**{**train, 'precision': 'fp32', 'trackers': (), 'cpu': True})
         assert set(text) <= {'slot'}
-    p = LoVT(ablation('identity', **TINY, vocab_size=150)[0], TOKENIZER).region_positives((3, 2), torch.zeros(1))
+    p = LoVT(ablation('identity', **TINY, vocab_size=150)[0], TOKENIZER).local.positives((3, 2), torch.zeros(1))
     assert torch.equal(p, torch.eye(6))
     with pytest.raises(ValueError, match="Did you mean 'no_weight'"): ablation('no_weigt')
     with pytest.raises(ValueError, match='identity'): make(positives='identiti')

@@ -61,7 +61,7 @@ def test_embeddings_golden_through_the_method():
         def forward(self, ids, mask): return torch.from_numpy(z['pool_eos'])
     m = MammoCLIP(replace(TINY, dim=6), TOKENIZER, Given(), Hidden())
     m.load_state_dict({k[3:]: torch.from_numpy(z[k]) for k in z.files if k.startswith('sd_')}, strict=True)
-    m._images = lambda images: torch.from_numpy(z['image_feat'])
+    m.image_side.scaled = lambda images: torch.from_numpy(z['image_feat'])
     torch.testing.assert_close(m.encode_image(torch.zeros(5, 1, 1, 10)), torch.from_numpy(z['out_image_embeddings']), rtol=1e-5, atol=1e-6)
     got = base.Method.forward  # the contract's forward is the one in use
     assert type(m).forward is got and m.logit_scale.exp().item() == pytest.approx(z['out_logit_scale'].item(), rel=1e-5)

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medvl.data.phantom.breast_exam import breast_exam as phantom
+from medvl.data.phantom import breast_exam as phantom
 from medvl.data.phantom.breast_exam import phantom_exam, phantom_truth
 from medvl.data.phantom.breast_anatomy import SIDES, PhantomConfig
 from medvl.data.phantom.breast_dataset import LOCAL, box_rows, histogram_rows, lesion_mask, write_phantom

@@ -34,7 +34,7 @@ def model_facts(
 ) -> dict: # method, weights, settings, tokenizer
     "Identify a model by what decides its vectors."
     config = config_dict(method.config) if getattr(method, 'config', None) is not None else {}
-    tokenizer = getattr(method, '_tokenizer', None)
+    tokenizer = getattr(getattr(method, 'text_side', None), 'own', None)
     return {'method': getattr(method, 'name', type(method).__name__), 'weights': weights_digest(method),
             'settings': {k: config[k] for k in SETTINGS if k in config},
             'tokenizer': tokenizer_digest(tokenizer) if tokenizer is not None else ''}

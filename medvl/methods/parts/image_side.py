@@ -71,7 +71,8 @@ def scaled(self: ImageSide,
     Raises: ValueError for another number of axes or channels."""
     if images.dim() not in (4, 5) or images.shape[-3] not in (1, 3):
         raise ValueError(f'images must be (b,1,h,w) or (b,v,1,h,w), not {tuple(images.shape)}')
-    like = next(self.encoder.parameters())  # float32; float64 where a test asks for it
+    like = next(self.encoder.parameters(), None)  # float32; float64 where a test asks for it
+    if like is None: return self.scale(images.flatten(0, -4))  # an encoder without weights takes what it is given
     x = images.flatten(0, -4).to(like.device, like.dtype if like.dtype == torch.float64 else None)
     return self.scale(x).to(like.dtype)
 
