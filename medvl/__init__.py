@@ -58,8 +58,16 @@ class _Package(ModuleType):
             value.__doc__, value.__class__ = line, _Package
         super().__setattr__(name, value)
 
+    def __getattr__(self, name):
+        "A package that was a module before still gives its names (nbs/811; goes with version 1.0)."
+        from medvl.moved import former
+        return former(self.__name__, name)
 
-if __name__ == 'medvl': sys.modules[__name__].__class__ = _Package
+
+if __name__ == 'medvl':
+    from medvl.moved import install
+    sys.modules[__name__].__class__ = _Package
+    install()
 
 # %% ../nbs/810_init.ipynb #6eba0ae8
 def __getattr__(name):

@@ -1,7 +1,6 @@
 """Splits and leaks: no patient on two sides, whatever the order; every planted leak is found, and named."""
 import itertools
 import json
-import time
 
 import cv2
 import numpy as np

@@ -217,7 +217,7 @@ def candidates(
         for start in range(0, len(columns) if len(rows) else 0, block):
             b = columns[start:start + block]
             theirs = axes.turns(getattr(right, view)[b])
-            def one(first):
+            def one(first, rows=rows, ours=ours, theirs=theirs, b=b):
                 a = rows[first:first + block]
                 likeness = _tile(ours[first:first + block], theirs)
                 likeness[(group_left[a, None] == group_right[b]) & (group_left[a, None] >= 0)] = -1

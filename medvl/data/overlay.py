@@ -183,7 +183,7 @@ def compare(
             turn, wa, wb = int(turn), int(wa), int(wb)
             if turn not in turns or inner and not (looks[0].trimmed[a] or looks[1].trimmed[b]): continue
             boxes = [x.box[i] if inner else full for x, i in zip(looks, (a, b))]
-            found = overlay(lambda l: made[0](a, l), lambda l: made[1](b, l, turn), _window(boxes[0], wa), _window(boxes[1], wb, turn))
+            found = overlay(lambda l: made[0](a, l), lambda l, turn=turn: made[1](b, l, turn), _window(boxes[0], wa), _window(boxes[1], wb, turn))
             best = max(best, (*found, turn))
         return a, b, *best
     with ThreadPoolExecutor(cores()) as pool: return np.array(list(pool.map(judge, zip(pairs, met)))).reshape(-1, 6)
