@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARES', 'LIMITS', 'TURNS', 'TYPICAL', 'COLUMNS', 'KINDS', 'SEES', 'WHERE', 'needed', 'limits', 'near_pairs',
-           'stored_thumbnails', 'LeakReport', 'check_leaks', 'said', 'assert_no_leak']
+           'stored_thumbnails', 'LeakReport', 'check_leaks', 'pair_in_words', 'assert_no_leak']
 
 # %% ../../nbs/131_data.leaks.ipynb #d6c93799
 import html
@@ -193,7 +193,7 @@ def check_leaks(
     return LeakReport(pairs, checked | (dict(sees=f'{SEES} Counts: {WHERE}.') if 'near_duplicate' in by else {}))
 
 # %% ../../nbs/131_data.leaks.ipynb #01af099a
-def said(
+def pair_in_words(
     pair, # a row of `near_pairs`
 ) -> str:
     "Say how two images agree."
@@ -208,7 +208,7 @@ def _near(data, side, limit, mirror):
         for other in parts[i + 1:]:
             a, b = (np.flatnonzero((side == s).to_numpy()) for s in (one, other))
             for p in near_pairs(thumbs[a], thumbs[b], patient[a], patient[b], limit, mirror).itertuples():
-                found.append(('near_duplicate', a[p.a], b[p.b], said(p)))
+                found.append(('near_duplicate', a[p.a], b[p.b], pair_in_words(p)))
     return found
 
 # %% ../../nbs/131_data.leaks.ipynb #e5c74357

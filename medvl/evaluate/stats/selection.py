@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError
-from ...data.leaks import assert_no_leak, near_pairs, said, stored_thumbnails
+from ...data.leaks import assert_no_leak, near_pairs, pair_in_words, stored_thumbnails
 from ...data.prepared import Prepared
 from .bootstrap import estimates
 from ..metrics.curves import Metric, at_threshold, metric_of, score
@@ -183,6 +183,6 @@ def _assert_not_alike(parts):
             pairs = near_pairs(thumbs[a], thumbs[b])
             if len(pairs):
                 one, two = parts[a].manifest.image_id[pairs.a[0]], parts[b].manifest.image_id[pairs.b[0]]
-                how = said(next(pairs.itertuples()))
+                how = pair_in_words(next(pairs.itertuples()))
                 raise DataError(f'the splits leak: {one} ({a}) and {two} ({b}) look alike, {how} '
                                 f'({pairs.pairs.sum()} pairs in all).')
