@@ -74,7 +74,7 @@ def rle_mask(
     if ends[-1] > shape[0]*shape[1]:
         raise DataError(
             f'the runs end at pixel {ends[-1]}, the image of {shape[0]} × {shape[1]} has {shape[0]*shape[1]}.', **where,
-                        fix='The image is a resized copy, or the runs are counted from the start of the image.')
+            fix='The image is a resized copy, or the runs are counted from the start of the image.')
     flat = np.zeros(shape[0]*shape[1], np.uint8)
     for end, length in zip(ends, runs[:, 1]): flat[end - length:end] = 1
     return np.ascontiguousarray(flat.reshape(shape[1], shape[0]).T)

@@ -29,8 +29,9 @@ _BASE = ('patient_id', 'left or right breast', 'image view', 'abnormality id', '
 _MASS, _CALC = ((*_BASE, 'breast_density', 'mass shape', 'mass margins'),
                 (*_BASE, 'breast density', 'calc type', 'calc distribution'))
 _ROWS = 'common count, 3568 lesions together; not confirmed'
-CBIS_DDSM = Release('CBIS-DDSM', 'https://www.cancerimagingarchive.net/collection/cbis-ddsm/',
-                    'none; images with the NBIA Data Retriever (163.6 GB)', 'CC BY 3.0',
+CBIS_DDSM = Release(
+    'CBIS-DDSM', 'https://www.cancerimagingarchive.net/collection/cbis-ddsm/',
+    'none; images with the NBIA Data Retriever (163.6 GB)', 'CC BY 3.0',
     'Lee R.S. et al., Scientific Data 4:170177 (2017); Sawyer-Lee R. et al., TCIA (2016), '
     'doi:10.7937/K9/TCIA.2016.7O02S9CY', (
     Part('mass_case_description_train_set.csv', 'masses, training', 1, 1318, _MASS, known=_ROWS),
@@ -127,8 +128,9 @@ def film_records(
                            '')
     found = [_film_file(film, files.get(film, []), root, path, report) for film, path in first.image_file_path.items()]
     size = pd.DataFrame([head for _, head in found])
-    out = pd.DataFrame({'image_path': [path for path, _ in found], 'image_id': first.index,
-                        'patient_id': first.patient_id, 'exam_id': first.patient_id,
+    out = pd.DataFrame({
+        'image_path': [path for path, _ in found], 'image_id': first.index,
+        'patient_id': first.patient_id, 'exam_id': first.patient_id,
         'laterality': first.left_or_right_breast.str[:1].str.upper(), 'view': first.image_view.str.upper(),
         'source': 'cbis_ddsm',
         'density': first.breast_density.map(density_letter),

@@ -29,8 +29,9 @@ _COLUMNS = ('Image_name', 'Patient_ID', 'Side', 'Type', 'Age', 'Breast density (
             'Tags', 'Machine',
             'Pathology Classification/ Follow up')
 _SHAPES = ('#filename', 'region_count', 'region_id', 'region_shape_attributes', 'region_attributes')
-CDD_CESM = Release('CDD-CESM', 'https://www.cancerimagingarchive.net/collection/cdd-cesm/', 'none; images by IBM '
-                   'Aspera, tables by a click', 'CC BY 4.0',
+CDD_CESM = Release(
+    'CDD-CESM', 'https://www.cancerimagingarchive.net/collection/cdd-cesm/', 'none; images by IBM '
+    'Aspera, tables by a click', 'CC BY 4.0',
     'Khaled R. et al., Scientific Data 9:122 (2022); TCIA (2021), doi:10.7937/29kw-ae92', (
     Part('Radiology-manual-annotations.csv', 'one row an image: sheet `all`, exported as CSV', 1, 2006, _COLUMNS,
          known="data paper: 2006 images; columns from a user's description"),
@@ -146,9 +147,10 @@ def cesm_records(
         report.add('unknown kind of image', name[i], int(i), told(df.Type[i]), 'left out')
     said = [texts.get(p, {}).get((k, s), ('', '')) for p, k, s in zip(patient, kind, side)]
     birads = df.BIRADS.str.replace(r'\.0$', '', regex=True)
-    out = pd.DataFrame({'image_path': [images.get(n, f'{n}.jpg') for n in name], 'image_id': name,
-                        'patient_id': 'cesm_p' + patient.str.zfill(3), 'exam_id': 'cesm_p' + patient.str.zfill(3),
-                        'laterality': side,
+    out = pd.DataFrame({
+        'image_path': [images.get(n, f'{n}.jpg') for n in name], 'image_id': name,
+        'patient_id': 'cesm_p' + patient.str.zfill(3), 'exam_id': 'cesm_p' + patient.str.zfill(3),
+        'laterality': side,
         'view': df.View.str.upper(), 'source': 'cdd_cesm_' + kind, 'age': df.Age.map(age_years).astype(float),
         'density': rewrite_column(df['Breast density (ACR)'].rename('density'), density_letter, report),
         'birads': rewrite_column(birads.rename('birads'), birads_category, report, side),

@@ -21,9 +21,10 @@ from .vindr import require
 
 # %% ../../../nbs/188_data.releases.chexpert.ipynb #4d46c8f0
 _COLUMNS = ('Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA')
-CHEXPERT = Release('CheXpert 1.0 (full or small)', 'https://stanfordmlgroup.github.io/competitions/chexpert/',
-                   'registration with Stanford AIMI', 'Stanford University Dataset Research Use Agreement; no '
-                   'redistribution',
+CHEXPERT = Release(
+    'CheXpert 1.0 (full or small)', 'https://stanfordmlgroup.github.io/competitions/chexpert/',
+    'registration with Stanford AIMI', 'Stanford University Dataset Research Use Agreement; no '
+    'redistribution',
     'Irvin J. et al., CheXpert, AAAI (2019)', (
     Part('train.csv', 'one row an image', 1, 223414, (*_COLUMNS, *CHEXPERT_FINDINGS), known='table of the release'),
     Part('valid.csv', 'labels by three radiologists', 1, 234, (*_COLUMNS, *CHEXPERT_FINDINGS),
@@ -56,9 +57,10 @@ def read_chexpert(
         report.add('path not understood', '', int(df.row[i]), df.file[i], 'left out')
     view = [_view(side, direction) for side, direction in zip(df['Frontal/Lateral'], df['AP/PA'])]
     age = df.Age.map(age_years).astype(float)
-    records = pd.DataFrame(dict(image_path=place[0], image_id=place[2] + '_' + place[3] + '_' + place[4],
-                                patient_id=place[2], exam_id=place[2] + '_' + place[3], laterality='', view=view,
-                                source='chexpert',
+    records = pd.DataFrame(dict(
+        image_path=place[0], image_id=place[2] + '_' + place[3] + '_' + place[4],
+        patient_id=place[2], exam_id=place[2] + '_' + place[3], laterality='', view=view,
+        source='chexpert',
         age=age.where(age.between(0, 120)),
         split=place[1])).join(df[[c for c in df if c.startswith('label_')]])[place[0].notna()]
     return _present(records, root, views, report, len(df))

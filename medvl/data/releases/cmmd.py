@@ -22,8 +22,9 @@ from .vindr import label_name, require
 # %% ../../../nbs/168_data.releases.cmmd.ipynb #255c0289
 _COLUMNS = ('ID1', 'LeftRight', 'Age', 'number', 'abnormality', 'classification', 'subtype')
 SUBTYPES = ('Luminal A', 'Luminal B', 'HER2-enriched', 'triple negative')
-CMMD = Release('CMMD', 'https://www.cancerimagingarchive.net/collection/cmmd/', 'none; images with the NBIA Data '
-               'Retriever', 'CC BY 4.0 (third-party registries; the TCIA page itself was not read)',
+CMMD = Release(
+    'CMMD', 'https://www.cancerimagingarchive.net/collection/cmmd/', 'none; images with the NBIA Data '
+    'Retriever', 'CC BY 4.0 (third-party registries; the TCIA page itself was not read)',
     'Cui C. et al., The Chinese Mammography Database (CMMD), TCIA (2021), doi:10.7937/tcia.eqde-4b16', (
     Part('CMMD_clinicaldata_revision.csv', 'one row a breast; the release has .xlsx: export it', 1, 1872, _COLUMNS,
          known="a user's inventory of the release"),

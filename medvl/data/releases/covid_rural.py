@@ -21,9 +21,10 @@ from ..schema import Report, Source, empty
 from ..pixels.shapes import Derived, on_disk
 
 # %% ../../../nbs/182_data.releases.covid_rural.ipynb #6fed9f6b
-COVID_RURAL = Release('COVID Rural (COVID-19-AR with opacity masks)',
-                      'https://github.com/haimingt/opacity_segmentation_covid_chest_X_ray',
-                      'none: clone the repository',
+COVID_RURAL = Release(
+    'COVID Rural (COVID-19-AR with opacity masks)',
+    'https://github.com/haimingt/opacity_segmentation_covid_chest_X_ray',
+    'none: clone the repository',
     'images CC BY 4.0 (TCIA COVID-19-AR); no licence stated for the masks', 'Desai S. et al., Scientific Data 7:414 '
     '(2020), doi:10.7937/tcia.2020.py71-5978; Tang H. et al., medRxiv 2020.10.19.20215483', (
     Part('jpgs/*.jpg', 'radiographs, stored in colour', 221, known='LoVT tables: 133 + 44 + 44'),

@@ -24,8 +24,9 @@ _META = ('empi_anon', 'acc_anon', 'anon_dicom_path', 'FinalImageType', 'ImageLat
          'spot_mag', 'ROI_coords')
 _CLINICAL = ('empi_anon', 'acc_anon', 'side', 'asses', 'tissueden')
 _OPTIONAL = ('path_severity', 'bside', 'massshape', 'calcfind', 'calcdistri', 'age_at_study')
-EMBED = Release('EMBED Open Data', 'https://github.com/Emory-HITI/EMBED_Open_Data (descriptor); bucket of the AWS Open '
-                'Data programme',
+EMBED = Release(
+    'EMBED Open Data', 'https://github.com/Emory-HITI/EMBED_Open_Data (descriptor); bucket of the AWS Open '
+    'Data programme',
     'form of the Emory HITI laboratory, then an AWS account', 'own agreement, non-commercial research (documentation '
     'of the HITI laboratory); full text not read',
     'Jeong J.J. et al., The EMory BrEast imaging Dataset (EMBED), Radiology: Artificial Intelligence 5(1):e220047 '

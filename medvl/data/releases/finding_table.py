@@ -96,7 +96,7 @@ def finding_table(
             ['patient_id', 'laterality'], sort=True, observed=True):
         if group.split.nunique() > 1:
             raise DataError(f'the images of {patient}, {side}, lie in {sorted(group.split.unique())}.',
-                                                      column='split', fix='Split by patient.')
+                            column='split', fix='Split by patient.')
         rows.append(_row(patient, side, group.sort_values('image_id'), columns))
     if not rows: raise DataError('no image has the view CC or MLO.', column='view')
     return pd.DataFrame(rows, columns=list(COLUMNS))

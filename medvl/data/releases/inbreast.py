@@ -24,8 +24,9 @@ from .vindr import require
 
 # %% ../../../nbs/167_data.releases.inbreast.ipynb #fe91fe97
 _COLUMNS = ('Patient ID', 'Patient age', 'Laterality', 'View', 'Acquisition date', 'File Name', 'ACR', 'Bi-Rads')
-INBREAST = Release('INbreast 1.0', 'http://medicalresearch.inescporto.pt/breastresearch (the original page; whether it '
-                   'still answers is not confirmed)',
+INBREAST = Release(
+    'INbreast 1.0', 'http://medicalresearch.inescporto.pt/breastresearch (the original page; whether it '
+    'still answers is not confirmed)',
     'was: signed request to the authors; copies circulate', 'transfer agreement with the authors, research only; '
     'wording not confirmed',
     'Moreira I.C. et al., INbreast: Toward a Full-field Digital Mammographic Database, Academic Radiology '
@@ -114,8 +115,9 @@ def image_records(
         report.add('file name says the other side', number[i], int(i), here.path[i], 'table used')
     patient = here.patient.fillna('unknown_' + number)
     age = df['Patient age'].map(age_years).astype(float)
-    out = pd.DataFrame({'image_path': here.path.fillna('AllDICOMs/' + number + '.dcm'), 'image_id': number,
-                        'patient_id': patient,
+    out = pd.DataFrame({
+        'image_path': here.path.fillna('AllDICOMs/' + number + '.dcm'), 'image_id': number,
+        'patient_id': patient,
         'exam_id': patient + '_' + df['Acquisition date'], 'laterality': side,
         'view': df.View.str.upper().replace({'ML': 'MLO'}), 'source': 'inbreast',
         'age': age, 'density': rewrite_column(df.ACR.rename('density'), density_letter, report),

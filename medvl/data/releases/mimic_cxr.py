@@ -25,9 +25,10 @@ from .vindr import require
 
 # %% ../../../nbs/187a_data.releases.mimic_cxr.ipynb #304cb949
 _META, _SPLIT = ('dicom_id', 'subject_id', 'study_id', 'ViewPosition'), ('dicom_id', 'study_id', 'subject_id', 'split')
-MIMIC_CXR = Release('MIMIC-CXR-JPG 2.0.0 and the reports of MIMIC-CXR 2.0.0',
-                    'https://physionet.org/content/mimic-cxr-jpg/2.0.0/ and '
-                    'https://physionet.org/content/mimic-cxr/2.0.0/',
+MIMIC_CXR = Release(
+    'MIMIC-CXR-JPG 2.0.0 and the reports of MIMIC-CXR 2.0.0',
+    'https://physionet.org/content/mimic-cxr-jpg/2.0.0/ and '
+    'https://physionet.org/content/mimic-cxr/2.0.0/',
     'PhysioNet account, training in human research, data use agreement (credentialed access)',
     'PhysioNet Credentialed Health Data License; no redistribution, no sharing with others',
     'Johnson A. et al., MIMIC-CXR-JPG, PhysioNet (2019), doi:10.13026/8360-t248; Johnson A. et al., Scientific Data '
@@ -146,9 +147,10 @@ def read_mimic_cxr(
     if not len(images):
         raise DataError(f'no study can be used; {len(report.issues)} problems, the first: '
                         f'{report.issues.kind.iloc[0]}, {report.issues.detail.iloc[0]}', file=str(root))
-    records = pd.DataFrame(dict(image_path=images.path, image_id=images.dicom_id, patient_id='p' + images.subject_id,
-                                exam_id='s' + images.study_id, laterality='', view=images.ViewPosition,
-                                source='mimic_cxr',
+    records = pd.DataFrame(dict(
+        image_path=images.path, image_id=images.dicom_id, patient_id='p' + images.subject_id,
+        exam_id='s' + images.study_id, laterality='', view=images.ViewPosition,
+        source='mimic_cxr',
         split=images.split, findings=[texts.get(s, {}).get('findings', '') for s in images.study_id],
         impression=[texts.get(s, {}).get('impression', '') for s in images.study_id])).reset_index(drop=True)
     if labels != 'none': records = _add_labels(records, root, labels, rule, report)

@@ -19,8 +19,9 @@ from .release import Part, Release, find_files, read_headers
 from ..schema import BOXES, Report, Source, empty
 
 # %% ../../../nbs/169_data.releases.mini_mias.ipynb #ce337cf2
-MINI_MIAS = Release('mini-MIAS', 'http://peipa.essex.ac.uk/info/mias.html', 'none', 'MIAS licence agreement: research '
-                    'only, no renting, leasing or selling',
+MINI_MIAS = Release(
+    'mini-MIAS', 'http://peipa.essex.ac.uk/info/mias.html', 'none', 'MIAS licence agreement: research '
+    'only, no renting, leasing or selling',
     'Suckling J. et al., The Mammographic Image Analysis Society Digital Mammogram Database, Excerpta Medica ICS '
     '1069:375-378 (1994)', (
     Part('mdb*.pgm', 'films, 200 micron', 322, pixels=((1024, 1024),), known='README of the release'),
@@ -124,8 +125,9 @@ def _records(films, truth, images, scale):
         g, n = group[film], int(film[3:])
         pathology = next((w for w in ('malignant', 'benign') if w in set(g.severity)), 'normal')
         patient, spacing = f'mias_p{(n + 1)//2:03d}', 0.2/scale.get(film, 1.)
-        rows.append(dict(image_path=images.get(film, f'{film}.pgm'), image_id=film, patient_id=patient, exam_id=patient,
-                         laterality='LR'[n % 2], view='MLO', source='mini_mias',
+        rows.append(dict(
+            image_path=images.get(film, f'{film}.pgm'), image_id=film, patient_id=patient, exam_id=patient,
+            laterality='LR'[n % 2], view='MLO', source='mini_mias',
             density='', pathology=pathology, spacing_y=spacing, spacing_x=spacing,
             **{f'label_{k}': float(k in set(g.kind.map(CLASSES))) for k in dict.fromkeys(CLASSES.values()) if k},
             **{f'label_tissue_{t}': float(g.tissue.iloc[0] == c) for c, t in TISSUE.items()}))

@@ -22,8 +22,9 @@ from .vindr import require
 
 # %% ../../../nbs/185_data.releases.nih_cxr.ipynb #1c3bd0ac
 _ENTRY = ('Image Index', 'Finding Labels', 'Patient ID', 'Patient Age', 'Patient Gender', 'View Position')
-NIH_CXR = Release('NIH ChestX-ray14 with the boxes of ChestX-ray8', 'https://nihcc.app.box.com/v/ChestXray-NIHCC',
-                  'none', 'no restriction of use; name the NIH Clinical Center and cite the paper',
+NIH_CXR = Release(
+    'NIH ChestX-ray14 with the boxes of ChestX-ray8', 'https://nihcc.app.box.com/v/ChestXray-NIHCC',
+    'none', 'no restriction of use; name the NIH Clinical Center and cite the paper',
     'Wang X. et al., ChestX-ray8: hospital-scale chest X-ray database and benchmarks, CVPR (2017)', (
     Part('BBox_List_2017.csv', 'one row a box, pixels of 1024 × 1024', 1, 984, ('Image Index', 'Finding Label'),
          known='984 boxes on 880 images (sum of the LoVT tables)'),
@@ -80,8 +81,9 @@ def read_entries(
     age = df['Patient Age'].map(age_years).astype(float)
     for i in np.flatnonzero((age > 120).to_numpy()):
         report.add('impossible age', df['Image Index'][i], int(i), told(df['Patient Age'][i]), 'unknown')
-    out = pd.DataFrame({'patient_id': df['Patient ID'].map(lambda p: f'{int(p):08d}' if p.isdigit() else p),
-                        'view': df['View Position'], 'age': age.where(age <= 120), 'sex': df['Patient Gender'],
+    out = pd.DataFrame({
+        'patient_id': df['Patient ID'].map(lambda p: f'{int(p):08d}' if p.isdigit() else p),
+        'view': df['View Position'], 'age': age.where(age <= 120), 'sex': df['Patient Gender'],
         **{f'label_{k}': found.map(lambda s, k=k: float(k in s)) for k in (*NIH_LABELS, 'no_finding')}})
     return out.set_axis(df['Image Index'].map(lambda p: Path(p).stem))
 

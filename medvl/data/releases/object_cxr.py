@@ -22,8 +22,9 @@ from .vindr import require
 
 # %% ../../../nbs/184_data.releases.object_cxr.ipynb #1fc2b924
 _COLUMNS = ('image_name', 'annotation')
-OBJECT_CXR = Release('Object-CXR (2020)', 'https://github.com/hlk-1135/object-CXR', 'none; archives on Google Drive',
-                     'CC BY-NC 4.0 (as the challenge page stated; not confirmed)',
+OBJECT_CXR = Release(
+    'Object-CXR (2020)', 'https://github.com/hlk-1135/object-CXR', 'none; archives on Google Drive',
+    'CC BY-NC 4.0 (as the challenge page stated; not confirmed)',
     'JF Healthcare, Object-CXR: automatic detection of foreign objects on chest X-rays, MIDL (2020)', (
     Part('train.csv', 'one row an image', 1, 8000, _COLUMNS, known='README of the challenge'),
     Part('dev.csv', 'the same of the validation set', 1, 1000, _COLUMNS, known='README of the challenge'),

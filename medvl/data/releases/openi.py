@@ -20,8 +20,9 @@ from ..text.sentences import count_words
 from .vindr import require
 
 # %% ../../../nbs/187b_data.releases.openi.ipynb #8839881f
-OPENI = Release('Open-I, Indiana University chest X-rays', 'https://openi.nlm.nih.gov/faq', 'none: NLMCXR_png.tgz and '
-                'NLMCXR_reports.tgz', 'CC BY-NC-ND 4.0 (reports and images)',
+OPENI = Release(
+    'Open-I, Indiana University chest X-rays', 'https://openi.nlm.nih.gov/faq', 'none: NLMCXR_png.tgz and '
+    'NLMCXR_reports.tgz', 'CC BY-NC-ND 4.0 (reports and images)',
     'Demner-Fushman D. et al., JAMIA 23(2):304-310 (2016)', (
     Part('ecgen-radiology/*.xml', 'reports', 3955, known='paper'),
     Part('CXR*.png', 'radiographs: NLMCXR_png/CXR1_1_IM-0001-3001.png', 7470, known='paper'),
@@ -150,16 +151,16 @@ def read_openi(
         report.add('views guessed', '', None, f'{n} images that no table calls frontal or lateral', 'by their order')
     records = pd.DataFrame(rows, columns=rows[0].keys() if rows else ['image_id', 'view', 'image_path', 'patient_id'])
     if files == 'present':
-        for name in records.image_id[~records.image_id.isin(list(here))]:
-            report.add('image is absent', name, None, '', 'left out')
-        records = records[records.image_id.isin(list(here))]
+        kept = records.image_id.isin(list(here))
+        for name in records.image_id[~kept]: report.add('image is absent', name, None, '', 'left out')
+        records = records[kept]
     for view, n in records['view'][~records['view'].isin(views)].value_counts().items():
         report.add('other view', view, None, f'{n} images', 'not used')
     studies = {image_name(n): t.uid for t in texts.itertuples() for n in t.images}
     other = records.image_id[~records['view'].isin(views)]
     records = records[records['view'].isin(views)].drop_duplicates('image_id').reset_index(drop=True)
-    report.account_images([image_name(n) for t in texts.itertuples() for n in t.images], records.image_id, other,
-                          studies)
+    named = [image_name(n) for t in texts.itertuples() for n in t.images]
+    report.account_images(named, records.image_id, other, studies)
     if not len(records):
         raise DataError(f'no image of the views {", ".join(views)} is left of {len(texts)} reports.', file=str(root),
                         fix="Unpack NLMCXR_png.tgz into it, or pass files='listed' to read the texts alone.")

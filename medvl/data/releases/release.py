@@ -299,8 +299,9 @@ def check_release(
 # %% ../../../nbs/165_data.releases.release.ipynb #56f20ae1
 _ANNOTATION = ('study_id', 'series_id', 'image_id', 'laterality', 'view_position', 'height', 'width', 'breast_birads',
                'breast_density', 'split')
-VINDR_MAMMO = Release('VinDr-Mammo 1.0.0', 'https://physionet.org/content/vindr-mammo/1.0.0/',
-                      'PhysioNet account; sign the data use agreement (restricted access)',
+VINDR_MAMMO = Release(
+    'VinDr-Mammo 1.0.0', 'https://physionet.org/content/vindr-mammo/1.0.0/',
+    'PhysioNet account; sign the data use agreement (restricted access)',
     'PhysioNet Restricted Health Data License (version number not confirmed); no redistribution',
     'Nguyen H.T. et al., VinDr-Mammo, Scientific Data 10:277 (2023); Pham H.H. et al., PhysioNet (2022), '
     'doi:10.13026/br2v-7517', (
@@ -312,8 +313,9 @@ VINDR_MAMMO = Release('VinDr-Mammo 1.0.0', 'https://physionet.org/content/vindr-
     Part('metadata.csv', 'header fields of the images', 1, needed=False),
     Part('images/*/*.dicom', 'mammograms, one folder a study', 20000, known='data paper: 5000 exams of four views')),
     'medvl.data.releases.vindr.read_vindr')
-RSNA_BREAST = Release('RSNA Screening Mammography Breast Cancer Detection (2022)',
-                      'https://www.kaggle.com/competitions/rsna-breast-cancer-detection',
+RSNA_BREAST = Release(
+    'RSNA Screening Mammography Breast Cancer Detection (2022)',
+    'https://www.kaggle.com/competitions/rsna-breast-cancer-detection',
     'Kaggle account; accept the rules of the competition', 'non-commercial and academic use, no attempt to identify '
     'anyone (RSNA AI-Challenge-Data page)',
     'Carr C. et al., RSNA Screening Mammography Breast Cancer Detection, Kaggle (2022); RSNA, https://www.rsna.org', (

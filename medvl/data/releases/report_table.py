@@ -110,9 +110,9 @@ def read_breast_table(
             else:
                 rows.append(dict(image_path=pattern.format(patient_id=df.patient_id[r], image_id=image),
                                  image_id=Path(image).stem if image.endswith('.png') else image,
-                                   patient_id=df.patient_id[r], exam_id=df.patient_id[r], laterality=df.laterality[r],
-                                   view=views[image], source='breast_table',
-                                   fold=int(df.fold[r]) if 'fold' in df and df.fold[r] else -1, **parts))
+                                 patient_id=df.patient_id[r], exam_id=df.patient_id[r], laterality=df.laterality[r],
+                                 view=views[image], source='breast_table',
+                                 fold=int(df.fold[r]) if 'fold' in df and df.fold[r] else -1, **parts))
         if not any(texts): report.add('no text', df.patient_id[r], r, '', 'kept')
     out = pd.DataFrame(rows)
     alone = int((report.issues.kind == 'image in neither CC nor MLO').sum())

@@ -80,8 +80,9 @@ def read_rsna(
     df = require(read_csv(path), _COLUMNS, path)
     ids, patients = whole(df.image_id), whole(df.patient_id)
     for i in np.flatnonzero(ids.duplicated()): report.add('image listed twice', ids[i], i, '', 'first row used')
-    out = pd.DataFrame({'image_path': [pattern.format(patient_id=p, image_id=i) for p, i in zip(patients, ids)],
-                        'image_id': ids, 'patient_id': patients,
+    out = pd.DataFrame({
+        'image_path': [pattern.format(patient_id=p, image_id=i) for p, i in zip(patients, ids)],
+        'image_id': ids, 'patient_id': patients,
         'exam_id': patients, 'laterality': df.laterality.str.upper(), 'view': df['view'].str.upper(),
         'source': 'rsna_site' + whole(df.site_id),
         'age': df.age.map(age_years).astype(float), 'density': rewrite_column(df.density, density_letter, report),

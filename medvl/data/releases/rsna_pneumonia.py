@@ -20,8 +20,9 @@ from .vindr import require
 
 # %% ../../../nbs/181_data.releases.rsna_pneumonia.ipynb #e2a6e6a1
 _LABELS, _CLASSES = ('patientId', 'x', 'y', 'width', 'height', 'Target'), ('patientId', 'class')
-RSNA_PNEUMONIA = Release('RSNA Pneumonia Detection Challenge (2018)',
-                         'https://www.kaggle.com/competitions/rsna-pneumonia-detection-challenge',
+RSNA_PNEUMONIA = Release(
+    'RSNA Pneumonia Detection Challenge (2018)',
+    'https://www.kaggle.com/competitions/rsna-pneumonia-detection-challenge',
     'Kaggle account; accept the rules of the competition', 'non-commercial and academic use, no attempt to identify '
     'anyone (RSNA AI-Challenge-Data page)',
     'Shih G. et al., Radiology: Artificial Intelligence 1(1):e180041 (2019); Wang X. et al., ChestX-ray8, CVPR (2017)',
@@ -83,8 +84,9 @@ def read_rsna_pneumonia(
     boxes, wrong = release_boxes(table[~table.image_id.isin(bad)], sizes, report, path.name)
     sizes = {n: s for n, s in sizes.items() if n not in wrong}
     masks, sick, classes = box_masks(boxes, sizes, derived), set(boxes.image_id), _read_classes(root, report)
-    records = pd.DataFrame([dict(image_path=derived.image(files[n]), image_id=n, patient_id=n, exam_id=n, laterality='',
-                                 view=chest_view(heads[files[n]]['view']), source='rsna_pneumonia',
+    records = pd.DataFrame([dict(
+        image_path=derived.image(files[n]), image_id=n, patient_id=n, exam_id=n, laterality='',
+        view=chest_view(heads[files[n]]['view']), source='rsna_pneumonia',
         mask_path=masks[n], split='', label_opacity=float(n in sick), label_normal=classes.get(n, np.nan))
         for n in sizes])
     report.account_images(names, sizes, alias=files)

@@ -19,8 +19,9 @@ from .vindr import require
 
 # %% ../../../nbs/183_data.releases.siim.ipynb #f05af966
 _COLUMNS = ('ImageId', 'EncodedPixels')
-SIIM = Release('SIIM-ACR Pneumothorax Segmentation (2019)',
-               'https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation',
+SIIM = Release(
+    'SIIM-ACR Pneumothorax Segmentation (2019)',
+    'https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation',
     'Kaggle account; accept the rules; the DICOM files were given out through the Google Cloud Healthcare API, copies '
     'lie on Kaggle', 'rules of the competition: non-commercial and academic use',
     'Society for Imaging Informatics in Medicine, SIIM-ACR Pneumothorax Segmentation, Kaggle (2019); Wang X. et al., '
