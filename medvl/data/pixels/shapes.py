@@ -35,7 +35,7 @@ def box_mask(
 
 
 def ellipse_mask(
-    box:list|tuple, # x0, y0, x1, y1: what the ellipse fills
+    box:ArrayLike, # x0, y0, x1, y1: what the ellipse fills
     shape:tuple, # (height, width)
 ) -> np.ndarray: # uint8 (h,w)
     "Draw the ellipse inside a box."

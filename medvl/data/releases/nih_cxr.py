@@ -68,7 +68,7 @@ def finding_name(
 
 # %% ../../../nbs/185_data.releases.nih_cxr.ipynb #75b5e4f5
 def read_entries(
-    path:str|Path, # Data_Entry_2017.csv or Data_Entry_2017_v2020.csv
+    path:Path, # Data_Entry_2017.csv or Data_Entry_2017_v2020.csv
     report:Report, # gets the issues
 ) -> pd.DataFrame: # index image_id: patient_id, view, age, sex, label_<finding>, label_no_finding
     """Read the labels.

@@ -40,7 +40,7 @@ RSNA_CLASSES = ('opacity',)
 
 # %% ../../../nbs/181_data.releases.rsna_pneumonia.ipynb #011e4277
 def read_boxes(
-    path:str|Path, # stage_2_train_labels.csv
+    path:Path, # stage_2_train_labels.csv
     report:Report, # gets the issues
 ) -> tuple: # (table of boxes as text, list of images in order, set of images with contradicting rows)
     """Read the rows.
