@@ -9,11 +9,13 @@ __all__ = ['box_mask', 'ellipse_mask', 'polygon_mask', 'rle_mask', 'mask_rle', '
 # %% ../../../nbs/180_data.pixels.shapes.ipynb #07793da0
 import os
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ...core.errors import DataError
 from ...core.paths import atomic_path, digest
@@ -22,7 +24,7 @@ from ..schema import BOXES, Report, empty
 
 # %% ../../../nbs/180_data.pixels.shapes.ipynb #2c52cf94
 def box_mask(
-    boxes, # (n,4) x0, y0, x1, y1 in pixels, exclusive ends
+    boxes:ArrayLike, # (n,4) x0, y0, x1, y1 in pixels, exclusive ends
     shape:tuple, # (height, width)
 ) -> np.ndarray: # uint8 (h,w), 1 inside any box
     "Draw the union of boxes."
@@ -33,7 +35,7 @@ def box_mask(
 
 
 def ellipse_mask(
-    box, # x0, y0, x1, y1: what the ellipse fills
+    box:ArrayLike, # x0, y0, x1, y1: what the ellipse fills
     shape:tuple, # (height, width)
 ) -> np.ndarray: # uint8 (h,w)
     "Draw the ellipse inside a box."
@@ -43,7 +45,7 @@ def ellipse_mask(
 
 # %% ../../../nbs/180_data.pixels.shapes.ipynb #99b73c34
 def polygon_mask(
-    points, # (n,2) x, y of the corners
+    points:ArrayLike, # (n,2) x, y of the corners
     shape:tuple, # (height, width)
 ) -> np.ndarray: # uint8 (h,w)
     "Draw a polygon, its line included."
@@ -55,8 +57,8 @@ def polygon_mask(
 def rle_mask(
     text:str, # run lengths; '-1' or '' is empty
     shape:tuple, # (height, width)
-    file=None, # for the message
-    row=None, # for the message
+    file:str|None=None, # for the message
+    row:int|None=None, # for the message
 ) -> np.ndarray: # uint8 (h,w)
     """Draw run lengths as SIIM-ACR writes them.
 
@@ -65,12 +67,14 @@ def rle_mask(
     if words in ([], ['-1']): return np.zeros(shape, np.uint8)
     where = dict(file=file, row=row, column='EncodedPixels')
     if len(words) % 2 or not all(re.fullmatch(r'\d{1,9}', w) for w in words):
-        raise DataError(f'{quoted(" ".join(words)[:40])} are no run lengths.', **where, fix='They are pairs "skip length", or -1 for an empty mask.')
+        raise DataError(f'{quoted(" ".join(words)[:40])} are no run lengths.', **where, fix='They are pairs "skip '
+                        'length", or -1 for an empty mask.')
     runs = np.array(words, np.int64).reshape(-1, 2)
     ends = np.cumsum(runs.sum(1))
     if ends[-1] > shape[0]*shape[1]:
-        raise DataError(f'the runs end at pixel {ends[-1]}, the image of {shape[0]} × {shape[1]} has {shape[0]*shape[1]}.', **where,
-                        fix='The image is a resized copy, or the runs are counted from the start of the image.')
+        raise DataError(
+            f'the runs end at pixel {ends[-1]}, the image of {shape[0]} × {shape[1]} has {shape[0]*shape[1]}.', **where,
+            fix='The image is a resized copy, or the runs are counted from the start of the image.')
     flat = np.zeros(shape[0]*shape[1], np.uint8)
     for end, length in zip(ends, runs[:, 1]): flat[end - length:end] = 1
     return np.ascontiguousarray(flat.reshape(shape[1], shape[0]).T)
@@ -92,21 +96,25 @@ def release_boxes(
     table:pd.DataFrame, # image_id, label, x0, y0, x1, y1 (text or numbers), row of the release's table
     sizes:dict, # image_id -> (height, width); images that are not in it are not on disk
     report:Report, # gets the issues
-    file='', # name of the release's table
+    file:str='', # name of the release's table
 ) -> tuple: # (boxes, set of images whose truth is incomplete)
     "Check the boxes of a release against its images."
     edges = table[['x0', 'y0', 'x1', 'y1']].apply(pd.to_numeric, errors='coerce').to_numpy(float).reshape(-1, 4)
     bad, out = set(), []
-    for image, label, row, box, text in zip(table.image_id, table.label, table.row, edges, table[['x0', 'y0', 'x1', 'y1']].to_numpy(object)):
+    for image, label, row, box, text in zip(table.image_id, table.label, table.row, edges,
+                                            table[['x0', 'y0', 'x1', 'y1']].to_numpy(object)):
         if image not in sizes: continue
         height, width = sizes[image]
         x0, y0, x1, y1 = np.clip(box, 0, [width, height, width, height])
         if not np.isfinite(box).all() or not (box[:2] < box[2:]).all() or x1 <= x0 or y1 <= y0:
-            why = 'is no number' if not np.isfinite(box).all() else 'is inside out' if not (box[:2] < box[2:]).all() else f'lies outside the image of {width} × {height}'
-            report.add('image with a wrong box', image, int(row), f'{file}: the box {" ".join(t if _is_number(t) else told(t) for t in map(str, text))} {why}', 'image left out')
+            why = ('is no number' if not np.isfinite(box).all() else 'is inside out' if not (box[:2] < box[2:]).all()
+                   else f'lies outside the image of {width} × {height}')
+            report.add('image with a wrong box', image, int(row), f'{file}: the box '
+                       f'{" ".join(t if _is_number(t) else told(t) for t in map(str, text))} {why}', 'image left out')
             bad.add(image)
         else:
-            if (x0, y0, x1, y1) != tuple(box): report.add('box reaches over the edge', image, int(row), ' '.join(map(str, text)), 'cut')
+            if (x0, y0, x1, y1) != tuple(box):
+                report.add('box reaches over the edge', image, int(row), ' '.join(map(str, text)), 'cut')
             out.append((image, label, x0, y0, x1, y1, ''))
     boxes = pd.DataFrame(out, columns=list(BOXES)) if out else empty('boxes')
     twice = boxes.duplicated()
@@ -126,27 +134,30 @@ def _link(link, target):
 class Derived:
     "Where drawn masks are kept. Without a folder nothing is drawn."
     def __init__(self,
-        root, # the release
-        folder=None, # to write into; None draws nothing
+        root:str|Path, # the release
+        folder:str|Path|None=None, # to write into; None draws nothing
     ):
         self.root, self.folder = Path(root), None if folder is None else Path(folder)
-        if not self.root.is_dir(): raise DataError('the folder does not exist.', file=str(root), fix='Give the folder of the release.')
+        if not self.root.is_dir():
+            raise DataError('the folder does not exist.', file=str(root), fix='Give the folder of the release.')
         if folder is None: return
         whole = self.root.resolve()
         if whole == self.folder.resolve() or whole in self.folder.resolve().parents:
-            raise DataError('the folder for masks lies inside the release.', file=str(folder), fix='Choose one outside: a release stays as it was downloaded.')
+            raise DataError('the folder for masks lies inside the release.', file=str(folder),
+                            fix='Choose one outside: a release stays as it was downloaded.')
         self.folder.mkdir(parents=True, exist_ok=True)
         _link(self.folder/'release', whole)
 
     @property
-    def base(self): return self.root if self.folder is None else self.folder # what `prepare` gets as `source_root`
+    def base(self) -> Path: # what `prepare` gets as `source_root`
+        return self.root if self.folder is None else self.folder
 
-    def image(self, path): return path if self.folder is None else f'release/{path}'
+    def image(self, path:str) -> str: return path if self.folder is None else f'release/{path}'
 
     def write(self,
         name:str, # of the image
-        of, # what it is drawn from: JSON
-        draw, # function without arguments -> uint8 (h,w): the values to be written
+        of:object, # what it is drawn from: JSON
+        draw:Callable, # function without arguments -> uint8 (h,w): the values to be written
         kind:str='masks', # sub-folder
     ) -> str: # path relative to `base`, '' without a folder
         "Draw a picture once."
@@ -172,10 +183,10 @@ def chest_view(
 
 
 def on_disk(
-    names, # of images the table speaks of, in its order
+    names:Iterable, # of images the table speaks of, in its order
     files:dict, # name -> path
     report:Report, # gets the absent ones
-    folder, # for the message
+    folder:str|Path, # for the message
     pattern:str, # for the message
 ) -> list: # those that are there, each once
     """Part the images that are there from those that are not.
@@ -184,7 +195,8 @@ def on_disk(
     names = list(dict.fromkeys(names))
     here = [n for n in names if n in files]
     if not here:
-        raise DataError(f'none of the {len(names)} images of the table is here; the first is {names[0]}.' if names else 'the table names no image.', file=str(folder),
+        raise DataError(f'none of the {len(names)} images of the table is here; the first is {names[0]}.' if names
+                        else 'the table names no image.', file=str(folder),
                         fix=f'They should be {pattern}. Unpack the images, or give the folder that holds them.')
     for n in names:
         if n not in files: report.add('image is absent', n, None, '', 'left out')
@@ -202,5 +214,6 @@ def box_masks(
         if image not in groups: out[image] = derived.empty(shape)
         else:
             edges = groups[image][['x0', 'y0', 'x1', 'y1']].to_numpy(float)
-            out[image] = derived.write(image, ['boxes', edges.tolist(), list(shape)], lambda e=edges, s=shape: 255*box_mask(e, s))
+            out[image] = derived.write(image, ['boxes', edges.tolist(), list(shape)],
+                                       lambda e=edges, s=shape: 255*box_mask(e, s))
     return out

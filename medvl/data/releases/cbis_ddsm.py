@@ -23,27 +23,34 @@ from ..schema import BOXES, Report, Source, empty
 from .vindr import require
 
 # %% ../../../nbs/166_data.releases.cbis_ddsm.ipynb #61fd2351
-_BASE = ('patient_id', 'left or right breast', 'image view', 'abnormality id', 'abnormality type', 'assessment', 'pathology', 'subtlety',
+_BASE = ('patient_id', 'left or right breast', 'image view', 'abnormality id', 'abnormality type', 'assessment',
+         'pathology', 'subtlety',
          'image file path', 'cropped image file path', 'ROI mask file path')
-_MASS, _CALC = (*_BASE, 'breast_density', 'mass shape', 'mass margins'), (*_BASE, 'breast density', 'calc type', 'calc distribution')
+_MASS, _CALC = ((*_BASE, 'breast_density', 'mass shape', 'mass margins'),
+                (*_BASE, 'breast density', 'calc type', 'calc distribution'))
 _ROWS = 'common count, 3568 lesions together; not confirmed'
-CBIS_DDSM = Release('CBIS-DDSM', 'https://www.cancerimagingarchive.net/collection/cbis-ddsm/', 'none; images with the NBIA Data Retriever (163.6 GB)', 'CC BY 3.0',
-    'Lee R.S. et al., Scientific Data 4:170177 (2017); Sawyer-Lee R. et al., TCIA (2016), doi:10.7937/K9/TCIA.2016.7O02S9CY', (
+CBIS_DDSM = Release(
+    'CBIS-DDSM', 'https://www.cancerimagingarchive.net/collection/cbis-ddsm/',
+    'none; images with the NBIA Data Retriever (163.6 GB)', 'CC BY 3.0',
+    'Lee R.S. et al., Scientific Data 4:170177 (2017); Sawyer-Lee R. et al., TCIA (2016), '
+    'doi:10.7937/K9/TCIA.2016.7O02S9CY', (
     Part('mass_case_description_train_set.csv', 'masses, training', 1, 1318, _MASS, known=_ROWS),
     Part('mass_case_description_test_set.csv', 'masses, test', 1, 378, _MASS, known=_ROWS),
     Part('calc_case_description_train_set.csv', 'calcifications, training', 1, 1546, _CALC, known=_ROWS),
     Part('calc_case_description_test_set.csv', 'calcifications, test', 1, 326, _CALC, known=_ROWS),
-    Part('*.dcm', 'films, masks and crops', 10239, known='TCIA page'), Part('metadata.csv', 'list of the NBIA Data Retriever', needed=False),
+    Part('*.dcm', 'films, masks and crops', 10239, known='TCIA page'),
+    Part('metadata.csv', 'list of the NBIA Data Retriever', needed=False),
     Part('LICENSE', 'licence text of the retriever', needed=False)), 'medvl.data.releases.cbis_ddsm.read_cbis_ddsm')
 TABLES = {(k, s): f'{k}_case_description_{s}_set' for k in ('mass', 'calc') for s in ('train', 'test')}
 
 # %% ../../../nbs/166_data.releases.cbis_ddsm.ipynb #548a7f88
-_NEEDED = ('patient_id', 'left_or_right_breast', 'image_view', 'abnormality_id', 'breast_density', 'assessment', 'pathology', 'image_file_path')
+_NEEDED = ('patient_id', 'left_or_right_breast', 'image_view', 'abnormality_id', 'breast_density', 'assessment',
+           'pathology', 'image_file_path')
 _FOLDER = re.compile(r'(Mass|Calc)-(Training|Test)_(P_\d+)_(LEFT|RIGHT)_(CC|MLO)(?:_(\d+))?')
 
 
 def read_lesions(
-    folder, # holds the case tables, at any depth
+    folder:str|Path, # holds the case tables, at any depth
     report:Report, # gets the issues
 ) -> pd.DataFrame: # one row a lesion; kind, split, film, roi, the release's columns with underscores
     """Read the case tables that are there.
@@ -58,14 +65,16 @@ def read_lesions(
         df = read_table(path)
         df.columns = [c.replace(' ', '_').lower() for c in df.columns]
         parts.append(require(df, _NEEDED, path).assign(kind=kind, split=split, row=np.arange(len(df)), table=path.name))
-    if not parts: raise DataError('none of the four case tables is in the folder.', file=str(folder), fix=f'Download {TABLES["mass", "train"]}.csv and its fellows.')
+    if not parts:
+        raise DataError('none of the four case tables is in the folder.', file=str(folder),
+                        fix=f'Download {TABLES["mass", "train"]}.csv and its fellows.')
     df = pd.concat(parts, ignore_index=True).fillna('')
     first = lambda column: df[column].str.replace('\\', '/').str.partition('/')[0].str.strip() if column in df else ''
     return df.assign(film=first('image_file_path'), roi=first('roi_mask_file_path'))
 
 # %% ../../../nbs/166_data.releases.cbis_ddsm.ipynb #1e14c2cc
 def find_folders(
-    folder, # of the release
+    folder:str|Path, # of the release
     report:Report|None=None, # gets the folders that cannot be read
 ) -> dict: # name of a film or lesion -> list of its files, relative
     "List the DICOM files under each film's and each lesion's folder."
@@ -93,7 +102,7 @@ def pick_mask(
 
 
 def mask_box(
-    path, # mask file
+    path:str|Path, # mask file
 ) -> tuple|None: # x0, y0, x1, y1 (edges exclusive), or None when nothing is marked
     "Enclose what a mask marks."
     on = read_image(path).pixels > 0
@@ -114,13 +123,21 @@ def film_records(
     groups = lesions.groupby('film', sort=False)
     first, words = groups.first(), lesions.pathology.str.lower()
     _report_rows(lesions, groups, first, words, report)
-    worst = words.map({w: i for i, w in enumerate(_WORST)}).groupby(lesions.film).min().map(dict(enumerate(_WORST))).fillna('')
+    worst = words.map({w: i
+                       for i, w in enumerate(_WORST)}).groupby(lesions.film).min().map(dict(enumerate(_WORST))).fillna(
+                           '')
     found = [_film_file(film, files.get(film, []), root, path, report) for film, path in first.image_file_path.items()]
     size = pd.DataFrame([head for _, head in found])
-    out = pd.DataFrame({'image_path': [path for path, _ in found], 'image_id': first.index, 'patient_id': first.patient_id, 'exam_id': first.patient_id,
-        'laterality': first.left_or_right_breast.str[:1].str.upper(), 'view': first.image_view.str.upper(), 'source': 'cbis_ddsm',
-        'density': first.breast_density.map(density_letter), 'birads': groups.assessment.agg(lambda s: '$'.join(filter(None, s))).map(birads_category), 'pathology': worst.reindex(first.index),
-        'split': first.split, 'label_mass': first.kind.map({'mass': 1.}).astype(float), 'label_calcification': first.kind.map({'calc': 1.}).astype(float)})
+    out = pd.DataFrame({
+        'image_path': [path for path, _ in found], 'image_id': first.index,
+        'patient_id': first.patient_id, 'exam_id': first.patient_id,
+        'laterality': first.left_or_right_breast.str[:1].str.upper(), 'view': first.image_view.str.upper(),
+        'source': 'cbis_ddsm',
+        'density': first.breast_density.map(density_letter),
+        'birads': groups.assessment.agg(lambda s: '$'.join(filter(None, s))).map(birads_category),
+        'pathology': worst.reindex(first.index),
+        'split': first.split, 'label_mass': first.kind.map({'mass': 1.}).astype(float),
+        'label_calcification': first.kind.map({'calc': 1.}).astype(float)})
     return pathology_labels(out.reset_index(drop=True).join(size), report)
 
 # %% ../../../nbs/166_data.releases.cbis_ddsm.ipynb #83a705e4
@@ -128,20 +145,25 @@ def _report_rows(lesions, groups, first, words, report):
     "Report rows of a film that disagree, and words for pathology that are not understood."
     differ = groups[['patient_id', 'left_or_right_breast', 'image_view', 'breast_density']].nunique() > 1
     for column in differ:
-        for film in differ.index[differ[column]]: report.add(f'rows disagree: {column}', film, int(first.row[film]), '', 'first row used')
-    for i in np.flatnonzero(~words.isin(_WORST)): report.add('pathology not understood', lesions.film[i], int(lesions.row[i]), told(lesions.pathology[i]), 'not stated')
+        for film in differ.index[differ[column]]:
+            report.add(f'rows disagree: {column}', film, int(first.row[film]), '', 'first row used')
+    for i in np.flatnonzero(~words.isin(_WORST)):
+        report.add('pathology not understood', lesions.film[i], int(lesions.row[i]), told(lesions.pathology[i]),
+                   'not stated')
 
 
 def _film_file(film, found, root, listed, report):
     "The film's file and size; the table's path when it is absent."
     heads = read_headers(root, found, report)
-    full = [f for f, h in heads.items() if 'full' in h['series'].lower()] or sorted(heads, key=lambda f: -heads[f]['height']*heads[f]['width'])
+    full = ([f for f, h in heads.items() if 'full' in h['series'].lower()]
+            or sorted(heads, key=lambda f: -heads[f]['height']*heads[f]['width']))
     if not full:
         report.add('film is absent', film, None, '', 'set aside in preparation')
         return re.sub(r'\s', '', listed).replace('\\', '/'), dict(height=0, width=0)
     if len(found) > 1: report.add('several files for a film', film, None, ', '.join(found), 'first full mammogram used')
     if not (m := _FOLDER.fullmatch(film)): report.add('odd name of a film', film, None, '', 'kept')
-    elif heads[full[0]]['laterality'] not in ('', m[4][0]): report.add('header says the other side', film, None, '', 'set aside in preparation')
+    elif heads[full[0]]['laterality'] not in ('', m[4][0]):
+        report.add('header says the other side', film, None, '', 'set aside in preparation')
     return full[0], dict(height=heads[full[0]]['height'], width=heads[full[0]]['width'])
 
 # %% ../../../nbs/166_data.releases.cbis_ddsm.ipynb #eb7cdf3a
@@ -153,7 +175,8 @@ def close_leak(
     """Find patients on both sides of the official split.
 
     Raises: ValueError for an unknown rule."""
-    if rule not in ('leak_free', 'as_given'): raise ValueError(f'Unknown rule {rule!r}. There are: leak_free, as_given.')
+    if rule not in ('leak_free', 'as_given'):
+        raise ValueError(f'Unknown rule {rule!r}. There are: leak_free, as_given.')
     both = set(records.patient_id[records.split == 'train']) & set(records.patient_id[records.split == 'test'])
     for patient in sorted(both): report.add('patient in training and test', patient, None, '', rule)
     return records.split.mask(records.patient_id.isin(both) & (records.split == 'train') & (rule == 'leak_free'), '')
@@ -174,7 +197,8 @@ def lesion_boxes(
         path, note = pick_mask(root, files.get(r.roi, []), size[r.film], report)
         box = mask_box(root/path) if path else None
         if box is None:
-            report.add('no box', r.film, int(r.row), f'{r.table}: {note or "the mask marks nothing"}', 'lesion kept without a box')
+            report.add('no box', r.film, int(r.row), f'{r.table}: {note or "the mask marks nothing"}',
+                       'lesion kept without a box')
             continue
         rows.append((r.film, 'mass' if r.kind == 'mass' else 'calcification', *map(float, box), r.pathology.lower()))
         masks.setdefault(r.film, []).append(path)
@@ -183,7 +207,7 @@ def lesion_boxes(
 
 # %% ../../../nbs/166_data.releases.cbis_ddsm.ipynb #fd6c4753
 def read_cbis_ddsm(
-    folder, # holds the case tables and the tree of DICOM files
+    folder:str|Path, # holds the case tables and the tree of DICOM files
     split:str='leak_free', # leak_free or as_given
     boxes:bool=True, # read the masks
 ) -> Source: # records, boxes, sentences (none), report
@@ -199,8 +223,11 @@ def read_cbis_ddsm(
     found, masks = lesion_boxes(lesions, records, files, root, report) if boxes else (empty('boxes'), {})
     records['mask_path'] = [masks.get(film, '') for film in records.image_id]
     twice = records[['patient_id', 'laterality', 'view']].duplicated(keep=False)
-    for film in records.image_id[twice]: report.add('film in both tables', film, None, '', 'kept twice, as the release has it')
+    for film in records.image_id[twice]:
+        report.add('film in both tables', film, None, '', 'kept twice, as the release has it')
     report.account(len(lesions), len(records), {'lesions of one film': len(lesions) - lesions.film.nunique()})
-    report.counts = dict(lesions=len(lesions), films=len(records), patients=records.patient_id.nunique(), films_on_disk=int((records.height > 0).sum()),
-                         boxes=len(found), train=int((records.split == 'train').sum()), test=int((records.split == 'test').sum()), rule=split)
+    report.counts = dict(lesions=len(lesions), films=len(records), patients=records.patient_id.nunique(),
+                         films_on_disk=int((records.height > 0).sum()),
+                         boxes=len(found), train=int((records.split == 'train').sum()),
+                         test=int((records.split == 'test').sum()), rule=split)
     return Source(records.drop(columns=['height', 'width']), found, empty('sentences'), report)

@@ -21,14 +21,20 @@ from .vindr import require
 
 # %% ../../../nbs/188_data.releases.chexpert.ipynb #4d46c8f0
 _COLUMNS = ('Path', 'Sex', 'Age', 'Frontal/Lateral', 'AP/PA')
-CHEXPERT = Release('CheXpert 1.0 (full or small)', 'https://stanfordmlgroup.github.io/competitions/chexpert/', 'registration with Stanford AIMI', 'Stanford University Dataset Research Use Agreement; no redistribution',
+CHEXPERT = Release(
+    'CheXpert 1.0 (full or small)', 'https://stanfordmlgroup.github.io/competitions/chexpert/',
+    'registration with Stanford AIMI', 'Stanford University Dataset Research Use Agreement; no '
+    'redistribution',
     'Irvin J. et al., CheXpert, AAAI (2019)', (
-    Part('train.csv', 'one row an image', 1, 223414, (*_COLUMNS, *CHEXPERT_FINDINGS), known='table of the release'), Part('valid.csv', 'labels by three radiologists', 1, 234, (*_COLUMNS, *CHEXPERT_FINDINGS), known='table of the release'),
-    Part('patient*/study*/view*.jpg', 'train/patient00001/study1/view1_frontal.jpg', 223648, known='sum of the tables'), Part('*.txt', 'notes', needed=False)), 'medvl.data.releases.chexpert.read_chexpert')
+    Part('train.csv', 'one row an image', 1, 223414, (*_COLUMNS, *CHEXPERT_FINDINGS), known='table of the release'),
+    Part('valid.csv', 'labels by three radiologists', 1, 234, (*_COLUMNS, *CHEXPERT_FINDINGS),
+         known='table of the release'),
+    Part('patient*/study*/view*.jpg', 'train/patient00001/study1/view1_frontal.jpg', 223648, known='sum of the tables'),
+    Part('*.txt', 'notes', needed=False)), 'medvl.data.releases.chexpert.read_chexpert')
 
 # %% ../../../nbs/188_data.releases.chexpert.ipynb #cbcde6ad
 def read_chexpert(
-    root, # holds train.csv, valid.csv, train/ and valid/
+    root:str|Path, # holds train.csv, valid.csv, train/ and valid/
     views:tuple=('PA', 'AP', 'FRONTAL'), # to keep; LATERAL is the other
     rule:str='u_ones', # of LABEL_RULES: what uncertain and blank become
 ) -> Source: # records with labels and split (train, valid); boxes, sentences (none); report
@@ -43,14 +49,20 @@ def read_chexpert(
             report.add('valid.csv is absent', '', None, '', 'no validation images')
             continue
         df = require(read_table(path), _COLUMNS, path)
-        parts.append(pd.concat([df[list(_COLUMNS)], read_labels(df, rule, path)], axis=1).assign(row=range(len(df)), file=path.name))
+        parts.append(pd.concat([df[list(_COLUMNS)], read_labels(df, rule, path)],
+                               axis=1).assign(row=range(len(df)), file=path.name))
     df = pd.concat(parts, ignore_index=True)
     place = df.Path.str.extract(r'(?:^|/)((train|valid|test)/(patient\d+)/(study\d+)/([^/]+)\.(?:jpg|jpeg|png))$')
-    for i in np.flatnonzero(place[0].isna()): report.add('path not understood', '', int(df.row[i]), df.file[i], 'left out')
+    for i in np.flatnonzero(place[0].isna()):
+        report.add('path not understood', '', int(df.row[i]), df.file[i], 'left out')
     view = [_view(side, direction) for side, direction in zip(df['Frontal/Lateral'], df['AP/PA'])]
     age = df.Age.map(age_years).astype(float)
-    records = pd.DataFrame(dict(image_path=place[0], image_id=place[2] + '_' + place[3] + '_' + place[4], patient_id=place[2], exam_id=place[2] + '_' + place[3], laterality='', view=view, source='chexpert',
-        age=age.where(age.between(0, 120)), split=place[1])).join(df[[c for c in df if c.startswith('label_')]])[place[0].notna()]
+    records = pd.DataFrame(dict(
+        image_path=place[0], image_id=place[2] + '_' + place[3] + '_' + place[4],
+        patient_id=place[2], exam_id=place[2] + '_' + place[3], laterality='', view=view,
+        source='chexpert',
+        age=age.where(age.between(0, 120)),
+        split=place[1])).join(df[[c for c in df if c.startswith('label_')]])[place[0].notna()]
     return _present(records, root, views, report, len(df))
 
 
@@ -61,15 +73,22 @@ def _view(side, direction):
 # %% ../../../nbs/188_data.releases.chexpert.ipynb #62375eb1
 def _present(records, root, views, report, read):
     "Records of the wanted views whose files are there."
-    found = {m[1]: p for p in find_files(root, ('*.jpg', '*.jpeg', '*.png'), report) if (m := re.search(r'(?:^|/)((?:train|valid|test)/patient\d+/study\d+/[^/]+)$', p))}
-    for view, n in records['view'][~records['view'].isin(views)].value_counts().items(): report.add('other view', view, None, f'{n} images', 'not used')
+    found = {m[1]: p for p in find_files(root, ('*.jpg', '*.jpeg', '*.png'), report)
+             if (m := re.search(r'(?:^|/)((?:train|valid|test)/patient\d+/study\d+/[^/]+)$', p))}
+    for view, n in records['view'][~records['view'].isin(views)].value_counts().items():
+        report.add('other view', view, None, f'{n} images', 'not used')
     lost, named = read - len(records), len(records)
     records = records[records['view'].isin(views)]
     passed = named - len(records)
     here = records.image_path.isin(list(found))
     for path in records.image_path[~here]: report.add('image is absent', path, None, '', 'left out', file=path)
-    records = records[here].assign(image_path=lambda t: t.image_path.map(found)).drop_duplicates('image_id').reset_index(drop=True)
-    if not len(records): raise DataError(f'none of {len(here)} images of the views {", ".join(views)} is here.', file=str(root), fix='They should be train/patient00001/study1/view1_frontal.jpg.')
-    report.account(read, len(records), {'image listed twice': int(here.sum()) - len(records)}, {'path not understood': lost, 'image is absent': int((~here).sum())}, passed)
-    report.counts = dict(images=len(records), studies=records.exam_id.nunique(), patients=records.patient_id.nunique(), **{s: int((records.split == s).sum()) for s in ('train', 'valid')})
+    records = records[here].assign(
+        image_path=lambda t: t.image_path.map(found)).drop_duplicates('image_id').reset_index(drop=True)
+    if not len(records):
+        raise DataError(f'none of {len(here)} images of the views {", ".join(views)} is here.', file=str(root),
+                        fix='They should be train/patient00001/study1/view1_frontal.jpg.')
+    report.account(read, len(records), {'image listed twice': int(here.sum()) - len(records)},
+                   {'path not understood': lost, 'image is absent': int((~here).sum())}, passed)
+    report.counts = dict(images=len(records), studies=records.exam_id.nunique(), patients=records.patient_id.nunique(),
+                         **{s: int((records.split == s).sum()) for s in ('train', 'valid')})
     return Source(records, empty('boxes'), empty('sentences'), report)

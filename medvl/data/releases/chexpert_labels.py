@@ -7,6 +7,7 @@ __all__ = ['LABEL_RULES', 'CHEXPERT_FINDINGS', 'LOVT_FINDINGS', 'label_of', 'rea
 
 # %% ../../../nbs/186b_data.releases.chexpert_labels.ipynb #61363977
 import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,11 @@ LABEL_RULES = { # (uncertain, blank)
     'u_zeros': (0., 0.),
     'u_ignore': (np.nan, 0.),
     'stated': (np.nan, np.nan)}
-CHEXPERT_FINDINGS = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion', 'Edema', 'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax', 'Pleural Effusion',
+CHEXPERT_FINDINGS = ('No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion', 'Edema',
+                     'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax', 'Pleural Effusion',
                      'Pleural Other', 'Fracture', 'Support Devices')
-LOVT_FINDINGS = ('cardiomegaly', 'edema', 'consolidation', 'atelectasis', 'pleural_effusion') # what LoVT's supervised baseline and online probes learn, in this order
+# what LoVT's supervised baseline and online probes learn, in this order
+LOVT_FINDINGS = ('cardiomegaly', 'edema', 'consolidation', 'atelectasis', 'pleural_effusion')
 
 
 def label_of(
@@ -34,18 +37,23 @@ def label_of(
 def read_labels(
     table:pd.DataFrame, # with columns of CHEXPERT_FINDINGS, as text
     rule:str='u_ones', # of LABEL_RULES
-    file='', # for the message
+    file:str|Path='', # for the message
 ) -> pd.DataFrame: # float: label_<finding>, 1, 0 or NaN
     """Bring the labels to 1, 0 and NaN.
 
-    Raises: ValueError for an unknown rule; DataError for a table without findings, and for a value that is none of the four."""
+    Raises: ValueError for an unknown rule; DataError for a table without findings, and for a value that is none of
+        the four."""
     if rule not in LABEL_RULES: raise ValueError(unknown_name('rule for labels', rule, LABEL_RULES))
     names, (uncertain, blank), out = [n for n in CHEXPERT_FINDINGS if n in table], LABEL_RULES[rule], {}
-    if not names: raise DataError(f'no column is a finding; there are {", ".join(map(str, table.columns))}.', file=str(file), fix=f'The findings are {", ".join(CHEXPERT_FINDINGS[:3])} …')
+    if not names:
+        raise DataError(f'no column is a finding; there are {", ".join(map(str, table.columns))}.', file=str(file),
+                        fix=f'The findings are {", ".join(CHEXPERT_FINDINGS[:3])} …')
     for name in names:
         text = table[name].astype(str).str.strip()
         value = pd.to_numeric(text.where(text != ''), errors='coerce')
         bad = np.flatnonzero((text != '').to_numpy() & ~value.isin([0, 1, -1]).to_numpy())
-        if bad.size: raise DataError(f'{quoted(text.iloc[bad[0]])} is no label.', file=str(file), row=int(bad[0]), column=name, fix='A label is 1, 0, -1 or empty.')
+        if bad.size:
+            raise DataError(f'{quoted(text.iloc[bad[0]])} is no label.', file=str(file), row=int(bad[0]), column=name,
+                            fix='A label is 1, 0, -1 or empty.')
         out[label_of(name)] = value.where(value != -1, uncertain).where(text != '', blank).astype(float)
     return pd.DataFrame(out, index=table.index)

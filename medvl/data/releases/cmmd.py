@@ -22,29 +22,39 @@ from .vindr import label_name, require
 # %% ../../../nbs/168_data.releases.cmmd.ipynb #255c0289
 _COLUMNS = ('ID1', 'LeftRight', 'Age', 'number', 'abnormality', 'classification', 'subtype')
 SUBTYPES = ('Luminal A', 'Luminal B', 'HER2-enriched', 'triple negative')
-CMMD = Release('CMMD', 'https://www.cancerimagingarchive.net/collection/cmmd/', 'none; images with the NBIA Data Retriever', 'CC BY 4.0 (third-party registries; the TCIA page itself was not read)',
+CMMD = Release(
+    'CMMD', 'https://www.cancerimagingarchive.net/collection/cmmd/', 'none; images with the NBIA Data '
+    'Retriever', 'CC BY 4.0 (third-party registries; the TCIA page itself was not read)',
     'Cui C. et al., The Chinese Mammography Database (CMMD), TCIA (2021), doi:10.7937/tcia.eqde-4b16', (
-    Part('CMMD_clinicaldata_revision.csv', 'one row a breast; the release has .xlsx: export it', 1, 1872, _COLUMNS, known="a user's inventory of the release"),
+    Part('CMMD_clinicaldata_revision.csv', 'one row a breast; the release has .xlsx: export it', 1, 1872, _COLUMNS,
+         known="a user's inventory of the release"),
     Part('CMMD_clinicaldata_revision.xlsx', 'the same as released', 1, needed=False),
     Part('*.dcm', 'mammograms', 5202, pixels=((2294, 1914),), known="a user's inventory of the release"),
-    Part('metadata.csv', 'list of the NBIA Data Retriever', needed=False), Part('LICENSE', 'licence text of the retriever', needed=False)), 'medvl.data.releases.cmmd.read_cmmd')
+    Part('metadata.csv', 'list of the NBIA Data Retriever', needed=False),
+    Part('LICENSE', 'licence text of the retriever', needed=False)), 'medvl.data.releases.cmmd.read_cmmd')
 
 # %% ../../../nbs/168_data.releases.cmmd.ipynb #d99492d5
 def read_images(
-    folder, # of the release
+    folder:str|Path, # of the release
     report:Report, # gets the issues
 ) -> pd.DataFrame: # image_path, image_id, patient_id, laterality, view
     "List the images with what their headers say."
     root, rows = Path(folder), []
-    for path, head in read_headers(root, progress(find_files(root, ('*.dcm',), report), desc='headers', unit='file'), report).items():
+    for path, head in read_headers(root, progress(find_files(root, ('*.dcm',), report), desc='headers', unit='file'),
+                                   report).items():
         patient = next((p for p in path.split('/') if p[:3] in ('D1-', 'D2-')), '')
         if not patient:
             report.add('file outside a patient folder', path, None, '', 'left out')
             continue
-        if head['patient'] not in ('', patient): report.add('folder and header name different patients', path, None, '', 'folder used')
-        if not head['laterality'] or not head['view']: report.add('no side or view in the header', path, None, '', 'set aside in preparation')
-        if head['view_modifier']: report.add('special view', path, None, head['view_modifier'], 'set aside in preparation')
-        name = '_'.join([patient, head['laterality'], head['view'], *head['view_modifier'].replace(', ', '_').replace(' ', '-').split()]) # a plain view keeps its name
+        if head['patient'] not in ('', patient):
+            report.add('folder and header name different patients', path, None, '', 'folder used')
+        if not head['laterality'] or not head['view']:
+            report.add('no side or view in the header', path, None, '', 'set aside in preparation')
+        if head['view_modifier']:
+            report.add('special view', path, None, head['view_modifier'], 'set aside in preparation')
+        # a plain view keeps its name
+        name = '_'.join([patient, head['laterality'], head['view'],
+                         *head['view_modifier'].replace(', ', '_').replace(' ', '-').split()])
         rows.append((path, name, patient, head['laterality'], head['view']))
     df = pd.DataFrame(rows, columns=['image_path', 'image_id', 'patient_id', 'laterality', 'view'])
     number = df.groupby('image_id').cumcount()
@@ -52,7 +62,7 @@ def read_images(
 
 # %% ../../../nbs/168_data.releases.cmmd.ipynb #f37f45bf
 def read_cmmd(
-    folder, # holds the clinical table and the tree of DICOM files
+    folder:str|Path, # holds the clinical table and the tree of DICOM files
 ) -> Source: # records, boxes (none), sentences (none), report
     """Read CMMD.
 
@@ -62,19 +72,25 @@ def read_cmmd(
     path = find_table(root, 'CMMD_clinicaldata_revision', 'CMMD_clinicaldata_revision_CSV', 'CMMD_clinicaldata')
     df = require(read_table(path), _COLUMNS, path)
     images = read_images(root, report)
-    left = report.issues.kind[report.issues.kind.isin(['file outside a patient folder', 'header cannot be read'])].value_counts().to_dict()
+    left = report.issues.kind[report.issues.kind.isin(['file outside a patient folder',
+                                                       'header cannot be read'])].value_counts().to_dict()
     report.account(len(images) + sum(left.values()), len(images), aside=left)
-    if not len(images): raise DataError('no image of a patient D1-… or D2-… is in the folder.', file=str(root), fix='Give the folder that holds the tree of TCIA.')
+    if not len(images):
+        raise DataError('no image of a patient D1-… or D2-… is in the folder.', file=str(root),
+                        fix='Give the folder that holds the tree of TCIA.')
     df = df.assign(side=df.LeftRight.str[:1].str.upper())
-    for i in np.flatnonzero(df.duplicated(['ID1', 'side'])): report.add('breast twice in the table', '', int(i), '', 'first row used')
+    for i in np.flatnonzero(df.duplicated(['ID1', 'side'])):
+        report.add('breast twice in the table', '', int(i), '', 'first row used')
     known = df.drop_duplicates(['ID1', 'side']).set_index(['ID1', 'side'])
     keys = pd.MultiIndex.from_arrays([images.patient_id, images.laterality])
     lone = [i for i, key in enumerate(zip(df.ID1, df.side)) if key in set(known.index.difference(keys))]
     for i in lone: report.add('breast without images', '', i, '', 'left out')
     row = known.reindex(keys).fillna('').reset_index(drop=True)
-    if (n := int((row.classification == '').sum())): report.add('breast not in the table', '', None, f'{n} images', 'kept without labels')
+    if (n := int((row.classification == '').sum())):
+        report.add('breast not in the table', '', None, f'{n} images', 'kept without labels')
     age = df.drop_duplicates('ID1').set_index('ID1').Age
-    out = images.assign(exam_id=images.patient_id, source='cmmd_' + images.patient_id.str[:2].str.lower(), age=images.patient_id.map(age).fillna('').map(age_years).astype(float),
+    out = images.assign(exam_id=images.patient_id, source='cmmd_' + images.patient_id.str[:2].str.lower(),
+                        age=images.patient_id.map(age).fillna('').map(age_years).astype(float),
                         pathology=row.classification.str.lower())
     return Source(_labels(out, row, report), empty('boxes'), empty('sentences'), report)
 
@@ -82,12 +98,20 @@ def read_cmmd(
 def _labels(out, row, report):
     "Add the labels and the counts."
     out, kind = pathology_labels(out, report), row.abnormality.str.lower().str.strip()
-    for value in sorted(set(kind) - {'mass', 'calcification', 'both', ''}): report.add('unknown abnormality', told(value), None, '', 'not stated')
-    for name in ('mass', 'calcification'): out[f'label_{name}'] = kind.map({name: 1., 'both': 1., {'mass': 'calcification', 'calcification': 'mass'}[name]: 0.}).astype(float)
+    for value in sorted(set(kind) - {'mass', 'calcification', 'both', ''}):
+        report.add('unknown abnormality', told(value), None, '', 'not stated')
+    for name in ('mass', 'calcification'):
+        out[f'label_{name}'] = kind.map({name: 1., 'both': 1.,
+                                         {'mass': 'calcification', 'calcification': 'mass'}[name]: 0.}).astype(float)
     subtype = row.subtype.str.lower().str.strip()
-    for value in sorted(set(subtype) - {s.lower() for s in SUBTYPES} - {''}): report.add('unknown subtype', told(value), None, '', 'not stated')
+    for value in sorted(set(subtype) - {s.lower() for s in SUBTYPES} - {''}):
+        report.add('unknown subtype', told(value), None, '', 'not stated')
     stated = subtype.isin([s.lower() for s in SUBTYPES])
-    for name in SUBTYPES: out[f'label_subtype_{label_name(name).replace("-", "_")}'] = (subtype == name.lower()).astype(float).where(stated)
-    report.counts = dict(images=len(out), patients=out.patient_id.nunique(), images_without_label=int((out.pathology == '').sum()),
-                         malignant=int((out.pathology == 'malignant').sum()), benign=int((out.pathology == 'benign').sum()), images_with_subtype=int(stated.sum()))
+    for name in SUBTYPES:
+        out[f'label_subtype_{label_name(name).replace("-", "_")}'] = (subtype == name.lower()).astype(float).where(
+            stated)
+    report.counts = dict(images=len(out), patients=out.patient_id.nunique(),
+                         images_without_label=int((out.pathology == '').sum()),
+                         malignant=int((out.pathology == 'malignant').sum()),
+                         benign=int((out.pathology == 'benign').sum()), images_with_subtype=int(stated.sum()))
     return out

@@ -21,36 +21,48 @@ from ..schema import Report, Source, empty
 from ..pixels.shapes import Derived, on_disk
 
 # %% ../../../nbs/182_data.releases.covid_rural.ipynb #6fed9f6b
-COVID_RURAL = Release('COVID Rural (COVID-19-AR with opacity masks)', 'https://github.com/haimingt/opacity_segmentation_covid_chest_X_ray', 'none: clone the repository',
-    'images CC BY 4.0 (TCIA COVID-19-AR); no licence stated for the masks', 'Desai S. et al., Scientific Data 7:414 (2020), doi:10.7937/tcia.2020.py71-5978; Tang H. et al., medRxiv 2020.10.19.20215483', (
-    Part('jpgs/*.jpg', 'radiographs, stored in colour', 221, known='LoVT tables: 133 + 44 + 44'), Part('pngs_masks/*.png', 'masks, 0 and 1', 221, known='one an image'),
-    Part('covid_rural_patient_info.csv', 'age, sex, course', 1, needed=False), Part('covid_rural_radiologist_notes.csv', 'notes of a radiologist', 1, needed=False),
-    Part('*.json', 'outlines of lungs and opacities', needed=False), Part('*_predictions/*', 'what a model predicted', needed=False)), 'medvl.data.releases.covid_rural.read_covid_rural')
+COVID_RURAL = Release(
+    'COVID Rural (COVID-19-AR with opacity masks)',
+    'https://github.com/haimingt/opacity_segmentation_covid_chest_X_ray',
+    'none: clone the repository',
+    'images CC BY 4.0 (TCIA COVID-19-AR); no licence stated for the masks', 'Desai S. et al., Scientific Data 7:414 '
+    '(2020), doi:10.7937/tcia.2020.py71-5978; Tang H. et al., medRxiv 2020.10.19.20215483', (
+    Part('jpgs/*.jpg', 'radiographs, stored in colour', 221, known='LoVT tables: 133 + 44 + 44'),
+    Part('pngs_masks/*.png', 'masks, 0 and 1', 221, known='one an image'),
+    Part('covid_rural_patient_info.csv', 'age, sex, course', 1, needed=False),
+    Part('covid_rural_radiologist_notes.csv', 'notes of a radiologist', 1, needed=False),
+    Part('*.json', 'outlines of lungs and opacities', needed=False),
+    Part('*_predictions/*', 'what a model predicted', needed=False)),
+    'medvl.data.releases.covid_rural.read_covid_rural')
 COVID_CLASSES = ('opacity',)
 
 # %% ../../../nbs/182_data.releases.covid_rural.ipynb #67e66365
 def grey_mean(
-    path, # JPEG or PNG, grey or colour
+    path:str|Path, # JPEG or PNG, grey or colour
 ) -> np.ndarray: # uint8 (h,w)
     """Average the channels of an image.
 
     Raises: DataError when it cannot be decoded."""
-    pixels = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION) if Path(path).stat().st_size else None
+    pixels = (cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_UNCHANGED | cv2.IMREAD_IGNORE_ORIENTATION)
+              if Path(path).stat().st_size else None)
     if pixels is None: raise DataError('the image cannot be decoded.', file=str(path), fix='Download it again.')
     if pixels.dtype != np.uint8: raise DataError(f'the image holds {pixels.dtype}, not 8 bits.', file=str(path))
     return pixels if pixels.ndim == 2 else np.rint(pixels[..., :3].mean(axis=2)).astype(np.uint8)
 
 # %% ../../../nbs/182_data.releases.covid_rural.ipynb #3efd3880
 def read_mask(
-    path, # PNG, 0 and 1 (or 0 and 255)
+    path:str|Path, # PNG, 0 and 1 (or 0 and 255)
 ) -> np.ndarray: # uint8 (h,w) 0/1
     """Read a mask.
 
     Raises: DataError when it holds anything but two values, one of them 0."""
     mask = read_image(path, colour='luma').pixels
     values = np.unique(mask)
-    if len(values) > 2 or (len(values) and values[0] != 0 and len(values) > 1) or (len(values) and values[-1] not in (0, 1, 255)):
-        raise DataError(f'the mask holds the values {", ".join(map(str, values[:5]))}{" …" if len(values) > 5 else ""}, not 0 and 1.', file=str(path), fix='A JPEG copy of a mask has such values: take the PNG.')
+    if len(values) > 2 or (len(values) and values[0] != 0
+                           and len(values) > 1) or (len(values) and values[-1] not in (0, 1, 255)):
+        raise DataError('the mask holds the values '
+                        f'{", ".join(map(str, values[:5]))}{" …" if len(values) > 5 else ""}, not 0 and 1.',
+                        file=str(path), fix='A JPEG copy of a mask has such values: take the PNG.')
     return (mask > 0).astype(np.uint8)
 
 
@@ -67,28 +79,37 @@ def fit_mask(
     mask, inside = read_mask(path), path.relative_to(derived.root).as_posix()
     if mask.shape == size: return derived.image(inside), bool(mask.any())
     if not resize or derived.folder is None:
-        raise DataError(f'the mask has {mask.shape[0]} × {mask.shape[1]} pixels, the image {size[0]} × {size[1]}.', file=inside, fix='Take both from one download, or pass resize_masks=True and a derived folder.')
+        raise DataError(f'the mask has {mask.shape[0]} × {mask.shape[1]} pixels, the image {size[0]} × {size[1]}.',
+                        file=inside, fix='Take both from one download, or pass resize_masks=True and a derived folder.')
     small = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-    return derived.write(name, ['resized', path.stat().st_size, path.stat().st_mtime_ns, list(size)], lambda: 255*small), bool(small.any())
+    return derived.write(name, ['resized', path.stat().st_size, path.stat().st_mtime_ns, list(size)],
+                         lambda: 255*small), bool(small.any())
 
 # %% ../../../nbs/182_data.releases.covid_rural.ipynb #b4e14df0
 def _record(name, path, mask, head, resize, derived, report):
     "One row of the records, or None."
     patient = re.match(r'(COVID-19-AR-\d+)_', name)
-    if not patient or not mask: return report.add('name without a patient' if not patient else 'image without a mask', name, None, '', 'left out', file=path)
+    if not patient or not mask:
+        return report.add('name without a patient' if not patient else 'image without a mask', name, None, '',
+                          'left out', file=path)
     try: kept, marked = fit_mask(name, derived.root/mask, (head['height'], head['width']), resize, derived)
-    except (DataError, OSError) as e: return report.add('mask cannot be used', name, None, reason_about(getattr(e, 'message', e.strerror if isinstance(e, OSError) else ''), derived.root/mask), 'image left out', file=path)
-    return dict(image_path=_grey_copy(name, derived.root/path, derived) or path, image_id=name, patient_id=patient[1], exam_id=name, laterality='', view='FRONTAL', source='covid_rural', mask_path=kept,
+    except (DataError, OSError) as e:
+        return report.add('mask cannot be used', name, None,
+                          reason_about(getattr(e, 'message', e.strerror if isinstance(e, OSError) else ''),
+                                       derived.root/mask), 'image left out', file=path)
+    return dict(image_path=_grey_copy(name, derived.root/path, derived) or path, image_id=name, patient_id=patient[1],
+                exam_id=name, laterality='', view='FRONTAL', source='covid_rural', mask_path=kept,
                 split='', label_opacity=float(marked))
 
 
 def _grey_copy(name, path, derived):
-    return derived.write(name, ['grey mean', path.stat().st_size, path.stat().st_mtime_ns], lambda: grey_mean(path), kind='grey')
+    return derived.write(name, ['grey mean', path.stat().st_size, path.stat().st_mtime_ns], lambda: grey_mean(path),
+                         kind='grey')
 
 # %% ../../../nbs/182_data.releases.covid_rural.ipynb #0a7ddd2f
 def read_covid_rural(
-    root, # covid_rural_annot, or a folder that holds it
-    derived=None, # folder for grey images; None leaves the colour files, which `prepare` reads with colour='luma'
+    root:str|Path, # covid_rural_annot, or a folder that holds it
+    derived:str|Path|None=None, # folder for grey images; None leaves the colour, which `prepare` reads as luma
     resize_masks:bool=False, # bring masks of another size to their image (needs `derived`)
 ) -> Source: # records, boxes (none), sentences (none), report
     """Read COVID Rural.
@@ -100,10 +121,16 @@ def read_covid_rural(
     masks = {Path(p).stem: p for p in find_files(root, ('pngs_masks/*.png',), report)}
     here = on_disk(sorted(files), files, report, root, 'jpgs/COVID-19-AR-<patient>_<date>-XR.jpg')
     heads = read_headers(root, [files[n] for n in here], report)
-    rows = [row for n in here if files[n] in heads and (row := _record(n, files[n], masks.get(n), heads[files[n]], resize_masks, derived, report))]
-    for name in sorted(set(masks) - set(files)): report.add('mask without an image', name, None, '', 'left out', file=masks[name])
-    if not rows: raise DataError(f'none of {len(here)} images can be used; the first: {report.issues.kind.iloc[0]}, {report.issues.detail.iloc[0]}', file=str(root), fix='The masks should be pngs_masks/<name of the image>.png.')
+    rows = [row for n in here if files[n] in heads
+            and (row := _record(n, files[n], masks.get(n), heads[files[n]], resize_masks, derived, report))]
+    for name in sorted(set(masks) - set(files)):
+        report.add('mask without an image', name, None, '', 'left out', file=masks[name])
+    if not rows:
+        raise DataError(f'none of {len(here)} images can be used; the first: {report.issues.kind.iloc[0]}, '
+                        f'{report.issues.detail.iloc[0]}', file=str(root),
+                        fix='The masks should be pngs_masks/<name of the image>.png.')
     records = pd.DataFrame(rows)
     report.account_images(sorted(files), records.image_id, alias=files)
-    report.counts = dict(images=len(records), patients=records.patient_id.nunique(), with_opacity=int(records.label_opacity.sum()), left_out=len(files) - len(records))
+    report.counts = dict(images=len(records), patients=records.patient_id.nunique(),
+                         with_opacity=int(records.label_opacity.sum()), left_out=len(files) - len(records))
     return Source(records, empty('boxes'), empty('sentences'), report)

@@ -21,8 +21,8 @@ from .vindr import label_name, read_vindr
 
 # %% ../../../nbs/164_data.releases.finding_table.ipynb #da65e3fa
 def four_lists(
-    present, # findings that are there; none: `No Finding`
-    absent, # findings that are not there
+    present:list|tuple, # findings that are there; none: `No Finding`
+    absent:list|tuple, # findings that are not there
     laterality:str, # L or R
     complete:bool=True, # everything is stated, so that nothing present means `No Finding`
 ) -> list: # present right, present left, absent right, absent left
@@ -37,8 +37,8 @@ def four_lists(
 
 # %% ../../../nbs/164_data.releases.finding_table.ipynb #a48516f3
 def label_findings(
-    labels, # names of labels, as a data set has them
-    findings=FINDINGS, # findings that count
+    labels:list|tuple, # names of labels, as a data set has them
+    findings:list|tuple=FINDINGS, # findings that count
 ) -> dict: # {column of the manifest: finding}
     """Find the findings among the labels.
 
@@ -62,45 +62,50 @@ def view_findings(
 
 # %% ../../../nbs/164_data.releases.finding_table.ipynb #0441f23f
 _VIEWS = ('CC', 'MLO')
-COLUMNS = ('patient_id', 'laterality', 'split', 'image', 'view', 'CC', 'MLO', 'cc_findings', 'mlo_findings', 'CC_FINDING', 'MLO_FINDING',
+COLUMNS = ('patient_id', 'laterality', 'split', 'image', 'view', 'CC', 'MLO', 'cc_findings', 'mlo_findings',
+           'CC_FINDING', 'MLO_FINDING',
            'fold', 'patient_id_laterality')
 
 
 def _row(patient, side, group, columns):
     "One breast."
-    row = {'patient_id': patient, 'laterality': side, 'split': {'train': 'training'}.get(group.split.iloc[0], group.split.iloc[0]),
+    row = {'patient_id': patient, 'laterality': side,
+           'split': {'train': 'training'}.get(group.split.iloc[0], group.split.iloc[0]),
            'image': group.image_id.tolist(),
            'view': [v for v in _VIEWS if (group['view'] == v).any()]}
     for v in _VIEWS:
         images = group[group['view'] == v]
         present, absent = view_findings(images, columns)
         complete = len(present) + len(absent) == len(columns)
-        row |= {v: images.image_id.tolist(), f'{v.lower()}_findings': list(present) or ([NORMAL] if len(images) and complete else []),
+        row |= {v: images.image_id.tolist(), f'{v.lower()}_findings': list(present)
+                or ([NORMAL] if len(images) and complete else []),
                 f'{v}_FINDING': four_lists(present, absent, side, complete) if len(images) else [[], [], [], []]}
     return row | {'fold': int(group.split.iloc[0] == 'train'), 'patient_id_laterality': f'{patient}_{side}'}
 
 # %% ../../../nbs/164_data.releases.finding_table.ipynb #993d5f10
 def finding_table(
     records:pd.DataFrame, # of a builder's Source, or the manifest of a prepared data set
-    findings=FINDINGS, # findings that count
+    findings:list|tuple=FINDINGS, # findings that count
 ) -> pd.DataFrame: # one row a breast, COLUMNS
     """Make the table of breasts.
 
     Raises: DataError when a breast lies in two splits or no label is a finding."""
     columns = label_findings([c[6:] for c in records.columns if c.startswith('label_')], findings)
     rows = []
-    for (patient, side), group in records[records['view'].isin(_VIEWS)].groupby(['patient_id', 'laterality'], sort=True, observed=True):
-        if group.split.nunique() > 1: raise DataError(f'the images of {patient}, {side}, lie in {sorted(group.split.unique())}.',
-                                                      column='split', fix='Split by patient.')
+    for (patient, side), group in records[records['view'].isin(_VIEWS)].groupby(
+            ['patient_id', 'laterality'], sort=True, observed=True):
+        if group.split.nunique() > 1:
+            raise DataError(f'the images of {patient}, {side}, lie in {sorted(group.split.unique())}.',
+                            column='split', fix='Split by patient.')
         rows.append(_row(patient, side, group.sort_values('image_id'), columns))
     if not rows: raise DataError('no image has the view CC or MLO.', column='view')
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 # %% ../../../nbs/164_data.releases.finding_table.ipynb #e1441404
 def vindr_findings(
-    folder, # holds VinDr's two annotation tables
+    folder:str|Path, # holds VinDr's two annotation tables
     rule:str='any_positive', # how rows of one image are resolved (medvl.data.releases.vindr)
-    findings=FINDINGS, # findings that count
+    findings:list|tuple=FINDINGS, # findings that count
 ) -> pd.DataFrame: # one row a breast, COLUMNS
     "Make the table of breasts from the raw annotations."
     return finding_table(read_vindr(folder, rule).records, findings)
@@ -110,7 +115,8 @@ def _literal(text, file, row, column):
     "A Python literal, read without running it."
     try: value = ast.literal_eval(text) if len(text) < 100_000 else None
     except (ValueError, SyntaxError, MemoryError, RecursionError): value = None
-    if not isinstance(value, (list, tuple)): raise DataError(f'{quoted(text)} is no list.', file=file, row=row, column=column,
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f'{quoted(text)} is no list.', file=file, row=row, column=column,
                                                              fix="Write it as ['a', 'b'].")
     return list(value)
 
@@ -127,10 +133,10 @@ def _flat(value, file, row, column):
 
 # %% ../../../nbs/164_data.releases.finding_table.ipynb #ede6fa71
 def read_lists(
-    text, # cell: text of four lists, or the lists themselves
-    file=None, # for messages
-    row=None, # for messages
-    column=None, # for messages
+    text:str|list, # cell: text of four lists, or the lists themselves
+    file:str|None=None, # for messages
+    row:int|None=None, # for messages
+    column:str|None=None, # for messages
 ) -> tuple: # (four lists of findings, whether something was repaired)
     """Read the four lists of a cell.
 
@@ -139,7 +145,9 @@ def read_lists(
     if len(groups) != 4: raise DataError(f'{len(groups)} lists; four are needed.', file=file, row=row, column=column)
     lists = [_flat([g] if isinstance(g, str) else g, file, row, column) for g in groups]
     for f in (f for g in lists for f in g):
-        if f not in (*FINDINGS, NORMAL): raise DataError(unknown_name('finding', f if closest(f, FINDINGS) else told(f), (*FINDINGS, NORMAL)), file=file, row=row, column=column)
+        if f not in (*FINDINGS, NORMAL):
+            raise DataError(unknown_name('finding', f if closest(f, FINDINGS) else told(f), (*FINDINGS, NORMAL)),
+                            file=file, row=row, column=column)
     here = set(lists[0] + lists[1])
     clean = [*lists[:2], *([f for f in g if f not in here] for g in lists[2:])]
     return clean, clean != [list(g) if not isinstance(g, str) else g for g in groups]
@@ -147,7 +155,7 @@ def read_lists(
 # %% ../../../nbs/164_data.releases.finding_table.ipynb #2168a5a5
 def write_finding_table(
     table:pd.DataFrame, # of `finding_table`
-    path, # .csv
+    path:str|Path, # .csv
 ) -> Path:
     "Write the table of breasts."
     write_csv(table, path)
@@ -155,7 +163,7 @@ def write_finding_table(
 
 
 def read_finding_table(
-    path, # .csv of `write_finding_table`, or of the original
+    path:str|Path, # .csv of `write_finding_table`, or of the original
     report:Report|None=None, # gets the repairs
 ) -> pd.DataFrame: # one row a breast, lists as lists
     """Read a table of breasts.
@@ -165,12 +173,15 @@ def read_finding_table(
     for column in ('patient_id', 'laterality', 'CC_FINDING', 'MLO_FINDING'):
         if column not in df: raise DataError(f'the column {column!r} is missing.', file=str(path), column=column,
                                              fix=f'The table has: {", ".join(df.columns)}.')
-    for column in [c for c in COLUMNS if c in df and c in ('image', 'view', 'CC', 'MLO', 'cc_findings', 'mlo_findings')]:
+    for column in [c for c in COLUMNS if c in df
+                   and c in ('image', 'view', 'CC', 'MLO', 'cc_findings', 'mlo_findings')]:
         df[column] = [_flat(_literal(t, str(path), i, column), str(path), i, column) for i, t in enumerate(df[column])]
     for column in ('CC_FINDING', 'MLO_FINDING'):
         read = [read_lists(t, str(path), i, column) for i, t in enumerate(df[column])]
         for i, (_, mended) in enumerate(read):
-            if mended: report.add('lists repaired', df.patient_id[i], i, column, 'nested text read, positives taken out of the negatives')
+            if mended:
+                report.add('lists repaired', df.patient_id[i], i, column, 'nested text read, positives taken out of '
+                           'the negatives')
         df[column] = [lists for lists, _ in read]
     if 'fold' in df: df['fold'] = pd.to_numeric(df.fold)
     report.counts |= dict(breasts=len(df))
@@ -179,7 +190,7 @@ def read_finding_table(
 # %% ../../../nbs/164_data.releases.finding_table.ipynb #4bee06c1
 def finding_labels(
     table:pd.DataFrame, # of `read_finding_table`, with the lists `CC` and `MLO` of image ids
-    findings=FINDINGS, # findings that count
+    findings:list|tuple=FINDINGS, # findings that count
 ) -> pd.DataFrame: # index: image_id; columns label_*: 1, 0, NaN
     "Turn the lists of each view into labels of its images."
     rows = {}
@@ -187,6 +198,7 @@ def finding_labels(
         for view in _VIEWS:
             right, left, no_right, no_left = getattr(row, f'{view}_FINDING')
             here, gone = right + left, findings if NORMAL in right + left else no_right + no_left
-            values = {f'label_{label_name(f)}': 1.0 if f in here else 0.0 if f in gone else float('nan') for f in findings}
+            values = {f'label_{label_name(f)}': 1.0 if f in here else 0.0 if f in gone else float('nan')
+                      for f in findings}
             rows |= {image: values for image in getattr(row, view)}
     return pd.DataFrame.from_dict(rows, orient='index').rename_axis('image_id')

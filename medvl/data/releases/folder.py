@@ -7,7 +7,9 @@ __all__ = ['rewrite_column', 'nothing_left', 'read_index', 'pathology_labels', '
 
 # %% ../../../nbs/163_data.releases.folder.ipynb #cecce64b
 import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pandas as pd
@@ -20,9 +22,9 @@ from ..schema import ALIASES, Report, Source, alike_ids, check_columns, empty, r
 # %% ../../../nbs/163_data.releases.folder.ipynb #a5c90e2b
 def rewrite_column(
     cells:pd.Series, # as the table has them
-    read, # function of a cell (and of its side): the form it gets; '' where it is not certain
+    read:Callable, # function of a cell (and of its side): the form it gets; '' where it is not certain
     report:Report, # gets every cell that was changed or not understood, with its row
-    sides=None, # laterality of every row, for cells that speak of both
+    sides:pd.Series|None=None, # laterality of every row, for cells that speak of both
 ) -> pd.Series: # what is certain
     "Read a column cell by cell."
     args, read = [cells] if sides is None else [cells, sides], functools.cache(read)
@@ -34,20 +36,28 @@ def rewrite_column(
     for i in np.flatnonzero(changed): report.add(f'{name} rewritten', name, int(i), told(cells.iloc[i]), out.iloc[i])
     for word, where in (('rewritten', changed), ('not certain: not stated', lost)):
         if not where.any(): continue
-        some = '; '.join(f'row {i}: {told(cells.iloc[i])!r}' + (f' is {out.iloc[i]}' if out.iloc[i] else '') for i in np.flatnonzero(where)[:4])
+        some = '; '.join(f'row {i}: {told(cells.iloc[i])!r}' + (f' is {out.iloc[i]}' if out.iloc[i] else '')
+                         for i in np.flatnonzero(where)[:4])
         report.remarks.append(f'{name}: {int(where.sum())} cells {word} ({some}{" …" if where.sum() > 4 else ""}).')
     return out
 
 # %% ../../../nbs/163_data.releases.folder.ipynb #fe0adb78
-def nothing_left(df, problems, path):
-    "Say that every row is set aside, and why the first one is."
+def nothing_left(
+    df:pd.DataFrame, # the table
+    problems:pd.DataFrame, # of `sort_out`
+    path:str|Path, # for the message
+) -> NoReturn:
+    """Say that every row is set aside, and why the first one is.
+
+    Raises: DataError, always."""
     first = problems.sort_values('row', kind='stable').iloc[0]
-    raise DataError(f'all {len(df)} rows are set aside ({len(problems)} problems); the first: {quoted(first.value)}: {first.problem}.', file=str(path), row=int(first.row), column=first.column,
+    raise DataError(f'all {len(df)} rows are set aside ({len(problems)} problems); the first: {quoted(first.value)}: '
+                    f'{first.problem}.', file=str(path), row=int(first.row), column=first.column,
                     fix='Correct the table; data_csv/README.md says what each column may hold.')
 
-
+# %% ../../../nbs/163_data.releases.folder.ipynb #ef79b9f1
 def read_index(
-    path, # index.csv
+    path:str|Path, # index.csv
     report:Report, # gets the issues
     birads:str='most_suspicious', # or as_written
 ) -> pd.DataFrame: # records
@@ -66,12 +76,15 @@ def read_index(
         df['image_id'], df['id_from'] = df.image_path.map(lambda p: Path(p).stem), 'file'
         report.file_ids = set(df.image_id)
     if 'density' in df: df['density'] = rewrite_column(df.density, density_letter, report)
-    if 'birads' in df and birads == 'most_suspicious': df['birads'] = rewrite_column(df.birads, birads_category, report, df.laterality.map(side_letter))
+    if 'birads' in df and birads == 'most_suspicious':
+        df['birads'] = rewrite_column(df.birads, birads_category, report, df.laterality.map(side_letter))
     report.remarks += alike_ids(df)
     twice = df.image_id.duplicated(keep=False) & (df.image_id != '')
     good, problems = sort_out(df, 'records', str(path))
     again = sorted(set(np.flatnonzero(twice)) - set(problems.row[problems.problem == 'there twice']))
-    problems = pd.concat([problems, pd.DataFrame([dict(row=r, column='image_id', value=df.image_id[r], problem='there twice') for r in again])], ignore_index=True)
+    problems = pd.concat([problems,
+                          pd.DataFrame([dict(row=r, column='image_id', value=df.image_id[r], problem='there twice')
+                                        for r in again])], ignore_index=True)
     report.extend('row set aside', problems, 'left out', df)
     good = good[~good.index.isin(again)].reset_index(drop=True)
     report.account(len(df), len(good), aside={'rows set aside': problems.row.nunique()})
@@ -89,8 +102,12 @@ def pathology_labels(
     if 'pathology' not in records: return records
     words = records.pathology.str.lower().str.strip()
     odd = ~words.isin([*_PATHOLOGY, ''])
-    for i in np.flatnonzero(odd): report.add('pathology not understood', 'pathology', int(i), told(words.iloc[i]), 'not stated')
-    if odd.any(): report.remarks.append(f'pathology: {int(odd.sum())} cells not understood: not stated (first in row {int(np.flatnonzero(odd)[0])}: {told(words[odd].iloc[0])!r}). Words that count: {", ".join(_PATHOLOGY)}.')
+    for i in np.flatnonzero(odd):
+        report.add('pathology not understood', 'pathology', int(i), told(words.iloc[i]), 'not stated')
+    if odd.any():
+        report.remarks.append(f'pathology: {int(odd.sum())} cells not understood: not stated (first in row '
+                              f'{int(np.flatnonzero(odd)[0])}: {told(words[odd].iloc[0])!r}). Words that count: '
+                              f'{", ".join(_PATHOLOGY)}.')
     records = records.assign(pathology=records.pathology.where(~odd, ''))
     for i, name in enumerate(('label_malignant', 'label_abnormal')):
         if name not in records: records[name] = words.map({k: v[i] for k, v in _PATHOLOGY.items()}).astype(float)
@@ -98,12 +115,13 @@ def pathology_labels(
 
 # %% ../../../nbs/163_data.releases.folder.ipynb #299ae275
 def read_part(
-    path, # boxes.csv or sentences.csv
+    path:str|Path, # boxes.csv or sentences.csv
     kind:str, # 'boxes' or 'sentences'
-    known, # ids of images
+    known:set, # ids of images
     report:Report, # gets the issues
 ) -> pd.DataFrame: # rows that can be used; empty when there is no file
-    """Read a table that hangs on the index. `box` numbers of sentences refer to the file's rows, so a box left out is kept as a row of NaN edges.
+    """Read a table that hangs on the index. `box` numbers of sentences refer to the file's rows, so a box left out
+    is kept as a row of NaN edges.
 
     Raises: DataError for missing or mistyped columns."""
     if not Path(path).exists(): return empty(kind)
@@ -118,21 +136,26 @@ def read_part(
 
 # %% ../../../nbs/163_data.releases.folder.ipynb #504ee678
 def read_folder(
-    folder, # holds index.csv, and perhaps boxes.csv and sentences.csv
+    folder:str|Path, # holds index.csv, and perhaps boxes.csv and sentences.csv
     birads:str='most_suspicious', # or as_written
 ) -> Source: # records, boxes (with `number`, their place among the file's boxes of the image), sentences, report
     """Read a data set in the documented layout.
 
     Raises: DataError for a missing index, missing or mistyped columns."""
     folder, report = Path(folder), Report(Path(folder).name)
-    if not (folder/'index.csv').exists(): raise DataError('the folder has no index.csv.', file=str(folder), fix='Write one as in data_csv/README.md.')
+    if not (folder/'index.csv').exists():
+        raise DataError('the folder has no index.csv.', file=str(folder), fix='Write one as in data_csv/README.md.')
     records = pathology_labels(read_index(folder/'index.csv', report, birads), report)
     boxes, sentences = (read_part(folder/f'{k}.csv', k, set(records.image_id), report) for k in ('boxes', 'sentences'))
     absent = [i for i, p in zip(records.image_id, records.image_path) if why_not(folder/p)]
     for image in absent: report.add('file is absent', image, None, '', 'set aside in preparation')
-    views = records.assign(exam_id=records.get('exam_id', records.patient_id)).groupby('exam_id')[['laterality', 'view']].apply(lambda g: set(zip(g.laterality, g['view'])))
+    views = records.assign(exam_id=records.get('exam_id', records.patient_id)).groupby('exam_id')[
+        ['laterality', 'view']].apply(lambda g: set(zip(g.laterality, g['view'])))
     four = {('L', 'CC'), ('L', 'MLO'), ('R', 'CC'), ('R', 'MLO')}
-    text = sum((records[c] for c in ('report_text', 'findings', 'impression') if c in records), pd.Series('', records.index, dtype=object))
-    report.counts = dict(images=len(records), patients=records.patient_id.nunique(), exams=len(views), exams_without_four_views=int(sum(not four <= v for v in views)),
-                         boxes=len(boxes), sentences=len(sentences), images_with_report=int((text != '').sum()), distinct_reports=text[text != ''].nunique())
+    text = sum((records[c] for c in ('report_text', 'findings', 'impression') if c in records),
+               pd.Series('', records.index, dtype=object))
+    report.counts = dict(images=len(records), patients=records.patient_id.nunique(), exams=len(views),
+                         exams_without_four_views=int(sum(not four <= v for v in views)),
+                         boxes=len(boxes), sentences=len(sentences), images_with_report=int((text != '').sum()),
+                         distinct_reports=text[text != ''].nunique())
     return Source(records, boxes, sentences, report)

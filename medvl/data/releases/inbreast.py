@@ -24,24 +24,35 @@ from .vindr import require
 
 # %% ../../../nbs/167_data.releases.inbreast.ipynb #fe91fe97
 _COLUMNS = ('Patient ID', 'Patient age', 'Laterality', 'View', 'Acquisition date', 'File Name', 'ACR', 'Bi-Rads')
-INBREAST = Release('INbreast 1.0', 'http://medicalresearch.inescporto.pt/breastresearch (the original page; whether it still answers is not confirmed)',
-    'was: signed request to the authors; copies circulate', 'transfer agreement with the authors, research only; wording not confirmed',
-    'Moreira I.C. et al., INbreast: Toward a Full-field Digital Mammographic Database, Academic Radiology 19(2):236-248 (2012)', (
+INBREAST = Release(
+    'INbreast 1.0', 'http://medicalresearch.inescporto.pt/breastresearch (the original page; whether it '
+    'still answers is not confirmed)',
+    'was: signed request to the authors; copies circulate', 'transfer agreement with the authors, research only; '
+    'wording not confirmed',
+    'Moreira I.C. et al., INbreast: Toward a Full-field Digital Mammographic Database, Academic Radiology '
+    '19(2):236-248 (2012)', (
     Part('INbreast.csv', 'one row an image, by semicolons', 1, 410, _COLUMNS, known='paper: 410 images'),
-    Part('AllDICOMs/*.dcm', 'mammograms', 410, pixels=((3328, 2560), (4084, 3328)), known='paper: 410 images; sizes from the paper'),
-    Part('AllXML/*.xml', 'outlines, one file an image with findings', 343, needed=False, known='common count; not confirmed'),
-    Part('INbreast.xls', 'the same table with notes', 1, needed=False), Part('INbreast.pdf', 'the paper', 1, needed=False),
-    Part('README.txt', 'read it', 1, needed=False), Part('MedicalReports/*.txt', 'reports in Portuguese, one an exam', needed=False),
-    Part('PectoralMuscle/*', 'outlines of the pectoral muscle', needed=False), Part('inbreast.tgz', 'the archive', needed=False)), 'medvl.data.releases.inbreast.read_inbreast')
+    Part('AllDICOMs/*.dcm', 'mammograms', 410, pixels=((3328, 2560), (4084, 3328)), known='paper: 410 images; sizes '
+         'from the paper'),
+    Part('AllXML/*.xml', 'outlines, one file an image with findings', 343, needed=False,
+         known='common count; not confirmed'),
+    Part('INbreast.xls', 'the same table with notes', 1, needed=False),
+    Part('INbreast.pdf', 'the paper', 1, needed=False),
+    Part('README.txt', 'read it', 1, needed=False),
+    Part('MedicalReports/*.txt', 'reports in Portuguese, one an exam', needed=False),
+    Part('PectoralMuscle/*', 'outlines of the pectoral muscle', needed=False),
+    Part('inbreast.tgz', 'the archive', needed=False)), 'medvl.data.releases.inbreast.read_inbreast')
 
 # %% ../../../nbs/167_data.releases.inbreast.ipynb #3326e03b
-REGIONS = {'mass': 'mass', 'calcification': 'calcification', 'calcifications': 'calcification', 'cluster': 'calcification_cluster', 'distortion': 'architectural_distortion',
-           'asymmetry': 'asymmetry', 'assymetry': 'asymmetry', 'asimmetry': 'asymmetry', 'spiculated region': 'spiculated_region', 'espiculated region': 'spiculated_region'}
+REGIONS = {'mass': 'mass', 'calcification': 'calcification', 'calcifications': 'calcification',
+           'cluster': 'calcification_cluster', 'distortion': 'architectural_distortion',
+           'asymmetry': 'asymmetry', 'assymetry': 'asymmetry', 'asimmetry': 'asymmetry',
+           'spiculated region': 'spiculated_region', 'espiculated region': 'spiculated_region'}
 LABELS = ('mass', 'calcification', 'architectural_distortion', 'asymmetry', 'spiculated_region')
 
 
 def read_regions(
-    path, # of an XML file
+    path:str|Path, # of an XML file
     report:Report, # gets the issues
 ) -> list: # of (label, points (n,2) as x, y); None when the file cannot be read
     "Read the regions of an image."
@@ -49,7 +60,8 @@ def read_regions(
     try:
         with open(path, 'rb') as f: images = plistlib.load(f, fmt=plistlib.FMT_XML)['Images']
         rois = [r for image in images for r in image['ROIs']]
-        points = [np.array([[float(v) for v in p.strip('() ').split(',')] for p in r['Point_px']], float).reshape(-1, 2) for r in rois]
+        points = [np.array([[float(v) for v in p.strip('() ').split(',')] for p in r['Point_px']], float).reshape(-1, 2)
+                  for r in rois]
     except (ExpatError, plistlib.InvalidFileException, KeyError, TypeError, ValueError, AttributeError) as e:
         report.add('outlines cannot be read', name, None, type(e).__name__, 'findings not stated')
         return None
@@ -57,19 +69,25 @@ def read_regions(
     for roi, p in zip(rois, points):
         label = REGIONS.get(str(roi.get('Name', '')).strip().lower())
         if label is None: report.add('region without a known name', name, None, told(roi.get('Name', '')), 'left out')
-        elif roi.get('NumberOfPoints', len(p)) != len(p): report.add('points are missing', name, None, f'{roi["NumberOfPoints"]} announced, {len(p)} there', 'used as it is')
+        elif roi.get('NumberOfPoints', len(p)) != len(p):
+            report.add('points are missing', name, None, f'{roi["NumberOfPoints"]} announced, {len(p)} there',
+                       'used as it is')
         if label is not None and len(p) and np.isfinite(p).all(): out.append((label, p))
     return out
 
 
-def region_box(points): return (*map(float, np.floor(points.min(0))), *map(float, np.floor(points.max(0)) + 1))
+def region_box(
+    points:np.ndarray, # (n,2) as x, y
+) -> tuple: # x0, y0, x1, y1 (edges exclusive)
+    "Enclose the points of a region."
+    return (*map(float, np.floor(points.min(0))), *map(float, np.floor(points.max(0)) + 1))
 
 # %% ../../../nbs/167_data.releases.inbreast.ipynb #16a8fd48
 _NAME = re.compile(r'(\d+)_([0-9a-fA-F]+)_MG_([LR])_([A-Z]+)_ANON\.dcm')
 
 
 def image_files(
-    folder, # of the release
+    folder:str|Path, # of the release
     report:Report, # gets the issues
 ) -> pd.DataFrame: # index number; path, patient, side
     "List the images by number."
@@ -97,9 +115,13 @@ def image_records(
         report.add('file name says the other side', number[i], int(i), here.path[i], 'table used')
     patient = here.patient.fillna('unknown_' + number)
     age = df['Patient age'].map(age_years).astype(float)
-    out = pd.DataFrame({'image_path': here.path.fillna('AllDICOMs/' + number + '.dcm'), 'image_id': number, 'patient_id': patient,
-        'exam_id': patient + '_' + df['Acquisition date'], 'laterality': side, 'view': df.View.str.upper().replace({'ML': 'MLO'}), 'source': 'inbreast',
-        'age': age, 'density': rewrite_column(df.ACR.rename('density'), density_letter, report), 'birads': rewrite_column(df['Bi-Rads'].rename('birads'), birads_category, report)})
+    out = pd.DataFrame({
+        'image_path': here.path.fillna('AllDICOMs/' + number + '.dcm'), 'image_id': number,
+        'patient_id': patient,
+        'exam_id': patient + '_' + df['Acquisition date'], 'laterality': side,
+        'view': df.View.str.upper().replace({'ML': 'MLO'}), 'source': 'inbreast',
+        'age': age, 'density': rewrite_column(df.ACR.rename('density'), density_letter, report),
+        'birads': rewrite_column(df['Bi-Rads'].rename('birads'), birads_category, report)})
     suspicious = {'1': 0., '2': 0., '3': 0., '4': 1., '5': 1., '6': 1.}
     return out.assign(label_suspicious=out.birads.str[:1].map(suspicious).astype(float))
 
@@ -114,7 +136,8 @@ def add_findings(
     boxes, labels, points = [], [], 0
     for i, number in enumerate(out.image_id):
         regions = read_regions(xml[number], report) if number in xml else [] if out.birads[i] == '1' else None
-        if number not in xml and regions is None: report.add('no outlines', number, i, f'BI-RADS {out.birads[i]}', 'findings not stated')
+        if number not in xml and regions is None:
+            report.add('no outlines', number, i, f'BI-RADS {out.birads[i]}', 'findings not stated')
         names = None if regions is None else {n.replace('_cluster', '') for n, _ in regions}
         labels.append([math.nan if names is None else float(n in names) for n in LABELS])
         for label, p in regions or ():
@@ -126,7 +149,7 @@ def add_findings(
 
 # %% ../../../nbs/167_data.releases.inbreast.ipynb #5833dc7d
 def read_inbreast(
-    folder, # holds INbreast.csv, AllDICOMs and AllXML
+    folder:str|Path, # holds INbreast.csv, AllDICOMs and AllXML
 ) -> Source: # records, boxes, sentences (none), report
     """Read INbreast.
 
@@ -142,6 +165,7 @@ def read_inbreast(
     boxes = add_findings(root, out, report)
     report.account(listed, len(out), aside={'row without a number of a file': int((~named).sum())})
     exams = out.groupby('patient_id').exam_id.nunique()
-    report.counts = dict(images=len(out), patients=out.patient_id.nunique(), patients_with_several_exams=int((exams > 1).sum()), boxes=len(boxes),
+    report.counts = dict(images=len(out), patients=out.patient_id.nunique(),
+                         patients_with_several_exams=int((exams > 1).sum()), boxes=len(boxes),
                          suspicious=int(out.label_suspicious.sum()), density_missing=int((out.density == '').sum()))
     return Source(out, boxes, empty('sentences'), report)

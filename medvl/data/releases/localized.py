@@ -7,6 +7,7 @@ __all__ = ['TASK_SETS', 'TaskSet', 'TaskData', 'read_task_dataset', 'task_set', 
 
 # %% ../../../nbs/186a_data.releases.localized.ipynb #5a41fa20
 import inspect
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ import pandas as pd
 from ...core.errors import DataError, unknown_name
 from ...core.paths import read_json
 from .covid_rural import COVID_CLASSES, read_covid_rural
-from .lovt_splits import apply_split, compare_boxes, leak_free, read_lovt_split, split_folder, split_verdict
+from .lovt_splits import (apply_split, compare_boxes, leak_free, read_lovt_split, split_folder,
+                                             split_verdict)
 from .nih_cxr import NIH_CLASSES, read_nih_cxr
 from .object_cxr import OBJECT_CLASSES, read_object_cxr
 from ..prepare.run import prepare
@@ -43,7 +45,8 @@ TASK_SETS = {
     'rsna': TaskSet(read_rsna_pneumonia, RSNA_CLASSES, 'lovt_v1', 'mask', True, True, _EVERY),
     'covid_rural': TaskSet(read_covid_rural, COVID_CLASSES, 'lovt_equalised_v1', 'mask', False, True, _EVERY),
     'siim': TaskSet(read_siim, SIIM_CLASSES, 'lovt_equalised_v1', 'mask', False, True, _EVERY),
-    'object_cxr': TaskSet(read_object_cxr, OBJECT_CLASSES, 'lovt_equalised_v1', 'mask', True, False, (*_EVERY, 'release')),
+    'object_cxr': TaskSet(read_object_cxr, OBJECT_CLASSES, 'lovt_equalised_v1', 'mask', True, False,
+                          (*_EVERY, 'release')),
     'nih': TaskSet(read_nih_cxr, NIH_CLASSES, 'lovt_equalised_v1', 'boxes', True, True, (*_EVERY, 'release'))}
 
 
@@ -59,15 +62,15 @@ class TaskData(NamedTuple):
     split:str # which split
     verdict:dict # of `split_verdict`: patients on two sides
     moves:pd.DataFrame # images that leak_free moved
-    statistics:dict # LoVT's published mean and standard deviation (0 to 1) of the training images, where the tables hold them
+    statistics:dict # published mean and deviation (0 to 1) of the training images, {} where the tables lack them
 
 # %% ../../../nbs/186a_data.releases.localized.ipynb #2913e4f4
 def read_task_dataset(
     name:str, # rsna, covid_rural, siim, object_cxr or nih
-    root, # folder of the release
-    derived, # folder for masks drawn from it (outside the release); None draws none
+    root:str|Path, # folder of the release
+    derived:str|Path|None, # folder for masks drawn from it (outside the release); None draws none
     split:str='lovt', # lovt, leak_free, release, patients or none
-    tables=None, # folder of LoVT's tables: needed for lovt and leak_free
+    tables:str|Path|None=None, # folder of LoVT's tables: needed for lovt and leak_free
     seed:int=0, # for patients and release
     missing:str='error', # images that the tables name but the disk lacks: error or report
     legacy:bool=False, # Object-CXR's boxes and masks as LoVT made them
@@ -78,29 +81,35 @@ def read_task_dataset(
     Raises: DataError for an absent folder, table or image; ValueError for an unknown name, split or option."""
     what = task_set(name, split, options)
     published = split in ('lovt', 'leak_free')
-    if published and tables is None: raise DataError(f"split={split!r} needs the folder of LoVT's tables.", fix="Pass tables=…, or split='patients'.")
+    if published and tables is None:
+        raise DataError(f"split={split!r} needs the folder of LoVT's tables.",
+                        fix="Pass tables=…, or split='patients'.")
     if published and name == 'nih': options = dict(normals=None) | options
     if name == 'object_cxr': options['legacy'] = legacy
-    table = read_lovt_split(name, tables, legacy) if published else None # before the images: a wrong path is found at once
-    source, moves, statistics = what.reader(root, derived, **options), pd.DataFrame(columns=['image_id', 'patient_id', 'before', 'after']), {}
+    # before the images: a wrong path is found at once
+    table = read_lovt_split(name, tables, legacy) if published else None
+    source, moves, statistics = (what.reader(root, derived, **options),
+                                 pd.DataFrame(columns=['image_id', 'patient_id', 'before', 'after']), {})
     if published:
         source, moves = _published(source, table, split, missing, what)
         statistics = read_statistics(name, tables)
     else: source = source._replace(records=_own(source, split, seed, what))
     verdict = split_verdict(source.records, name, what.patients, source.boxes)
-    return TaskData(name, source, Path(root) if derived is None else Path(derived), what.classes, what.profile, what.truth, what.boxes, split, verdict, moves, statistics)
+    return TaskData(name, source, Path(root) if derived is None else Path(derived), what.classes, what.profile,
+                    what.truth, what.boxes, split, verdict, moves, statistics)
 
 # %% ../../../nbs/186a_data.releases.localized.ipynb #447f9a63
 def task_set(
     name:str, # key of TASK_SETS
     split:str='lovt', # to be checked, too
-    options=(), # names of options of its reader, to be checked, too
+    options:Iterable=(), # names of options of its reader, to be checked, too
 ) -> TaskSet:
     """Find a data set by name.
 
     Raises: ValueError for an unknown name, or a split or an option it cannot have."""
     if name not in TASK_SETS: raise ValueError(unknown_name('data set', name, TASK_SETS))
-    if split not in TASK_SETS[name].splits: raise ValueError(unknown_name(f'split of {name}', split, TASK_SETS[name].splits))
+    if split not in TASK_SETS[name].splits:
+        raise ValueError(unknown_name(f'split of {name}', split, TASK_SETS[name].splits))
     known = sorted(set(inspect.signature(TASK_SETS[name].reader).parameters) - {'root', 'derived', 'legacy'})
     for option in options:
         if option not in known: raise ValueError(unknown_name(f'option of {name}', option, known))
@@ -113,10 +122,12 @@ def _published(source, table, split, missing, what):
     if what.patients: # the release knows the patients better than the names do
         patient = dict(zip(source.records.image_id, source.records.patient_id))
         images = images.assign(patient_id=[patient.get(i, p) for i, p in zip(images.image_id, images.patient_id)])
-    fixed, moves = leak_free(images) if split == 'leak_free' else (images, pd.DataFrame(columns=['image_id', 'patient_id', 'before', 'after']))
+    fixed, moves = (leak_free(images) if split == 'leak_free'
+                    else (images, pd.DataFrame(columns=['image_id', 'patient_id', 'before', 'after'])))
     out = apply_split(source, fixed, missing)
     for row in (compare_boxes(out, table) if len(table.boxes) else pd.DataFrame()).itertuples():
-        out.report.add('boxes of release and tables differ', row.image_id, None, f'{row.release} and {row.tables}'[:200], "the release's are used")
+        out.report.add('boxes of release and tables differ', row.image_id, None,
+                       f'{row.release} and {row.tables}'[:200], "the release's are used")
     for m in moves.itertuples(): out.report.add('patient moved', m.image_id, None, f'from {m.before}', m.after)
     return out, moves
 
@@ -137,7 +148,7 @@ def _own(source, split, seed, what):
 # %% ../../../nbs/186a_data.releases.localized.ipynb #aad21ef1
 def read_statistics(
     name:str, # key of LOVT_SETS
-    tables, # folder of LoVT's tables
+    tables:str|Path, # folder of LoVT's tables
 ) -> dict: # mean and std of the training images, 0 to 1; {} without dataset_statistics.json
     "Read the published statistics of the training images."
     path = split_folder(name, tables)/'dataset_statistics.json'
@@ -148,10 +159,11 @@ def read_statistics(
 # %% ../../../nbs/186a_data.releases.localized.ipynb #89c5e847
 def prepare_task(
     task:TaskData, # of `read_task_dataset`
-    folder, # to write
+    folder:str|Path, # to write
     size:tuple=(224, 224), # height, width
     profile:str|None=None, # default: the task's
     **options, # of `prepare`: jobs, backend, salt, …
 ) -> Prepared: # image store, mask store, manifest with `split`, boxes
     "Prepare a data set of the 18 tasks."
-    return prepare(task.source, task.root, folder, profile=profile or task.profile, size=size, **dict(colour='luma') | options)
+    return prepare(task.source, task.root, folder, profile=profile or task.profile, size=size, **dict(colour='luma')
+                   | options)

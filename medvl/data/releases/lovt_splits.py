@@ -36,11 +36,15 @@ class SplitSet(NamedTuple):
 
 
 LOVT_SETS = {
-    'rsna': SplitSet('RSNA-Pneunomia-Detection', (16010, 5337, 5337), RSNA_CLASSES, 1, r'(.+)', 'patient (one image each)'),
-    'covid_rural': SplitSet('Opacity-Segmentation-COVID/opacity_segmentation_covid_chest_X_ray-master/covid_rural_annot', (133, 44, 44), (), 0, r'(COVID-19-AR-\d+)_', 'patient'),
+    'rsna': SplitSet('RSNA-Pneunomia-Detection', (16010, 5337, 5337), RSNA_CLASSES, 1, r'(.+)',
+                     'patient (one image each)'),
+    'covid_rural': SplitSet(
+        'Opacity-Segmentation-COVID/opacity_segmentation_covid_chest_X_ray-master/covid_rural_annot', (133, 44, 44), (),
+        0, r'(COVID-19-AR-\d+)_', 'patient'),
     'siim': SplitSet('siim-acr-pneumothorax-segmentation', (7229, 2409, 2409), (), 0, '', 'image'),
     'object_cxr': SplitSet('object-CXR', (6400, 1600, 1000), OBJECT_CLASSES, 1, '', 'image (patients are not known)'),
-    'nih': SplitSet('NIH_CXR_pathology_detection', (588, 196, 196), NIH_CLASSES, 0, r'(\d{8})_', 'patient, images with and without boxes apart')}
+    'nih': SplitSet('NIH_CXR_pathology_detection', (588, 196, 196), NIH_CLASSES, 0, r'(\d{8})_',
+                    'patient, images with and without boxes apart')}
 _FILES = {'train': 'train.csv', 'valid': 'validation.csv', 'test': 'test.csv'}
 
 # %% ../../../nbs/186_data.releases.lovt_splits.ipynb #497f226e
@@ -53,28 +57,31 @@ class LovtSplit(NamedTuple):
     sizes:tuple # images of train, valid, test
 
 
-def split_set(name) -> SplitSet:
+def split_set(name:str) -> SplitSet:
     if name not in LOVT_SETS: raise ValueError(unknown_name('data set', name, LOVT_SETS))
     return LOVT_SETS[name]
 
 
 def split_folder(
     name:str, # key of LOVT_SETS
-    tables, # folder of all tables, or of this data set's
+    tables:str|Path, # folder of all tables, or of this data set's
 ) -> Path: # that holds train.csv, validation.csv, test.csv
     """Find the tables of a data set.
 
     Raises: DataError when they are not there."""
     places = [Path(tables)/split_set(name).folder, Path(tables)/name, Path(tables)]
     for place in places:
-        if all((place/f).is_file() for f in _FILES.values()) and 'ID' in pd.read_csv(place/'train.csv', nrows=0): return place
-    raise DataError(f'the tables of {name} are not there: {", ".join(_FILES.values())} with a column ID.', file=str(places[0]),
-                    fix='They are in the repository of LoVT under datasets/. Give the folder that holds them as `tables`.')
+        if all((place/f).is_file() for f in _FILES.values()) and 'ID' in pd.read_csv(place/'train.csv', nrows=0):
+            return place
+    raise DataError(f'the tables of {name} are not there: {", ".join(_FILES.values())} with a column ID.',
+                    file=str(places[0]),
+                    fix='They are in the repository of LoVT under datasets/. Give the folder that holds them as '
+                        '`tables`.')
 
 # %% ../../../nbs/186_data.releases.lovt_splits.ipynb #25125e7c
 def read_lovt_split(
     name:str, # rsna, covid_rural, siim, object_cxr or nih
-    tables, # folder of LoVT's tables (the one with RSNA-Pneunomia-Detection, object-CXR, …), or of this data set's
+    tables:str|Path, # folder of LoVT's tables (RSNA-Pneunomia-Detection, object-CXR, …), or of this data set's
     legacy:bool=False, # leave Object-CXR's boxes swapped
 ) -> LovtSplit:
     """Read the published split of a data set.
@@ -84,30 +91,39 @@ def read_lovt_split(
     parts, boxes = [], []
     for split, file in _FILES.items():
         df = require(read_table(folder/file), ('ID', 'boxes', 'classes') if what.classes else ('ID',), folder/file)
-        if (empty_cells := np.flatnonzero(df.ID == '')).size: raise DataError('an image without a name.', file=str(folder/file), row=int(empty_cells[0]), column='ID')
+        if (empty_cells := np.flatnonzero(df.ID == '')).size:
+            raise DataError('an image without a name.', file=str(folder/file), row=int(empty_cells[0]), column='ID')
         parts.append(pd.DataFrame({'image_id': df.ID, 'split': split, 'file': str(folder/file), 'row': range(len(df))}))
-        if what.classes: boxes += [b for i, (n, t, c) in enumerate(zip(df.ID, df.boxes, df.classes)) for b in _cell_boxes(n, t, c, what, folder/file, i)]
+        if what.classes:
+            boxes += [b for i, (n, t, c) in enumerate(zip(df.ID, df.boxes, df.classes))
+                      for b in _cell_boxes(n, t, c, what, folder/file, i)]
     images = pd.concat(parts, ignore_index=True)
     if (twice := np.flatnonzero(images.image_id.duplicated())).size:
         i = int(twice[0])
-        raise DataError(f'the image {images.image_id[i]} is listed twice.', file=images.file[i], row=int(images.row[i]), column='ID', fix='An image belongs to one part of a split.')
+        raise DataError(f'the image {images.image_id[i]} is listed twice.', file=images.file[i], row=int(images.row[i]),
+                        column='ID', fix='An image belongs to one part of a split.')
     found = images.image_id.str.extract(f'^{what.patient}')[0] if what.patient else images.image_id
     images.insert(1, 'patient_id', found.fillna(images.image_id))
     boxes = pd.DataFrame(boxes, columns=['image_id', 'label', 'x0', 'y0', 'x1', 'y1'])
-    if name == 'object_cxr' and not legacy and len(boxes): boxes[['x0', 'y0', 'x1', 'y1']] = swap_width_height(boxes[['x0', 'y0', 'x1', 'y1']])
+    if name == 'object_cxr' and not legacy and len(boxes):
+        boxes[['x0', 'y0', 'x1', 'y1']] = swap_width_height(boxes[['x0', 'y0', 'x1', 'y1']])
     return LovtSplit(name, images, boxes, folder, tuple(int((images.split == s).sum()) for s in SPLITS))
 
 # %% ../../../nbs/186_data.releases.lovt_splits.ipynb #2cb3f7df
 def _cell_boxes(image, boxes, classes, what, file, row):
     "Yield the boxes of a line."
     edges, numbers = [b for b in boxes.split('|') if b], [c for c in classes.split('|') if c]
-    if len(edges) != len(numbers): raise DataError(f'{len(edges)} boxes and {len(numbers)} classes.', file=str(file), row=row, column='classes')
+    if len(edges) != len(numbers):
+        raise DataError(f'{len(edges)} boxes and {len(numbers)} classes.', file=str(file), row=row, column='classes')
     for text, number in zip(edges, numbers):
         words = text.split(';')
-        if len(words) != 4 or not all(re.fullmatch(r'-?\d+(\.\d+)?(e-?\d+)?', w) for w in words): raise DataError(f'{quoted(text)} is no box x;y;w;h.', file=str(file), row=row, column='boxes')
+        if len(words) != 4 or not all(re.fullmatch(r'-?\d+(\.\d+)?(e-?\d+)?', w) for w in words):
+            raise DataError(f'{quoted(text)} is no box x;y;w;h.', file=str(file), row=row, column='boxes')
         x, y, w, h = map(float, words)
-        if w <= 0 or h <= 0: raise DataError(f'the box {quoted(text)} has no area.', file=str(file), row=row, column='boxes')
-        if not number.isdigit() or not 0 <= int(number) - what.first < len(what.classes): raise DataError(f'the class {quoted(number)} is not known.', file=str(file), row=row, column='classes',
+        if w <= 0 or h <= 0:
+            raise DataError(f'the box {quoted(text)} has no area.', file=str(file), row=row, column='boxes')
+        if not number.isdigit() or not 0 <= int(number) - what.first < len(what.classes):
+            raise DataError(f'the class {quoted(number)} is not known.', file=str(file), row=row, column='classes',
             fix=f'There are {what.first} to {what.first + len(what.classes) - 1}.')
         yield image, what.classes[int(number) - what.first], x, y, x + w, y + h
 
@@ -141,9 +157,12 @@ def split_verdict(
     shared, n = shared_patients(used), {s: int((used.split == s).sum()) for s in SPLITS}
     people = {s: used.patient_id[used.split == s].nunique() for s in SPLITS} if known else dict.fromkeys(SPLITS)
     leak = sum(map(len, shared.values()))
-    words = 'not known: images are the only names' if not known else f'leaks {len(set(sum(shared.values(), [])))} patients' if leak else 'no patient on two sides'
-    line = dict(data=name, **n, **{f'patients_{s}': v for s, v in people.items()}, **{f'{a}-{b}': len(v) if known else None for (a, b), v in shared.items()}, verdict=words)
-    if boxes is not None and len(boxes): line |= {f'positive_{s}': int(used.image_id[used.split == s].isin(boxes.image_id).sum()) for s in SPLITS}
+    words = ('not known: images are the only names' if not known else f'leaks {len(set(sum(shared.values(), [])))} '
+             'patients' if leak else 'no patient on two sides')
+    line = dict(data=name, **n, **{f'patients_{s}': v for s, v in people.items()},
+                **{f'{a}-{b}': len(v) if known else None for (a, b), v in shared.items()}, verdict=words)
+    if boxes is not None and len(boxes):
+        line |= {f'positive_{s}': int(used.image_id[used.split == s].isin(boxes.image_id).sum()) for s in SPLITS}
     return line
 
 # %% ../../../nbs/186_data.releases.lovt_splits.ipynb #02ba9807
@@ -152,17 +171,19 @@ def leak_free(
 ) -> tuple: # (the same with whole patients: column `split`; moves: image_id, patient_id, before, after)
     "Move patients that stand on several sides to one."
     out = images.copy()
-    counts = pd.crosstab(images.patient_id[images.split != ''], images.split[images.split != '']).reindex(columns=['test', 'valid', 'train'], fill_value=0)
+    counts = pd.crosstab(images.patient_id[images.split != ''],
+                         images.split[images.split != '']).reindex(columns=['test', 'valid', 'train'], fill_value=0)
     home = counts.loc[(counts > 0).sum(axis=1) > 1].idxmax(axis=1) # the first of equals
     moved = images.patient_id.isin(home.index) & (images.split != '')
     out.loc[moved, 'split'] = images.patient_id[moved].map(home)
     changed = out.split != images.split
-    moves = pd.DataFrame({'image_id': images.image_id[changed], 'patient_id': images.patient_id[changed], 'before': images.split[changed], 'after': out.split[changed]}).reset_index(drop=True)
+    moves = pd.DataFrame({'image_id': images.image_id[changed], 'patient_id': images.patient_id[changed],
+                          'before': images.split[changed], 'after': out.split[changed]}).reset_index(drop=True)
     return out, moves
 
 
 def lovt_verdicts(
-    tables, # folder of LoVT's tables
+    tables:str|Path, # folder of LoVT's tables
 ) -> pd.DataFrame: # a line for every data set whose tables are there, and its leak-free neighbour where it leaks
     "Judge all published splits by their tables."
     lines = []
@@ -173,7 +194,9 @@ def lovt_verdicts(
             continue
         lines.append(split_verdict(found.images, name, bool(what.patient), found.boxes))
         fixed, moves = leak_free(found.images)
-        if len(moves): lines.append(split_verdict(fixed, f'{name}, leak-free', True, found.boxes) | dict(verdict=f'{len(moves)} images of {moves.patient_id.nunique()} patients moved'))
+        if len(moves):
+            lines.append(split_verdict(fixed, f'{name}, leak-free', True, found.boxes)
+                         | dict(verdict=f'{len(moves)} images of {moves.patient_id.nunique()} patients moved'))
     out = pd.DataFrame(lines).set_index('data')
     return out.astype({c: 'Int64' for c in out if c != 'verdict'})
 
@@ -186,21 +209,30 @@ def apply_split(
     """Give every record its part.
 
     Raises: DataError naming file and row of an image that is not there; ValueError for an unknown rule."""
-    if missing not in ('error', 'report'): raise ValueError(unknown_name('rule for missing images', missing, ('error', 'report')))
+    if missing not in ('error', 'report'):
+        raise ValueError(unknown_name('rule for missing images', missing, ('error', 'report')))
     r, report = source.records, source.report
     absent = images[~images.image_id.isin(r.image_id)]
-    if len(absent) == len(images): raise DataError(f'none of the {len(images)} images of the split is in the data set; the first is {images.image_id.iloc[0]}.', file=images.file.iloc[0], row=int(images.row.iloc[0]), column='ID',
-                                                    fix='The split belongs to another data set, or to another version of it.')
+    if len(absent) == len(images):
+        raise DataError(f'none of the {len(images)} images of the split is in the data set; the first is '
+                        f'{images.image_id.iloc[0]}.', file=images.file.iloc[0], row=int(images.row.iloc[0]),
+                        column='ID', fix='The split belongs to another data set, or to another version of it.')
     if len(absent) and missing == 'error':
-        raise DataError(f'the split names {absent.image_id.iloc[0]}, which is not there ({len(absent)} of {len(images)} are absent).', file=absent.file.iloc[0], row=int(absent.row.iloc[0]), column='ID',
+        raise DataError(f'the split names {absent.image_id.iloc[0]}, which is not there ({len(absent)} of '
+                        f'{len(images)} are absent).', file=absent.file.iloc[0], row=int(absent.row.iloc[0]),
+                        column='ID',
                         fix="See the reader's report for the reason; missing='report' goes on without these images.")
-    for image, row, file in zip(absent.image_id, absent.row, absent.file): report.add('image of the split is absent', image, int(row), Path(file).name, 'left out')
-    if more := int((~r.image_id.isin(images.image_id)).sum()): report.add('images that the split does not name', '', None, f'{more} images', 'not used')
+    for image, row, file in zip(absent.image_id, absent.row, absent.file):
+        report.add('image of the split is absent', image, int(row), Path(file).name, 'left out')
+    if more := int((~r.image_id.isin(images.image_id)).sum()):
+        report.add('images that the split does not name', '', None, f'{more} images', 'not used')
     part = images[images.image_id.isin(r.image_id)]
     part = pd.concat([part[part.split == s] for s in SPLITS])
-    records = r.set_index('image_id', drop=False).loc[part.image_id].assign(split=part.split.to_numpy()).reset_index(drop=True)
+    records = r.set_index('image_id',
+                          drop=False).loc[part.image_id].assign(split=part.split.to_numpy()).reset_index(drop=True)
     boxes = source.boxes[source.boxes.image_id.isin(records.image_id)] if len(source.boxes) else empty('boxes')
-    report.counts = dict(images=len(records), patients=records.patient_id.nunique(), boxes=len(boxes), **{s: int((records.split == s).sum()) for s in SPLITS})
+    report.counts = dict(images=len(records), patients=records.patient_id.nunique(), boxes=len(boxes),
+                         **{s: int((records.split == s).sum()) for s in SPLITS})
     return Source(records, boxes.reset_index(drop=True), source.sentences, report)
 
 # %% ../../../nbs/186_data.releases.lovt_splits.ipynb #b56ee974
@@ -210,8 +242,11 @@ def compare_boxes(
     tolerance:float=1., # pixels
 ) -> pd.DataFrame: # image_id, release, tables: boxes that do not agree
     "Compare a release's boxes with the published tables."
-    def by_image(b): return {i: sorted([g.label, *(round(v, 3) for v in g[['x0', 'y0', 'x1', 'y1']])] for _, g in t.iterrows()) for i, t in b.groupby('image_id')}
+    def by_image(b):
+        return {i: sorted([g.label, *(round(v, 3) for v in g[['x0', 'y0', 'x1', 'y1']])] for _, g in t.iterrows())
+                for i, t in b.groupby('image_id')}
     a, b = by_image(source.boxes), by_image(split.boxes[split.boxes.image_id.isin(source.records.image_id)])
-    same = lambda p, q: len(p) == len(q) and all(x[0] == y[0] and np.abs(np.subtract(x[1:], y[1:])).max() <= tolerance for x, y in zip(p, q))
+    same = lambda p, q: len(p) == len(q) and all(x[0] == y[0] and np.abs(np.subtract(x[1:], y[1:])).max() <= tolerance
+                                                 for x, y in zip(p, q))
     rows = [(i, a.get(i, []), b.get(i, [])) for i in sorted(set(a) | set(b)) if not same(a.get(i, []), b.get(i, []))]
     return pd.DataFrame(rows, columns=['image_id', 'release', 'tables'])

@@ -25,20 +25,27 @@ from .vindr import require
 
 # %% ../../../nbs/187a_data.releases.mimic_cxr.ipynb #304cb949
 _META, _SPLIT = ('dicom_id', 'subject_id', 'study_id', 'ViewPosition'), ('dicom_id', 'study_id', 'subject_id', 'split')
-MIMIC_CXR = Release('MIMIC-CXR-JPG 2.0.0 and the reports of MIMIC-CXR 2.0.0', 'https://physionet.org/content/mimic-cxr-jpg/2.0.0/ and https://physionet.org/content/mimic-cxr/2.0.0/',
-    'PhysioNet account, training in human research, data use agreement (credentialed access)', 'PhysioNet Credentialed Health Data License; no redistribution, no sharing with others',
-    'Johnson A. et al., MIMIC-CXR-JPG, PhysioNet (2019), doi:10.13026/8360-t248; Johnson A. et al., Scientific Data 6:317 (2019)', (
-    Part('mimic-cxr-*-metadata.csv*', 'one row an image: view, size', 1, 377110, known='PhysioNet page'), Part('mimic-cxr-*-split.csv*', 'official split', 1, 377110, known='one row an image'),
-    Part('mimic-cxr-*-chexpert.csv*', 'labels of CheXpert', 1, 227827, needed=False, known='PhysioNet page'), Part('mimic-cxr-*-negbio.csv*', 'labels of NegBio', 1, 227827, needed=False, known='PhysioNet page'),
+MIMIC_CXR = Release(
+    'MIMIC-CXR-JPG 2.0.0 and the reports of MIMIC-CXR 2.0.0',
+    'https://physionet.org/content/mimic-cxr-jpg/2.0.0/ and '
+    'https://physionet.org/content/mimic-cxr/2.0.0/',
+    'PhysioNet account, training in human research, data use agreement (credentialed access)',
+    'PhysioNet Credentialed Health Data License; no redistribution, no sharing with others',
+    'Johnson A. et al., MIMIC-CXR-JPG, PhysioNet (2019), doi:10.13026/8360-t248; Johnson A. et al., Scientific Data '
+    '6:317 (2019)', (
+    Part('mimic-cxr-*-metadata.csv*', 'one row an image: view, size', 1, 377110, known='PhysioNet page'),
+    Part('mimic-cxr-*-split.csv*', 'official split', 1, 377110, known='one row an image'),
+    Part('mimic-cxr-*-chexpert.csv*', 'labels of CheXpert', 1, 227827, needed=False, known='PhysioNet page'),
+    Part('mimic-cxr-*-negbio.csv*', 'labels of NegBio', 1, 227827, needed=False, known='PhysioNet page'),
     Part('p*/p*/s*/*.jpg', 'radiographs: files/p10/p10000032/s50414267/<dicom>.jpg', 377110, known='PhysioNet page'),
     Part('p*/p*/s*.txt', 'reports: files/p10/p10000032/s50414267.txt', 227835, needed=False, known='PhysioNet page'),
     Part('mimic-cxr-reports.zip', 'the same, packed', 1, needed=False)), 'medvl.data.releases.mimic_cxr.read_mimic_cxr')
 
 # %% ../../../nbs/187a_data.releases.mimic_cxr.ipynb #2e38ee9f
 def mimic_table(
-    root, # of the release
+    root:str|Path, # of the release
     kind:str, # metadata, split, chexpert or negbio
-    columns, # it must have
+    columns:list|tuple, # it must have
     required:bool=True, # whether to do without
 ) -> pd.DataFrame: # text; row: number in the file; attrs['file']. None when it is absent and not required
     """Read a table of the release.
@@ -46,11 +53,14 @@ def mimic_table(
     Raises: DataError for an absent or broken file, or a missing column."""
     found = find_files(root, (f'mimic-cxr-*-{kind}.csv', f'mimic-cxr-*-{kind}.csv.gz'), Report('tables'))
     if not found and not required: return None
-    if not found: raise DataError(f'there is no mimic-cxr-2.0.0-{kind}.csv (nor .csv.gz) in the folder.', file=str(root), fix='Download it from MIMIC-CXR-JPG, or give the folder that holds it.')
+    if not found:
+        raise DataError(f'there is no mimic-cxr-2.0.0-{kind}.csv (nor .csv.gz) in the folder.', file=str(root),
+                        fix='Download it from MIMIC-CXR-JPG, or give the folder that holds it.')
     path = Path(root)/min(found, key=lambda p: (p.count('/'), p))
     try: df = pd.read_csv(path, dtype=str, keep_default_na=False) if path.suffix == '.gz' else read_table(path)
     except (EOFError, OSError, zlib.error, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as e:
-        raise DataError(f'the table cannot be unpacked ({type(e).__name__}).', file=str(path), fix='Download it again.') from e
+        raise DataError(f'the table cannot be unpacked ({type(e).__name__}).', file=str(path),
+                        fix='Download it again.') from e
     df = require(df, columns, path).reset_index(drop=True)
     df['row'] = range(len(df))
     df.attrs['file'] = str(path)
@@ -60,16 +70,21 @@ def mimic_table(
 class MimicReports:
     "The reports by study number; read when asked for."
     def __init__(self,
-        root, # folder, or the zip file
+        root:str|Path, # folder, or the zip file
         limit:int=1_000_000, # bytes of one report
     ):
-        root, number = Path(root), lambda p: int(m[1]) if (m := re.fullmatch(r's(\d{1,9})\.txt', p.rpartition('/')[2])) else None
-        zips = [root] if root.suffix == '.zip' else [root/p for p in find_files(root, ('mimic-cxr-reports*.zip',), Report('reports'))]
+        root, number = (Path(root), lambda p: int(m[1]) if (m := re.fullmatch(r's(\d{1,9})\.txt', p.rpartition('/')[2]))
+                        else None)
+        zips = ([root] if root.suffix == '.zip'
+                else [root/p for p in find_files(root, ('mimic-cxr-reports*.zip',), Report('reports'))])
         self.limit, self.zip, self.root = limit, None, root
-        self.paths = {} if root.suffix == '.zip' else {n: p for p in find_files(root, ('s*.txt',), Report('reports')) if (n := number(p)) is not None}
+        self.paths = {} if root.suffix == '.zip' else {n: p for p in find_files(root, ('s*.txt',), Report('reports'))
+                                                       if (n := number(p)) is not None}
         if self.paths or not zips: return
         try: self.zip = zipfile.ZipFile(zips[0])
-        except (zipfile.BadZipFile, OSError) as e: raise DataError(f'the reports cannot be unpacked ({type(e).__name__}).', file=str(zips[0]), fix='Download it again.') from e
+        except (zipfile.BadZipFile, OSError) as e:
+            raise DataError(f'the reports cannot be unpacked ({type(e).__name__}).', file=str(zips[0]),
+                            fix='Download it again.') from e
         self.paths = {n: p for p in self.zip.namelist() if (n := number(p)) is not None}
 
     def __len__(self): return len(self.paths)
@@ -80,9 +95,12 @@ class MimicReports:
         path = self.paths[study]
         if self.zip is None: size, read = (self.root/path).stat().st_size, (self.root/path).read_bytes
         else: size, read = self.zip.getinfo(path).file_size, lambda: self.zip.read(path)
-        if size > self.limit: raise DataError(f'the report has {size:,} bytes, at most {self.limit:,} are read.', file=path)
+        if size > self.limit:
+            raise DataError(f'the report has {size:,} bytes, at most {self.limit:,} are read.', file=path)
         try: return read().decode('utf-8', errors='replace')
-        except (zipfile.BadZipFile, zlib.error, OSError) as e: raise DataError(f'the report cannot be read ({type(e).__name__}).', file=path, fix='Download it again.') from e
+        except (zipfile.BadZipFile, zlib.error, OSError) as e:
+            raise DataError(f'the report cannot be read ({type(e).__name__}).', file=path,
+                            fix='Download it again.') from e
 
 # %% ../../../nbs/187a_data.releases.mimic_cxr.ipynb #b70f78c6
 def judge_report(
@@ -101,33 +119,43 @@ def judge_report(
 
 # %% ../../../nbs/187a_data.releases.mimic_cxr.ipynb #476bbc00
 def read_mimic_cxr(
-    root, # holds the tables and files/ of MIMIC-CXR-JPG (and, below it, perhaps the reports)
-    reports=None, # folder or zip of the reports; None searches below root
+    root:str|Path, # holds the tables and files/ of MIMIC-CXR-JPG (and, below it, perhaps the reports)
+    reports:str|Path|None=None, # folder or zip of the reports; None searches below root
     views:tuple=('PA', 'AP'), # ViewPosition to keep
     labels:str='chexpert', # chexpert, negbio or none
     rule:str='u_ones', # of LABEL_RULES: what uncertain and blank become
     text:str='required', # required, optional or none
     special:str='drop', # studies with hand-corrected reports: drop (LoVT) or keep
     min_tokens:int=3, # of a report
-    official:bool=False, # sections to the character as the public tool, its reading of NDICATION as an impression included
-) -> Source: # records with findings, impression, labels, split; boxes (none); sentences (none); report with the dropped studies
+    official:bool=False, # sections to the character as the public tool, which reads NDICATION as an impression
+) -> Source: # records with findings, impression, labels, split; boxes, sentences (none); report (dropped studies)
     """Read MIMIC-CXR.
 
-    Raises: DataError for missing tables or columns, when no image or no report is there; ValueError for unknown options.
+    Raises: DataError for missing tables or columns, when no image or no report is there; ValueError for unknown
+        options.
     Source: LoVT spec, section 1.1."""
-    for word, value, known in (('text', text, ('required', 'optional', 'none')), ('special', special, ('drop', 'keep')), ('labels', labels, ('chexpert', 'negbio', 'none'))):
+    for word, value, known in (('text', text, ('required', 'optional', 'none')), ('special', special, ('drop', 'keep')),
+                               ('labels', labels, ('chexpert', 'negbio', 'none'))):
         if value not in known: raise ValueError(unknown_name(f'value of {word}', value, known))
     if bad := [v for v in views if v not in CHEST_VIEWS]: raise ValueError(unknown_name('view', bad[0], CHEST_VIEWS))
     root, report = Path(root), Report('MIMIC-CXR')
     images, listed, passed = _images(root, views, report)
-    texts = _texts(images, MimicReports(reports or root), text, special, min_tokens, official, report) if text != 'none' else {}
+    texts = (_texts(images, MimicReports(reports or root), text, special, min_tokens, official, report)
+             if text != 'none' else {})
     if text == 'required': images = images[images.study_id.isin(list(texts))]
     report.account_images(listed.dicom_id, images.dicom_id, passed, dict(zip(listed.dicom_id, 's' + listed.study_id)))
-    if not len(images): raise DataError(f'no study can be used; {len(report.issues)} problems, the first: {report.issues.kind.iloc[0]}, {report.issues.detail.iloc[0]}', file=str(root))
-    records = pd.DataFrame(dict(image_path=images.path, image_id=images.dicom_id, patient_id='p' + images.subject_id, exam_id='s' + images.study_id, laterality='', view=images.ViewPosition, source='mimic_cxr',
-        split=images.split, findings=[texts.get(s, {}).get('findings', '') for s in images.study_id], impression=[texts.get(s, {}).get('impression', '') for s in images.study_id])).reset_index(drop=True)
+    if not len(images):
+        raise DataError(f'no study can be used; {len(report.issues)} problems, the first: '
+                        f'{report.issues.kind.iloc[0]}, {report.issues.detail.iloc[0]}', file=str(root))
+    records = pd.DataFrame(dict(
+        image_path=images.path, image_id=images.dicom_id, patient_id='p' + images.subject_id,
+        exam_id='s' + images.study_id, laterality='', view=images.ViewPosition,
+        source='mimic_cxr',
+        split=images.split, findings=[texts.get(s, {}).get('findings', '') for s in images.study_id],
+        impression=[texts.get(s, {}).get('impression', '') for s in images.study_id])).reset_index(drop=True)
     if labels != 'none': records = _add_labels(records, root, labels, rule, report)
-    report.counts = dict(images=len(records), studies=records.exam_id.nunique(), patients=records.patient_id.nunique(), **{s: records.exam_id[records.split == s].nunique() for s in ('train', 'valid', 'test')},
+    report.counts = dict(images=len(records), studies=records.exam_id.nunique(), patients=records.patient_id.nunique(),
+                         **{s: records.exam_id[records.split == s].nunique() for s in ('train', 'valid', 'test')},
                          dropped=len(dropped_studies(report)))
     return Source(records, empty('boxes'), empty('sentences'), report)
 
@@ -147,31 +175,46 @@ def _images(root, views, report):
     "Images of the wanted views that are there, sorted by patient and study."
     meta, split = mimic_table(root, 'metadata', _META), mimic_table(root, 'split', _SPLIT)
     every = meta[['dicom_id', 'study_id']]
-    for i in meta.index[meta.dicom_id.duplicated()]: report.add('image listed twice', meta.dicom_id[i], int(i), '', 'first row used')
-    for i in split.index[~split.split.str.lower().isin(list(_PARTS))]: report.add('unknown split', split.dicom_id[i], int(i), told(split.split[i]), 'image left out')
+    for i in meta.index[meta.dicom_id.duplicated()]:
+        report.add('image listed twice', meta.dicom_id[i], int(i), '', 'first row used')
+    for i in split.index[~split.split.str.lower().isin(list(_PARTS))]:
+        report.add('unknown split', split.dicom_id[i], int(i), told(split.split[i]), 'image left out')
     part = split.split.str.lower().map(_PARTS).set_axis(split.dicom_id)
     meta = meta.drop_duplicates('dicom_id').assign(split=lambda t: t.dicom_id.map(part[~part.index.duplicated()]))
-    for i in meta.index[~meta.dicom_id.isin(part.index)]: report.add('image without a split', meta.dicom_id[i], int(i), '', 'left out')
+    for i in meta.index[~meta.dicom_id.isin(part.index)]:
+        report.add('image without a split', meta.dicom_id[i], int(i), '', 'left out')
     view = meta.ViewPosition.str.upper().str.strip()
-    for name, n in view[~view.isin(views)].replace('', 'not stated').value_counts().items(): report.add('other view', name, None, f'{n} images', 'not used')
+    for name, n in view[~view.isin(views)].replace('', 'not stated').value_counts().items():
+        report.add('other view', name, None, f'{n} images', 'not used')
     kept = meta.assign(ViewPosition=view)[view.isin(views) & meta.split.notna()]
-    for study in sorted(set(meta.study_id) - set(meta.study_id[view.isin(views)])): report.add('study dropped', 's' + study, None, f'no image of the views {", ".join(views)}', 'left out')
+    for study in sorted(set(meta.study_id) - set(meta.study_id[view.isin(views)])):
+        report.add('study dropped', 's' + study, None, f'no image of the views {", ".join(views)}', 'left out')
     files = {Path(p).stem: p for p in find_files(root, ('*.jpg',), report)}
     here = kept.dicom_id.isin(list(files))
-    if not here.any(): raise DataError(f'none of {len(kept)} images is here; the first is {kept.dicom_id.iloc[0] if len(kept) else "-"}.jpg.', file=str(root), fix='They should be files/p10/p10000032/s50414267/<dicom>.jpg.')
+    if not here.any():
+        raise DataError(f'none of {len(kept)} images is here; the first is '
+                        f'{kept.dicom_id.iloc[0] if len(kept) else "-"}.jpg.', file=str(root),
+                        fix='They should be files/p10/p10000032/s50414267/<dicom>.jpg.')
     for i in kept.index[~here]: report.add('image is absent', kept.dicom_id[i], int(i), '', 'left out')
-    for study in sorted(set(kept.study_id) - set(kept.study_id[here])): report.add('study dropped', 's' + study, None, 'no image on disk', 'left out')
-    return kept[here].assign(path=lambda t: t.dicom_id.map(files)).sort_values(['subject_id', 'study_id', 'dicom_id'], kind='stable'), every, meta.dicom_id[~view.isin(views) & meta.split.notna()]
+    for study in sorted(set(kept.study_id) - set(kept.study_id[here])):
+        report.add('study dropped', 's' + study, None, 'no image on disk', 'left out')
+    return (kept[here].assign(path=lambda t: t.dicom_id.map(files)).sort_values(
+        ['subject_id', 'study_id', 'dicom_id'], kind='stable'),
+            every, meta.dicom_id[~view.isin(views) & meta.split.notna()])
 
 # %% ../../../nbs/187a_data.releases.mimic_cxr.ipynb #61f1f5ac
 def _texts(images, reports, text, special, min_tokens, official, report):
     "Sections of every study that has usable ones."
-    if not len(reports) and text == 'required': raise DataError('no report is there.', file=str(reports.root), fix="Reports are files/p10/p10000032/s50414267.txt or mimic-cxr-reports.zip; text='none' reads images alone.")
+    if not len(reports) and text == 'required':
+        raise DataError('no report is there.', file=str(reports.root),
+                        fix="Reports are files/p10/p10000032/s50414267.txt or mimic-cxr-reports.zip; "
+                            "text='none' reads images alone.")
     out, several = {}, 0
     for study in images.study_id.unique():
         number = int(study) if study.isdigit() else -1
         try:
-            sections, reason = {}, 'its report is corrected by hand in the section tool' if special == 'drop' and number in SPECIAL_STUDIES else '' if number in reports else 'no report'
+            sections, reason = ({}, 'its report is corrected by hand in the section tool' if special == 'drop'
+                                and number in SPECIAL_STUDIES else '' if number in reports else 'no report')
             if not reason:
                 typed = reports[number]
                 sections, reason = judge_report(typed, min_tokens, official)
@@ -179,8 +222,12 @@ def _texts(images, reports, text, special, min_tokens, official, report):
                 several += len(names) > len(set(names))
         except DataError as e: sections, reason = {}, e.message
         if sections: out[study] = sections
-        else: report.add('study dropped' if text == 'required' else 'study without text', f's{study}', None, reason, 'left out' if text == 'required' else 'images kept')
-    if several: report.add('sections written twice', '', None, f'{several} reports have several findings or impressions', 'the last of each is read, as LoVT does')
+        else:
+            report.add('study dropped' if text == 'required' else 'study without text', f's{study}', None, reason,
+                       'left out' if text == 'required' else 'images kept')
+    if several:
+        report.add('sections written twice', '', None, f'{several} reports have several findings or impressions',
+                   'the last of each is read, as LoVT does')
     return out
 
 
@@ -192,5 +239,7 @@ def _add_labels(records, root, labels, rule, report):
         return records
     values = read_labels(table, rule, table.attrs['file']).set_axis('s' + table.study_id)
     values = values[~values.index.duplicated()].reindex(records.exam_id)
-    if n := records.exam_id[values.isna().all(axis=1).to_numpy() & ~records.exam_id.isin('s' + table.study_id)].nunique(): report.add('studies without labels', '', None, f'{n} studies', 'not stated')
+    if n := records.exam_id[
+        values.isna().all(axis=1).to_numpy() & ~records.exam_id.isin('s' + table.study_id)].nunique():
+        report.add('studies without labels', '', None, f'{n} studies', 'not stated')
     return pd.concat([records, values.reset_index(drop=True)], axis=1)

@@ -19,21 +19,26 @@ from .release import Part, Release, find_files, read_headers
 from ..schema import BOXES, Report, Source, empty
 
 # %% ../../../nbs/169_data.releases.mini_mias.ipynb #ce337cf2
-MINI_MIAS = Release('mini-MIAS', 'http://peipa.essex.ac.uk/info/mias.html', 'none', 'MIAS licence agreement: research only, no renting, leasing or selling',
-    'Suckling J. et al., The Mammographic Image Analysis Society Digital Mammogram Database, Excerpta Medica ICS 1069:375-378 (1994)', (
+MINI_MIAS = Release(
+    'mini-MIAS', 'http://peipa.essex.ac.uk/info/mias.html', 'none', 'MIAS licence agreement: research '
+    'only, no renting, leasing or selling',
+    'Suckling J. et al., The Mammographic Image Analysis Society Digital Mammogram Database, Excerpta Medica ICS '
+    '1069:375-378 (1994)', (
     Part('mdb*.pgm', 'films, 200 micron', 322, pixels=((1024, 1024),), known='README of the release'),
     Part('Info.txt', 'truth, in the popular copy', 1, needed=False, known='330 lines on 322 films'),
     Part('README', 'explanation and truth, in the release', 1, needed=False, known='README of the release'),
-    Part('*icence*', 'licence', needed=False), Part('all-mias.tar.gz', 'the archive', needed=False)), 'medvl.data.releases.mini_mias.read_mini_mias')
+    Part('*icence*', 'licence', needed=False), Part('all-mias.tar.gz', 'the archive', needed=False)),
+    'medvl.data.releases.mini_mias.read_mini_mias')
 
 # %% ../../../nbs/169_data.releases.mini_mias.ipynb #6ffc14a1
 TISSUE = {'F': 'fatty', 'G': 'fatty_glandular', 'D': 'dense_glandular'}
-CLASSES = {'CALC': 'calcification', 'CIRC': 'mass', 'SPIC': 'mass', 'MISC': 'mass', 'ARCH': 'architectural_distortion', 'ASYM': 'asymmetry', 'NORM': ''}
+CLASSES = {'CALC': 'calcification', 'CIRC': 'mass', 'SPIC': 'mass', 'MISC': 'mass', 'ARCH': 'architectural_distortion',
+           'ASYM': 'asymmetry', 'NORM': ''}
 SIZE = 1024 # pixels of a side, in the release
 
 
 def read_truth(
-    path, # Info.txt or README
+    path:str|Path, # Info.txt or README
     report:Report, # gets the issues
 ) -> pd.DataFrame: # film, tissue, kind, severity ('', benign, malignant), x, y (from the bottom), radius
     """Read the lines of truth.
@@ -49,15 +54,17 @@ def read_truth(
             report.add('line not understood', film, i, told(line), 'left out')
             continue
         numbers = [float(w) for w in place if re.fullmatch(r'\d+', w)]
-        if kind != 'NORM' and len(numbers) != 3: report.add('lesion without coordinates', film, i, ' '.join(place) or 'nothing', 'label kept, no box')
-        rows.append((film, tissue, kind, {'B': 'benign', 'M': 'malignant', '': ''}[severity], *(numbers if len(numbers) == 3 else [np.nan]*3)))
+        if kind != 'NORM' and len(numbers) != 3:
+            report.add('lesion without coordinates', film, i, ' '.join(place) or 'nothing', 'label kept, no box')
+        rows.append((film, tissue, kind, {'B': 'benign', 'M': 'malignant', '': ''}[severity],
+                     *(numbers if len(numbers) == 3 else [np.nan]*3)))
     if not rows: raise DataError('no line of the form `mdb001 G CIRC B 535 425 197` is in it.', file=str(path))
     return pd.DataFrame(rows, columns=['film', 'tissue', 'kind', 'severity', 'x', 'y', 'radius'])
 
 # %% ../../../nbs/169_data.releases.mini_mias.ipynb #46e4c839
 def circle_boxes(
     truth:pd.DataFrame, # of `read_truth`
-    scale, # Series or dict: film -> pixels of the file per pixel of the release
+    scale:pd.Series|dict, # Series or dict: film -> pixels of the file per pixel of the release
     origin:str='bottom', # bottom, as the README says, or top
 ) -> pd.DataFrame: # the columns of BOXES
     """Enclose the circles.
@@ -67,11 +74,12 @@ def circle_boxes(
     t = truth[truth.radius.notna()].reset_index(drop=True)
     y, r, s = (SIZE - t.y if origin == 'bottom' else t.y), t.radius, t.film.map(scale).fillna(1.)
     edges = {'x0': (t.x - r)*s, 'y0': (y - r)*s, 'x1': (t.x + r)*s, 'y1': (y + r)*s}
-    return pd.DataFrame({'image_id': t.film, 'label': t.kind.map(CLASSES), **edges, 'severity': t.severity})[list(BOXES)]
+    return pd.DataFrame({'image_id': t.film, 'label': t.kind.map(CLASSES), **edges,
+                         'severity': t.severity})[list(BOXES)]
 
 # %% ../../../nbs/169_data.releases.mini_mias.ipynb #30eb2af2
 def read_mini_mias(
-    folder, # holds the films and Info.txt or README
+    folder:str|Path, # holds the films and Info.txt or README
     origin:str='bottom', # of the circles' y: bottom or top
 ) -> Source: # records, boxes, sentences (none), report
     """Read mini-MIAS.
@@ -81,14 +89,19 @@ def read_mini_mias(
     root, report = Path(folder), Report('mini-MIAS')
     texts = find_files(root, ('info.txt', '*readme', '*readme.txt'), report)
     texts = [p for p in texts if re.search(r'^mdb\d{3}\s', (root/p).read_text(encoding='latin-1'), re.M)]
-    if not texts: raise DataError('neither Info.txt nor a README with the truth is in the folder.', file=str(root), fix='Take it from the archive all-mias.tar.gz.')
+    if not texts:
+        raise DataError('neither Info.txt nor a README with the truth is in the folder.', file=str(root),
+                        fix='Take it from the archive all-mias.tar.gz.')
     truth = read_truth(root/texts[0], report)
     files = read_headers(root, find_files(root, ('mdb*.pgm', 'mdb*.png', 'mdb*.jpg', 'mdb*.jpeg'), report), report)
     images, heads = {Path(p).stem.lower(): p for p in files}, {Path(p).stem.lower(): h for p, h in files.items()}
     odd = {f: h for f, h in heads.items() if (h['height'], h['width']) != (SIZE, SIZE)}
-    for film, h in odd.items(): report.add('copy of another size', film, None, f'{h["height"]}×{h["width"]}', 'boxes and spacing scaled' if h['height'] == h['width'] else 'boxes left out')
+    for film, h in odd.items():
+        report.add('copy of another size', film, None, f'{h["height"]}×{h["width"]}', 'boxes and spacing scaled'
+                   if h['height'] == h['width'] else 'boxes left out')
     scale = {f: h['height']/SIZE for f, h in heads.items()}
-    boxes = circle_boxes(truth[~truth.film.isin([f for f, h in odd.items() if h['height'] != h['width']])], scale, origin)
+    boxes = circle_boxes(truth[~truth.film.isin([f for f, h in odd.items() if h['height'] != h['width']])], scale,
+                         origin)
     films = truth.drop_duplicates('film').film.tolist()
     for film in films:
         if film not in images: report.add('film is absent', film, None, '', 'set aside in preparation')
@@ -96,8 +109,10 @@ def read_mini_mias(
     out = pathology_labels(_records(films, truth, images, scale), report)
     out['label_malignant'] = (out.pathology == 'malignant').astype(float)
     bad = int((report.issues.kind == 'line not understood').sum())
-    report.account(len(truth) + bad, len(out), {'lines of one film': len(truth) - len(films)}, {'line not understood': bad})
-    report.counts = dict(films=len(out), films_on_disk=sum(f in images for f in films), patients=out.patient_id.nunique(), boxes=len(boxes),
+    report.account(len(truth) + bad, len(out), {'lines of one film': len(truth) - len(films)},
+                   {'line not understood': bad})
+    report.counts = dict(films=len(out), films_on_disk=sum(f in images for f in films),
+                         patients=out.patient_id.nunique(), boxes=len(boxes),
                          **{k: int((out.pathology == k).sum()) for k in ('normal', 'benign', 'malignant')})
     return Source(out, boxes, empty('sentences'), report)
 
@@ -110,7 +125,10 @@ def _records(films, truth, images, scale):
         g, n = group[film], int(film[3:])
         pathology = next((w for w in ('malignant', 'benign') if w in set(g.severity)), 'normal')
         patient, spacing = f'mias_p{(n + 1)//2:03d}', 0.2/scale.get(film, 1.)
-        rows.append(dict(image_path=images.get(film, f'{film}.pgm'), image_id=film, patient_id=patient, exam_id=patient, laterality='LR'[n % 2], view='MLO', source='mini_mias',
-            density='', pathology=pathology, spacing_y=spacing, spacing_x=spacing, **{f'label_{k}': float(k in set(g.kind.map(CLASSES))) for k in dict.fromkeys(CLASSES.values()) if k},
+        rows.append(dict(
+            image_path=images.get(film, f'{film}.pgm'), image_id=film, patient_id=patient, exam_id=patient,
+            laterality='LR'[n % 2], view='MLO', source='mini_mias',
+            density='', pathology=pathology, spacing_y=spacing, spacing_x=spacing,
+            **{f'label_{k}': float(k in set(g.kind.map(CLASSES))) for k in dict.fromkeys(CLASSES.values()) if k},
             **{f'label_tissue_{t}': float(g.tissue.iloc[0] == c) for c, t in TISSUE.items()}))
     return pd.DataFrame(rows)

@@ -22,31 +22,42 @@ from .vindr import require
 
 # %% ../../../nbs/185_data.releases.nih_cxr.ipynb #1c3bd0ac
 _ENTRY = ('Image Index', 'Finding Labels', 'Patient ID', 'Patient Age', 'Patient Gender', 'View Position')
-NIH_CXR = Release('NIH ChestX-ray14 with the boxes of ChestX-ray8', 'https://nihcc.app.box.com/v/ChestXray-NIHCC', 'none', 'no restriction of use; name the NIH Clinical Center and cite the paper',
+NIH_CXR = Release(
+    'NIH ChestX-ray14 with the boxes of ChestX-ray8', 'https://nihcc.app.box.com/v/ChestXray-NIHCC',
+    'none', 'no restriction of use; name the NIH Clinical Center and cite the paper',
     'Wang X. et al., ChestX-ray8: hospital-scale chest X-ray database and benchmarks, CVPR (2017)', (
-    Part('BBox_List_2017.csv', 'one row a box, pixels of 1024 × 1024', 1, 984, ('Image Index', 'Finding Label'), known='984 boxes on 880 images (sum of the LoVT tables)'),
+    Part('BBox_List_2017.csv', 'one row a box, pixels of 1024 × 1024', 1, 984, ('Image Index', 'Finding Label'),
+         known='984 boxes on 880 images (sum of the LoVT tables)'),
     Part('Data_Entry_2017*.csv', 'one row an image: labels, patient, view', 1, 112120, _ENTRY, known='data paper'),
-    Part('test_list.txt', 'official test images', 1, known='25,596 lines'), Part('train_val_list.txt', 'the others', 1, needed=False, known='86,524 lines'),
-    Part('images*/*.png', 'radiographs, 1024 × 1024', 112120, pixels=((1024, 1024),), known='data paper'), Part('*.pdf', 'papers and notes', needed=False),
-    Part('README*', 'explanation', needed=False), Part('images*.tar.gz', 'archives', needed=False)), 'medvl.data.releases.nih_cxr.read_nih_cxr')
-NIH_CLASSES = ('atelectasis', 'cardiomegaly', 'effusion', 'infiltrate', 'mass', 'nodule', 'pneumonia', 'pneumothorax') # in LoVT's order
+    Part('test_list.txt', 'official test images', 1, known='25,596 lines'),
+    Part('train_val_list.txt', 'the others', 1, needed=False, known='86,524 lines'),
+    Part('images*/*.png', 'radiographs, 1024 × 1024', 112120, pixels=((1024, 1024),), known='data paper'),
+    Part('*.pdf', 'papers and notes', needed=False),
+    Part('README*', 'explanation', needed=False), Part('images*.tar.gz', 'archives', needed=False)),
+    'medvl.data.releases.nih_cxr.read_nih_cxr')
+# in LoVT's order
+NIH_CLASSES = ('atelectasis', 'cardiomegaly', 'effusion', 'infiltrate', 'mass', 'nodule', 'pneumonia', 'pneumothorax')
 NIH_LABELS = (*NIH_CLASSES, 'consolidation', 'edema', 'emphysema', 'fibrosis', 'pleural_thickening', 'hernia')
 SIDE = 1024 # pixels of the images that the boxes were drawn on
 
 # %% ../../../nbs/185_data.releases.nih_cxr.ipynb #d6ce6d5f
 def read_nih_boxes(
-    path, # BBox_List_2017.csv
+    path:str|Path, # BBox_List_2017.csv
     report:Report, # gets findings that are not known
 ) -> pd.DataFrame: # image_id, label, x0, y0, x1, y1 (pixels at 1024), row
     """Read the boxes.
 
     Raises: DataError for a table with fewer than six columns."""
     df = read_table(path)
-    if df.shape[1] < 6 or 'Image Index' not in df: raise DataError(f'the table has the columns {", ".join(df.columns)}.', file=str(path), fix='It should begin with Image Index,Finding Label,Bbox [x,y,w,h].')
+    if df.shape[1] < 6 or 'Image Index' not in df:
+        raise DataError(f'the table has the columns {", ".join(df.columns)}.', file=str(path),
+                        fix='It should begin with Image Index,Finding Label,Bbox [x,y,w,h].')
     label = df.iloc[:, 1].map(finding_name)
-    for i in np.flatnonzero(~label.isin(NIH_CLASSES)): report.add('unknown finding', df.iloc[i, 0], int(i), told(df.iloc[i, 1]), 'box left out')
+    for i in np.flatnonzero(~label.isin(NIH_CLASSES)):
+        report.add('unknown finding', df.iloc[i, 0], int(i), told(df.iloc[i, 1]), 'box left out')
     n = df.iloc[:, 2:6].apply(pd.to_numeric, errors='coerce').to_numpy(float)
-    table = pd.DataFrame({'image_id': df.iloc[:, 0].map(lambda p: Path(p).stem), 'label': label, 'x0': n[:, 0], 'y0': n[:, 1], 'x1': n[:, 0] + n[:, 2], 'y1': n[:, 1] + n[:, 3], 'row': range(len(df))})
+    table = pd.DataFrame({'image_id': df.iloc[:, 0].map(lambda p: Path(p).stem), 'label': label, 'x0': n[:, 0],
+                          'y0': n[:, 1], 'x1': n[:, 0] + n[:, 2], 'y1': n[:, 1] + n[:, 3], 'row': range(len(df))})
     return table[label.isin(NIH_CLASSES)].reset_index(drop=True)
 
 
@@ -57,7 +68,7 @@ def finding_name(
 
 # %% ../../../nbs/185_data.releases.nih_cxr.ipynb #75b5e4f5
 def read_entries(
-    path, # Data_Entry_2017.csv or Data_Entry_2017_v2020.csv
+    path:Path, # Data_Entry_2017.csv or Data_Entry_2017_v2020.csv
     report:Report, # gets the issues
 ) -> pd.DataFrame: # index image_id: patient_id, view, age, sex, label_<finding>, label_no_finding
     """Read the labels.
@@ -65,41 +76,53 @@ def read_entries(
     Raises: DataError for a missing column."""
     df = require(read_table(path), _ENTRY, path)
     found = df['Finding Labels'].str.split('|').map(lambda words: {finding_name(w) for w in words})
-    for word in sorted(set().union(*found) - set(NIH_LABELS) - {'no_finding'}): report.add('unknown finding', told(word), None, path.name, 'left out')
+    for word in sorted(set().union(*found) - set(NIH_LABELS) - {'no_finding'}):
+        report.add('unknown finding', told(word), None, path.name, 'left out')
     age = df['Patient Age'].map(age_years).astype(float)
-    for i in np.flatnonzero((age > 120).to_numpy()): report.add('impossible age', df['Image Index'][i], int(i), told(df['Patient Age'][i]), 'unknown')
-    out = pd.DataFrame({'patient_id': df['Patient ID'].map(lambda p: f'{int(p):08d}' if p.isdigit() else p), 'view': df['View Position'], 'age': age.where(age <= 120), 'sex': df['Patient Gender'],
+    for i in np.flatnonzero((age > 120).to_numpy()):
+        report.add('impossible age', df['Image Index'][i], int(i), told(df['Patient Age'][i]), 'unknown')
+    out = pd.DataFrame({
+        'patient_id': df['Patient ID'].map(lambda p: f'{int(p):08d}' if p.isdigit() else p),
+        'view': df['View Position'], 'age': age.where(age <= 120), 'sex': df['Patient Gender'],
         **{f'label_{k}': found.map(lambda s, k=k: float(k in s)) for k in (*NIH_LABELS, 'no_finding')}})
     return out.set_axis(df['Image Index'].map(lambda p: Path(p).stem))
 
 # %% ../../../nbs/185_data.releases.nih_cxr.ipynb #14d4ff14
 def read_nih_cxr(
-    root, # holds BBox_List_2017.csv, Data_Entry_2017.csv, test_list.txt and the images at any depth
-    derived=None, # folder for the masks; None draws none. `prepare` gets this folder as source_root, or `root` without it
+    root:str|Path, # holds BBox_List_2017.csv, Data_Entry_2017.csv, test_list.txt and the images at any depth
+    derived:str|Path|None=None, # folder for the masks: `prepare` gets it as source_root; None draws none (`root`)
     images:str='boxed_and_normal', # boxed, boxed_and_normal or all
     normals:int|None=100, # how many images without a finding; None takes all of the test list
 ) -> Source: # records (split train or test by the official list, '' without it), boxes, sentences (none), report
     """Read NIH ChestX-ray.
 
-    Raises: DataError for a missing table or column, or when no image is there; ValueError for an unknown choice of images.
+    Raises: DataError for a missing table or column, or when no image is there; ValueError for an unknown choice of
+        images.
     Source: LoVT spec, section 2.6."""
-    if images not in ('boxed', 'boxed_and_normal', 'all'): raise ValueError(unknown_name('choice of images', images, ('boxed', 'boxed_and_normal', 'all')))
+    if images not in ('boxed', 'boxed_and_normal', 'all'):
+        raise ValueError(unknown_name('choice of images', images, ('boxed', 'boxed_and_normal', 'all')))
     root, report, derived = Path(root), Report('NIH ChestX-ray'), Derived(root, derived)
     path = find_table(root, 'BBox_List_2017', 'BBox_List_2017_Official_NIH')
     table, entries = read_nih_boxes(path, report), _entries(root, report)
-    files = {Path(p).stem: p for p in find_files(root, ('*.png', '*.jpg'), report) if re.fullmatch(r'\d{8}_\d{3}', Path(p).stem)}
-    chosen = [*dict.fromkeys(table.image_id), *_others(root, entries, set(table.image_id), files, images, normals, report)]
+    files = {Path(p).stem: p for p in find_files(root, ('*.png', '*.jpg'), report)
+             if re.fullmatch(r'\d{8}_\d{3}', Path(p).stem)}
+    chosen = [*dict.fromkeys(table.image_id), *_others(root, entries, set(table.image_id), files, images, normals,
+                                                       report)]
     here = on_disk(chosen, files, report, root, 'images/<Image Index>')
     heads = read_headers(root, [files[n] for n in here], report)
     sizes = {n: (heads[files[n]]['height'], heads[files[n]]['width']) for n in here if files[n] in heads}
     for n, size in list(sizes.items()):
-        if size[0] != size[1] and n in set(table.image_id): sizes.pop(n), report.add('copy of another shape', n, None, f'{size[0]}×{size[1]}', 'image left out')
+        if size[0] != size[1] and n in set(table.image_id):
+            sizes.pop(n), report.add('copy of another shape', n, None, f'{size[0]}×{size[1]}', 'image left out')
     scale = table.image_id.map({n: s[0]/SIDE for n, s in sizes.items()}).fillna(1.)
-    if odd := sum(s != (SIDE, SIDE) for s in sizes.values()): report.add('copies of another size', '', None, f'{odd} images, not 1024 × 1024', 'boxes scaled')
-    boxes, wrong = release_boxes(table.assign(**{c: table[c]*scale for c in ('x0', 'y0', 'x1', 'y1')}), sizes, report, path.name)
+    if odd := sum(s != (SIDE, SIDE) for s in sizes.values()):
+        report.add('copies of another size', '', None, f'{odd} images, not 1024 × 1024', 'boxes scaled')
+    boxes, wrong = release_boxes(table.assign(**{c: table[c]*scale for c in ('x0', 'y0', 'x1', 'y1')}), sizes, report,
+                                 path.name)
     sizes = {n: s for n, s in sizes.items() if n not in wrong}
     report.account_images(chosen, sizes, alias=files)
-    return Source(_records(sizes, files, entries, box_masks(boxes, sizes, derived), derived, report, boxes), boxes, empty('sentences'), report)
+    return Source(_records(sizes, files, entries, box_masks(boxes, sizes, derived), derived, report, boxes), boxes,
+                  empty('sentences'), report)
 
 # %% ../../../nbs/185_data.releases.nih_cxr.ipynb #7aeead11
 def _entries(root, report):
@@ -123,7 +146,8 @@ def _others(root, entries, boxed, files, images, normals, report):
     if images == 'all': return [n for n in sorted(files) if n not in boxed]
     listed = _test_list(root)
     if listed is None or not len(entries):
-        report.add('no images without a finding', '', None, 'test_list.txt or Data_Entry_2017.csv is absent', 'left out')
+        report.add('no images without a finding', '', None, 'test_list.txt or Data_Entry_2017.csv is absent',
+                   'left out')
         return []
     clear = set(entries.index[entries.label_no_finding == 1]) - boxed
     names = [n for n in listed if n in clear and n in files]
@@ -137,10 +161,18 @@ def _records(sizes, files, entries, masks, derived, report, boxes):
     known, rows, listed = entries.to_dict('index'), [], _test_list(derived.root)
     for n in sizes:
         e = known.get(n, {})
-        if not e and known: report.add('image without labels', n, None, 'not in Data_Entry_2017.csv', 'patient from the name')
-        rows.append(dict(image_path=derived.image(files[n]), image_id=n, patient_id=e.get('patient_id', n[:8]), exam_id=n, laterality='', view=chest_view(e.get('view', '')), source='nih_cxr', age=e.get('age', np.nan),
-                         mask_path=masks[n], split='' if listed is None else 'test' if n in listed else 'train', **{f'label_{k}': e.get(f'label_{k}', np.nan) for k in (*NIH_LABELS, 'no_finding')}))
+        if not e and known:
+            report.add('image without labels', n, None, 'not in Data_Entry_2017.csv', 'patient from the name')
+        rows.append(dict(image_path=derived.image(files[n]), image_id=n, patient_id=e.get('patient_id', n[:8]),
+                         exam_id=n, laterality='', view=chest_view(e.get('view', '')), source='nih_cxr',
+                         age=e.get('age', np.nan),
+                         mask_path=masks[n], split='' if listed is None else 'test' if n in listed else 'train',
+                         **{f'label_{k}': e.get(f'label_{k}', np.nan) for k in (*NIH_LABELS, 'no_finding')}))
     records = pd.DataFrame(rows)
-    if not rows: raise DataError(f'no image can be used; the first reason: {report.issues.kind.iloc[0]}, {report.issues.detail.iloc[0]}', file=str(derived.root))
-    report.counts = dict(images=len(records), patients=records.patient_id.nunique(), boxes=len(boxes), boxed=boxes.image_id.nunique(), without_box=int((~records.image_id.isin(boxes.image_id)).sum()))
+    if not rows:
+        raise DataError(f'no image can be used; the first reason: {report.issues.kind.iloc[0]}, '
+                        f'{report.issues.detail.iloc[0]}', file=str(derived.root))
+    report.counts = dict(images=len(records), patients=records.patient_id.nunique(), boxes=len(boxes),
+                         boxed=boxes.image_id.nunique(),
+                         without_box=int((~records.image_id.isin(boxes.image_id)).sum()))
     return records

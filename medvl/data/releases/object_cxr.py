@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ...core.errors import DataError
 from ..cells import told
@@ -21,18 +22,22 @@ from .vindr import require
 
 # %% ../../../nbs/184_data.releases.object_cxr.ipynb #1fc2b924
 _COLUMNS = ('image_name', 'annotation')
-OBJECT_CXR = Release('Object-CXR (2020)', 'https://github.com/hlk-1135/object-CXR', 'none; archives on Google Drive', 'CC BY-NC 4.0 (as the challenge page stated; not confirmed)',
+OBJECT_CXR = Release(
+    'Object-CXR (2020)', 'https://github.com/hlk-1135/object-CXR', 'none; archives on Google Drive',
+    'CC BY-NC 4.0 (as the challenge page stated; not confirmed)',
     'JF Healthcare, Object-CXR: automatic detection of foreign objects on chest X-rays, MIDL (2020)', (
-    Part('train.csv', 'one row an image', 1, 8000, _COLUMNS, known='README of the challenge'), Part('dev.csv', 'the same of the validation set', 1, 1000, _COLUMNS, known='README of the challenge'),
-    Part('train/*.jpg', 'radiographs', 8000, known='README of the challenge: 4000 with objects'), Part('dev/*.jpg', 'radiographs', 1000, known='README of the challenge: 500 with objects')),
+    Part('train.csv', 'one row an image', 1, 8000, _COLUMNS, known='README of the challenge'),
+    Part('dev.csv', 'the same of the validation set', 1, 1000, _COLUMNS, known='README of the challenge'),
+    Part('train/*.jpg', 'radiographs', 8000, known='README of the challenge: 4000 with objects'),
+    Part('dev/*.jpg', 'radiographs', 1000, known='README of the challenge: 500 with objects')),
     'medvl.data.releases.object_cxr.read_object_cxr')
 OBJECT_CLASSES = ('foreign_object',)
 
 # %% ../../../nbs/184_data.releases.object_cxr.ipynb #493559ee
 def read_annotation(
     text:str, # cell of the table
-    file=None, # for the message
-    row=None, # for the message
+    file:str|None=None, # for the message
+    row:int|None=None, # for the message
 ) -> list: # of (kind, points (n,2)): 'box' and 'ellipse' have two corners
     """Read the outlines of an image.
 
@@ -42,10 +47,12 @@ def read_annotation(
         words = item.split()
         where = dict(file=file, row=row, column='annotation')
         if words[0] not in ('0', '1', '2') or not all(re.fullmatch(r'-?\d+(\.\d+)?', w) for w in words):
-            raise DataError(f'{told(item, 40)!r} is no outline.', **where, fix='An outline is `0 x1 y1 x2 y2`, `1 x1 y1 x2 y2` or `2 x1 y1 … xn yn`.')
+            raise DataError(f'{told(item, 40)!r} is no outline.', **where, fix='An outline is `0 x1 y1 x2 y2`, `1 x1 '
+                            'y1 x2 y2` or `2 x1 y1 … xn yn`.')
         points = np.array(words[1:], float)
         if len(points) % 2 or (len(points) != 4 if words[0] != '2' else len(points) < 6):
-            raise DataError(f'{told(item, 40)!r} has {len(points)} numbers.', **where, fix='A box and an ellipse have 4 numbers, a polygon 6 or more, in pairs.')
+            raise DataError(f'{told(item, 40)!r} has {len(points)} numbers.', **where, fix='A box and an ellipse have '
+                            '4 numbers, a polygon 6 or more, in pairs.')
         out.append((('box', 'ellipse', 'polygon')[int(words[0])], points.reshape(-1, 2)))
     return out
 
@@ -60,7 +67,7 @@ def shape_boxes(
 
 # %% ../../../nbs/184_data.releases.object_cxr.ipynb #1b758c8f
 def swap_width_height(
-    boxes, # (n,4) x0, y0, x1, y1
+    boxes:ArrayLike, # (n,4) x0, y0, x1, y1
 ) -> np.ndarray: # (n,4): the upper left corner stays, width and height are exchanged
     "Exchange the sides of boxes: what LoVT's reader did, and, done again, how it is undone."
     b = np.asarray(boxes, float).reshape(-1, 4)
@@ -82,8 +89,8 @@ def shape_mask(
 
 # %% ../../../nbs/184_data.releases.object_cxr.ipynb #42012a34
 def read_object_cxr(
-    root, # holds train.csv, dev.csv and the images
-    derived=None, # folder for the masks; None draws none. `prepare` gets this folder as source_root, or `root` without it
+    root:str|Path, # holds train.csv, dev.csv and the images
+    derived:str|Path|None=None, # folder for the masks: `prepare` gets it as source_root; None draws none (`root`)
     legacy:bool=False, # boxes and masks as LoVT made them
 ) -> Source: # records (split train or test), boxes (label 'foreign_object'), sentences (none), report
     """Read Object-CXR.
@@ -93,14 +100,18 @@ def read_object_cxr(
     root, report, derived = Path(root), Report('Object-CXR' + (' (legacy)' if legacy else '')), Derived(root, derived)
     df = _read_rows(root, report)
     found = find_files(root, ('*.jpg', '*.jpeg'), report)
-    files = {split + '/' + Path(p).name: p for split in ('train', 'dev') for p in found if p.split('/')[-2:-1] == [split]} | {Path(p).name: p for p in found}
+    files = {split + '/' + Path(p).name: p for split in ('train', 'dev') for p in found
+             if p.split('/')[-2:-1] == [split]} | {Path(p).name: p for p in found}
     place = {n: files.get(f'{s}/{Path(n).name}') or files.get(Path(n).name) for n, s in zip(df.image_name, df.part)}
-    here = on_disk(df.image_name, {n: p for n, p in place.items() if p}, report, root, 'train/<image_name> and dev/<image_name>')
+    here = on_disk(df.image_name, {n: p for n, p in place.items() if p}, report, root, 'train/<image_name> and '
+                   'dev/<image_name>')
     heads, shapes = read_headers(root, [place[n] for n in here], report), {}
     for name, text, row, file in zip(df.image_name, df.annotation, df.row, df.file):
         if name not in here or place[name] not in heads: continue
         try: shapes[name] = read_annotation(text, file, int(row))
-        except DataError as e: report.add('outline not understood', Path(name).stem, e.row, f'{file}: {e.message}', 'image left out', file=place[name])
+        except DataError as e:
+            report.add('outline not understood', Path(name).stem, e.row, f'{file}: {e.message}', 'image left out',
+                       file=place[name])
     return _assemble(df, place, heads, shapes, legacy, derived, report)
 
 # %% ../../../nbs/184_data.releases.object_cxr.ipynb #8a06e08d
@@ -117,7 +128,8 @@ def _read_rows(root, report):
         if 'image_path' in df and 'image_name' not in df: df = df.rename(columns={'image_path': 'image_name'})
         parts.append(require(df, _COLUMNS, path).assign(part=part, row=lambda t: range(len(t)), file=path.name))
     df = pd.concat(parts, ignore_index=True)
-    for i in np.flatnonzero(df.image_name.duplicated()): report.add('image listed twice', df.image_name[i], int(df.row[i]), df.file[i], 'first row used')
+    for i in np.flatnonzero(df.image_name.duplicated()):
+        report.add('image listed twice', df.image_name[i], int(df.row[i]), df.file[i], 'first row used')
     return df.drop_duplicates('image_name')
 
 # %% ../../../nbs/184_data.releases.object_cxr.ipynb #bb093633
@@ -126,17 +138,26 @@ def _assemble(df, place, heads, shapes, legacy, derived, report):
     named = df.image_name.map(lambda n: Path(n).stem)
     df = df[df.image_name.isin(list(shapes))]
     sizes = {n: (heads[place[n]]['height'], heads[place[n]]['width']) for n in shapes}
-    rows = [(n, OBJECT_CLASSES[0], *box, row) for n, row in zip(df.image_name, df.row) for box in shape_boxes(shapes[n], legacy)]
-    boxes, wrong = release_boxes(pd.DataFrame(rows, columns=['image_id', 'label', 'x0', 'y0', 'x1', 'y1', 'row']), sizes, report, 'annotation')
+    rows = [(n, OBJECT_CLASSES[0], *box, row) for n, row in zip(df.image_name, df.row)
+            for box in shape_boxes(shapes[n], legacy)]
+    boxes, wrong = release_boxes(pd.DataFrame(rows, columns=['image_id', 'label', 'x0', 'y0', 'x1', 'y1', 'row']),
+                                 sizes, report, 'annotation')
     records = []
     for name, part in zip(df.image_name, df.part):
         if name in wrong: continue
         mask = derived.write(Path(name).stem, [[k, p.tolist()] for k, p in shapes[name]] + [list(sizes[name]), legacy],
-                             lambda n=name: 255*shape_mask(shapes[n], sizes[n], legacy)) if shapes[name] else derived.empty(sizes[name])
-        records.append(dict(image_path=derived.image(place[name]), image_id=Path(name).stem, patient_id=Path(name).stem, exam_id=Path(name).stem, laterality='', view='FRONTAL', source='object_cxr',
-                            mask_path=mask, split={'train': 'train', 'dev': 'test'}[part], label_foreign_object=float(bool(shapes[name]))))
-    report.account_images(named, [r['image_id'] for r in records], alias={Path(n).stem: (str(p), n) for n, p in place.items()})
+                             lambda n=name: 255*shape_mask(shapes[n], sizes[n], legacy)
+                             ) if shapes[name] else derived.empty(sizes[name])
+        records.append(dict(image_path=derived.image(place[name]), image_id=Path(name).stem, patient_id=Path(name).stem,
+                            exam_id=Path(name).stem, laterality='', view='FRONTAL', source='object_cxr',
+                            mask_path=mask, split={'train': 'train', 'dev': 'test'}[part],
+                            label_foreign_object=float(bool(shapes[name]))))
+    report.account_images(named, [r['image_id'] for r in records],
+                          alias={Path(n).stem: (str(p), n) for n, p in place.items()})
     records, boxes = pd.DataFrame(records), boxes.assign(image_id=boxes.image_id.map(lambda n: Path(n).stem))
-    if not len(records): raise DataError(f'no image can be used; the first reason: {report.issues.kind.iloc[0]}, {report.issues.detail.iloc[0]}', file=str(derived.root))
-    report.counts = dict(images=len(records), with_objects=int(records.label_foreign_object.sum()), boxes=len(boxes), **{s: int((records.split == s).sum()) for s in ('train', 'test')})
+    if not len(records):
+        raise DataError(f'no image can be used; the first reason: {report.issues.kind.iloc[0]}, '
+                        f'{report.issues.detail.iloc[0]}', file=str(derived.root))
+    report.counts = dict(images=len(records), with_objects=int(records.label_foreign_object.sum()), boxes=len(boxes),
+                         **{s: int((records.split == s).sum()) for s in ('train', 'test')})
     return Source(records, boxes, empty('sentences'), report)

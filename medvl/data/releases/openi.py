@@ -20,33 +20,46 @@ from ..text.sentences import count_words
 from .vindr import require
 
 # %% ../../../nbs/187b_data.releases.openi.ipynb #8839881f
-OPENI = Release('Open-I, Indiana University chest X-rays', 'https://openi.nlm.nih.gov/faq', 'none: NLMCXR_png.tgz and NLMCXR_reports.tgz', 'CC BY-NC-ND 4.0 (reports and images)',
+OPENI = Release(
+    'Open-I, Indiana University chest X-rays', 'https://openi.nlm.nih.gov/faq', 'none: NLMCXR_png.tgz and '
+    'NLMCXR_reports.tgz', 'CC BY-NC-ND 4.0 (reports and images)',
     'Demner-Fushman D. et al., JAMIA 23(2):304-310 (2016)', (
-    Part('ecgen-radiology/*.xml', 'reports', 3955, known='paper'), Part('CXR*.png', 'radiographs: NLMCXR_png/CXR1_1_IM-0001-3001.png', 7470, known='paper'),
-    Part('indiana_reports.csv', 'reports as a table, copy on Kaggle', 1, needed=False, known='3,851 rows'), Part('indiana_projections.csv', 'frontal or lateral, copy on Kaggle', 1, needed=False, known='7,466 rows'),
+    Part('ecgen-radiology/*.xml', 'reports', 3955, known='paper'),
+    Part('CXR*.png', 'radiographs: NLMCXR_png/CXR1_1_IM-0001-3001.png', 7470, known='paper'),
+    Part('indiana_reports.csv', 'reports as a table, copy on Kaggle', 1, needed=False, known='3,851 rows'),
+    Part('indiana_projections.csv', 'frontal or lateral, copy on Kaggle', 1, needed=False, known='7,466 rows'),
     Part('openi_reports.csv', 'reports as one flat table', 1, needed=False)), 'medvl.data.releases.openi.read_openi')
 
 # %% ../../../nbs/187b_data.releases.openi.ipynb #4e322020
 def read_report(
-    path, # .xml
+    path:str|Path, # .xml
 ) -> dict: # uid, comparison, indication, findings, impression, mesh (list), images (list)
     """Read a report.
 
     Raises: DataError when it is no report."""
     data = Path(path).read_bytes()
-    if b'<!ENTITY' in data or len(data) > 1_000_000: raise DataError('the file defines entities or is larger than 1 MB: no report does.', file=str(path))
+    if b'<!ENTITY' in data or len(data) > 1_000_000:
+        raise DataError('the file defines entities or is larger than 1 MB: no report does.', file=str(path))
     try: tree = ElementTree.fromstring(data)
-    except ElementTree.ParseError as e: raise DataError(f'not XML ({e}).', file=str(path), fix='Download it again.') from e
+    except ElementTree.ParseError as e:
+        raise DataError(f'not XML ({e}).', file=str(path), fix='Download it again.') from e
     parts = {(t.get('Label') or '').lower(): ' '.join(''.join(t.itertext()).split()) for t in tree.iter('AbstractText')}
     if not parts: raise DataError('there is no report in it.', file=str(path))
     uid = tree.find('uId')
-    return dict(uid=Path(path).stem if uid is None else re.sub(r'^CXR', '', uid.get('id', Path(path).stem)), **{k: parts.get(k, '') for k in ('comparison', 'indication', 'findings', 'impression')},
-                mesh=[''.join(m.itertext()).strip() for m in tree.iter('major')], images=[i.get('id', '') for i in tree.iter('parentImage')])
+    return dict(uid=Path(path).stem if uid is None else re.sub(r'^CXR', '', uid.get('id', Path(path).stem)),
+                **{k: parts.get(k, '') for k in ('comparison', 'indication', 'findings', 'impression')},
+                mesh=[''.join(m.itertext()).strip() for m in tree.iter('major')],
+                images=[i.get('id', '') for i in tree.iter('parentImage')])
 
 # %% ../../../nbs/187b_data.releases.openi.ipynb #80422f48
-OPENI_FINDINGS = {'normal': ('normal',), 'cardiomegaly': ('cardiomegaly',), 'pleural_effusion': ('pleural effusion',), 'pneumothorax': ('pneumothorax', 'hydropneumothorax'),
-                  'atelectasis': ('pulmonary atelectasis', 'atelectasis'), 'edema': ('pulmonary edema',), 'consolidation': ('consolidation',), 'pneumonia': ('pneumonia',), 'opacity': ('opacity', 'airspace disease', 'infiltrate'),
-                  'nodule': ('nodule',), 'granuloma': ('granuloma', 'calcified granuloma', 'granulomatous disease'), 'mass': ('mass',), 'emphysema': ('pulmonary emphysema', 'emphysema'), 'fracture': ('fractures, bone',)}
+OPENI_FINDINGS = {'normal': ('normal',), 'cardiomegaly': ('cardiomegaly',), 'pleural_effusion': ('pleural effusion',),
+                  'pneumothorax': ('pneumothorax', 'hydropneumothorax'),
+                  'atelectasis': ('pulmonary atelectasis', 'atelectasis'), 'edema': ('pulmonary edema',),
+                  'consolidation': ('consolidation',), 'pneumonia': ('pneumonia',),
+                  'opacity': ('opacity', 'airspace disease', 'infiltrate'),
+                  'nodule': ('nodule',), 'granuloma': ('granuloma', 'calcified granuloma', 'granulomatous disease'),
+                  'mass': ('mass',), 'emphysema': ('pulmonary emphysema', 'emphysema'),
+                  'fracture': ('fractures, bone',)}
 
 
 def mesh_labels(
@@ -59,7 +72,7 @@ def mesh_labels(
 
 # %% ../../../nbs/187b_data.releases.openi.ipynb #d6d878c5
 def read_reports(
-    root, # of the release
+    root:str|Path, # of the release
     report:Report, # gets the files that cannot be read
 ) -> pd.DataFrame: # uid, comparison, indication, findings, impression, mesh (list), images (list)
     """Read the reports from XML, or from a table.
@@ -68,15 +81,23 @@ def read_reports(
     root, rows = Path(root), []
     for path in find_files(root, ('ecgen-radiology/*.xml',), report) or find_files(root, ('*.xml',), report):
         try: rows.append(read_report(root/path))
-        except DataError as e: report.add('report cannot be read', Path(path).stem, None, e.message, 'study left out', file=path)
-    if rows: return pd.DataFrame(rows).sort_values('uid', key=lambda s: pd.to_numeric(s, errors='coerce'), kind='stable', ignore_index=True)
-    for name, mesh, images, cut in (('openi_reports.csv', 'mesh_major', 'image_ids', '|'), ('indiana_reports.csv', 'MeSH', None, ';')):
+        except DataError as e:
+            report.add('report cannot be read', Path(path).stem, None, e.message, 'study left out', file=path)
+    if rows:
+        return pd.DataFrame(rows).sort_values('uid', key=lambda s: pd.to_numeric(s, errors='coerce'), kind='stable',
+                                              ignore_index=True)
+    for name, mesh, images, cut in (('openi_reports.csv', 'mesh_major', 'image_ids', '|'),
+                                    ('indiana_reports.csv', 'MeSH', None, ';')):
         if not (found := find_files(root, (name,), report)): continue
-        df = require(read_table(root/found[0]), ('uid', 'findings', 'impression', mesh, *filter(None, (images,))), root/found[0])
+        df = require(read_table(root/found[0]), ('uid', 'findings', 'impression', mesh, *filter(None, (images,))),
+                     root/found[0])
         split = lambda s, c=cut: [w.strip() for w in s.split(c) if w.strip()]
-        listed = df[images].map(split) if images else df.uid.map(_by_study(root)).map(lambda v: v if isinstance(v, list) else [])
-        return df.assign(mesh=df[mesh].map(split), images=listed, **{k: '' for k in ('comparison', 'indication') if k not in df})
-    raise DataError('there are no reports.', file=str(root), fix='They are ecgen-radiology/*.xml, indiana_reports.csv or openi_reports.csv.')
+        listed = (df[images].map(split) if images
+                  else df.uid.map(_by_study(root)).map(lambda v: v if isinstance(v, list) else []))
+        return df.assign(mesh=df[mesh].map(split), images=listed,
+                         **{k: '' for k in ('comparison', 'indication') if k not in df})
+    raise DataError('there are no reports.', file=str(root),
+                    fix='They are ecgen-radiology/*.xml, indiana_reports.csv or openi_reports.csv.')
 
 
 def _projections(root):
@@ -105,7 +126,7 @@ _VALUES = dict(text=('required', 'optional'), guess=('order', 'none'), files=('p
 
 # %% ../../../nbs/187b_data.releases.openi.ipynb #1c801f89
 def read_openi(
-    root, # holds ecgen-radiology/ (or a table) and the images at any depth
+    root:str|Path, # holds ecgen-radiology/ (or a table) and the images at any depth
     views:tuple=('FRONTAL',), # FRONTAL, LATERAL
     text:str='required', # required, or optional: keep studies without findings and impression
     guess:str='order', # order or none: which image is frontal where no table says so
@@ -120,32 +141,46 @@ def read_openi(
     root, report = Path(root), Report('Open-I')
     texts, sides = read_reports(root, report), _projections(root)
     here, rows = {image_name(p): p for p in find_files(root, ('*.png', '*.jpg'), report)}, []
+    kind, outcome = ('study dropped', 'left out') if text == 'required' else ('study without text', 'images kept')
     for t in texts.itertuples():
         reason = report_problem(t.findings, t.impression, min_tokens)
-        if reason: report.add('study dropped' if text == 'required' else 'study without text', t.uid, None, reason, 'left out' if text == 'required' else 'images kept')
+        if reason: report.add(kind, t.uid, None, reason, outcome)
         if reason and text == 'required': continue
         rows += [_record(t, k, n, sides, guess, here, report) for k, n in enumerate(t.images)]
-    if guess == 'order' and (n := sum(r['view'] != '' and r['image_id'] not in sides for r in rows)): report.add('views guessed', '', None, f'{n} images that no table calls frontal or lateral', 'by their order')
+    if guess == 'order' and (n := sum(r['view'] != '' and r['image_id'] not in sides for r in rows)):
+        report.add('views guessed', '', None, f'{n} images that no table calls frontal or lateral', 'by their order')
     records = pd.DataFrame(rows, columns=rows[0].keys() if rows else ['image_id', 'view', 'image_path', 'patient_id'])
     if files == 'present':
-        for name in records.image_id[~records.image_id.isin(list(here))]: report.add('image is absent', name, None, '', 'left out')
-        records = records[records.image_id.isin(list(here))]
-    for view, n in records['view'][~records['view'].isin(views)].value_counts().items(): report.add('other view', view, None, f'{n} images', 'not used')
+        kept = records.image_id.isin(list(here))
+        for name in records.image_id[~kept]: report.add('image is absent', name, None, '', 'left out')
+        records = records[kept]
+    for view, n in records['view'][~records['view'].isin(views)].value_counts().items():
+        report.add('other view', view, None, f'{n} images', 'not used')
     studies = {image_name(n): t.uid for t in texts.itertuples() for n in t.images}
     other = records.image_id[~records['view'].isin(views)]
     records = records[records['view'].isin(views)].drop_duplicates('image_id').reset_index(drop=True)
-    report.account_images([image_name(n) for t in texts.itertuples() for n in t.images], records.image_id, other, studies)
-    if not len(records): raise DataError(f'no image of the views {", ".join(views)} is left of {len(texts)} reports.', file=str(root), fix="Unpack NLMCXR_png.tgz into it, or pass files='listed' to read the texts alone.")
-    report.counts = dict(images=len(records), studies=records.patient_id.nunique(), dropped=int((report.issues.kind == 'study dropped').sum()), images_on_disk=int(records.image_id.isin(list(here)).sum()))
+    named = [image_name(n) for t in texts.itertuples() for n in t.images]
+    report.account_images(named, records.image_id, other, studies)
+    if not len(records):
+        raise DataError(f'no image of the views {", ".join(views)} is left of {len(texts)} reports.', file=str(root),
+                        fix="Unpack NLMCXR_png.tgz into it, or pass files='listed' to read the texts alone.")
+    report.counts = dict(images=len(records), studies=records.patient_id.nunique(),
+                         dropped=int((report.issues.kind == 'study dropped').sum()),
+                         images_on_disk=int(records.image_id.isin(list(here)).sum()))
     return Source(records, empty('boxes'), empty('sentences'), report)
 
 # %% ../../../nbs/187b_data.releases.openi.ipynb #e245ef01
-def report_problem(findings, impression, min_tokens=3) -> str: # '' or the reason
+def report_problem(
+    findings:str, # of a study
+    impression:str, # of a study
+    min_tokens:int=3, # of both together
+) -> str: # '' or the reason
     "Say why a report gives nothing."
     if no_report(findings) and no_report(impression): return 'neither findings nor impression'
     sentences = split_sentences(findings) + split_sentences(impression)
     n = count_words(sentences)
-    return 'no sentence' if not any(re.search(r'\w', s) for s in sentences) else f'{n} tokens, fewer than {min_tokens}' if n < min_tokens else ''
+    return ('no sentence' if not any(re.search(r'\w', s) for s in sentences) else f'{n} tokens, fewer than {min_tokens}'
+            if n < min_tokens else '')
 
 
 def _record(study, k, name, sides, guess, here, report):
@@ -156,5 +191,6 @@ def _record(study, k, name, sides, guess, here, report):
         side = ('Frontal', 'Lateral')[k]
     view = {'Frontal': 'FRONTAL', 'Lateral': 'LATERAL'}.get(side, '')
     if not view: report.add('view not known', name, None, f'image {k + 1} of {len(study.images)}', 'not used')
-    return dict(image_path=here.get(name, f'NLMCXR_png/{name}.png'), image_id=name, patient_id=f'CXR{study.uid}', exam_id=f'CXR{study.uid}', laterality='', view=view, source='openi', split='',
+    return dict(image_path=here.get(name, f'NLMCXR_png/{name}.png'), image_id=name, patient_id=f'CXR{study.uid}',
+                exam_id=f'CXR{study.uid}', laterality='', view=view, source='openi', split='',
                 findings=study.findings, impression=study.impression, **mesh_labels(study.mesh))

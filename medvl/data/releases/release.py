@@ -11,6 +11,7 @@ import html
 import importlib.util
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -52,16 +53,20 @@ class Release:
     @property
     def table(self) -> pd.DataFrame:
         rows = [(p.pattern, p.meaning, p.files, p.rows, '' if p.needed else 'optional', p.known) for p in self.parts]
-        return pd.DataFrame(rows, columns=['files', 'what', 'count', 'rows', '', 'numbers from']).astype({'count': 'Int64', 'rows': 'Int64'}).set_index('files')
+        return pd.DataFrame(rows,
+                            columns=['files', 'what', 'count', 'rows', '',
+                                     'numbers from']).astype({'count': 'Int64', 'rows': 'Int64'}).set_index('files')
 
     def _repr_html_(self):
-        facts = [('Where', self.url), ('Access', self.access), ('Licence', self.licence), ('Cite', self.citation), ('Our reader', self.reader)]
-        lines = ''.join(f'<tr><th style="text-align:left">{k}</th><td style="text-align:left">{html.escape(v)}</td></tr>' for k, v in facts)
+        facts = [('Where', self.url), ('Access', self.access), ('Licence', self.licence), ('Cite', self.citation),
+                 ('Our reader', self.reader)]
+        lines = ''.join(f'<tr><th style="text-align:left">{k}</th><td '
+                        f'style="text-align:left">{html.escape(v)}</td></tr>' for k, v in facts)
         return f'<b>{html.escape(self.name)}</b><table>{lines}</table>'
 
 # %% ../../../nbs/165_data.releases.release.ipynb #1e696e16
 def image_header(
-    path, # DICOM, PNG, JPEG or PGM file
+    path:str|Path, # DICOM, PNG, JPEG or PGM file
 ) -> dict: # height, width, and for DICOM laterality, view, series, patient
     """Read what an image file says about itself, without its pixels.
 
@@ -71,8 +76,11 @@ def image_header(
         opened = open_dicom(path, Limits())
         with opened.stream:
             side, view = view_of(opened.ds)
-            return dict(height=int(value_of(opened.ds, 'Rows', 0) or 0), width=int(value_of(opened.ds, 'Columns', 0) or 0), laterality=side, view=view, view_modifier=view_modifier_of(opened.ds),
-                        series=str(value_of(opened.ds, 'SeriesDescription', '')), patient=str(value_of(opened.ds, 'PatientID', '')))
+            return dict(height=int(value_of(opened.ds, 'Rows', 0) or 0),
+                        width=int(value_of(opened.ds, 'Columns', 0) or 0), laterality=side, view=view,
+                        view_modifier=view_modifier_of(opened.ds),
+                        series=str(value_of(opened.ds, 'SeriesDescription', '')),
+                        patient=str(value_of(opened.ds, 'PatientID', '')))
     kind = sniff(head[:132])
     size = {'png': _png_size, 'pgm': _pgm_size, 'jpeg': _jpeg_size}.get(kind, lambda h: None)(head)
     if size is None: raise DataError('no image header is found in it.', file=str(path), fix='Download it again.')
@@ -90,42 +98,53 @@ def _pgm_size(head):
 def _jpeg_size(head):
     at = 2
     while at + 9 <= len(head) and head[at] == 0xFF:
-        if 0xC0 <= head[at + 1] <= 0xCF and head[at + 1] not in (0xC4, 0xC8, 0xCC): return int.from_bytes(head[at+5:at+7]), int.from_bytes(head[at+7:at+9])
+        if 0xC0 <= head[at + 1] <= 0xCF and head[at + 1] not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(head[at+5:at+7]), int.from_bytes(head[at+7:at+9])
         at += 2 + int.from_bytes(head[at+2:at+4])
     return None
 
 # %% ../../../nbs/165_data.releases.release.ipynb #35b8a6c9
 def read_headers(
-    folder, # of the release
-    paths, # relative to it
+    folder:str|Path, # of the release
+    paths:Iterable, # relative to it
     report:Report, # gets the files that say nothing
 ) -> dict: # path -> its header; only those that could be read
     "Read many headers."
     out = {}
     for path in paths:
         try: out[path] = image_header(Path(folder)/path)
-        except DataError as e: report.add('header cannot be read', path, None, reason_about(e.message, Path(folder)/path), 'left out', file=path)
-        except OSError as e: report.add('header cannot be read', path, None, f'the file cannot be read ({e.strerror}).', 'left out', file=path)
+        except DataError as e:
+            report.add('header cannot be read', path, None, reason_about(e.message, Path(folder)/path), 'left out',
+                       file=path)
+        except OSError as e:
+            report.add('header cannot be read', path, None, f'the file cannot be read ({e.strerror}).', 'left out',
+                       file=path)
     return out
 
 # %% ../../../nbs/165_data.releases.release.ipynb #040715d2
 def read_table(
-    path, # .csv (comma or semicolon) or .xlsx
-    columns=None, # keep only these, where they are there; None keeps all
+    path:str|Path, # .csv (comma or semicolon) or .xlsx
+    columns:list|tuple|None=None, # keep only these, where they are there; None keeps all
     sheet:str|int=0, # of an Excel file
 ) -> pd.DataFrame: # text columns; empty cells are ''; names and cells without surrounding space
     """Read a release's table as text.
 
-    Raises: DataError for a file that is absent, empty or no table, a column that is there twice, and Excel files without openpyxl."""
+    Raises: DataError for a file that is absent, empty or no table, a column that is there twice, and Excel files
+        without openpyxl."""
     path = Path(path)
     if not path.is_file(): raise DataError('the file does not exist.', file=str(path))
     try: df = _read_excel(path, sheet) if path.suffix.lower() in ('.xlsx', '.xls') else _read_csv(path)
-    except UnicodeDecodeError as e: raise DataError(f'not UTF-8 text ({e.reason}).', file=str(path), fix='Save the table as UTF-8 CSV.') from e
-    except OSError as e: raise DataError(f'the file cannot be read ({e.strerror}).', file=str(path), fix='See who may read it, and whether its disk is well.') from e
+    except UnicodeDecodeError as e:
+        raise DataError(f'not UTF-8 text ({e.reason}).', file=str(path), fix='Save the table as UTF-8 CSV.') from e
+    except OSError as e:
+        raise DataError(f'the file cannot be read ({e.strerror}).', file=str(path), fix='See who may read it, and '
+                        'whether its disk is well.') from e
     except pd.errors.EmptyDataError as e: raise DataError('the file is empty.', file=str(path)) from e
-    except pd.errors.ParserError as e: raise DataError(f'not a table: {" ".join(str(e).split())}.', file=str(path), fix='Download it again.') from e
+    except pd.errors.ParserError as e:
+        raise DataError(f'not a table: {" ".join(str(e).split())}.', file=str(path), fix='Download it again.') from e
     df.columns = [str(c).strip() or f'unnamed_{i}' for i, c in enumerate(df.columns)]
-    if (twice := df.columns[df.columns.duplicated()]).size: raise DataError('the column is there twice.', file=str(path), column=twice[0])
+    if (twice := df.columns[df.columns.duplicated()]).size:
+        raise DataError('the column is there twice.', file=str(path), column=twice[0])
     df = df if columns is None else df[[c for c in df if c in columns]]
     return df.apply(lambda s: s.fillna('').astype(str).str.strip().map(restored_cell)).reset_index(drop=True)
 
@@ -143,29 +162,34 @@ def _read_excel(path, sheet):
         raise DataError('Excel files of this kind are not read here.', file=str(path),
                         fix=f'Export the sheet as CSV beside it ({path.stem}.csv), or for .xlsx install openpyxl.')
     try: return pd.read_excel(path, sheet_name=sheet, dtype=str, keep_default_na=False, engine='openpyxl')
-    except (ValueError, KeyError, OSError) as e: raise DataError(f'the sheet {sheet!r} cannot be read ({str(e)[:100]}).', file=str(path)) from e
+    except (ValueError, KeyError, OSError) as e:
+        raise DataError(f'the sheet {sheet!r} cannot be read ({str(e)[:100]}).', file=str(path)) from e
 
 # %% ../../../nbs/165_data.releases.release.ipynb #648a9280
 def _unread(error, folder, report):
     "A folder that cannot be read is named: its files would vanish."
-    if report is None: raise DataError(f'the folder cannot be read ({error.strerror}).', file=str(error.filename), fix='See who may read it, and whether its disk is well.') from error
+    if report is None:
+        raise DataError(f'the folder cannot be read ({error.strerror}).', file=str(error.filename),
+                        fix='See who may read it, and whether its disk is well.') from error
     inside = os.path.relpath(error.filename, folder)
     if any(i['kind'] == 'folder cannot be read' and i['file'] == inside for i in report._issues): return
     report.add('folder cannot be read', '', None, str(error.strerror), 'its files are left out', file=inside)
     report.remarks.append(f'a folder cannot be read ({error.strerror}): its files are left out (rejects.csv names it).')
 
 
-def _odd_name(name): return re.search('[\ud800-\udfff]', name) is not None # letters of another system: no table can hold them
+# letters of another system: no table can hold them
+def _odd_name(name): return re.search('[\ud800-\udfff]', name) is not None
 
 
 def _unnamed(report):
     "Say that a file is left out whose name is no text."
-    if report is not None and not any(i['kind'] == 'name of a file is no Unicode text' for i in report._issues): report.add('name of a file is no Unicode text', '', None, 'rename it', 'left out')
+    if report is not None and not any(i['kind'] == 'name of a file is no Unicode text' for i in report._issues):
+        report.add('name of a file is no Unicode text', '', None, 'rename it', 'left out')
 
 
 def find_files(
-    folder, # of the release
-    patterns=('*',), # names with wildcards; with a slash: the end of the path
+    folder:str|Path, # of the release
+    patterns:list|tuple=('*',), # names with wildcards; with a slash: the end of the path
     report:Report|None=None, # gets the folders that cannot be read; without it, such a folder is an error
 ) -> list: # of paths relative to the folder, '/' between, sorted; hidden files and `._` copies of macOS are left out
     """List files at any depth.
@@ -183,13 +207,17 @@ def find_files(
     return sorted(out)
 
 # %% ../../../nbs/165_data.releases.release.ipynb #476e9e72
-def fits(path, pattern): # '/' in the pattern binds it to the end of the path
+def fits(
+    path:str, # relative, '/' between
+    pattern:str, # name with wildcards; '/' in it binds it to the end of the path
+) -> bool:
+    "Tell whether a path fits a pattern."
     name = path.rpartition('/')[2] if '/' not in pattern else '/'.join(path.split('/')[-pattern.count('/') - 1:])
     return fnmatch(name.lower(), pattern.lower())
 
 
 def find_table(
-    folder, # of the release
+    folder:str|Path, # of the release
     *stems, # names without ending, the preferred first
 ) -> Path: # the CSV, else the Excel file
     """Find a table by its name.
@@ -199,7 +227,8 @@ def find_table(
         for stem in stems:
             found = find_files(folder, (f'{stem}.{ending}',), Report('tables'))
             if found: return Path(folder)/min(found, key=lambda p: (p.count('/'), p))
-    raise DataError(f'there is no {stems[0]}.csv (nor .xlsx) in the folder.', file=str(folder), fix='Download it, or give the folder that holds it.')
+    raise DataError(f'there is no {stems[0]}.csv (nor .xlsx) in the folder.', file=str(folder),
+                    fix='Download it, or give the folder that holds it.')
 
 # %% ../../../nbs/165_data.releases.release.ipynb #838424d2
 def check_part(
@@ -210,14 +239,18 @@ def check_part(
 ) -> dict: # a line of the table
     "Compare the files of a part with what should be there."
     notes = []
-    if bare := [p for p in found if not (folder/p).stat().st_size]: notes.append(f'{len(bare)} of 0 bytes, e.g. {bare[0]}')
+    if bare := [p for p in found if not (folder/p).stat().st_size]:
+        notes.append(f'{len(bare)} of 0 bytes, e.g. {bare[0]}')
     rows = None
     if found and (part.columns or part.rows) and not bare: rows = _check_table(folder/found[0], part, notes)
     if part.pixels and found: _check_pixels(folder, part, found, look, notes)
     state = 'complete' if part.files in (None, len(found)) else 'incomplete' if len(found) < part.files else 'too many'
-    state = ('missing' if part.needed else 'not there') if not found else 'wrong' if notes else 'there' if state == 'complete' and part.files is None else state
-    if found and not notes and None not in (rows, part.rows) and rows != part.rows: state = 'incomplete' if rows < part.rows else 'too many'
-    return dict(files=part.pattern, expected=part.files, found=len(found), rows_expected=part.rows, rows=rows, state=state, detail='; '.join(notes) or part.meaning)
+    state = (('missing' if part.needed else 'not there') if not found else 'wrong' if notes else 'there'
+             if state == 'complete' and part.files is None else state)
+    if found and not notes and None not in (rows, part.rows) and rows != part.rows:
+        state = 'incomplete' if rows < part.rows else 'too many'
+    return dict(files=part.pattern, expected=part.files, found=len(found), rows_expected=part.rows, rows=rows,
+                state=state, detail='; '.join(notes) or part.meaning)
 
 # %% ../../../nbs/165_data.releases.release.ipynb #17707908
 def _check_table(path, part, notes):
@@ -233,12 +266,16 @@ def _check_pixels(folder, part, found, look, notes):
     step = 1 if look is None else max(1, len(found)//max(look, 1))
     for path in found[::step]:
         try: size = (head := image_header(folder/path))['height'], head['width']
-        except (DataError, OSError) as e: notes.append(f'{path}: {e.message if isinstance(e, DataError) else e.strerror}'); return
-        if size not in part.pixels: notes.append(f'{path} is {size[0]}×{size[1]}, not {" or ".join(f"{h}×{w}" for h, w in part.pixels)}: a changed copy?'); return
+        except (DataError, OSError) as e:
+            notes.append(f'{path}: {e.message if isinstance(e, DataError) else e.strerror}'); return
+        if size not in part.pixels:
+            notes.append(f'{path} is {size[0]}×{size[1]}, not {" or ".join(f"{h}×{w}" for h, w in part.pixels)}: a '
+                         'changed copy?')
+            return
 
 # %% ../../../nbs/165_data.releases.release.ipynb #58457b98
 def check_release(
-    folder, # where it was downloaded to
+    folder:str|Path, # where it was downloaded to
     release:Release, # what it should be
     look:int|None=8, # headers read for each part with known sizes; None reads all
 ) -> pd.DataFrame: # files, expected, found, rows_expected, rows, state, detail
@@ -253,26 +290,41 @@ def check_release(
     known = {p for found in parts.values() for p in found}
     strange = pd.Series([p for p in every if p not in known], dtype=object)
     for group, members in strange.groupby(strange.map(lambda p: p.partition('/')[0] + ('/' if '/' in p else ''))):
-        lines.append(dict(files=group, expected=0, found=len(members), state='unexpected', detail=f'not part of the release, e.g. {members.iloc[0]}'))
+        lines.append(dict(files=group, expected=0, found=len(members), state='unexpected',
+                          detail=f'not part of the release, e.g. {members.iloc[0]}'))
     lines += [dict(files=i['file'] + '/', state='unreadable', detail=i['detail']) for i in unread._issues]
     out = pd.DataFrame(lines, columns=['files', 'expected', 'found', 'rows_expected', 'rows', 'state', 'detail'])
     return out.astype({c: 'Int64' for c in ('expected', 'found', 'rows_expected', 'rows')}).set_index('files')
 
 # %% ../../../nbs/165_data.releases.release.ipynb #56f20ae1
-_ANNOTATION = ('study_id', 'series_id', 'image_id', 'laterality', 'view_position', 'height', 'width', 'breast_birads', 'breast_density', 'split')
-VINDR_MAMMO = Release('VinDr-Mammo 1.0.0', 'https://physionet.org/content/vindr-mammo/1.0.0/', 'PhysioNet account; sign the data use agreement (restricted access)',
+_ANNOTATION = ('study_id', 'series_id', 'image_id', 'laterality', 'view_position', 'height', 'width', 'breast_birads',
+               'breast_density', 'split')
+VINDR_MAMMO = Release(
+    'VinDr-Mammo 1.0.0', 'https://physionet.org/content/vindr-mammo/1.0.0/',
+    'PhysioNet account; sign the data use agreement (restricted access)',
     'PhysioNet Restricted Health Data License (version number not confirmed); no redistribution',
-    'Nguyen H.T. et al., VinDr-Mammo, Scientific Data 10:277 (2023); Pham H.H. et al., PhysioNet (2022), doi:10.13026/br2v-7517', (
-    Part('breast-level_annotations.csv', 'one row an image', 1, 20000, _ANNOTATION, known='table of the Mammo-CLIP code'),
-    Part('finding_annotations.csv', 'one row a finding', 1, 20486, (*_ANNOTATION, 'finding_categories', 'finding_birads', 'xmin', 'ymin', 'xmax', 'ymax'),
+    'Nguyen H.T. et al., VinDr-Mammo, Scientific Data 10:277 (2023); Pham H.H. et al., PhysioNet (2022), '
+    'doi:10.13026/br2v-7517', (
+    Part('breast-level_annotations.csv', 'one row an image', 1, 20000, _ANNOTATION,
+         known='table of the Mammo-CLIP code'),
+    Part('finding_annotations.csv', 'one row a finding', 1, 20486,
+         (*_ANNOTATION, 'finding_categories', 'finding_birads', 'xmin', 'ymin', 'xmax', 'ymax'),
          known='table of the Mammo-CLIP code'),
     Part('metadata.csv', 'header fields of the images', 1, needed=False),
-    Part('images/*/*.dicom', 'mammograms, one folder a study', 20000, known='data paper: 5000 exams of four views')), 'medvl.data.releases.vindr.read_vindr')
-RSNA_BREAST = Release('RSNA Screening Mammography Breast Cancer Detection (2022)', 'https://www.kaggle.com/competitions/rsna-breast-cancer-detection',
-    'Kaggle account; accept the rules of the competition', 'non-commercial and academic use, no attempt to identify anyone (RSNA AI-Challenge-Data page)',
+    Part('images/*/*.dicom', 'mammograms, one folder a study', 20000, known='data paper: 5000 exams of four views')),
+    'medvl.data.releases.vindr.read_vindr')
+RSNA_BREAST = Release(
+    'RSNA Screening Mammography Breast Cancer Detection (2022)',
+    'https://www.kaggle.com/competitions/rsna-breast-cancer-detection',
+    'Kaggle account; accept the rules of the competition', 'non-commercial and academic use, no attempt to identify '
+    'anyone (RSNA AI-Challenge-Data page)',
     'Carr C. et al., RSNA Screening Mammography Breast Cancer Detection, Kaggle (2022); RSNA, https://www.rsna.org', (
-    Part('train.csv', 'one row an image', 1, 54706, ('site_id', 'patient_id', 'image_id', 'laterality', 'view', 'age', 'cancer', 'biopsy', 'invasive', 'BIRADS', 'implant',
-         'density', 'machine_id', 'difficult_negative_case'), known='table of the Mammo-CLIP code'),
-    Part('train_folds.csv', "the paper's four folds", 1, 54706, ('fold',), needed=False, known='Mammo-CLIP code, not part of the release'),
-    Part('train_images/*/*.dcm', 'mammograms, one folder a patient', 54706, known='one file a row'), Part('test.csv', 'rows without labels', 1, needed=False),
-    Part('sample_submission.csv', 'form of an answer', 1, needed=False), Part('test_images/*/*.dcm', 'unlabelled mammograms', needed=False)), 'medvl.data.releases.rsna_breast.read_rsna')
+    Part('train.csv', 'one row an image', 1, 54706,
+         ('site_id', 'patient_id', 'image_id', 'laterality', 'view', 'age', 'cancer', 'biopsy', 'invasive', 'BIRADS',
+          'implant', 'density', 'machine_id', 'difficult_negative_case'), known='table of the Mammo-CLIP code'),
+    Part('train_folds.csv', "the paper's four folds", 1, 54706, ('fold',), needed=False,
+         known='Mammo-CLIP code, not part of the release'),
+    Part('train_images/*/*.dcm', 'mammograms, one folder a patient', 54706, known='one file a row'),
+    Part('test.csv', 'rows without labels', 1, needed=False),
+    Part('sample_submission.csv', 'form of an answer', 1, needed=False),
+    Part('test_images/*/*.dcm', 'unlabelled mammograms', needed=False)), 'medvl.data.releases.rsna_breast.read_rsna')

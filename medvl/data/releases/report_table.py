@@ -23,7 +23,7 @@ _NEEDED = ['patient_id', 'laterality', 'view', 'image_id', 'FINDINGS', 'IMPRESSI
 
 
 def read_report_table(
-    path, # CSV, one row an image
+    path:str|Path, # CSV, one row an image
     pattern:str='{patient_id}/{image_id}', # where the pixels lie, relative to the folder
 ) -> Source: # records with findings and impression, boxes (none), sentences (none), report
     """Read a report table with one row an image.
@@ -32,26 +32,35 @@ def read_report_table(
     Source: Mammo-CLIP, augment_text.py (input)."""
     df, report = require(read_csv(path), _NEEDED, path), Report('report table')
     ids = df.image_id.str.strip().str.replace(r'(?<=[^.])(png|dcm|dicom|jpe?g)$', r'.\1', regex=True)
-    for i in np.flatnonzero(ids != df.image_id.str.strip()): report.add('file name without dot', df.image_id[i], i, ids[i], 'dot added')
-    for i in np.flatnonzero(ids.duplicated(keep=False)): report.add('image listed twice', ids[i], i, f'{df["view"][i]} {df.laterality[i]}', 'all its rows set aside')
+    for i in np.flatnonzero(ids != df.image_id.str.strip()):
+        report.add('file name without dot', df.image_id[i], i, ids[i], 'dot added')
+    for i in np.flatnonzero(ids.duplicated(keep=False)):
+        report.add('image listed twice', ids[i], i, f'{df["view"][i]} {df.laterality[i]}', 'all its rows set aside')
     out = pd.DataFrame({'image_path': [pattern.format(patient_id=p, image_id=i) for p, i in zip(df.patient_id, ids)],
-        'image_id': ids.str.replace(r'\.(png|dcm|dicom|jpe?g)$', '', regex=True), 'patient_id': df.patient_id, 'exam_id': df.patient_id,
-        'laterality': df.laterality, 'view': df['view'].str.upper(), 'source': 'report_table', 'findings': df.FINDINGS, 'impression': df.IMPRESSION})
+        'image_id': ids.str.replace(r'\.(png|dcm|dicom|jpe?g)$', '', regex=True), 'patient_id': df.patient_id,
+        'exam_id': df.patient_id,
+        'laterality': df.laterality, 'view': df['view'].str.upper(), 'source': 'report_table', 'findings': df.FINDINGS,
+        'impression': df.IMPRESSION})
     if 'AGE' in df: out['age'] = df.AGE.map(age_years).astype(float)
     birads = next((c for c in ('BIRADS_numeric', 'BIRADS_CATEGORY') if c in df), None)
     if birads: out['birads'] = rewrite_column(df[birads].rename('birads'), birads_category, report, out.laterality)
     if 'fold' in df: out['fold'] = pd.to_numeric(df.fold, errors='coerce').fillna(-1).astype(int)
     for name in ('findings', 'impression'):
-        for i in np.flatnonzero(out[name].str.strip().str.lower().isin(['', 'nan'])): report.add(f'no {name}', ids[i], i, '', 'kept')
+        for i in np.flatnonzero(out[name].str.strip().str.lower().isin(['', 'nan'])):
+            report.add(f'no {name}', ids[i], i, '', 'kept')
     several = (df.FINDINGS + '\x1f' + df.IMPRESSION).groupby([df.patient_id, df.laterality]).nunique()
-    for who in several.index[several > 1]: report.add('several reports of a breast', '/'.join(who), None, f'{several[who]} texts', 'each image keeps its own')
+    for who in several.index[several > 1]:
+        report.add('several reports of a breast', '/'.join(who), None, f'{several[who]} texts',
+                   'each image keeps its own')
     out = out[~ids.duplicated(keep=False)].reset_index(drop=True)
     report.account(len(df), len(out), aside={'image listed twice': int(ids.duplicated(keep=False).sum())})
-    report.counts = dict(rows=len(df), records=len(out), patients=out.patient_id.nunique(), breasts=out.groupby(['patient_id', 'laterality']).ngroups)
+    report.counts = dict(rows=len(df), records=len(out), patients=out.patient_id.nunique(),
+                         breasts=out.groupby(['patient_id', 'laterality']).ngroups)
     return Source(out, empty('boxes'), empty('sentences'), report)
 
 # %% ../../../nbs/162_data.releases.report_table.ipynb #801e6ebb
-BREAST_COLUMNS = ['patient_id', 'laterality', 'image', 'view', 'CC', 'MLO', 'text', 'findings', 'impressions', 'text_augment', 'fold']
+BREAST_COLUMNS = ['patient_id', 'laterality', 'image', 'view', 'CC', 'MLO', 'text', 'findings', 'impressions',
+                  'text_augment', 'fold']
 
 
 def _unique(values): return list(dict.fromkeys(values))
@@ -64,12 +73,14 @@ def breast_table(
     """Group images by breast and clean their texts as the original does.
 
     Source: Mammo-CLIP, augment_text.py."""
-    text = {n: df[c].where(df[c].notna(), '').map(lambda t, n=n: normalise_section(n, t, 'paper')) for n, c in (('findings', 'FINDINGS'), ('impression', 'IMPRESSION'))}
+    text = {n: df[c].where(df[c].notna(), '').map(lambda t, n=n: normalise_section(n, t, 'paper'))
+            for n, c in (('findings', 'FINDINGS'), ('impression', 'IMPRESSION'))}
     rows = []
     for (patient, side), g in df.groupby(['patient_id', 'laterality'], sort=True):
         findings, impressions = (text[n].loc[g.index].tolist() for n in ('findings', 'impression'))
         of = lambda view, g=g: _unique(g.image_id[g['view'] == view])
-        rows.append([patient, side, str(g.image_id.tolist()), str(sorted(_unique(g['view']))), str(of('CC')), str(of('MLO')), str(_unique(findings + impressions)),
+        rows.append([patient, side, str(g.image_id.tolist()), str(sorted(_unique(g['view']))), str(of('CC')),
+                     str(of('MLO')), str(_unique(findings + impressions)),
                      ' '.join(_unique(findings)), ' '.join(_unique(impressions)), str([])])
     out = pd.DataFrame(rows, columns=BREAST_COLUMNS[:-1])
     if k: out['fold'] = group_folds(out.patient_id, k) if out.patient_id.nunique() >= k else -1
@@ -77,13 +88,14 @@ def breast_table(
 
 # %% ../../../nbs/162_data.releases.report_table.ipynb #4d66cb90
 def read_breast_table(
-    path, # CSV in the form of clip_pretrain_100
+    path:str|Path, # CSV in the form of clip_pretrain_100
     pattern:str='{patient_id}/{image_id}', # where the pixels lie, relative to the folder
 ) -> Source: # records, boxes (none), sentences (none), report
     """Read a breast-level table; one record an image.
 
     Raises: DataError for a missing file or column, or a cell that is no list (names file, row, column)."""
-    df, report, rows = require(read_csv(path), ['patient_id', 'laterality', 'CC', 'MLO', 'text'], path), Report('breast table'), []
+    df, report, rows = (require(read_csv(path), ['patient_id', 'laterality', 'CC', 'MLO', 'text'], path),
+                        Report('breast table'), [])
     listed = 0
     cell = lambda c, r: read_list(df[c][r], str(path), r, c)
     for r in range(len(df)):
@@ -95,9 +107,12 @@ def read_breast_table(
         listed += len(_unique(images))
         for image in _unique(images):
             if image not in views: report.add('image in neither CC nor MLO', image, r, '', 'left out')
-            else: rows.append(dict(image_path=pattern.format(patient_id=df.patient_id[r], image_id=image), image_id=Path(image).stem if image.endswith('.png') else image,
-                                   patient_id=df.patient_id[r], exam_id=df.patient_id[r], laterality=df.laterality[r], view=views[image], source='breast_table',
-                                   fold=int(df.fold[r]) if 'fold' in df and df.fold[r] else -1, **parts))
+            else:
+                rows.append(dict(image_path=pattern.format(patient_id=df.patient_id[r], image_id=image),
+                                 image_id=Path(image).stem if image.endswith('.png') else image,
+                                 patient_id=df.patient_id[r], exam_id=df.patient_id[r], laterality=df.laterality[r],
+                                 view=views[image], source='breast_table',
+                                 fold=int(df.fold[r]) if 'fold' in df and df.fold[r] else -1, **parts))
         if not any(texts): report.add('no text', df.patient_id[r], r, '', 'kept')
     out = pd.DataFrame(rows)
     alone = int((report.issues.kind == 'image in neither CC nor MLO').sum())

@@ -17,7 +17,8 @@ from ..schema import VIEWS, Report, Source, empty, read_csv
 from .vindr import require
 
 # %% ../../../nbs/161_data.releases.rsna_breast.ipynb #0a919ad5
-_COLUMNS = ['site_id', 'patient_id', 'image_id', 'laterality', 'view', 'age', 'cancer', 'biopsy', 'invasive', 'BIRADS', 'implant', 'density', 'machine_id',
+_COLUMNS = ['site_id', 'patient_id', 'image_id', 'laterality', 'view', 'age', 'cancer', 'biopsy', 'invasive', 'BIRADS',
+            'implant', 'density', 'machine_id',
             'difficult_negative_case']
 _FLAGS = {'1': 1., '1.0': 1., 'true': 1., '0': 0., '0.0': 0., 'false': 0., '': np.nan, 'nan': np.nan}
 
@@ -36,7 +37,8 @@ def flag(
 ) -> pd.Series: # float 1, 0 or NaN
     "Read a flag."
     low = text.str.strip().str.lower()
-    for i in np.flatnonzero(~low.isin(list(_FLAGS))): report.add('not a flag', text.name, int(i), told(text.iloc[i]), 'not stated')
+    for i in np.flatnonzero(~low.isin(list(_FLAGS))):
+        report.add('not a flag', text.name, int(i), told(text.iloc[i]), 'not stated')
     return low.map(_FLAGS).fillna(default).astype(float)
 
 # %% ../../../nbs/161_data.releases.rsna_breast.ipynb #bd6f8c72
@@ -48,20 +50,23 @@ def check_cancer(
     """Find contradictions between the labels, and bring a breast's views to one.
 
     Raises: ValueError for an unknown rule."""
-    if rule not in ('breast_any', 'as_given'): raise ValueError(f'Unknown rule {rule!r}. There are: breast_any, as_given.')
+    if rule not in ('breast_any', 'as_given'):
+        raise ValueError(f'Unknown rule {rule!r}. There are: breast_any, as_given.')
     for kind, bad in (('invasive without cancer', (df.label_invasive == 1) & (df.label_cancer == 0)),
                       ('cancer without biopsy', (df.label_cancer == 1) & (df.label_biopsy == 0)),
-                      ('difficult negative with cancer', (df.label_difficult_negative_case == 1) & (df.label_cancer == 1))):
+                      ('difficult negative with cancer',
+                       (df.label_difficult_negative_case == 1) & (df.label_cancer == 1))):
         for i in np.flatnonzero(bad): report.add(kind, df.image_id[i], int(i), '', 'kept as given')
     breast = df.groupby(['patient_id', 'laterality']).label_cancer
     top, low = breast.transform('max'), breast.transform('min')
     for i in np.flatnonzero(top != low):
-        if not np.isnan(top[i]): report.add('views of a breast disagree', df.image_id[i], int(i), f'cancer {df.label_cancer[i]:g}', rule)
+        if not np.isnan(top[i]):
+            report.add('views of a breast disagree', df.image_id[i], int(i), f'cancer {df.label_cancer[i]:g}', rule)
     return top if rule == 'breast_any' else df.label_cancer
 
 # %% ../../../nbs/161_data.releases.rsna_breast.ipynb #3d02db4d
 def read_rsna(
-    path, # train.csv or train_folds.csv, or the folder that holds one of them
+    path:str|Path, # train.csv or train_folds.csv, or the folder that holds one of them
     rule:str='breast_any', # how views of one breast are resolved
     pattern:str='train_images/{patient_id}/{image_id}.dcm', # where the pixels lie, relative to the folder
 ) -> Source: # records, boxes (none), sentences (none), report
@@ -70,14 +75,20 @@ def read_rsna(
     Raises: DataError for missing files or columns.
     Source: kaggle.com/competitions/rsna-breast-cancer-detection; Mammo-CLIP, data_csv."""
     path, report = Path(path), Report('RSNA')
-    if path.is_dir(): path = next((path/n for n in ('train_folds.csv', 'train.csv') if (path/n).exists()), path/'train.csv')
+    if path.is_dir():
+        path = next((path/n for n in ('train_folds.csv', 'train.csv') if (path/n).exists()), path/'train.csv')
     df = require(read_csv(path), _COLUMNS, path)
     ids, patients = whole(df.image_id), whole(df.patient_id)
     for i in np.flatnonzero(ids.duplicated()): report.add('image listed twice', ids[i], i, '', 'first row used')
-    out = pd.DataFrame({'image_path': [pattern.format(patient_id=p, image_id=i) for p, i in zip(patients, ids)], 'image_id': ids, 'patient_id': patients,
-        'exam_id': patients, 'laterality': df.laterality.str.upper(), 'view': df['view'].str.upper(), 'source': 'rsna_site' + whole(df.site_id),
-        'age': df.age.map(age_years).astype(float), 'density': rewrite_column(df.density, density_letter, report), 'birads': rewrite_column(df.BIRADS.rename('birads'), birads_category, report)})
-    for name in ('cancer', 'biopsy', 'invasive', 'implant', 'difficult_negative_case'): out[f'label_{name}'] = flag(df[name], report)
+    out = pd.DataFrame({
+        'image_path': [pattern.format(patient_id=p, image_id=i) for p, i in zip(patients, ids)],
+        'image_id': ids, 'patient_id': patients,
+        'exam_id': patients, 'laterality': df.laterality.str.upper(), 'view': df['view'].str.upper(),
+        'source': 'rsna_site' + whole(df.site_id),
+        'age': df.age.map(age_years).astype(float), 'density': rewrite_column(df.density, density_letter, report),
+        'birads': rewrite_column(df.BIRADS.rename('birads'), birads_category, report)})
+    for name in ('cancer', 'biopsy', 'invasive', 'implant', 'difficult_negative_case'):
+        out[f'label_{name}'] = flag(df[name], report)
     if 'fold' in df: out['fold'] = pd.to_numeric(whole(df.fold), errors='coerce').fillna(-1).astype(int)
     out = out[~ids.duplicated()].reset_index(drop=True)
     report.account(len(df), len(out), {'image listed twice': len(df) - len(out)})
@@ -88,12 +99,18 @@ def read_rsna(
 # %% ../../../nbs/161_data.releases.rsna_breast.ipynb #55a8a854
 def _count(out, report):
     "Fill in the counts; report unusual views, exams without the four views, and folds that share a patient."
-    for i in np.flatnonzero(~out['view'].isin(VIEWS)): report.add('unknown view', out.image_id[i], int(i), told(out['view'][i]), 'set aside in preparation')
-    four = out.groupby('patient_id')[['laterality', 'view']].apply(lambda g: {('L', 'CC'), ('L', 'MLO'), ('R', 'CC'), ('R', 'MLO')} <= set(zip(g.laterality, g['view'])))
+    for i in np.flatnonzero(~out['view'].isin(VIEWS)):
+        report.add('unknown view', out.image_id[i], int(i), told(out['view'][i]), 'set aside in preparation')
+    four = out.groupby('patient_id')[['laterality', 'view']].apply(
+        lambda g: {('L', 'CC'), ('L', 'MLO'), ('R', 'CC'), ('R', 'MLO')} <= set(zip(g.laterality, g['view'])))
     if 'fold' in out:
         folds = out[out.fold >= 0].groupby('patient_id').fold.nunique()
-        for patient in folds.index[folds > 1]: report.add('patient in several folds', patient, None, '', 'do not use these folds')
+        for patient in folds.index[folds > 1]:
+            report.add('patient in several folds', patient, None, '', 'do not use these folds')
     positive = out[out.label_cancer == 1]
-    report.counts = dict(images=len(out), patients=out.patient_id.nunique(), patients_with_cancer=positive.patient_id.nunique(), images_with_cancer=len(positive),
-                         patients_without_four_views=int((~four).sum()), age_missing=int(out.age.isna().sum()), density_missing=int((out.density == '').sum()),
-                         birads_missing=int((out.birads == '').sum()), **{f'view_{k}': int(v) for k, v in out['view'].value_counts().items()})
+    report.counts = dict(images=len(out), patients=out.patient_id.nunique(),
+                         patients_with_cancer=positive.patient_id.nunique(), images_with_cancer=len(positive),
+                         patients_without_four_views=int((~four).sum()), age_missing=int(out.age.isna().sum()),
+                         density_missing=int((out.density == '').sum()),
+                         birads_missing=int((out.birads == '').sum()),
+                         **{f'view_{k}': int(v) for k, v in out['view'].value_counts().items()})

@@ -20,19 +20,27 @@ from .vindr import require
 
 # %% ../../../nbs/181_data.releases.rsna_pneumonia.ipynb #e2a6e6a1
 _LABELS, _CLASSES = ('patientId', 'x', 'y', 'width', 'height', 'Target'), ('patientId', 'class')
-RSNA_PNEUMONIA = Release('RSNA Pneumonia Detection Challenge (2018)', 'https://www.kaggle.com/competitions/rsna-pneumonia-detection-challenge',
-    'Kaggle account; accept the rules of the competition', 'non-commercial and academic use, no attempt to identify anyone (RSNA AI-Challenge-Data page)',
-    'Shih G. et al., Radiology: Artificial Intelligence 1(1):e180041 (2019); Wang X. et al., ChestX-ray8, CVPR (2017)', (
-    Part('stage_2_train_labels.csv', 'one row a box, or a row without one', 1, 30227, _LABELS, known='9,555 boxes on 6,012 images (sum of the LoVT tables) and 20,672 images without'),
-    Part('stage_2_detailed_class_info.csv', 'Normal, Lung Opacity, or neither', 1, 30227, _CLASSES, needed=False, known='one row a row of the labels'),
-    Part('stage_2_train_images/*.dcm', 'radiographs, 1024 × 1024, 8 bit', 26684, pixels=((1024, 1024),), known='LoVT tables: 16010 + 5337 + 5337'),
-    Part('stage_2_test_images/*.dcm', 'radiographs without labels', 3000, needed=False), Part('stage_2_sample_submission.csv', 'form of an answer', 1, needed=False),
+RSNA_PNEUMONIA = Release(
+    'RSNA Pneumonia Detection Challenge (2018)',
+    'https://www.kaggle.com/competitions/rsna-pneumonia-detection-challenge',
+    'Kaggle account; accept the rules of the competition', 'non-commercial and academic use, no attempt to identify '
+    'anyone (RSNA AI-Challenge-Data page)',
+    'Shih G. et al., Radiology: Artificial Intelligence 1(1):e180041 (2019); Wang X. et al., ChestX-ray8, CVPR (2017)',
+    (
+    Part('stage_2_train_labels.csv', 'one row a box, or a row without one', 1, 30227, _LABELS,
+         known='9,555 boxes on 6,012 images (sum of the LoVT tables) and 20,672 images without'),
+    Part('stage_2_detailed_class_info.csv', 'Normal, Lung Opacity, or neither', 1, 30227, _CLASSES, needed=False,
+         known='one row a row of the labels'),
+    Part('stage_2_train_images/*.dcm', 'radiographs, 1024 × 1024, 8 bit', 26684, pixels=((1024, 1024),),
+         known='LoVT tables: 16010 + 5337 + 5337'),
+    Part('stage_2_test_images/*.dcm', 'radiographs without labels', 3000, needed=False),
+    Part('stage_2_sample_submission.csv', 'form of an answer', 1, needed=False),
     Part('GCP*', 'note on the cloud', needed=False)), 'medvl.data.releases.rsna_pneumonia.read_rsna_pneumonia')
 RSNA_CLASSES = ('opacity',)
 
 # %% ../../../nbs/181_data.releases.rsna_pneumonia.ipynb #011e4277
 def read_boxes(
-    path, # stage_2_train_labels.csv
+    path:Path, # stage_2_train_labels.csv
     report:Report, # gets the issues
 ) -> tuple: # (table of boxes as text, list of images in order, set of images with contradicting rows)
     """Read the rows.
@@ -42,20 +50,22 @@ def read_boxes(
     edges = ['x', 'y', 'width', 'height']
     value, boxed, bad = pd.to_numeric(df.Target, errors='coerce'), (df[edges] != '').all(axis=1), set()
     for i in np.flatnonzero(~value.isin([0, 1]) | ((value == 1) != boxed) | ((df[edges] != '').any(axis=1) & ~boxed)):
-        report.add('row contradicts itself', df.patientId[i], int(i), f'{path.name}: Target {told(df.Target[i])!r} with the box {told(" ".join(df.loc[i, edges])) or "empty"}', 'image left out')
+        report.add('row contradicts itself', df.patientId[i], int(i), f'{path.name}: Target {told(df.Target[i])!r} '
+                   f'with the box {told(" ".join(df.loc[i, edges])) or "empty"}', 'image left out')
         bad.add(df.patientId[i])
     both = value.groupby(df.patientId).nunique()
     for image in sorted(set(both.index[both > 1]) - bad):
         report.add('rows contradict each other', image, None, f'{path.name}: Target 0 and 1', 'image left out')
         bad.add(image)
     n = df[edges].apply(pd.to_numeric, errors='coerce')
-    table = pd.DataFrame({'image_id': df.patientId, 'label': RSNA_CLASSES[0], 'x0': n.x, 'y0': n.y, 'x1': n.x + n.width, 'y1': n.y + n.height, 'row': range(len(df))})
+    table = pd.DataFrame({'image_id': df.patientId, 'label': RSNA_CLASSES[0], 'x0': n.x, 'y0': n.y, 'x1': n.x + n.width,
+                          'y1': n.y + n.height, 'row': range(len(df))})
     return table[boxed & (value == 1)].reset_index(drop=True), list(dict.fromkeys(df.patientId)), bad
 
 # %% ../../../nbs/181_data.releases.rsna_pneumonia.ipynb #4a973a5a
 def read_rsna_pneumonia(
-    root, # holds stage_2_train_labels.csv and stage_2_train_images/
-    derived=None, # folder for the masks; None draws none. `prepare` gets this folder as source_root, or `root` without it
+    root:str|Path, # holds stage_2_train_labels.csv and stage_2_train_images/
+    derived:str|Path|None=None, # folder for the masks: `prepare` gets it as source_root; None draws none (`root`)
     headers:bool=True, # read size and view from the files; without, 1024 × 1024 and FRONTAL are assumed
 ) -> Source: # records, boxes (label 'opacity'), sentences (none), report
     """Read RSNA Pneumonia.
@@ -68,15 +78,20 @@ def read_rsna_pneumonia(
     found = [p for p in find_files(root, ('*.dcm',), report) if 'test_images' not in p]
     files = {Path(p).stem: p for p in found}
     here = [n for n in on_disk(names, files, report, root, 'stage_2_train_images/<patientId>.dcm') if n not in bad]
-    heads = read_headers(root, [files[n] for n in here], report) if headers else {files[n]: dict(height=1024, width=1024, view='') for n in here}
+    heads = (read_headers(root, [files[n] for n in here], report) if headers
+             else {files[n]: dict(height=1024, width=1024, view='') for n in here})
     sizes = {n: (heads[files[n]]['height'], heads[files[n]]['width']) for n in here if files[n] in heads}
     boxes, wrong = release_boxes(table[~table.image_id.isin(bad)], sizes, report, path.name)
     sizes = {n: s for n, s in sizes.items() if n not in wrong}
     masks, sick, classes = box_masks(boxes, sizes, derived), set(boxes.image_id), _read_classes(root, report)
-    records = pd.DataFrame([dict(image_path=derived.image(files[n]), image_id=n, patient_id=n, exam_id=n, laterality='', view=chest_view(heads[files[n]]['view']), source='rsna_pneumonia',
-        mask_path=masks[n], split='', label_opacity=float(n in sick), label_normal=classes.get(n, np.nan)) for n in sizes])
+    records = pd.DataFrame([dict(
+        image_path=derived.image(files[n]), image_id=n, patient_id=n, exam_id=n, laterality='',
+        view=chest_view(heads[files[n]]['view']), source='rsna_pneumonia',
+        mask_path=masks[n], split='', label_opacity=float(n in sick), label_normal=classes.get(n, np.nan))
+        for n in sizes])
     report.account_images(names, sizes, alias=files)
-    report.counts = dict(images=len(records), patients=len(records), boxes=len(boxes), with_opacity=len(sick & set(sizes)), left_out=len(names) - len(records))
+    report.counts = dict(images=len(records), patients=len(records), boxes=len(boxes),
+                         with_opacity=len(sick & set(sizes)), left_out=len(names) - len(records))
     return Source(records, boxes, empty('sentences'), report)
 
 # %% ../../../nbs/181_data.releases.rsna_pneumonia.ipynb #9d1adf56
@@ -86,5 +101,6 @@ def _read_classes(root, report):
     except DataError: return {}
     df = require(read_table(path), _CLASSES, path).drop_duplicates('patientId')
     odd = df[~df['class'].isin(['Normal', 'Lung Opacity', 'No Lung Opacity / Not Normal'])]
-    for i, image, value in zip(odd.index, odd.patientId, odd['class']): report.add('unknown class', image, int(i), told(value), 'not stated')
+    for i, image, value in zip(odd.index, odd.patientId, odd['class']):
+        report.add('unknown class', image, int(i), told(value), 'not stated')
     return {p: float(c == 'Normal') for p, c in zip(df.patientId, df['class']) if p not in set(odd.patientId)}

@@ -19,12 +19,19 @@ from .vindr import require
 
 # %% ../../../nbs/183_data.releases.siim.ipynb #f05af966
 _COLUMNS = ('ImageId', 'EncodedPixels')
-SIIM = Release('SIIM-ACR Pneumothorax Segmentation (2019)', 'https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation',
-    'Kaggle account; accept the rules; the DICOM files were given out through the Google Cloud Healthcare API, copies lie on Kaggle', 'rules of the competition: non-commercial and academic use',
-    'Society for Imaging Informatics in Medicine, SIIM-ACR Pneumothorax Segmentation, Kaggle (2019); Wang X. et al., ChestX-ray8, CVPR (2017)', (
-    Part('train-rle.csv', 'run lengths, one row an outline, or -1', 1, columns=_COLUMNS, needed=False, known='first stage; columns `ImageId`, ` EncodedPixels`'),
-    Part('stage_2_train.csv', 'the same of the second stage', 1, columns=_COLUMNS, needed=False, known='second stage; no space'),
-    Part('*.dcm', 'radiographs, 1024 × 1024, 8 bit: <study>/<series>/<image>.dcm', 12047, pixels=((1024, 1024),), known='LoVT tables: 7229 + 2409 + 2409; more with the test images'),
+SIIM = Release(
+    'SIIM-ACR Pneumothorax Segmentation (2019)',
+    'https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation',
+    'Kaggle account; accept the rules; the DICOM files were given out through the Google Cloud Healthcare API, copies '
+    'lie on Kaggle', 'rules of the competition: non-commercial and academic use',
+    'Society for Imaging Informatics in Medicine, SIIM-ACR Pneumothorax Segmentation, Kaggle (2019); Wang X. et al., '
+    'ChestX-ray8, CVPR (2017)', (
+    Part('train-rle.csv', 'run lengths, one row an outline, or -1', 1, columns=_COLUMNS, needed=False,
+         known='first stage; columns `ImageId`, ` EncodedPixels`'),
+    Part('stage_2_train.csv', 'the same of the second stage', 1, columns=_COLUMNS, needed=False,
+         known='second stage; no space'),
+    Part('*.dcm', 'radiographs, 1024 × 1024, 8 bit: <study>/<series>/<image>.dcm', 12047, pixels=((1024, 1024),),
+         known='LoVT tables: 7229 + 2409 + 2409; more with the test images'),
     Part('sample_submission.csv', 'form of an answer', needed=False)), 'medvl.data.releases.siim.read_siim')
 SIIM_CLASSES = ('pneumothorax',)
 
@@ -32,7 +39,7 @@ SIIM_CLASSES = ('pneumothorax',)
 def draw_runs(
     rows:pd.DataFrame, # EncodedPixels and row of one image
     shape:tuple, # (height, width)
-    file='', # for the message
+    file:str|None='', # for the message
 ) -> np.ndarray: # uint8 (h,w) 0/1
     """Join the masks of an image's rows.
 
@@ -51,17 +58,22 @@ def _mask(name, rows, shape, file, derived):
 def _record(name, path, head, rows, table, derived, report):
     "One row of the records, or None."
     none = rows.EncodedPixels.isin(['-1', ''])
-    if none.any() and not none.all(): report.add('rows contradict each other', name, int(rows.row.iloc[0]), '-1 beside run lengths', 'run lengths used')
+    if none.any() and not none.all():
+        report.add('rows contradict each other', name, int(rows.row.iloc[0]), '-1 beside run lengths',
+                   'run lengths used')
     try: mask, marked = _mask(name, rows[~none], (head['height'], head['width']), table, derived)
-    except DataError as e: return report.add('mask cannot be drawn', name, e.row, e.message, 'image left out', file=path)
-    return dict(image_path=derived.image(path), image_id=name, patient_id=head['patient'] or name, exam_id=name, laterality='', view=chest_view(head['view']), source='siim_pneumothorax',
+    except DataError as e:
+        return report.add('mask cannot be drawn', name, e.row, e.message, 'image left out', file=path)
+    return dict(image_path=derived.image(path), image_id=name, patient_id=head['patient'] or name, exam_id=name,
+                laterality='', view=chest_view(head['view']), source='siim_pneumothorax',
                 mask_path=mask, split='', label_pneumothorax=float(marked))
 
 # %% ../../../nbs/183_data.releases.siim.ipynb #4a81b1ee
 def read_siim(
-    root, # holds train-rle.csv (or stage_2_train.csv) and the tree of DICOM files
-    derived=None, # folder for the masks; None draws none. `prepare` gets this folder as source_root, or `root` without it
-    headers:bool=True, # read size, view and patient from the files; without, 1024 × 1024, FRONTAL, and every image its own patient
+    root:str|Path, # holds train-rle.csv (or stage_2_train.csv) and the tree of DICOM files
+    derived:str|Path|None=None, # folder for the masks: `prepare` gets it as source_root; None draws none (`root`)
+    # read size, view and patient from the files; without, 1024 × 1024, FRONTAL, and every image its own patient
+    headers:bool=True,
 ) -> Source: # records, boxes (none), sentences (none), report
     """Read SIIM-ACR Pneumothorax.
 
@@ -72,13 +84,21 @@ def read_siim(
     df = require(read_table(path), _COLUMNS, path).assign(row=lambda t: range(len(t)))
     files = {Path(p).stem: p for p in find_files(root, ('*.dcm',), report)}
     here = on_disk(df.ImageId, files, report, root, '<study>/<series>/<ImageId>.dcm')
-    heads = read_headers(root, [files[n] for n in here], report) if headers else {files[n]: dict(height=1024, width=1024, view='', patient='') for n in here}
+    heads = (read_headers(root, [files[n] for n in here], report) if headers
+             else {files[n]: dict(height=1024, width=1024, view='', patient='') for n in here})
     groups = dict(list(df.groupby('ImageId')))
-    rows = [row for n in here if files[n] in heads and (row := _record(n, files[n], heads[files[n]], groups[n], path.name, derived, report))]
+    rows = [row for n in here if files[n] in heads
+            and (row := _record(n, files[n], heads[files[n]], groups[n], path.name, derived, report))]
     unnamed = [n for n in files if n not in groups]
-    if unnamed: report.add('image without a row', unnamed[0], None, f'{len(unnamed)} files (test images, or images without annotation)', 'left out')
-    if not rows: raise DataError(f'none of {len(here)} images can be used; the first: {report.issues.detail.iloc[0]}', file=str(path))
+    if unnamed:
+        report.add('image without a row', unnamed[0], None, f'{len(unnamed)} files (test images, or images without '
+                   'annotation)', 'left out')
+    if not rows:
+        raise DataError(f'none of {len(here)} images can be used; the first: {report.issues.detail.iloc[0]}',
+                        file=str(path))
     records = pd.DataFrame(rows)
     report.account_images(dict.fromkeys(df.ImageId), records.image_id, alias=files)
-    report.counts = dict(images=len(records), patients=records.patient_id.nunique(), with_pneumothorax=int(records.label_pneumothorax.sum()), outlines=int((~df.EncodedPixels.isin(['-1', ''])).sum()))
+    report.counts = dict(images=len(records), patients=records.patient_id.nunique(),
+                         with_pneumothorax=int(records.label_pneumothorax.sum()),
+                         outlines=int((~df.EncodedPixels.isin(['-1', ''])).sum()))
     return Source(records, empty('boxes'), empty('sentences'), report)

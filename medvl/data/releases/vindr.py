@@ -14,15 +14,18 @@ import pandas as pd
 
 from ...core.errors import DataError, closest, unknown_name
 from ..cells import birads_category, density_letter, quoted, told
+from ..prepared import Prepared
 from .folder import rewrite_column
 from ..schema import BOXES, Report, Source, empty, read_csv, read_list
 from ..splits import group_folds
 
 # %% ../../../nbs/160_data.releases.vindr.ipynb #21e48957
-FINDINGS = ('Mass', 'Suspicious Calcification', 'Asymmetry', 'Focal Asymmetry', 'Global Asymmetry', 'Architectural Distortion',
+FINDINGS = ('Mass', 'Suspicious Calcification', 'Asymmetry', 'Focal Asymmetry', 'Global Asymmetry',
+            'Architectural Distortion',
             'Skin Thickening', 'Skin Retraction', 'Nipple Retraction', 'Suspicious Lymph Node')
 NO_FINDING = 'No Finding'
-_COMMON = ['study_id', 'series_id', 'image_id', 'laterality', 'view_position', 'height', 'width', 'breast_birads', 'breast_density', 'split']
+_COMMON = ['study_id', 'series_id', 'image_id', 'laterality', 'view_position', 'height', 'width', 'breast_birads',
+           'breast_density', 'split']
 _FINDING = [*_COMMON, 'finding_categories', 'finding_birads', 'xmin', 'ymin', 'xmax', 'ymax']
 _EDGES = ['xmin', 'ymin', 'xmax', 'ymax']
 RULES = ('any_positive', 'majority', 'unstated', 'finding_rows')
@@ -37,8 +40,8 @@ def label_name(
 
 def require(
     df:pd.DataFrame, # table of a release
-    columns, # names it must have
-    path, # for the message
+    columns:list|tuple, # names it must have
+    path:str|Path, # for the message
 ) -> pd.DataFrame: # the same
     """Check that a release's table has its columns.
 
@@ -52,7 +55,7 @@ def require(
 
 # %% ../../../nbs/160_data.releases.vindr.ipynb #97eea167
 def read_findings(
-    path, # finding_annotations.csv
+    path:str|Path, # finding_annotations.csv
     report:Report, # gets the issues
 ) -> pd.DataFrame: # the table with `row`, `names` (list of findings), float edges
     """Read the finding-level table.
@@ -66,7 +69,10 @@ def read_findings(
             report.add('unreadable finding', df.image_id[row], row, e.message, 'row left out')
             found = None
         for name in found or ():
-            if name not in (*FINDINGS, NO_FINDING): report.add('unknown finding', df.image_id[row], row, unknown_name('finding', name if closest(name, FINDINGS) else told(name), FINDINGS)[:120], 'name left out')
+            if name not in (*FINDINGS, NO_FINDING):
+                report.add('unknown finding', df.image_id[row], row,
+                           unknown_name('finding', name if closest(name, FINDINGS) else told(name), FINDINGS)[:120],
+                           'name left out')
         names.append(None if found is None else [n for n in found if n in (*FINDINGS, NO_FINDING)])
     df['names'] = names
     for c in _EDGES: df[c] = pd.to_numeric(df[c], errors='coerce')
@@ -82,10 +88,13 @@ def _check_boxes(df, report):
     h, w = pd.to_numeric(df.height, errors='coerce'), pd.to_numeric(df.width, errors='coerce')
     outside = full & ((df.xmin < 0) | (df.ymin < 0) | (df.xmax > w) | (df.ymax > h))
     positive = df.names.map(lambda n: any(x != NO_FINDING for x in n))
-    for kind, bad, what in (('incomplete box', some & ~full, 'box left out, finding kept'), ('box without area', flat, 'box left out, finding kept'),
-                            ('box over the edge', outside, 'cut at the edge in preparation'), ('finding without box', positive & ~some, 'label kept'),
+    for kind, bad, what in (('incomplete box', some & ~full, 'box left out, finding kept'),
+                            ('box without area', flat, 'box left out, finding kept'),
+                            ('box over the edge', outside, 'cut at the edge in preparation'),
+                            ('finding without box', positive & ~some, 'label kept'),
                             ('box without finding', some & ~positive, 'box left out')):
-        for i in np.flatnonzero(bad): report.add(kind, df.image_id[i], df['row'][i], str(df.loc[i, _EDGES].tolist()), what)
+        for i in np.flatnonzero(bad):
+            report.add(kind, df.image_id[i], df['row'][i], str(df.loc[i, _EDGES].tolist()), what)
     df.loc[(some & ~full) | flat | (some & ~positive), _EDGES] = np.nan
 
 # %% ../../../nbs/160_data.releases.vindr.ipynb #e35014cd
@@ -97,7 +106,8 @@ def image_labels(
 
     Raises: ValueError for an unknown rule."""
     if rule not in RULES[:3]: raise ValueError(unknown_name('rule', rule, RULES))
-    has = pd.DataFrame({f'label_{label_name(f)}': findings.names.map(lambda n, f=f: float(f in n)) for f in (*FINDINGS, NO_FINDING)})
+    has = pd.DataFrame({f'label_{label_name(f)}': findings.names.map(lambda n, f=f: float(f in n))
+                        for f in (*FINDINGS, NO_FINDING)})
     groups = has.groupby(findings.image_id.to_numpy(), sort=False)
     top, low, mean = groups.max(), groups.min(), groups.mean()
     conflicts = top != low
@@ -109,27 +119,34 @@ def image_labels(
 # %% ../../../nbs/160_data.releases.vindr.ipynb #c2320aff
 def finding_boxes(
     findings:pd.DataFrame, # of `read_findings`
-    ids=None, # image id of every row; default: the release's
+    ids:pd.Series|None=None, # image id of every row; default: the release's
 ) -> pd.DataFrame: # the columns of BOXES
     "Collect the boxes, one a finding."
     ids = findings.image_id if ids is None else ids
     here = np.flatnonzero(findings[_EDGES].notna().all(axis=1))
-    edges, names, birads, ids = findings[_EDGES].to_numpy(float), findings.names.tolist(), findings.finding_birads.tolist(), list(ids)
-    rows = [(ids[i], label_name(n), *edges[i], birads_category(birads[i])) for i in here for n in names[i] if n != NO_FINDING]
+    edges, names, birads, ids = (findings[_EDGES].to_numpy(float), findings.names.tolist(),
+                                 findings.finding_birads.tolist(), list(ids))
+    rows = [(ids[i], label_name(n), *edges[i], birads_category(birads[i])) for i in here for n in names[i]
+            if n != NO_FINDING]
     return pd.DataFrame(rows, columns=list(BOXES))
 
 
 def _common(df, pattern, report):
     "Columns that images and finding rows share."
-    out = pd.DataFrame({'image_path': [pattern.format(study_id=s, series_id=e, image_id=i) for s, e, i in zip(df.study_id, df.series_id, df.image_id)],
-                        'image_id': df.image_id, 'patient_id': df.study_id, 'exam_id': df.study_id, 'laterality': df.laterality, 'view': df.view_position,
-                        'source': 'vindr', 'birads': rewrite_column(df.breast_birads.rename('birads'), birads_category, report, df.laterality), 'density': rewrite_column(df.breast_density.rename('density'), density_letter, report)})
+    out = pd.DataFrame({'image_path': [pattern.format(study_id=s, series_id=e, image_id=i)
+                                       for s, e, i in zip(df.study_id, df.series_id, df.image_id)],
+                        'image_id': df.image_id, 'patient_id': df.study_id, 'exam_id': df.study_id,
+                        'laterality': df.laterality, 'view': df.view_position,
+                        'source': 'vindr',
+                        'birads': rewrite_column(df.breast_birads.rename('birads'), birads_category, report,
+                                                 df.laterality),
+                        'density': rewrite_column(df.breast_density.rename('density'), density_letter, report)})
     out['split'] = df.split.str.lower().map({'training': 'train', 'test': 'test'}).fillna('')
     return out.reset_index(drop=True)
 
 # %% ../../../nbs/160_data.releases.vindr.ipynb #debcc333
 def read_vindr(
-    folder, # holds finding_annotations.csv and breast-level_annotations.csv
+    folder:str|Path, # holds finding_annotations.csv and breast-level_annotations.csv
     rule:str='any_positive', # how rows of one image are resolved: any_positive, majority, unstated, finding_rows
     pattern:str='images/{study_id}/{image_id}.dicom', # where the pixels lie, relative to the folder
 ) -> Source: # records, boxes, sentences (none), report
@@ -141,20 +158,26 @@ def read_vindr(
     folder, report = Path(folder), Report('VinDr-Mammo')
     breast = require(read_csv(folder/'breast-level_annotations.csv'), _COMMON, folder/'breast-level_annotations.csv')
     findings = read_findings(folder/'finding_annotations.csv', report)
-    for i in np.flatnonzero(breast.image_id.duplicated()): report.add('image listed twice', breast.image_id[i], i, '', 'first row used')
+    for i in np.flatnonzero(breast.image_id.duplicated()):
+        report.add('image listed twice', breast.image_id[i], i, '', 'first row used')
     listed, breast = len(breast), breast.drop_duplicates('image_id').reset_index(drop=True)
     _compare(breast, findings, report)
     if rule == 'finding_rows': records, boxes = _finding_records(findings, pattern, report)
     else:
         labels, conflicts = image_labels(findings, rule)
         for name in conflicts:
-            for image in conflicts.index[conflicts[name]]: report.add(f'conflict: {name[6:]}', image, None, 'rows of the image disagree', rule)
-        records = pd.concat([_common(breast, pattern, report), labels.reindex(breast.image_id).reset_index(drop=True)], axis=1)
+            for image in conflicts.index[conflicts[name]]:
+                report.add(f'conflict: {name[6:]}', image, None, 'rows of the image disagree', rule)
+        records = pd.concat([_common(breast, pattern, report), labels.reindex(breast.image_id).reset_index(drop=True)],
+                            axis=1)
         boxes = finding_boxes(findings)
         boxes = boxes[boxes.image_id.isin(records.image_id)].reset_index(drop=True)
-    if rule == 'finding_rows': report.account(len(findings) + (n := int((report.issues.resolution == 'row left out').sum())), len(records), aside={'unreadable finding': n})
+    if rule == 'finding_rows':
+        report.account(len(findings) + (n := int((report.issues.resolution == 'row left out').sum())), len(records),
+                       aside={'unreadable finding': n})
     else: report.account(listed, len(records), {'image listed twice': listed - len(breast)})
-    report.counts = dict(finding_rows=len(findings), images=breast.image_id.nunique(), records=len(records), boxes=len(boxes),
+    report.counts = dict(finding_rows=len(findings), images=breast.image_id.nunique(), records=len(records),
+                         boxes=len(boxes),
                          duplicate_rows=int(findings.image_id.duplicated().sum()), rule=rule)
     return Source(records, boxes, empty('sentences'), report)
 
@@ -164,31 +187,36 @@ def _finding_records(findings, pattern, report):
     number = findings.groupby('image_id').cumcount().astype(str)
     ids = findings.image_id + '#' + number
     has = {f'label_{label_name(f)}': findings.names.map(lambda n, f=f: float(f in n)) for f in (*FINDINGS, NO_FINDING)}
-    return pd.concat([_common(findings, pattern, report).assign(image_id=ids.to_numpy()), pd.DataFrame(has)], axis=1), finding_boxes(findings, ids)
+    return (pd.concat([_common(findings, pattern, report).assign(image_id=ids.to_numpy()), pd.DataFrame(has)], axis=1),
+            finding_boxes(findings, ids))
 
 
 def _compare(breast, findings, report):
     "Report where the two tables disagree."
     first = findings.drop_duplicates('image_id').set_index('image_id')
-    for image in breast.image_id[~breast.image_id.isin(first.index)]: report.add('no finding row', image, None, '', 'labels not stated')
-    for image in first.index[~first.index.isin(breast.image_id)]: report.add('not in the breast-level table', image, int(first.loc[image, 'row']), '', 'left out')
+    for image in breast.image_id[~breast.image_id.isin(first.index)]:
+        report.add('no finding row', image, None, '', 'labels not stated')
+    for image in first.index[~first.index.isin(breast.image_id)]:
+        report.add('not in the breast-level table', image, int(first.loc[image, 'row']), '', 'left out')
     both = breast[breast.image_id.isin(first.index)]
     for column in _COMMON:
         if column == 'image_id': continue
         other = first[column].reindex(both.image_id).to_numpy()
         for i in both.index[both[column].to_numpy() != other]:
-            report.add(f'tables disagree: {column}', breast.image_id[i], int(i), f'{quoted(breast[column][i])} and {quoted(first[column][breast.image_id[i]])}', 'breast-level value used')
+            report.add(f'tables disagree: {column}', breast.image_id[i], int(i), f'{quoted(breast[column][i])} and '
+                       f'{quoted(first[column][breast.image_id[i]])}', 'breast-level value used')
 
 # %% ../../../nbs/160_data.releases.vindr.ipynb #d37c1553
 def fold_table(
-    folder, # holds finding_annotations.csv
-    prepared=None, # Prepared data set whose crop and size map the boxes; None leaves them empty
+    folder:str|Path, # holds finding_annotations.csv
+    prepared:Prepared|None=None, # Prepared data set whose crop and size map the boxes; None leaves them empty
     k:int=4, # folds
 ) -> pd.DataFrame: # one row a finding, the columns of vindr_detection_v1_folds
     "Make the finding-level table that the Mammo-CLIP code reads."
     df = read_findings(Path(folder)/'finding_annotations.csv', Report('VinDr-Mammo'))
     out = df.rename(columns={'study_id': 'patient_id', 'view_position': 'view'})
-    out = out[['patient_id', 'series_id', 'image_id', 'laterality', 'view', 'height', 'width', 'breast_birads', 'breast_density', 'finding_categories',
+    out = out[['patient_id', 'series_id', 'image_id', 'laterality', 'view', 'height', 'width', 'breast_birads',
+               'breast_density', 'finding_categories',
                'finding_birads', *_EDGES, 'split']].copy()
     crop = None if prepared is None else prepared.manifest.set_index('image_id').reindex(df.image_id)
     for edge in _EDGES:

@@ -12,15 +12,22 @@ from .reports import as_text, no_report
 
 # %% ../../../nbs/187_data.text.mimic_sections.ipynb #c3c9ff16
 _HEADINGS = {
-    'preamble': 'preamble', 'examination': 'examination; exam; type of examination', 'technique': 'technique', 'notification': 'notification', 'date': 'date', 'comment': 'comment', 'addendum': 'addendum',
-    'indication': 'indication; idication; ndication; clinical indication; reason for exam; reason for examination', 'history': 'history; clinical history; clinical information; patient history; pfi',
-    'comparison': 'comparison; comparisons; comparison exam; comparison film; reference exam; comparision; comparisions; comparrison; comparsion',
-    'findings': 'findings; finding; findins; findindgs; findgings; findngs; findnings; finidngs; reference findings; chest, two views',
-    'impression': 'impression; conclusion; findings and impression; findings/impression; findings/ impression; impresson; imprression; imoression; impressoin; imprssion; impresion; imperssion; mpression; impession',
+    'preamble': 'preamble', 'examination': 'examination; exam; type of examination', 'technique': 'technique',
+    'notification': 'notification', 'date': 'date', 'comment': 'comment', 'addendum': 'addendum',
+    'indication': 'indication; idication; ndication; clinical indication; reason for exam; reason for examination',
+    'history': 'history; clinical history; clinical information; patient history; pfi',
+    'comparison': 'comparison; comparisons; comparison exam; comparison film; reference exam; comparision; '
+                  'comparisions; comparrison; comparsion',
+    'findings': 'findings; finding; findins; findindgs; findgings; findngs; findnings; finidngs; reference findings; '
+                'chest, two views',
+    'impression': 'impression; conclusion; findings and impression; findings/impression; findings/ impression; '
+                  'impresson; imprression; imoression; impressoin; imprssion; impresion; imperssion; mpression; '
+                  'impession',
     'recommendations': 'recommendations; recommendation; recommendation(s)', 'wet read': 'wet read; wetread'}
 _KNOWN = {heading: name for name, headings in _HEADINGS.items() for heading in headings.split('; ')}
 _MAIN = ('impression', 'findings', 'history', 'comparison', 'addendum')
-_VIEWS = ('chest', 'portable', 'pa and lat', 'lateral and pa', 'ap and lateral', 'lateral and ap', 'frontal and', 'two views', 'one view', 'frontal view', 'pa view', 'ap view', 'lateral view', 'bone window',
+_VIEWS = ('chest', 'portable', 'pa and lat', 'lateral and pa', 'ap and lateral', 'lateral and ap', 'frontal and',
+          'two views', 'one view', 'frontal view', 'pa view', 'ap view', 'lateral view', 'bone window',
           'frontal upright', 'frontal semi-upright', 'ribs')
 
 
@@ -39,7 +46,7 @@ _HEADING = re.compile(r'\n ([A-Z ()/,-]+):\s')
 
 
 def find_sections(
-    text, # the report
+    text:str|float|None, # the report
     official:bool=False, # to the character as the tool
 ) -> list: # of (name, text as it stands, position of its first character)
     """Cut a report as the MIMIC section tool does.
@@ -54,7 +61,8 @@ def find_sections(
         following = _HEADING.search(text, start + line)
         out.append((section_name(head[1], official), text[start:following.start() if following else len(text)], start))
         head = following
-    out = [s for s in out if s[0] not in ('findings', 'impression') or (s[1].strip() and (official or not (re.search(r'[^\W_]', s[1]) and no_report(s[1]))))]
+    out = [s for s in out if s[0] not in ('findings', 'impression')
+           or (s[1].strip() and (official or not (re.search(r'[^\W_]', s[1]) and no_report(s[1]))))]
     name, body, start = out[-1]
     if not {'findings', 'impression'} & {s[0] for s in out} and '\n \n' in body:
         first, _, rest = body.partition('\n \n')
@@ -63,7 +71,7 @@ def find_sections(
 
 
 def lovt_sections(
-    text, # the report
+    text:str|float|None, # the report
     official:bool=False, # to the character as the tool
 ) -> dict: # findings and impression, '' the one that is absent; {} when both are
     "Keep what LoVT reads: the last findings and the last impression."
@@ -71,8 +79,10 @@ def lovt_sections(
     return {name: found.get(name, '') for name in ('findings', 'impression')} if found else {}
 
 # %% ../../../nbs/187_data.text.mimic_sections.ipynb #126320a1
-SPECIAL_NAMES = tuple(map(int, '''50913680 59363654 59279892 59768032 57936451 50058765 53356173 53202765 50808053 51966317 50743547 56451190 59067458 59215320 55124749 54365831 59087630 58157373 56482935 58375018
+SPECIAL_NAMES = tuple(map(int, '''50913680 59363654 59279892 59768032 57936451 50058765 53356173 53202765 50808053
+    51966317 50743547 56451190 59067458 59215320 55124749 54365831 59087630 58157373 56482935 58375018
     54654948 55157853 51491012'''.split()))
-SPECIAL_PLACES = tuple(map(int, '''50525523 57564132 59982525 53488209 54875119 50196495 56579911 52648681 59889364 53514462 59505494 53182247 51410602 56412866 54986978 59003148 57150433 56760320 59562049 52674888
+SPECIAL_PLACES = tuple(map(int, '''50525523 57564132 59982525 53488209 54875119 50196495 56579911 52648681 59889364
+    53514462 59505494 53182247 51410602 56412866 54986978 59003148 57150433 56760320 59562049 52674888
     55258338 59330497 52119491 58235663 50798377 54168089 53071062 56724958 54231141 53607029 52035334'''.split()))
 SPECIAL_STUDIES = frozenset(SPECIAL_NAMES + SPECIAL_PLACES)
