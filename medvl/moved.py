@@ -142,7 +142,8 @@ class MovedFinder(MetaPathFinder):
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         new = MOVED.get(name.removeprefix('medvl.')) if name.startswith('medvl.') else None
         if new is None: return None
-        warnings.warn(f'{name} is medvl.{new} now; the old name goes with version 1.0.', DeprecationWarning, stacklevel=2)
+        warnings.warn(f'{name} is medvl.{new} now; the old name goes with version 1.0.', DeprecationWarning,
+                      stacklevel=2)
         return ModuleSpec(name, MovedLoader(f'medvl.{new}'))
 
 

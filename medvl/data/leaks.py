@@ -25,7 +25,8 @@ from .prepared import Prepared
 # %% ../../nbs/131_data.leaks.ipynb #8446cec8
 SHARES = (.2, .3, .45, .6) # of the windows that show structure ...
 LIMITS = (.87, .78, .66, .6) # ... and the least agreement of a copy there; between them along a line
-TURNS = ('', 'mirrored', 'upside down', 'turned by 180°', 'transposed', 'turned by a quarter', 'turned by a quarter', 'transposed the other way')
+TURNS = ('', 'mirrored', 'upside down', 'turned by 180°', 'transposed', 'turned by a quarter', 'turned by a quarter',
+         'transposed the other way')
 
 
 def needed(
@@ -45,7 +46,8 @@ def limits(
     needs = needed(judged[:, 3])
     strangers = judged[judged[:, 2] < needs]
     ends = pd.DataFrame({'image': np.concatenate([judged[:, 0], -1 - judged[:, 1]])}).drop_duplicates().image
-    near = pd.DataFrame({'image': np.concatenate([strangers[:, 0], -1 - strangers[:, 1]]), 'agreement': np.tile(strangers[:, 2], 2)})
+    near = pd.DataFrame({'image': np.concatenate([strangers[:, 0], -1 - strangers[:, 1]]),
+                         'agreement': np.tile(strangers[:, 2], 2)})
     second = near.sort_values('agreement', ascending=False).groupby('image').agreement.nth(1)
     typical = np.quantile(np.concatenate([second, np.zeros(len(ends) - len(second))]), .8) if len(ends) else 0.
     return needs + np.clip(1.4*(typical - TYPICAL), 0, .2)
@@ -55,7 +57,8 @@ class _Equal:
     "Equal thumbnails as one: the first row of each, all rows, and the one patient of all (-1 when there are several)."
     def __init__(self, thumbs, patient):
         seen = {}
-        for i in np.flatnonzero(np.ptp(thumbs.reshape(len(thumbs), SIDE*SIDE), axis=1) > 0) if len(thumbs) else (): seen.setdefault(thumbs[i].tobytes(), []).append(i)
+        for i in np.flatnonzero(np.ptp(thumbs.reshape(len(thumbs), SIDE*SIDE), axis=1) > 0) if len(thumbs) else ():
+            seen.setdefault(thumbs[i].tobytes(), []).append(i)
         self.rows, self.patient = [np.array(r) for r in seen.values()], patient
         self.first = np.array([r[0] for r in self.rows], int)
         self.group = np.array([patient[r[0]] if (patient[r] == patient[r[0]]).all() else -1 for r in self.rows], int)
@@ -89,16 +92,20 @@ def near_pairs(
     limit:float|None=None, # least agreement; None: `limits`
     mirror:bool=True, # look for flipped and turned copies too
     keep:int=3, # candidates of every image
-) -> pd.DataFrame: # columns a, b (rows of both sides), agreement, turn, inverted, pairs (of equal images that the line stands for)
+# columns a, b (rows of both sides), agreement, turn, inverted, pairs (of equal images that the line stands for)
+) -> pd.DataFrame:
     "Find pairs that show the same picture."
-    codes = _codes([None]*len(left) if patient_left is None else patient_left, [None]*len(right) if patient_right is None else patient_right)
+    codes = _codes([None]*len(left) if patient_left is None else patient_left, [None]*len(right)
+                   if patient_right is None else patient_right)
     ours, theirs = _Equal(left, codes[0]), _Equal(right, codes[1])
-    judged = compare(left[ours.first], right[theirs.first], ours.group, theirs.group, keep, range(8) if mirror else (0,))
+    judged = compare(left[ours.first], right[theirs.first], ours.group, theirs.group, keep, range(8) if mirror
+                     else (0,))
     found, least = [], limits(judged) if limit is None else np.full(len(judged), limit)
     for k, j, agrees, _, sign, turn in judged[judged[:, 2] >= least]:
         pair = ours.apart(int(k), theirs, int(j))
         if pair: found.append((*pair[:2], agrees, TURNS[int(turn)], sign < 0, pair[2]))
-    return pd.DataFrame(found, columns=COLUMNS).sort_values('agreement', ascending=False, kind='stable', ignore_index=True)
+    return pd.DataFrame(found, columns=COLUMNS).sort_values('agreement', ascending=False, kind='stable',
+                                                            ignore_index=True)
 
 # %% ../../nbs/131_data.leaks.ipynb #eb11eb9f
 KINDS = ('patient', 'image_hash', 'near_duplicate')
@@ -110,7 +117,8 @@ def _kept(path, key, shape):
     try:
         with np.load(path) as kept:
             thumbs = kept['thumbs'] if str(kept['digest']) == key else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError): return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, MemoryError, NotImplementedError):
+        return None
     return thumbs if thumbs is not None and thumbs.shape == shape and thumbs.dtype == np.uint8 else None
 
 
@@ -142,8 +150,10 @@ def _equal_pairs(data, side, column, kind):
         yield from ((kind, first[a], first[b], value) for i, a in enumerate(names) for b in names[i + 1:])
 
 # %% ../../nbs/131_data.leaks.ipynb #fef40fbe
-SEES = ('Of 40 copies of each of six collections the near-duplicate check found, over all, 97 to 100 % of those flipped, turned, inverted, of gamma 0.5 to 2, after CLAHE, cropped or shifted by '
-        'a tenth, rotated by 3°, halved, as JPEG of quality 10 or marked; it found half after a crop of 20 %, a quarter after a rotation by 10°, and does not look for excerpts or other exposures of a patient.')
+SEES = ('Of 40 copies of each of six collections the near-duplicate check found, over all, 97 to 100 % of those '
+        'flipped, turned, inverted, of gamma 0.5 to 2, after CLAHE, cropped or shifted by '
+        'a tenth, rotated by 3°, halved, as JPEG of quality 10 or marked; it found half after a crop of 20 %, a '
+        'quarter after a rotation by 10°, and does not look for excerpts or other exposures of a patient.')
 WHERE = 'nbs/benchmarks/b35_leaks.ipynb' # the counts
 
 
@@ -158,7 +168,8 @@ class LeakReport:
     def __repr__(self):
         sides = ', '.join(f'{k} {v}' for k, v in self.checked['images'].items())
         if not self: return f'No leak by {", ".join(self.checked["by"])} between {sides}.'
-        return f'{len(self.pairs)} leaking pairs between {sides}: ' + ', '.join(f'{k} {v}' for k, v in self.pairs.kind.value_counts().items())
+        return (f'{len(self.pairs)} leaking pairs between {sides}: '
+                + ', '.join(f'{k} {v}' for k, v in self.pairs.kind.value_counts().items()))
 
     def _repr_html_(self):
         table = self.pairs.head(20).fillna('').astype(str).map(html.escape).to_html(escape=False) if self else ''
@@ -178,7 +189,8 @@ def check_leaks(
     Raises: DataError for an unknown column, ValueError for an unknown comparison or a split of the wrong length."""
     for kind in by:
         if kind not in KINDS: raise ValueError(unknown_name('comparison', kind, KINDS))
-    if isinstance(split, str) and split not in data.manifest: raise DataError(unknown_name('column', split, data.manifest.columns), column=split)
+    if isinstance(split, str) and split not in data.manifest:
+        raise DataError(unknown_name('column', split, data.manifest.columns), column=split)
     side = data.manifest[split] if isinstance(split, str) else pd.Series(np.asarray(split))
     if len(side) != len(data): raise ValueError(f'A split of {len(side)} values for {len(data)} images.')
     side = side.reset_index(drop=True).map(lambda v: '' if v is None or v != v or v == -1 else str(v)).astype(object)
@@ -188,7 +200,8 @@ def check_leaks(
     if 'near_duplicate' in by: found += _near(data, side, limit, mirror)
     ids = data.manifest.image_id
     rows = [(kind, ids[a], side[a], ids[b], side[b], detail) for kind, a, b, detail in found]
-    pairs = pd.DataFrame(rows, columns=['kind', 'image_a', 'split_a', 'image_b', 'split_b', 'detail']).drop_duplicates(['kind', 'image_a', 'image_b'], ignore_index=True)
+    pairs = pd.DataFrame(rows, columns=['kind', 'image_a', 'split_a', 'image_b', 'split_b',
+                                        'detail']).drop_duplicates(['kind', 'image_a', 'image_b'], ignore_index=True)
     checked = dict(images=side[side != ''].value_counts().sort_index().to_dict(), by=list(by))
     return LeakReport(pairs, checked | (dict(sees=f'{SEES} Counts: {WHERE}.') if 'near_duplicate' in by else {}))
 
@@ -197,7 +210,8 @@ def pair_in_words(
     pair, # a row of `near_pairs`
 ) -> str:
     "Say how two images agree."
-    changed = [w for w in (pair.turn, 'inverted' if pair.inverted else '', f'and equal images: {pair.pairs} pairs' if pair.pairs > 1 else '') if w]
+    changed = [w for w in (pair.turn, 'inverted' if pair.inverted else '', f'and equal images: {pair.pairs} pairs'
+                           if pair.pairs > 1 else '') if w]
     return ', '.join([f'agreement {pair.agreement:.2f}', *changed])
 
 
@@ -223,8 +237,10 @@ def assert_no_leak(
     Raises: DataError naming the pairs."""
     report = check_leaks(data, split, by, **options)
     if report:
-        named = '; '.join(f'{p.kind}: {p.image_a} ({p.split_a}) and {p.image_b} ({p.split_b}), {p.detail}' for p in report.pairs.head(5).itertuples())
+        named = '; '.join(f'{p.kind}: {p.image_a} ({p.split_a}) and {p.image_b} ({p.split_b}), {p.detail}'
+                          for p in report.pairs.head(5).itertuples())
         more = f'; and {len(report.pairs) - 5} more' if len(report.pairs) > 5 else ''
-        raise DataError(f'the split leaks: {named}{more}.', file=str(data.folder), column=split if isinstance(split, str) else None,
+        raise DataError(f'the split leaks: {named}{more}.', file=str(data.folder), column=split
+                        if isinstance(split, str) else None,
                         fix='Divide by patient (medvl.data.splits), and remove one image of each duplicate pair.')
     return report

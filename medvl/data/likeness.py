@@ -28,9 +28,11 @@ def thumbnail(
     "Reduce an image to a square of grey means that uses the whole range."
     x = np.asarray(image)
     x = np.ascontiguousarray(x if x.dtype in (np.uint8, np.uint16) else x.astype(np.float32))
-    x = cv2.resize(x, (SIDE, SIDE), interpolation=cv2.INTER_AREA if min(x.shape) >= SIDE else cv2.INTER_LINEAR).astype(np.float32)
+    x = cv2.resize(x, (SIDE, SIDE), interpolation=cv2.INTER_AREA if min(x.shape) >= SIDE
+                   else cv2.INTER_LINEAR).astype(np.float32)
     low, high = float(x.min()), float(x.max())
-    return np.round((x - low)*(255/(high - low))).astype(np.uint8) if high - low > 1e-6 else np.zeros((SIDE, SIDE), np.uint8)
+    return (np.round((x - low)*(255/(high - low))).astype(np.uint8) if high - low > 1e-6
+            else np.zeros((SIDE, SIDE), np.uint8))
 
 
 def thumbnails(
@@ -38,7 +40,8 @@ def thumbnails(
     total:int|None=None, # for the progress bar
 ) -> np.ndarray: # uint8 (n,128,128)
     "Reduce images, on all cores."
-    with ThreadPoolExecutor(cores()) as pool: small = list(progress(pool.map(thumbnail, images), 'thumbnails', total=total))
+    with ThreadPoolExecutor(cores()) as pool:
+        small = list(progress(pool.map(thumbnail, images), 'thumbnails', total=total))
     return np.stack(small) if small else np.zeros((0, SIDE, SIDE), np.uint8)
 
 # %% ../../nbs/130a_data.likeness.ipynb #fe0a6004
@@ -51,7 +54,8 @@ def stripes(
     gx, gy = cv2.Scharr(x, cv2.CV_32F, 1, 0), cv2.Scharr(x, cv2.CV_32F, 0, 1)
     power = gx*gx + gy*gy
     coarse = cv2.GaussianBlur(cv2.resize(power, (32, 32), interpolation=cv2.INTER_AREA), (0, 0), 2.5)
-    around = np.sqrt(np.maximum(cv2.resize(coarse, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR), 0)) + floor*np.sqrt(power.mean()) + 1e-3
+    around = (np.sqrt(np.maximum(cv2.resize(coarse, (SIDE, SIDE), interpolation=cv2.INTER_LINEAR), 0))
+              + floor*np.sqrt(power.mean()) + 1e-3)
     strength = np.sqrt(power)
     each = np.maximum(strength, 1e-6)*around
     return np.stack([(gx*gx - gy*gy)/each, 2*gx*gy/each, strength/around])
@@ -181,7 +185,8 @@ def _tile(left, right):
 
 class _Best:
     "The best partners of every image so far."
-    def __init__(self, n, keep): self.value, self.partner, self.keep = np.full((n, keep), -1., np.float32), np.full((n, keep), -1), keep
+    def __init__(self, n, keep):
+        self.value, self.partner, self.keep = np.full((n, keep), -1., np.float32), np.full((n, keep), -1), keep
 
     def add(self, rows, values, partners):
         v, p = np.concatenate([self.value[rows], values], 1), np.concatenate([self.partner[rows], partners], 1)
@@ -211,7 +216,8 @@ def candidates(
     "Propose for every image the few of the other side that it may be a copy of."
     lefts, rights = _Best(len(left), keep), _Best(len(right), keep)
     every, other = np.arange(len(left)), np.arange(len(right))
-    jobs = [('whole', every, other), ('inner', every, other[right.trimmed]), ('inner', every[left.trimmed], other[~right.trimmed])]
+    jobs = [('whole', every, other), ('inner', every, other[right.trimmed]),
+            ('inner', every[left.trimmed], other[~right.trimmed])]
     for view, rows, columns in jobs: # nothing is compared twice where neither has flat edges
         ours = axes(getattr(left, view)[rows]) if len(rows) and len(columns) else None
         for start in range(0, len(columns) if len(rows) else 0, block):
@@ -224,8 +230,10 @@ def candidates(
                 x, y = _top(likeness, keep), _top(likeness.T, keep)
                 return a, np.take_along_axis(likeness, x, 1), b[x], np.take_along_axis(likeness.T, y, 1), a[y]
             with ThreadPoolExecutor(cores()) as pool:
-                for a, va, pa, vb, pb in pool.map(one, range(0, len(rows), block)): lefts.add(a, va, pa), rights.add(b, vb, pb)
-    pairs = [np.stack([np.repeat(np.arange(len(x.value)), keep), x.partner.ravel()], 1)[x.value.ravel() > least] for x in (lefts, rights)]
+                for a, va, pa, vb, pb in pool.map(one, range(0, len(rows), block)):
+                    lefts.add(a, va, pa), rights.add(b, vb, pb)
+    pairs = [np.stack([np.repeat(np.arange(len(x.value)), keep), x.partner.ravel()], 1)[x.value.ravel() > least]
+             for x in (lefts, rights)]
     return np.unique(np.concatenate([pairs[0], pairs[1][:, ::-1]]), axis=0)
 
 # %% ../../nbs/130a_data.likeness.ipynb #52df59f0
@@ -235,7 +243,8 @@ def meeting(
     axes:Axes, # of both
     pairs:np.ndarray, # int (k,2)
     chunk:int=1024, # pairs at once
-) -> np.ndarray: # float64 (k,2,4): as they are and inside flat edges; product, turn of the right one, window of left and right
+# float64 (k,2,4): as they are and inside flat edges; product, turn of the right one, window of left and right
+) -> np.ndarray:
     "Tell how the two images of each pair meet best."
     out = np.zeros((len(pairs), 2, 4))
     for k, view in enumerate(('whole', 'inner')):
@@ -247,5 +256,7 @@ def meeting(
             product = np.concatenate([one, two], 2).reshape(len(a), -1)
             best = product.argmax(1)
             turn, w = np.divmod(best, 2*len(WINDOWS))
-            out[start:start + chunk, k] = np.stack([product[np.arange(len(a)), best], turn, np.maximum(w - len(WINDOWS), 0), np.where(w < len(WINDOWS), w, 0)], 1)
+            out[start:start + chunk, k] = np.stack([product[np.arange(len(a)), best], turn,
+                                                    np.maximum(w - len(WINDOWS), 0), np.where(w < len(WINDOWS), w, 0)],
+                                                    1)
     return out

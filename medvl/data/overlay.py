@@ -54,10 +54,12 @@ def look_up(
             y, x = (min(max(int(c*scale) - half, 0), side - patch) for c in (cy, cx))
             if covered[y + half, x + half] < .5 or spread[y + half, x + half] < .1: continue
             y0, x0 = max(0, y - reach), max(0, x - reach)
-            match = cv2.matchTemplate(right[y0:y + patch + reach, x0:x + patch + reach], left[y:y + patch, x:x + patch], cv2.TM_CCOEFF_NORMED)
+            match = cv2.matchTemplate(right[y0:y + patch + reach, x0:x + patch + reach], left[y:y + patch, x:x + patch],
+                                      cv2.TM_CCOEFF_NORMED)
             low, high, at_low, at_high = cv2.minMaxLoc(match)
             mx, my = at_high if high >= -low else at_low
-            places.append((x + half, y + half)); moves.append((x0 + mx - x, y0 + my - y)); likeness.append(max(high, -low))
+            places.append((x + half, y + half)); moves.append((x0 + mx - x, y0 + my - y))
+            likeness.append(max(high, -low))
     return (np.array(places, float), np.array(moves, float), np.array(likeness)) if len(places) >= 4 else None
 
 
@@ -82,7 +84,8 @@ def fit_map(
 
 # %% ../../nbs/130b_data.overlay.ipynb #fca76bbe
 def _laid(x, place, how=cv2.INTER_LINEAR):
-    return cv2.warpAffine(x, place[:2].astype(np.float32), x.shape[::-1], flags=how | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+    return cv2.warpAffine(x, place[:2].astype(np.float32), x.shape[::-1], flags=how | cv2.WARP_INVERSE_MAP,
+                          borderMode=cv2.BORDER_CONSTANT, borderValue=0)
 
 
 def agreement(
@@ -183,7 +186,8 @@ def compare(
             turn, wa, wb = int(turn), int(wa), int(wb)
             if turn not in turns or inner and not (looks[0].trimmed[a] or looks[1].trimmed[b]): continue
             boxes = [x.box[i] if inner else full for x, i in zip(looks, (a, b))]
-            found = overlay(lambda l: made[0](a, l), lambda l, turn=turn: made[1](b, l, turn), _window(boxes[0], wa), _window(boxes[1], wb, turn))
+            found = overlay(lambda l: made[0](a, l), lambda l, turn=turn: made[1](b, l, turn), _window(boxes[0], wa),
+                            _window(boxes[1], wb, turn))
             best = max(best, (*found, turn))
         return a, b, *best
     with ThreadPoolExecutor(cores()) as pool: return np.array(list(pool.map(judge, zip(pairs, met)))).reshape(-1, 6)

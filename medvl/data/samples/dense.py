@@ -98,7 +98,8 @@ def box_names(
     "List the findings that have boxes."
     names = set() if prepared.boxes is None else set(prepared.boxes.label)
     folder = getattr(prepared, 'folder', None)
-    if folder is not None and (folder/'boxes.parquet').exists(): names |= set(read_prepared_table('boxes', folder).label)
+    if folder is not None and (folder/'boxes.parquet').exists():
+        names |= set(read_prepared_table('boxes', folder).label)
     return sorted(names)
 
 
