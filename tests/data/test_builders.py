@@ -218,7 +218,7 @@ def test_folder_without_a_good_row(tmp_path, rows, row, column, value):
 def test_the_example_is_valid():
     "data_csv/ is what it says: no row is set aside, every box and sentence has its image."
     from pathlib import Path
-    folder = Path(__file__).resolve().parents[1]/'data_csv'
+    folder = Path(__file__).resolve().parents[2]/'data_csv'
     source = read_folder(folder)
     assert source.report.issues.kind.unique().tolist() == ['file is absent'] and len(source.records) == 7 and len(source.boxes) == 3 and len(source.sentences) == 3
     readme = (folder/'README.md').read_text()

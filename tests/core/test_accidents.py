@@ -89,7 +89,7 @@ run(sys.argv[1], data=Slow(), workers=2)'''
 
 @pytest.mark.skipif(os.name != 'posix', reason='signals')
 def test_loaders_end_with_a_training_that_is_shot_and_its_folder_is_free(tmp_path):
-    child = subprocess.Popen([sys.executable, '-c', LOADERS, str(tmp_path), str(Path(__file__).parent)], env={**os.environ, 'MEDVL_PROGRESS': '0', 'OMP_NUM_THREADS': '1'})
+    child = subprocess.Popen([sys.executable, '-c', LOADERS, str(tmp_path), str(Path(__file__).parents[1])], env={**os.environ, 'MEDVL_PROGRESS': '0', 'OMP_NUM_THREADS': '1'})
     loaders = until(lambda: len(found := psutil.Process(child.pid).children(recursive=True)) >= 2 and found, 60)
     until(lambda: (tmp_path/'.lock').exists(), 60)
     with pytest.raises(DataError, match='another training is using this folder'): run(tmp_path)

@@ -10,7 +10,7 @@ from golden import golden
 
 from medvl.models.efficientnet import EFFICIENTNETS, EfficientNet, StaticConv2d, drop_connect, frozen_statistics
 
-FIXTURE = Path(__file__).parent / 'fixtures' / 'efficientnet_formula.npz'
+FIXTURE = Path(__file__).parents[1] / 'fixtures' / 'efficientnet_formula.npz'
 G = 'mammoclip/'
 
 

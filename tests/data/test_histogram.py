@@ -17,7 +17,7 @@ from medvl.data.phantom.chest_prepared import CHEST_WAYS, chest_histograms, prep
 from medvl.data.histogram import (QUANTILES, fit_histogram, held_out, histogram_control, histogram_features, histogram_line, histogram_table,
                                   judge_histogram)
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def plainly(x):
@@ -147,7 +147,7 @@ def test_preparation_reports_it(tmp_path):
 
 def test_the_real_figure(tmp_path):
     "CDD-CESM, prepared as README does: twelve numbers reach .78 for malignant on its 94 test images of 26 patients, by our way and by the plain one."
-    root = Path(__file__).resolve().parents[2]/'shared'/'data'/'mammo'
+    root = Path(__file__).resolve().parents[3]/'shared'/'data'/'mammo'
     if not root.exists(): pytest.skip('sample data absent: ../shared/data/mammo')
     from medvl.data.releases.folder import read_folder
     from medvl.data.phantom.breast_prepared import public_salt, split_source

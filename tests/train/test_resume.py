@@ -83,7 +83,7 @@ def test_killed_inside_a_checkpoint(tmp_path, whole, call):
 
 def test_a_real_process_killed(tmp_path, whole):
     "The same through the command line: a fresh interpreter, and a fresh one after the kill."
-    command = [sys.executable, str(Path(__file__).with_name('training.py')), str(tmp_path), '{"workers": 2}']
+    command = [sys.executable, str(Path(__file__).parents[1]/'training.py'), str(tmp_path), '{"workers": 2}']
     child = subprocess.Popen(command, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     while child.poll() is None and len(read_jsonl(tmp_path/'metrics.jsonl')) < 7: time.sleep(0.002)
     child.kill(); child.wait()

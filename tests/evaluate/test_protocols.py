@@ -150,7 +150,7 @@ def test_another_models_cache_is_refused(data, tmp_path):
 
 @pytest.mark.parametrize('die', [6, 200])
 def test_killed_embedding_continues_to_the_same_bits(data, tmp_path, die):
-    script = [sys.executable, str(Path(__file__).with_name('evaluation.py')), str(data.folder), str(tmp_path / 'k'), str(die)]
+    script = [sys.executable, str(Path(__file__).parents[1]/'evaluation.py'), str(data.folder), str(tmp_path / 'k'), str(die)]
     assert subprocess.run(script, capture_output=True).returncode == -9
     home = next((tmp_path / 'k').iterdir())
     assert not (home / 'embeddings.json').exists()

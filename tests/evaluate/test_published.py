@@ -12,7 +12,7 @@ from medvl.data.prepared import write_table
 from medvl.methods.published import ABSENT, beside, is_of, published, verdict
 from medvl.run.runner import RunFailedError, run_experiment
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 FOUND = pd.DataFrame({'task': ['mass'], 'metric': ['auroc'], 'value': [.6], 'low': [.5], 'high': [.7]})
 
 

@@ -112,6 +112,6 @@ def test_experiments_say_what_they_trained_on(tmp_path):
     assert ' images of ' in line and ' patients' in line
     from pathlib import Path
     for name in ('e10_pretrain', 'e12_pretrain_labels', 'e15_pretrain_chest', 'e40_mammo_factor'):
-        source = '\n'.join(''.join(c['source']) for c in json.loads((Path(__file__).parents[1]/'nbs'/'experiments'/f'{name}.ipynb').read_text())['cells'] if c['cell_type'] == 'code')
+        source = '\n'.join(''.join(c['source']) for c in json.loads((Path(__file__).parents[2]/'nbs'/'experiments'/f'{name}.ipynb').read_text())['cells'] if c['cell_type'] == 'code')
         assert "card={'trained_on'" in source or "card = {'trained_on'" in source, name
     assert 'pointing_rows(' in source

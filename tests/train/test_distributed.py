@@ -125,7 +125,7 @@ def free_port():
 
 def test_torchrun(tmp_path):
     "torchrun gives what `launch` gives. (accelerate launch starts several processes only on GPUs, through torchrun's code, or with MPI.)"
-    kwargs, script = dict(epochs=2, batch_size=4, chunk_size=2), str(Path(__file__).with_name('training.py'))
+    kwargs, script = dict(epochs=2, batch_size=4, chunk_size=2), str(Path(__file__).parents[1]/'training.py')
     command = ['torch.distributed.run', '--nproc_per_node=2', '--master_addr=127.0.0.1', f'--master_port={free_port()}', script]
     done = subprocess.run([sys.executable, '-m', *command, str(tmp_path/'a'), json.dumps(kwargs)], capture_output=True, text=True, timeout=100,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})

@@ -17,7 +17,7 @@ from medvl.show.curves import plot_curves, plot_forest, plot_precision_recall, p
 from medvl.show.embedding import plot_embedding
 from medvl.show.style import picture
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
