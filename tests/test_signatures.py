@@ -39,3 +39,15 @@ def test_rooms_are_shown_with_a_line():
 
 def test_types_are_shipped():
     assert (PACKAGE/'py.typed').exists()
+
+
+def test_help_shows_the_comments_beside_arguments():
+    import inspect
+
+    from medvl.data.batch import slice_batch
+    from medvl.train.settings import TrainConfig
+    said = inspect.getdoc(slice_batch)
+    assert said.startswith('Cut samples out of a batch.') and 'stop: behind the last sample' in said and 'returns: ' in said
+    assert slice_batch.__doc__ == 'Cut samples out of a batch.' # whoever reads the docstring itself gets what is written
+    assert 'lr: peak learning rate' in inspect.getdoc(TrainConfig)
+    assert 'source: folder of a saved model' in inspect.getdoc(medvl.load)
