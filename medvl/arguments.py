@@ -12,6 +12,7 @@ import io
 import textwrap
 import tokenize
 from types import FunctionType, ModuleType
+from typing import SupportsIndex
 
 # %% ../nbs/812_arguments.ipynb #4949d462
 def commented(source: str, # Python
@@ -59,7 +60,7 @@ class ArgumentDoc(str):
     "A docstring that shows the comments of the arguments too."
     of: object  # the function or class it describes
 
-    def expandtabs(self, tabsize: int = 8) -> str: # columns of a tab
+    def expandtabs(self, tabsize: SupportsIndex = 8) -> str: # columns of a tab
         "Give the docstring with a line an argument behind it."
         try: comments = signature_comments(inspect.getsource(self.of))
         except (OSError, TypeError, SyntaxError, tokenize.TokenError): comments = {} # no source here: the docstring alone
