@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from medvl.core.errors import DataError
 from medvl.data.text.breast_labels import breast_findings, breast_labels
 from medvl.data.text.label_rules import CUES, foreign_birads, foreign_sections, label_rules, read_rows
-from medvl.data.text.labels import CHEXPERT_NAMES, label_report, label_table, mentions, mentions_html
+from medvl.data.text.labels import CHEXPERT_NAMES, label_report, label_reports, mentions, mentions_html
 from medvl.data.text.sides import swap_sides
 
 WORDS = {'pneumothorax': 'Pneumothorax', 'pleural effusion': 'Pleural Effusion', 'consolidation': 'Consolidation', 'rib fracture': 'Fracture', 'nodule': 'Nodule',
@@ -91,10 +91,10 @@ def test_nothing_stated_and_no_finding():
 
 def test_table_treats_the_uncertain_as_asked():
     texts = ['Possible effusion.', 'No effusion.', 'Effusion.', 'Clear lungs.']
-    table = {how: label_table(texts, uncertain=how, names=CHEXPERT_NAMES)['Pleural Effusion'].tolist() for how in ('ones', 'zeros', 'keep')}
+    table = {how: label_reports(texts, uncertain=how, names=CHEXPERT_NAMES)['Pleural Effusion'].tolist() for how in ('ones', 'zeros', 'keep')}
     assert table == {'ones': [1, 0, 1, pytest.approx(np.nan, nan_ok=True)], 'zeros': [0, 0, 1, pytest.approx(np.nan, nan_ok=True)], 'keep': [-1, 0, 1, pytest.approx(np.nan, nan_ok=True)]}
-    assert label_table([]).empty
-    with pytest.raises(KeyError): label_table(texts, uncertain='maybe')
+    assert label_reports([]).empty
+    with pytest.raises(KeyError): label_reports(texts, uncertain='maybe')
 
 
 def test_tables_can_be_edited(tmp_path):
@@ -141,7 +141,7 @@ def test_gold_labels_of_openi():
     studies, texts = pd.read_csv(sample('openi_images/studies.csv')), pd.read_csv(sample('reports/openi_reports.csv')).fillna('')
     d = texts.merge(studies, on='uid')
     d = d[d.gold_normal.notna() & (d.uid % 2 == 1)]
-    table = label_table(d.findings + '\n' + d.impression)
+    table = label_reports(d.findings + '\n' + d.impression)
     for gold, name, floor in (('Atelectasis', 'Atelectasis', .88), ('Cardiomegaly', 'Cardiomegaly', .80), ('Effusion', 'Pleural Effusion', .87), ('Emphysema', 'Emphysema', .87)):
         y, p = (d[f'gold_{gold}'] == 1).to_numpy(), (table[name] == 1).to_numpy()
         assert 2 * (y & p).sum() / (y.sum() + p.sum()) > floor, name

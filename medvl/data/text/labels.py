@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATUSES', 'REACH_AFTER', 'REACH_BEFORE', 'CHEXPERT_NAMES', 'UNCERTAIN', 'clauses', 'status_in', 'Mention', 'side_of',
-           'mentions', 'mentions_html', 'label_report', 'label_table']
+           'mentions', 'mentions_html', 'label_report', 'label_reports']
 
 # %% ../../../nbs/123a_data.text.labels.ipynb #e390996a
 import html
@@ -140,7 +140,7 @@ def label_report(text: str | float | None, # a report
 UNCERTAIN = {'ones': 1.0, 'zeros': 0.0, 'ignore': np.nan, 'keep': -1.0}
 
 
-def label_table(texts: Iterable, # reports
+def label_reports(texts: Iterable, # reports
                 rules: LabelRules | str = 'chest', # from `label_rules`, or 'chest', 'breast'
                 uncertain: str = 'ignore', # 'ones', 'zeros', 'ignore' (NaN) or 'keep' (-1)
                 names: tuple | None = None, # columns; None: all of the rules
