@@ -13,6 +13,7 @@ from ...core.seed import numpy_rng
 from ..augment.breast_versions import Augment, AugmentConfig, map_boxes
 from ..prepared import Prepared
 from .breast import ImageDataset
+from .image import check_areas
 
 # %% ../../../nbs/146a_data.samples.boxes.ipynb #c2b5465e
 def box_classes(prepared:Prepared, # Prepared
@@ -26,13 +27,7 @@ def box_classes(prepared:Prepared, # Prepared
     if not len(boxes):
         raise DataError('no boxes: nothing can be detected', file=prepared.folder/'boxes.parquet',
                         fix='Prepare a data set that has boxes.csv.')
-    bad = np.flatnonzero(~((boxes.x1 > boxes.x0) & (boxes.y1 > boxes.y0)).to_numpy())
-    if bad.size:
-        box = [round(float(v), 3) for v in boxes[['x0', 'y0', 'x1', 'y1']].iloc[bad[0]]]
-        raise DataError(f'a box without area: {box} of image {boxes.image_id.iloc[bad[0]]!r}',
-                        file=prepared.folder/'boxes.parquet', row=int(bad[0]),
-                        column='x1' if box[2] <= box[0] else 'y1',
-                        fix='Correct the box, or leave it out and prepare again.')
+    check_areas(prepared)
     known = sorted(boxes.label.unique())
     names = known if concepts == 'all' else [concepts] if isinstance(concepts, str) else list(concepts)
     for name in names:
