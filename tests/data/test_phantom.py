@@ -220,7 +220,7 @@ def test_no_shortcuts(dataset):
 
 
 def test_shortcut_report_needs_data(tmp_path):
-    with pytest.raises(DataError, match='at least 20 exams'): shortcut_report(write_phantom(tmp_path/'x', 2, size=(32, 32), progress=False))
+    with pytest.raises(DataError, match='at least 20 examinations'): shortcut_report(write_phantom(tmp_path/'x', 2, size=(32, 32), progress=False))
 
 
 @settings(max_examples=30, deadline=None)
