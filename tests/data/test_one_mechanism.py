@@ -56,10 +56,10 @@ NAMES = ('reports', 'findings', 'paper', 'images', 'targets', 'detection', 'stud
 def test_dataset_contract(datasets, name):
     "len, [(epoch, i)], collate, lengths, digest, allows_empty_text: the same sample for the same key, in any process, and nothing else is asked."
     data = datasets[name]
-    n, again = len(data), pickle.loads(pickle.dumps(data))
+    n, again = len(data), pickle.loads(pickle.dumps(data)) # noqa: S301 (our own bytes)
     batch, twice = (d.collate([d[3, i] for i in range(n)]) for d in (data, again))
     assert batch['images'].equal(twice['images']) and batch['flip'].equal(twice['flip']) and batch.get('text') == twice.get('text')
-    assert batch['index'].tolist() == list(range(n)) and batch['epoch'] == 3 and len(set(batch['sample_id'])) <= n and all(isinstance(p, str) for p in batch['patient_id'])
+    assert batch['index'].tolist() == list(range(n)) and batch['epoch'] == 3 and len(set(batch['sample_id'])) <= n and all(isinstance(p, str) for p in (*batch['patient_id'], *batch['study_id']))
     assert isinstance(data.digest, str) and data.digest == again.digest and data.allows_empty_text is (name == 'paper')
     assert data.lengths is None or np.shape(data.lengths) == (n,)
     assert (data.lengths is not None) == (name in ('reports', 'studies'))
@@ -122,7 +122,7 @@ def test_versions_turn_only_with_their_words(recipe):
     told = picture_batch(flip=flip, text=[['left']]*6)
     for transforms in MultiView(RECIPES[recipe])(told)['transforms']: assert mirrored(transforms) == [[i % 2 == 0] for i in range(6)]
     undecided = {k: v for k, v in told.items() if k != 'flip'}
-    for entry in ('text', 'tokens', 'sentences'):
+    for entry in ('text', 'tokens', 'sentences', 'question', 'answer'):
         worded = {k: v for k, v in undecided.items() if k != 'text'} | {entry: [['left']]*6}
         for transforms in MultiView(RECIPES[recipe])(worded)['transforms']: assert not np.any(mirrored(transforms))
     assert decided_flips(told, True).tolist() == flip.tolist()

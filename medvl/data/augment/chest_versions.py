@@ -217,7 +217,7 @@ class MultiView:
         seed:int=0, # seed of the run
         epoch:int|None=None, # epoch; None: the batch's
     ) -> dict: # with `augmented`: list of float32 (b,v,1,h',w'), 0..255; `transforms`: list of float32 (b,v,3,3)
-        "Make the versions of a batch on the device where its images lie; flips are drawn here where there are no words."
+        "Make the versions of a batch where its images lie; flips are drawn here where there are no words."
         images, drawn = batch['images'], [m.draws(batch, seed, epoch, k, True) for k, m in enumerate(self.makers)]
         return {**batch, 'augmented': [m.make(images, draws) for m, draws in zip(self.makers, drawn)],
                 'transforms': [matrices(draws, images.device) for draws in drawn]}

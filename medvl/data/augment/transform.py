@@ -184,7 +184,7 @@ def map_points(
     return np.asarray(points, dtype=np.float64) @ m[:2, :2].T + m[:2, 2]
 
 # %% ../../../nbs/139_data.augment.transform.ipynb #9fb47764
-WORDS = ('tokens', 'text', 'sentences') # entries of a batch that speak of its images
+WORDS = ('tokens', 'text', 'sentences', 'question', 'answer') # entries of a batch that speak of its images
 
 
 def decided_flips(

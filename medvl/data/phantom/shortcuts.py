@@ -99,7 +99,8 @@ def judge_shortcuts(
 
     Raises: DataError when the data set has fewer examinations than that."""
     if table.exam_id.nunique() < least:
-        raise DataError(f'A check of shortcuts needs at least {least} examinations.', file=str(folder), fix='write more')
+        raise DataError(f'A check of shortcuts needs at least {least} examinations.', file=str(folder),
+                        fix='write more')
     labels = [c for c in table if c.startswith('label_')]
     features = [c for c in table if c not in ('exam_id', 'laterality', *labels)]
     stated = [(name, table[table[name].notna()]) for name in labels]

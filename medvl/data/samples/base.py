@@ -129,6 +129,7 @@ class Samples:
         out = dict(images=[self.prepared.images[int(r)] for r, _ in images], view=[v for _, v in images],
                    patient_id=row['patient_id'], sample_id=row.get('sample_id', row.get('image_id')), index=index,
                    epoch=epoch, flip=flip)
+        if 'exam_id' in row: out['study_id'] = row['exam_id']
         return out | (dict(laterality=row['laterality']) if self.sided else {})
 
     def once(self, key:Any, make:Callable) -> Any:
@@ -156,6 +157,7 @@ class Samples:
         return {f'{self.unit} / patients': f'{len(self)} / {self.patients}',
                 'left out': counts_text(self.skipped) or 'none'}
 
-    def __repr__(self): return f'{type(self).__name__}({len(self)} {self.unit}, {self.patients} patients, {self.told()})'
+    def __repr__(self):
+        return f'{type(self).__name__}({len(self)} {self.unit}, {self.patients} patients, {self.told()})'
 
     def _repr_html_(self): return facts_html(self.facts())

@@ -221,7 +221,8 @@ class BreastTextDataset(BreastSamples):
                             column='report', fix='Fill the column `report`, or train on labels with ImageDataset.')
         warn_left_out(skipped, len(rows), self.unit)
         super().__init__(prepared, rows, train, self.config.seed, skipped, pad=tokenizer.pad_token_id)
-        self.cache, self.allows_empty_text = TokenCache(tokenizer, cache, self.config.max_length), self.config.empty == 'keep'
+        self.cache = TokenCache(tokenizer, cache, self.config.max_length)
+        self.allows_empty_text = self.config.empty == 'keep'
         self._first_tokens()
 
     def _first_tokens(self):

@@ -116,7 +116,8 @@ class FindingDataset(BreastSamples):
         kinds = {(v, str(f)): (v, f, r['sample_id']) for r in rows for v, f in r['findings'].items()}
         for v, f, name in kinds.values(): self.tokens([self.report(v, f, None, name=name)], name)
 
-    def tokens(self, text:list, name:str) -> list: return tokenise(self.tokenizer, text, self.config.max_length, [name]*len(text))
+    def tokens(self, text:list, name:str) -> list:
+        return tokenise(self.tokenizer, text, self.config.max_length, [name]*len(text))
 
     def sides(self, row:dict) -> list: return [('', f'{row["laterality"]} breast'), ('', 'upper inner')]
 

@@ -58,7 +58,7 @@ def box_groups(
             for image, g in boxes.groupby('image_id')}
 
 # %% ../../../nbs/145b_data.samples.image.ipynb #9ce49b26
-COLUMNS = ('row', 'image_id', 'patient_id', 'laterality', 'view', 'mask_row')
+COLUMNS = ('row', 'image_id', 'patient_id', 'exam_id', 'laterality', 'view', 'mask_row')
 NO_BOXES = (np.zeros((0, 4), np.float32), [])
 
 
@@ -87,8 +87,8 @@ class ImageSamples(Samples):
             raise DataError(f'no image of the views {", ".join(view_names)}.', column='view',
                             fix='Ask for other views, or look at the split.')
         rows = m[[c for c in COLUMNS if c in m]].iloc[here].assign(place=here).to_dict('records')
-        super().__init__(prepared, rows, train, seed, {'another view': len(m) - len(here)} if len(here) < len(m) else {},
-                         fraction, fraction_by)
+        skipped = {'another view': len(m) - len(here)} if len(here) < len(m) else {}
+        super().__init__(prepared, rows, train, seed, skipped, fraction, fraction_by)
         self.values = columns[[r['place'] for r in self.rows]]
         self.flips, self.boxes, self.masks = tuple(flips), boxes, masks
         self.more = [tuple(view_names), fraction, fraction_by] if view_names or fraction < 1 else []

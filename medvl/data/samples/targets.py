@@ -191,7 +191,8 @@ class TargetImages(ImageSamples):
         "Count images, and what is stated."
         if not self.classes: return super().facts()
         count = {c: int((self.values == k).sum()) for k, c in enumerate(self.classes)}
-        return {'images / patients': f'{len(self)} / {self.patients}', self.labels[0]: ', '.join(f'{c} {n}' for c, n in count.items()),
+        return {'images / patients': f'{len(self)} / {self.patients}',
+                self.labels[0]: ', '.join(f'{c} {n}' for c, n in count.items()),
                 'not stated': int(np.isnan(self.values).sum())}
 
     @property
