@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'SHARDED', 'SHARD_BYTES', 'DTYPES', 'EMPTY', 'shard_name', 'checksum', 'disk_full', 'write_at',
-           'make_folder', 'check_space', 'StoreWriter', 'store_digest', 'ImageStore', 'local_copy', 'trusted_sums',
-           'check_row', 'verify_rows']
+           'make_folder', 'check_space', 'StoreWriter', 'store_digest', 'unfinish_store', 'ImageStore', 'local_copy',
+           'trusted_sums', 'check_row', 'verify_rows']
 
 # %% ../../nbs/105_data.store.ipynb #6a293e8c
 import errno
@@ -292,6 +292,18 @@ def store_digest(
     "Identify the rows of a store, however they are cut into files."
     info = dict(format=FORMAT) | {k: info[k] for k in ('n', 'height', 'width', 'dtype')}
     return hashlib.sha256(json.dumps(info, sort_keys=True).encode() + sums.tobytes()).hexdigest()
+
+
+def unfinish_store(
+    folder:str|Path, # of a finished store
+    n:int, # rows it is planned to have
+) -> None:
+    "Make a finished store one that is being written again; its files stay, and count as sealed."
+    folder = Path(folder)
+    info = read_json(folder/'store.json')
+    plan = dict(format=FORMAT, n=int(n)) | {k: info[k] for k in ('height', 'width', 'dtype', 'shard_rows') if k in info}
+    write_json(folder/'writing.json', plan)
+    (folder/'store.json').unlink()
 
 # %% ../../nbs/105_data.store.ipynb #24763709
 class ImageStore:
