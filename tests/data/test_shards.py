@@ -49,7 +49,7 @@ def test_cut_or_whole(tmp_path, rows):
     assert [p.name for p in paths] == ([f'pixels-{k:05}.bin' for k in range(-(-10//rows))] if rows < 10 else ['pixels.bin'])
     assert max(p.stat().st_size for p in paths) <= 30*rows and b''.join(p.read_bytes() for p in paths) == (tmp_path/'w'/'pixels.bin').read_bytes()
     if rows < 10:
-        with pytest.raises(DataError, match='no one array'): cut.pixels
+        with pytest.raises(DataError, match='no one array'): len(cut.pixels)
 
 
 def test_any_order(tmp_path):
