@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..methods.base import evaluating
-from ..methods.base import Method
+from ..methods.base import Method, evaluating, require
 
 # %% ../../nbs/602_attribute.similarity.ipynb #00688f6e
 @torch.no_grad()
@@ -41,9 +40,7 @@ def similarity_map(
     """Compare every cell of an image with a sentence.
 
     Raises: TypeError when the method lacks what is needed."""
-    missing = [n for n in ('feature_maps', 'project_image', 'project_text') if not callable(getattr(method, n, None))]
-    if missing:
-        raise TypeError(f'a similarity map needs {", ".join(missing)}, which {type(method).__name__} does not offer')
+    require(method, 'feature_maps', 'project_image', 'project_text', by='a similarity map')
     with evaluating(method):
         cells = method.project_image(method.feature_maps(images).movedim(1, -1)).float()
         text = sentence.to(cells) if isinstance(sentence, Tensor) else text_vector(method, sentence)
