@@ -159,7 +159,7 @@ def test_average_is_validated_and_published(tmp_path):
 
 class Sampled(Small):
     "Records what after_step sees."
-    def after_step(self, features, state): self.seen = [*getattr(self, 'seen', []), (len(features['image']), state.step)]
+    def after_step(self, features, batch, state): self.seen = [*getattr(self, 'seen', []), (len(features['image']), state.step)]
 
 
 def test_after_step_once_a_step_with_all_rows(tmp_path):
