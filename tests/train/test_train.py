@@ -175,7 +175,7 @@ def test_after_step_sees_the_batches_of_the_step(tmp_path, keeps):
         def after_step(self, features, batch, state): self.seen = [*getattr(self, 'seen', []), (batch, features, state)]
     Watching.keeps = keeps
     method = Watching()
-    run(tmp_path, method, valid=None, max_steps=2)
+    run(tmp_path, method, valid=None, max_steps=2, warmup=0)
     data = Pairs()
     for batch, features, state in method.seen:
         assert ('images' in batch) == bool(keeps) and {'words', 'sample_id', 'text', 'epoch'} <= set(batch)
