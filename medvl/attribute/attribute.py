@@ -18,7 +18,7 @@ from .mammo_factor import Explainer, MammoFactor
 from .sentence_maps import sentence_maps
 from .similarity import similarity_map
 from ..core.errors import unknown_name
-from ..methods.base import Method, capabilities, evaluating, require
+from ..methods.base import Method, capabilities, require
 
 # %% ../../nbs/630_attribute.attribute.ipynb #b284cddc
 TARGETS = {'sentence': 'how near the image is to a text', 'class': 'one output of a classifier',

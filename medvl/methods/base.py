@@ -8,6 +8,7 @@ __all__ = ['CAPABILITIES', 'WEIGHTS', 'CONFIG', 'MOST', 'CARD', 'StepState', 'Me
            'save_pretrained', 'leads_outside', 'fill_from', 'from_pretrained', 'push_to_hub']
 
 # %% ../../nbs/300_methods.base.ipynb #ac37753e
+import ast
 import inspect
 import json
 import re
@@ -160,16 +161,22 @@ def capabilities(method: Method,
     return [c for c in CAPABILITIES if callable(getattr(method, c, None))]
 
 
+def _declared(name):
+    "Name and default of every argument that a capability must take."
+    args = ast.parse(f'def ask{CAPABILITIES[name]}: ...').body[0].args
+    defaults = [ast.literal_eval(d) for d in args.defaults]
+    return list(zip([a.arg for a in args.args],
+                    [inspect.Parameter.empty] * (len(args.args) - len(defaults)) + defaults))
+
+
 def capability_problems(method: Method | type[Method], # or its class
                         ) -> list[str]: # one line for each capability with another signature; empty: none
     "Compare the signatures of a method's capabilities with the declared ones."
     found = []
     for name in capabilities(method):
-        declared = inspect.signature(eval(f'lambda {CAPABILITIES[name][1:-1]}: None'))  # our own text, above
-        ask = getattr(method, name)
-        own = [p for p in inspect.signature(ask).parameters.values() if p.name != 'self']
-        wanted = list(declared.parameters.values())
-        same = [(p.name, p.default) for p in own[:len(wanted)]] == [(p.name, p.default) for p in wanted]
+        own = [p for p in inspect.signature(getattr(method, name)).parameters.values() if p.name != 'self']
+        wanted = _declared(name)
+        same = [(p.name, p.default) for p in own[:len(wanted)]] == wanted
         optional = all(p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
                        for p in own[len(wanted):])
         if not (same and optional):
