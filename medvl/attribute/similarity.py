@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..methods.base import Method, evaluating, require
+from ..methods.base import Method, capabilities, evaluating, require
 
 # %% ../../nbs/602_attribute.similarity.ipynb #00688f6e
 @torch.no_grad()
@@ -24,7 +24,9 @@ def text_vector(
     Raises: ValueError when there is no sentence; DataError for one without a token."""
     sentences = [sentences] if isinstance(sentences, str) else list(sentences)
     if not sentences: raise ValueError('there is no sentence to compare with')
-    encode = method.project_text if callable(getattr(method, 'project_text', None)) else method.encode_text
+    offered = capabilities(method)
+    if 'project_text' not in offered: require(method, 'encode_text', by='the vector of a sentence')
+    encode = method.project_text if 'project_text' in offered else method.encode_text
     with evaluating(method): vector = F.normalize(encode(sentences).float().mean(0), dim=0)
     return vector.clone() # an ordinary tensor: gradients may pass by it
 

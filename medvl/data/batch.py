@@ -24,7 +24,7 @@ class Field:
     dtype: torch.dtype | str | None = None  # of a tensor; 'tokens' for a token set; None: a list, or a dict of tensors
     axes: str = 'b'  # b samples, v views, t texts, L tokens …; 'n b …': a list of versions; '': one value for the batch
     pad: float | None = None  # what fills up tensors of unequal sizes; None: sizes must agree
-    pixels: bool = False  # pixels, which are not kept once they are encoded
+    pixels: bool = False  # pixels, or maps that stand for them: not kept once they are encoded
     what: str = ''  # in words
 
 
@@ -71,8 +71,8 @@ for _name, _field in {
     'masks': Field(torch.uint8, 'b c h w', pixels=True, what='a plane a class; or lists of one (h,w), or None, a view'),
     'augmented': Field(torch.float32, 'n b v 1 h w', pixels=True, what='versions of the images, 0..255'),
     'transforms': Field(torch.float32, 'n b v 3 3', what='pixel of the image -> pixel of the version'),
-    'taps': Field(what='stored maps of a frozen encoder: name -> (b,c,h,w)'),
-    'maps': Field(what='stored feature maps (c,h,w)'),
+    'taps': Field(pixels=True, what='instead of images: stored maps of a frozen encoder, name -> (b,c,h,w)'),
+    'maps': Field(pixels=True, what='instead of images: stored feature maps (c,h,w)'),
 }.items(): declare(_name, _field)
 
 # %% ../../nbs/145_data.batch.ipynb #e31410d7
@@ -198,7 +198,7 @@ def slice_batch(
     start:int, # first sample
     stop:int, # behind the last sample
 ) -> dict: # batch of samples start..stop-1 (tensors are views)
-    "Cut samples out of a batch. Raises: ValueError for a slice that is not there, or an entry that is not declared."
+    "Cut samples out of a batch."
     if not 0 <= start < stop <= batch_size(batch):
         raise ValueError(f'There is no slice {start}:{stop} of a batch of {batch_size(batch)}.')
     check_names(batch)
