@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medvl.data.batch import collate
+from medvl.data.batch import Field, collate, declare
 from medvl.methods.base import Method, register
 from medvl.train.loop import train
 from medvl.train.settings import TrainConfig
+
+
+declare('words', Field(torch.float32, 'b d', what='a toy report'))
 
 
 @dataclass

@@ -80,6 +80,7 @@ class PixelPro(ImageMethod):
     name, config_class = 'pixelpro', PixelProConfig
     gathered, gathered_batch = ('student_cells', 'teacher_cells', 'places', 'prediction', 'target',
                                 'probe'), ('labels',)
+    unsaved = ('teacher.',) # training alone needs it
     advised_batch = 2 # cells are compared inside an image, but BatchNorm over one image is not the recipe's
 
     def __init__(self, config: PixelProConfig | None = None, image_encoder: nn.Module | None = None):
@@ -140,7 +141,11 @@ class PixelPro(ImageMethod):
             out.update(loss=pixel + c.instance_weight * instance, instance=instance.detach())
         return with_probe(self, out, features, batch)
 
-    def after_step(self, features: dict, state: StepState) -> None:
+    def after_step(self, features: dict, batch: dict, state: StepState) -> None:
         "Let the teacher follow."
         c = self.config
         follow(self.teacher, self.student, momentum_at(state.progress, c.momentum, c.momentum_schedule))
+
+    def renew_unsaved(self) -> None:
+        "Begin again with a teacher that equals the student: saved models have none."
+        self.teacher.load_state_dict(self.student.state_dict())

@@ -94,7 +94,8 @@ def _check(c):
 @register
 class RetinaNet(Method):
     "RetinaNet on an EfficientNet. Source: Lin et al., ICCV 2017; Ghosh et al., MICCAI 2024."
-    name, config_class, gathered_batch, chunkable = 'retinanet', RetinaNetConfig, (), True
+    name, config_class, chunkable = 'retinanet', RetinaNetConfig, True
+    keeps = ('images',) # anchors are laid out for their size
 
     def __init__(self,
                  config: RetinaNetConfig | None = None,

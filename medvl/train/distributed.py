@@ -48,6 +48,10 @@ class Together(Alone):
     def rows(self, x:Tensor|list) -> tuple: # tensor of rows, or a list
         "Give the rows of all processes in the order of their ranks, and the slice that is mine."
         return gather_rows(x)
+    def total(self, x:Tensor) -> Tensor: # of one shape in all processes
+        "Add up over the processes, in place."
+        dist.all_reduce(x)
+        return x
 
 
 def exchange_of() -> object: # Together() inside a process group of more than one, else Alone()

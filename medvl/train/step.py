@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 
 from ..core.errors import DataError
-from ..data.batch import batch_size, to_device
+from ..data.batch import batch_size, join, to_device, without_pixels
 from ..methods.base import Method, StepState
 from .average import Average
 from .checks import broken_rows, check_chunk_norms, check_rows, check_texts, guilty, names_of, not_finite
 from .distributed import (anywhere, average_gradients, average_statistics, exchange_of, gather_objects,
                                      spread_weights)
 from .feed import RunBatches
-from .gradcache import backward_batch, join
+from .gradcache import backward_batch
 from .machine import autocast_of, make_accelerator, scaler_of
 from .optim import Plateau, lr_scale, make_optimizer, set_lr
 from .settings import TrainConfig, check_config
@@ -74,7 +74,7 @@ class Loop:
     def state(self) -> StepState:
         "Say where the run stands, in the method's terms."
         return StepState(self.step, self.total, self.step // self.in_epoch, self.config.seed, self.exchange.rank,
-                         self.exchange.world)
+                         self.exchange.world, self.in_epoch)
 
     def prepare(self, batch:dict) -> dict:
         "Move a batch to the device and augment it."
@@ -159,7 +159,8 @@ def one_step(
     average_statistics(loop.method)
     if loop.average: loop.average.update(loop.method, loop.step)
     if type(loop.method).after_step is not Method.after_step:
-        loop.method.after_step(join([r.features for r in results]), state)
+        seen = join([without_pixels(r.batch, loop.method.keeps) for r in results])
+        loop.method.after_step(join([r.features for r in results]), seen, state)
     loop.step += 1
     names = list(results[0].losses)
     means = torch.stack([torch.stack([r.losses[n].float() for n in names]) for r in results]).mean(0)
