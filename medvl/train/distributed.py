@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gather_rows', 'Together', 'exchange_of', 'spread_weights', 'average_gradients', 'average_statistics', 'anywhere',
-           'gather_objects', 'from_first', 'launch']
+           'anywhere_on', 'gather_objects', 'from_first', 'launch']
 
 # %% ../../nbs/408_train.distributed.ipynb #b923aa08
 import io
@@ -117,6 +117,16 @@ def anywhere(
     value = torch.tensor([int(flag)], device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def anywhere_on(
+    flag:Tensor, # 0-d bool, on a device
+) -> Tensor: # 0-d bool there: is it true in any process?
+    "Agree on a flag without reading it."
+    if exchange_of().world == 1: return flag
+    value = flag.to(torch.int32)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value > 0
 
 # %% ../../nbs/408_train.distributed.ipynb #fc743815
 def gather_objects(value:object) -> list:

@@ -18,7 +18,6 @@ from .. import __version__
 from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
 from ..core.run import FolderLock, RunBusy
-from ..data.batch import to_device
 from ..methods.base import Method, evaluating, plain_state, save_pretrained
 from .checkpoint import (checkpoints, clear_leftovers, latest_checkpoint, optimizer_tensors,
                                     prune_checkpoints, restore_optimizer, save_checkpoint)
@@ -38,7 +37,7 @@ def validated(loop:Loop) -> dict:
         if loop.average: stack.enter_context(loop.average.applied(loop.method))
         if loop.valid is not None:
             found = validation_loss(loop.method, loop.valid, loop.state(), config.chunk_size or config.batch_size,
-                                    config.valid_samples, config.workers, lambda b: to_device(b, loop.device),
+                                    config.valid_samples, config.workers, loop.moved,
                                     loop.autocast)
         if loop.validate is not None and loop.first:
             with evaluating(loop.method): found = {**found, **loop.validate(loop.method, loop.state())}
@@ -69,7 +68,9 @@ def judge(loop:Loop, metrics:dict) -> None:
     """Keep the weights if they are the best so far, or count towards early stopping; a plateau lowers the rate of the
     steps that follow."""
     value = metrics[loop.config.monitor]
-    if loop.plateau and loop.step >= loop.config.head_warmup: loop.plateau.see(metrics[loop.config.plateau_monitor])
+    if loop.plateau and loop.step >= loop.config.head_warmup:
+        watched = metrics[loop.config.plateau_monitor]
+        loop.plateau.see(watched if loop.config.plateau_mode == 'min' else 1 - watched) # of a share: what it lacks
     if _better(loop.config, value, loop.best):
         loop.best, loop.best_step, loop.bad = value, loop.step, 0
         _publish(loop, 'best', {**metrics, 'step': loop.step})

@@ -179,7 +179,7 @@ def sampling_grid(
         at = np.stack([xs, ys]) if d.field is None else np.stack([xs, ys]) + d.field
         source = np.tensordot(inverse[:2, :2], at, 1) + inverse[:2, 2, None, None]
         coarse[i] = source*unit[:, None, None] - 1
-    fine = F.interpolate(torch.from_numpy(coarse).to(device), size=(height, width), mode='bilinear', align_corners=True)
+    fine = F.interpolate(torch.from_numpy(coarse).to(device, non_blocking=True), size=(height, width), mode='bilinear', align_corners=True)
     return fine.permute(0, 2, 3, 1)
 
 # %% ../../../nbs/140_data.augment.breast_versions.ipynb #7957e532
@@ -199,12 +199,13 @@ def warp(
     # each on its own coarse grid
     for group in ([i for i in todo if draws[i].field is None], [i for i in todo if draws[i].field is not None]):
         if not group: continue
-        source = (images if len(group) == n else images[group]).float()
+        at = torch.tensor(group).to(images.device, non_blocking=True) # without waiting for a GPU
+        source = (images if len(group) == n else images[at]).float()
         grid = sampling_grid([draws[i] for i in group], h, w, images.device)
         moved = F.grid_sample(source - fill if fill else source, grid, mode='nearest' if nearest else 'bilinear',
                               padding_mode='zeros', align_corners=True)
         if len(group) == n: return moved + fill if fill else moved
-        out[group] = moved + fill if fill else moved
+        out[at] = moved + fill if fill else moved
     return out
 
 # %% ../../../nbs/140_data.augment.breast_versions.ipynb #76868168
@@ -284,7 +285,7 @@ class Augment:
                             for r in zip(batch['boxes'], draws)]
         if 'masks' in batch: out['masks'] = [[_with_mask(m, d) for m, d in zip(*r)] for r in zip(batch['masks'], draws)]
         matrices = torch.from_numpy(np.stack([d.matrix for d in flat]).astype(np.float32))
-        out['transforms'] = matrices.view(*images.shape[:2], 3, 3).to(images.device)
+        out['transforms'] = matrices.view(*images.shape[:2], 3, 3).to(images.device, non_blocking=True)
         return out
 
     def _warp(self, images, draws, fill, nearest=False):

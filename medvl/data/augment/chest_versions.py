@@ -135,7 +135,7 @@ def draw_version(
 # %% ../../../nbs/143_data.augment.chest_versions.ipynb #c6fa2e77
 def _where(matrices, size, device):
     "Apply (n,3,3) float64 to each output pixel -> x, y, each float32 (n,h,w)."
-    m = torch.from_numpy(matrices.astype(np.float32)).to(device)[:, :, :, None, None]
+    m = torch.from_numpy(matrices.astype(np.float32)).to(device, non_blocking=True)[:, :, :, None, None]
     ys, xs = torch.arange(size[0], device=device).float()[:, None], torch.arange(size[1], device=device).float()
     return (m[:, i, 0]*xs + m[:, i, 1]*ys + m[:, i, 2] for i in (0, 1))
 
@@ -180,13 +180,16 @@ def warp_versions(
         level.append(-1 if still else 0 if nearest else max(0, int(np.log2(shrunk) + 1e-6)))
     for k in sorted(set(level)):
         rows = [i for i, l in enumerate(level) if l == k]
-        part = images if len(rows) == len(images) else images[rows]
-        if k < 0: out[rows] = torch.stack([x.flip(-1) if views[i].flip else x for i, x in zip(rows, part)]).float()
-        else: out[rows] = _sample(part, [views[i] for i in rows], size, fill, k, nearest)
+        at = torch.tensor(rows).to(images.device, non_blocking=True) # without waiting for a GPU
+        part = images if len(rows) == len(images) else images[at]
+        if k < 0: out[at] = torch.stack([x.flip(-1) if views[i].flip else x for i, x in zip(rows, part)]).float()
+        else: out[at] = _sample(part, [views[i] for i in rows], size, fill, k, nearest)
     return out
 
 # %% ../../../nbs/143_data.augment.chest_versions.ipynb #9bc53263
-def _shaped(values, images): return torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None, None]
+def _shaped(values, images):
+    "Numbers of n images, (n,1,1,1), on their device; no GPU waits for them."
+    return torch.tensor(values, dtype=torch.float32).to(images.device, non_blocking=True)[:, None, None, None]
 
 
 def tone(
@@ -221,11 +224,12 @@ def blur(
     x = torch.arange(width, device=images.device) - width//2
     weights = torch.exp(-0.5*(x/_shaped([sigmas[i] for i in rows], images)[:, 0])**2)
     weights = (weights/weights.sum(-1, keepdim=True))[:, None] # (m,1,1,width)
-    out = (images if len(rows) == len(images) else images[rows]).transpose(0, 1)
+    at = torch.tensor(rows).to(images.device, non_blocking=True)
+    out = (images if len(rows) == len(images) else images[at]).transpose(0, 1)
     for kernel, pad in ((weights, (width//2, width//2, 0, 0)), (weights.transpose(2, 3), (0, 0, width//2, width//2))):
         out = F.conv2d(F.pad(out, pad, mode='reflect'), kernel, groups=len(rows))
     if len(rows) == len(images): return out.transpose(0, 1)
-    return images.index_copy(0, torch.tensor(rows, device=images.device), out.transpose(0, 1))
+    return images.index_copy(0, at, out.transpose(0, 1))
 
 # %% ../../../nbs/143_data.augment.chest_versions.ipynb #9fc74890
 def _move_boxes(batch, views, size, keep):
@@ -319,7 +323,7 @@ def matrices(
     device:str|torch.device='cpu', # where to
 ) -> torch.Tensor: # float32 (b,1,3,3)
     "Stack the matrices of a batch."
-    return torch.from_numpy(np.stack([v.matrix for v in views]).astype(np.float32))[:, None].to(device)
+    return torch.from_numpy(np.stack([v.matrix for v in views]).astype(np.float32))[:, None].to(device, non_blocking=True)
 
 # %% ../../../nbs/143_data.augment.chest_versions.ipynb #bf84d2b7
 class MultiView:
