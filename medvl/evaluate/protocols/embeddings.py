@@ -246,7 +246,7 @@ def _keep(arrays, what, found, rank):
 def open_embeddings(
     folder: str|Path, # one key's folder
     method: torch.nn.Module|None = None, # refuse the vectors of any other model
-    prepared: Prepared = None, # refuse the vectors of any other images
+    prepared: Prepared | None = None, # refuse the vectors of any other images
 ) -> Embeddings:
     """Open finished embeddings without reading them.
 
