@@ -41,7 +41,8 @@ class Small(Method):
         return {'image': F.normalize(self.image_encoder(batch['images'].to(kind)), dim=-1), 'text': F.normalize(self.text_encoder(batch['words'].to(kind)), dim=-1)}
 
     def losses(self, features, batch, state):
-        logits, target = self.scale.exp() * features['image'] @ features['text'].T, torch.arange(len(features['image']))
+        logits = self.scale.exp() * features['image'] @ features['text'].T
+        target = torch.arange(len(logits), device=logits.device)
         i2t, t2i = F.cross_entropy(logits, target), F.cross_entropy(logits.T, target)
         return {'loss': (i2t + t2i) / 2, 'i2t': i2t, 't2i': t2i}
 

@@ -69,8 +69,8 @@ def unit_places(
 ) -> torch.Tensor: # float64 (b,versions,3,3): pixel of the image -> place in a view of one by one
     "Measure places in views instead of pixels, so that features say all that the loss needs."
     h, w = size
-    scale = torch.tensor([[1 / w, 0, .5 / w - .5], [0, 1 / h, .5 / h - .5], [0, 0, 1]], dtype=torch.float64,
-                         device=transforms[0].device)
+    scale = torch.tensor([[1 / w, 0, .5 / w - .5], [0, 1 / h, .5 / h - .5], [0, 0, 1]], dtype=torch.float64)
+    scale = scale.to(transforms[0].device, non_blocking=True)
     return torch.stack([scale @ t[:, 0].double() for t in transforms], 1)
 
 # %% ../../nbs/322_methods.pixelpro.ipynb #b5136983

@@ -74,5 +74,4 @@ class Supervised(ImageMethod):
         weight = z.new_tensor(c.pos_weight) if c.pos_weight else None
         out = {'loss': classification_loss(z, y, c.unlabelled, weight), 'stated': stated(y).float().mean()}
         if self.training: return out
-        auroc = mean_auroc(z, torch.where(stated(y), y, torch.nan))
-        return {**out, 'auroc': auroc, 'auroc_missed': 1 - auroc}
+        return {**out, 'auroc': mean_auroc(z, torch.where(stated(y), y, torch.nan))}

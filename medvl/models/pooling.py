@@ -39,14 +39,24 @@ def pool_sentences(hidden: torch.Tensor, # token vectors (b,L,d)
                    sentence: torch.Tensor, # int64 (b,L): 1..S, 0 for what belongs to no sentence
                    count: int | None = None, # S; None: the largest number in the batch
                    ) -> tuple[torch.Tensor, torch.Tensor]: # ((b,S,d), mask bool (b,S))
-    "Pool token vectors to sentence vectors by the maximum."
-    count = int(sentence.max()) if count is None else count
+    """Pool token vectors to sentence vectors by the maximum.
+
+    Numbers on the CPU are read without making a GPU wait; then the mask also carries `rows`, where its ones are."""
+    count, known = int(sentence.max()) if count is None else count, sentence.device.type == 'cpu'
+    rows = _real(sentence, count).flatten().nonzero().squeeze(1) if known else None
+    sentence = sentence.to(hidden.device, non_blocking=True)
     place = sentence.unsqueeze(-1).expand_as(hidden)
     low = hidden.new_full((len(hidden), count + 1, hidden.shape[-1]), torch.finfo(hidden.dtype).min)
     top = low.scatter_reduce(1, place, hidden, 'amax')[:, 1:]
-    mask = torch.zeros(len(hidden), count + 1, dtype=torch.bool,
-                       device=hidden.device).scatter_(1, sentence, True)[:, 1:]
+    mask = _real(sentence, count)
+    if known: mask.rows = rows.to(hidden.device, non_blocking=True)
     return top.masked_fill(~mask.unsqueeze(-1), 0), mask
+
+
+def _real(sentence, count):
+    "Which sentences have a token: bool (b,S)."
+    return torch.zeros(len(sentence), count + 1, dtype=torch.bool,
+                       device=sentence.device).scatter_(1, sentence, True)[:, 1:]
 
 # %% ../../nbs/207_models.pooling.ipynb #93d234ae
 class AttentionPool(nn.Module):

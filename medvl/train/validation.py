@@ -19,7 +19,7 @@ from ..core.seed import key_of
 from ..data.batch import batch_size as rows_of, join, without_pixels
 from ..methods.base import Method, StepState, evaluating
 from .checks import broken_rows, check_rows, names_of, not_finite
-from .distributed import exchange_of, gather_objects
+from .distributed import exchange_of, gather_objects, joined, own_batches
 from .feed import make_loader
 
 # %% ../../nbs/418_train.validation.ipynb #85d3dae6
@@ -90,6 +90,25 @@ def _everyones(parts, device):
     return [(_moved(f, device), _moved(b, device)) for group in gathered for f, b in group]
 
 # %% ../../nbs/418_train.validation.ipynb #c2610da6
+def _means(found):
+    "Average losses over samples: [(samples, losses)] -> 'valid_…' -> float."
+    total = sum(n for n, _ in found)
+    return {f'valid_{k}': sum(n * losses[k] for n, losses in found) / total for k in found[0][1]}
+
+
+def _by_batch(method, dataset, state, batch_size, samples, workers, prepare, autocast):
+    "Compute the losses of a method that cannot be chunked, batch by batch; processes share the batches."
+    keys = [[(0, int(i)) for i in block[a:a + batch_size]] for block in blocks(len(dataset), samples)
+            for a in range(0, len(block), batch_size)]
+    mine = [keys[i] for i, in own_batches(len(keys), 1)]
+    def compute():
+        torch.manual_seed(key_of(state.seed, 'valid'))
+        with evaluating(method):
+            return [pair for chunk in make_loader(dataset, mine, workers)
+                    for pair in _block_losses(method, [_encoded(method, chunk, prepare, autocast)], state, autocast)]
+    return joined(compute)
+
+
 def validation_loss(
     method:Method, # the method
     dataset:object, # validation samples; read at epoch 0, so that drawn sentences are the same every time
@@ -102,16 +121,16 @@ def validation_loss(
 ) -> dict: # loss names with 'valid_' before them -> float, means over samples
     "Compute the validation loss over blocks of the whole set."
     exchange, plan = exchange_of(), []
+    if not method.chunkable:
+        return _means(_by_batch(method, dataset, state, batch_size, samples, workers, prepare, autocast))
     for block in blocks(len(dataset), samples):
-        mine = (np.array_split(block, exchange.world)[exchange.rank] if method.chunkable
-                or exchange.world == 1 else block)
+        mine = np.array_split(block, exchange.world)[exchange.rank]
         plan.append([[(0, int(i)) for i in mine[a:a + batch_size]] for a in range(0, len(mine), batch_size)])
     loader, found = iter(make_loader(dataset, [keys for chunks in plan for keys in chunks], workers)), []
     torch.manual_seed(key_of(state.seed, 'valid'))
     with evaluating(method):
         for chunks in plan:
             parts = [_encoded(method, next(loader), prepare, autocast) for _ in chunks]
-            if method.chunkable: parts = _everyones(parts, next(method.parameters()).device)
+            parts = _everyones(parts, next(method.parameters()).device)
             found += _block_losses(method, parts, state, autocast)
-    total = sum(n for n, _ in found)
-    return {f'valid_{k}': sum(n * losses[k] for n, losses in found) / total for k in found[0][1]}
+    return _means(found)

@@ -128,7 +128,9 @@ def draw_version(
                    contrast_first=bool(chance[3] < 0.5), sigma=sigma*max(size)/224 if chance[4] < config.blur else 0.0)
 
 # %% ../../../nbs/143_data.augment.chest_versions.ipynb #9bc53263
-def _shaped(values, images): return torch.tensor(values, dtype=torch.float32, device=images.device)[:, None, None, None]
+def _shaped(values, images):
+    "Numbers of n images, (n,1,1,1), on their device; no GPU waits for them."
+    return torch.tensor(values, dtype=torch.float32).to(images.device, non_blocking=True)[:, None, None, None]
 
 
 def tone(
@@ -163,11 +165,12 @@ def blur(
     x = torch.arange(width, device=images.device) - width//2
     weights = torch.exp(-0.5*(x/_shaped([sigmas[i] for i in rows], images)[:, 0])**2)
     weights = (weights/weights.sum(-1, keepdim=True))[:, None] # (m,1,1,width)
-    out = (images if len(rows) == len(images) else images[rows]).transpose(0, 1)
+    at = torch.tensor(rows).to(images.device, non_blocking=True)
+    out = (images if len(rows) == len(images) else images[at]).transpose(0, 1)
     for kernel, pad in ((weights, (width//2, width//2, 0, 0)), (weights.transpose(2, 3), (0, 0, width//2, width//2))):
         out = F.conv2d(F.pad(out, pad, mode='reflect'), kernel, groups=len(rows))
     if len(rows) == len(images): return out.transpose(0, 1)
-    return images.index_copy(0, torch.tensor(rows, device=images.device), out.transpose(0, 1))
+    return images.index_copy(0, at, out.transpose(0, 1))
 
 # %% ../../../nbs/143_data.augment.chest_versions.ipynb #da034979
 class ChestAugment(Transform):

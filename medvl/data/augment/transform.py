@@ -82,13 +82,14 @@ def sampling_grid(
         at = np.stack([xs, ys]) if d.field is None else np.stack([xs, ys]) + d.field
         source = np.tensordot(inverse[:2, :2], at, 1) + inverse[:2, 2, None, None]
         coarse[i] = source*unit[:, None, None] - 1
-    fine = F.interpolate(torch.from_numpy(coarse).to(device), size=(height, width), mode='bilinear', align_corners=True)
+    fine = F.interpolate(torch.from_numpy(coarse).to(device, non_blocking=True), size=(height, width), mode='bilinear',
+                         align_corners=True)
     return fine.permute(0, 2, 3, 1)
 
 # %% ../../../nbs/139_data.augment.transform.ipynb #70e18709
 def _where(matrices, size, device):
     "Apply (n,3,3) float64 to each output pixel -> x, y, each float32 (n,h,w)."
-    m = torch.from_numpy(matrices.astype(np.float32)).to(device)[:, :, :, None, None]
+    m = torch.from_numpy(matrices.astype(np.float32)).to(device, non_blocking=True)[:, :, :, None, None]
     ys, xs = torch.arange(size[0], device=device).float()[:, None], torch.arange(size[1], device=device).float()
     return (m[:, i, 0]*xs + m[:, i, 1]*ys + m[:, i, 2] for i in (0, 1))
 
@@ -141,7 +142,7 @@ def warp(
     nearest:bool=False, # for masks: no new values
     size:tuple|None=None, # height, width of the output; None: as the images
 ) -> torch.Tensor: # float32 (n, c, *size)
-    "Resample images as drawn; what stays in place, or is only flipped, is copied exactly."
+    "Resample images as drawn; what stays in place, or is only flipped, is copied exactly. No GPU waits."
     size, ways = tuple(size or images.shape[-2:]), [_way(v, nearest) for v in versions]
     out = torch.empty((*images.shape[:2], *size), dtype=torch.float32, device=images.device)
     for how, k in sorted(set(ways)):
@@ -151,11 +152,12 @@ def warp(
                 dims = [dim for dim, on in zip((-1, -2), versions[i].exact) if on]
                 out[i] = images[i].flip(dims) if dims else images[i]
             continue
-        part, some = images if len(rows) == len(images) else images[rows], [versions[i] for i in rows]
+        at = torch.tensor(rows).to(images.device, non_blocking=True)
+        part, some = images if len(rows) == len(images) else images[at], [versions[i] for i in rows]
         made = (_whole(part, some, size, fill, nearest) if how == 'whole'
                 else _window(part, some, size, fill, k, nearest))
         if len(rows) == len(images): return made
-        out[rows] = made
+        out[at] = made
     return out
 
 # %% ../../../nbs/139_data.augment.transform.ipynb #76868168
@@ -287,4 +289,5 @@ def matrices(
     device:Any='cpu', # where to
 ) -> torch.Tensor: # float32 (b,v,3,3)
     "Stack the matrices of a batch."
-    return torch.from_numpy(np.stack([[v.matrix for v in row] for row in draws]).astype(np.float32)).to(device)
+    found = torch.from_numpy(np.stack([[v.matrix for v in row] for row in draws]).astype(np.float32))
+    return found.to(device, non_blocking=True)

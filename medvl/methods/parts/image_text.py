@@ -188,11 +188,11 @@ def read_texts(self: ImageTextMethod,
     if 'sentence' not in tokens:
         raise ValueError('tokens need "sentence", the number of each token\'s sentence (0: none): see '
                          'medvl.data.text.sentences')
-    ids, mask, sentence = (tokens[k].flatten(0, -2).to(self.device)
-                           for k in ('input_ids', 'attention_mask', 'sentence'))
-    hidden = self.text_encoder.tokens(ids, mask)
+    ids, mask = (tokens[k].flatten(0, -2).to(self.device) for k in ('input_ids', 'attention_mask'))
+    sentence, hidden = tokens['sentence'].flatten(0, -2), self.text_encoder.tokens(ids, mask)
     sentences, real = pool_sentences(hidden, sentence)
-    over = (sentences, real) if self.config.text_over == 'sentences' else (hidden, sentence > 0)
+    named = sentence.to(hidden.device, non_blocking=True) > 0
+    over = (sentences, real) if self.config.text_over == 'sentences' else (hidden, named)
     pooled, weights = self.text_pool(*over)
     return dict(sentences=sentences, mask=real, pooled=pooled,
                 weights=weights if self.config.text_over == 'sentences' else None)
