@@ -76,6 +76,7 @@ def recipes(
 
     Raises: ValueError with the closest name for an unknown method, or where it has no recipes."""
     name = method if isinstance(method, str) else method.name
+    if name not in (*method_modules(), *methods()): raise ValueError(unknown_name('method', name, method_names()))
     home = method_class(name).__module__
     module = import_module(method_modules().get(name, home))
     found = getattr(module, 'RECIPES', None)
