@@ -16,7 +16,7 @@ from ..core.patch import patch
 from .base import StepState, register
 from .parts.image import with_probe
 from .parts.image_text import ImageTextConfig, ImageTextMethod
-from .parts.local_heads import LocalHeads, check_local
+from .parts.local_heads import LocalHeads, check_local, new_objectives
 from ..models.alignment import CrossAttention
 from ..models.heads import unit
 
@@ -31,7 +31,7 @@ class LoVTConfig(ImageTextConfig):
     positives: str = 'spatial'  # of a region: spatial, uniform, identity
     radius: float = 0.5  # within which regions are positives, relative to the grid
     decay: float = 1.0  # lambda of 'spatial'
-    sentence_radius: int = 0  # sentences so near are positives too
+    sentence_radius: float = 0  # sentences so near are positives too
     local_same_modality: bool = False  # places of the own kind are wrong answers too
     similarity: str = 'dot'  # of the cross-attention: dot, cosine
     attention_temperature: float = 1.0  # divides its scores
@@ -40,6 +40,17 @@ class LoVTConfig(ImageTextConfig):
     symmetric: bool = True  # one set of maps for both sides
     attention_maps: bool = True  # False: no key, value and output maps
     attention_dropout: float = 0.0  # on the attention
+    # what LoVT's code can do and no published run did; its own key behind each
+    region_objectives: tuple[str, ...] = ('contrastive',)  # of the regions, see parts.local_heads (ll_alignments_a)
+    sentence_objectives: tuple[str, ...] = ('contrastive',)  # of the sentences (ll_alignments_b)
+    learn_local_temperature: bool = False  # one each objective (temperature_trainable)
+    weights_gradient: bool = False  # the pools' weights learn from the local losses (not l_weights_stop_grad)
+    sentence_unit: str = 'sentences'  # of sentence_radius, or: report, max_length (threshold_type)
+    join_global: bool = False  # a region also carries the image vector (concat_global_with_regions)
+    attention_keys: bool = True  # map keys and queries (project_attention_keys)
+    attention_values: bool = True  # map values (project_attention_values)
+    attention_outputs: bool = True  # map what comes back (project_attention_outputs)
+    attended_dropout: float = 0.0  # on what comes back (attended_dropout_prob)
 
 # %% ../../nbs/315_methods.lovt.ipynb #1e9b4c04
 @register
@@ -61,12 +72,15 @@ class LoVT(ImageTextMethod):
         check_local(c)
         self.local = None  # LocalHeads, where there is a local loss
         if not (c.region_weight or c.sentence_weight): return
-        self.region_projection = self.new_projection(self.image_encoder.num_features)
+        width = self.stage_width(c.region_stage) + (self.pooled_width if c.join_global else 0)
+        self.region_projection = self.new_projection(width)
         self.sentence_projection = self.new_projection(self.text_encoder.num_features)
         self.alignment = CrossAttention(c.dim, c.similarity, c.attention_temperature, c.trainable_temperature,
                                         c.attention_norm, c.symmetric,
-                                        c.attention_maps, c.attention_dropout, c.legacy_padded_norm)
-        self.local = LocalHeads(c, self.region_projection, self.sentence_projection, self.alignment)
+                                        c.attention_maps, c.attention_dropout, c.legacy_padded_norm,
+                                        c.attention_keys, c.attention_values, c.attention_outputs, c.attended_dropout)
+        self.objectives = new_objectives(c)
+        self.local = LocalHeads(c, self.region_projection, self.sentence_projection, self.alignment, self.objectives)
 
     def encode(self, batch: dict) -> dict: # images (b,1,1,h,w); tokens with sentence numbers
         "Give image and text (b,d), and the local vectors, their counterparts, weights and mask."
@@ -75,7 +89,7 @@ class LoVT(ImageTextMethod):
         if self.local is None: return out
         local = {k: v for k, v in self.align(image, text).items() if not k.endswith('_attention')}
         if self.config.weigh_places:
-            local |= {k: r['weights'].detach() for k, r in (('region_weights', image), ('sentence_weights', text))
+            local |= {k: r['weights'] if self.config.weights_gradient else r['weights'].detach() for k, r in (('region_weights', image), ('sentence_weights', text))
                       if r['weights'] is not None}
         return {**out, **local, 'mask': text['mask'], 'grid': torch.tensor([image['grid']] * len(text['mask']))}
 
@@ -96,13 +110,21 @@ def align(self: LoVT, image: dict, text: dict) -> dict: # from read_images and r
     if self.local is None:
         raise ValueError(f'this {type(self).__name__} was built without local losses, so it has no local vectors: set '
                          'region_weight or sentence_weight')
-    return self.local.align_places(image['regions'], text['sentences'], text['mask'])
+    return self.local.align_places(self.joined(image), text['sentences'], text['mask'])
+
+
+@patch(LoVT)
+def joined(self: LoVT, image: dict) -> torch.Tensor: # from read_images -> (b,n,f)
+    "Give the regions as they are projected: with the image vector beside each, where the configuration says so."
+    regions = image['regions']
+    if not self.config.join_global: return regions
+    return torch.cat([regions, image['pooled'].unsqueeze(1).expand(-1, regions.shape[1], -1)], -1)
 
 # %% ../../nbs/315_methods.lovt.ipynb #29364ef7
 @patch(LoVT)
 def regions(self: LoVT, images: torch.Tensor) -> torch.Tensor: # (b,1|3,h,w) or (b,1,1|3,h,w) -> (b,n,d)
     "Give a unit vector a region, row by row; `read_images` says the grid."
-    return unit(self.region_projection(self.read_images(images)['regions']))
+    return unit(self.region_projection(self.joined(self.read_images(images))))
 
 
 @patch(LoVT)
