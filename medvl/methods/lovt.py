@@ -89,7 +89,8 @@ class LoVT(ImageTextMethod):
         if self.local is None: return out
         local = {k: v for k, v in self.align(image, text).items() if not k.endswith('_attention')}
         if self.config.weigh_places:
-            local |= {k: r['weights'] if self.config.weights_gradient else r['weights'].detach() for k, r in (('region_weights', image), ('sentence_weights', text))
+            kept = torch.Tensor.contiguous if self.config.weights_gradient else torch.Tensor.detach
+            local |= {k: kept(r['weights']) for k, r in (('region_weights', image), ('sentence_weights', text))
                       if r['weights'] is not None}
         return {**out, **local, 'mask': text['mask'], 'grid': torch.tensor([image['grid']] * len(text['mask']))}
 

@@ -163,7 +163,7 @@ STRIDES = {**dict(zip(STAGES, (1, 2, 4, 8, 16, 32))), 'conv': 1,
 
 
 class PlainUNet(nn.Module):
-    "U-Net as an image encoder with stages. Source: Ronneberger et al., MICCAI 2015; LoVT's code, `UNetFeatureExtractor`."
+    "U-Net as an image encoder. Source: Ronneberger et al., MICCAI 2015; LoVT's code, `UNetFeatureExtractor`."
     last = 'down4' # its coarsest stage
 
     def __init__(self,

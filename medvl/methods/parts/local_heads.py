@@ -143,7 +143,7 @@ def check_local(config: Any, # LoVTConfig
     for side in ('region', 'sentence'):
         names = getattr(config, f'{side}_objectives')
         if isinstance(names, str) or not names:
-            raise ValueError(f'{side}_objectives={names!r}: a tuple of objectives, at least one (a weight of 0 is none)')
+            raise ValueError(f'{side}_objectives={names!r}: give a tuple of objectives (a weight of 0 is none)')
         for text in names: read_objective(text)
 
 # %% ../../../nbs/303_methods.parts.local_heads.ipynb #354b619a
