@@ -65,7 +65,8 @@ class ImageTextConfig(ImageConfig):
     legacy_padded_norm: bool = False  # padded places enter BatchNorm, as the original
     probe: tuple = ()  # labels that a linear probe learns to read from the image vector, without touching it
     # what LoVT's code can do and no published run did; its own key behind each
-    region_stage: str = 'last'  # of the encoder: conv2 … conv5; up1 … of a unet (region_feature_layer)
+    region_stage: str = 'last'  # of the encoder: conv2 … conv5; up1 … of a unet (region_feature_layer); what lies
+                                # above all stages that are read learns nothing
     global_stage: str = 'regions'  # what the image pool runs over: the regions, or a stage (global_feature_layer)
     region_grid: tuple[int, ...] = ()  # rows and columns; learnt position encodings for it (add_region_pos_encodings)
     sentence_pool: str = 'max'  # of a sentence's tokens: max, mean, first, attention (sentence_aggregator)
@@ -282,9 +283,11 @@ def token_states(self: ImageTextMethod, ids: torch.Tensor, mask: torch.Tensor,
     there = real.any(-1)
     hidden = self.text_encoder.tokens(rows[there], real[there].long())
     all_of = hidden.new_zeros(*real.shape, hidden.shape[-1])
-    all_of = all_of.index_put((there.nonzero(as_tuple=True)), hidden)
-    numbers = torch.arange(1, real.shape[1] + 1, device=ids.device).view(1, -1, 1) * real
-    return all_of.flatten(1, 2), numbers.flatten(1)
+    all_of = all_of.index_put(there.nonzero(as_tuple=True), hidden)
+    numbers = (torch.arange(1, real.shape[1] + 1, device=ids.device).view(1, -1, 1) * real).flatten(1)
+    # real tokens side by side, so that no place depends on how long other reports are
+    order = (numbers == 0).int().argsort(dim=1, stable=True)[:, :int((numbers > 0).sum(1).max())]
+    return all_of.flatten(1, 2).gather(1, order.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])), numbers.gather(1, order)
 
 # %% ../../../nbs/314a_methods.parts.image_text.ipynb #073c5175
 @patch(ImageTextMethod)
