@@ -50,7 +50,7 @@ def draw_place(
     rng:np.random.Generator, # generator of the finding
     chest:Chest, # the chest
     large:bool, # the heart is enlarged
-    apart:list=(), # places that are taken, [(x, y), ...]
+    apart:list|tuple=(), # places that are taken, [(x, y), ...]
     margin:float=9.0, # mm from the border of the lung
 ) -> tuple: # side, x, y
     "Draw a place inside a lung, far from the places taken if it can be."
@@ -364,7 +364,7 @@ def chest_layer(
     chest:Chest, # the chest
     config:ChestConfig, # difficulty
     rng:np.random.Generator, # generator of the image's shadows
-    mimics:list=(), # of ChestFinding, from draw_mimics
+    mimics:list|tuple=(), # of ChestFinding, from draw_mimics
 ) -> tuple: # findings float32 (h,w), share of the grey scale; masks bool (k,h,w); what is no finding float32 (h,w)
     "Draw all findings of an image, and apart from them what is none."
     canvas, knobs = drawn['canvas'], difficulty_knobs(config, CHEST_KNOBS)

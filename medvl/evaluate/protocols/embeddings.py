@@ -229,7 +229,7 @@ def _fill(method, prepared, folder, what, batch_size, precision, flush_every=16)
 def open_embeddings(
     folder: str|Path, # one key's folder
     method: torch.nn.Module|None = None, # refuse the vectors of any other model
-    prepared: Prepared = None, # refuse the vectors of any other images
+    prepared: Prepared | None = None, # refuse the vectors of any other images
 ) -> Embeddings:
     """Open finished embeddings without reading them.
 
