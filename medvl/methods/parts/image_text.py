@@ -287,7 +287,8 @@ def token_states(self: ImageTextMethod, ids: torch.Tensor, mask: torch.Tensor,
     numbers = (torch.arange(1, real.shape[1] + 1, device=ids.device).view(1, -1, 1) * real).flatten(1)
     # real tokens side by side, so that no place depends on how long other reports are
     order = (numbers == 0).int().argsort(dim=1, stable=True)[:, :int((numbers > 0).sum(1).max())]
-    return all_of.flatten(1, 2).gather(1, order.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])), numbers.gather(1, order)
+    at = order.unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+    return all_of.flatten(1, 2).gather(1, at), numbers.gather(1, order)
 
 # %% ../../../nbs/314a_methods.parts.image_text.ipynb #073c5175
 @patch(ImageTextMethod)

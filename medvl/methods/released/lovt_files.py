@@ -199,21 +199,24 @@ def _shared_fields(c, a, b):
                         fix='Give config= yourself.')
     stage = lambda name: 'last' if name == 'conv5' else name
     regions, local = a.get('region_feature_layer', 'conv5'), b.get('local_from', 'sentences')
+    whole = a.get('global_feature_layer', 'local')
     options = dict(
         region_stage=stage(regions), sentence_pool=SENTENCE_POOLS[b.get('sentence_aggregator', 'max')],
-        global_stage='regions' if a.get('global_feature_layer', 'local') == 'local' else stage(a['global_feature_layer']),
+        global_stage={'local': 'regions'}.get(whole, stage(whole)),
         region_grid=tuple(int(n / CELL[regions]) for n in a['input_size']) if a.get('add_region_pos_encodings') else (),
         sentence_encoding=b.get('sentence_encoding_mode', 'joint'),
         projection_dropout=float(c.get('projection_dropout_prob', 0.)),
         global_objective=goal.get('objective_type', 'global_nce').removeprefix('global_'),
         learn_temperature=bool(goal.get('temperature_trainable')))
-    if options['global_objective'] == 'predictor': options |= dict(predictor_hidden=goal['d_hidden'], predictor_stop=False)
+    if options['global_objective'] == 'predictor':
+        options |= dict(predictor_hidden=goal['d_hidden'], predictor_stop=False)
     return dict(
         **options, image_encoder=re.sub(r'^resnet(\d+)$', r'resnet-\1', list(a['backbone_model'])[-1]),
         text_encoder='bert-base-clinical-config', tokenizer=BIOCLINICALBERT,
         max_length=b['max_length'], frozen_layers=b['freeze_encoder_layers'], image_pool=POOLS[a['global_aggregator']],
         text_pool=POOLS[b['global_aggregator']],
-        text_over='sentences' if b.get('global_from_local') and local == 'sentences' else 'tokens', dim=c['d_z'], hidden=c['d_hidden'],
+        text_over='sentences' if b.get('global_from_local') and local == 'sentences' else 'tokens', dim=c['d_z'],
+        hidden=c['d_hidden'],
         projection_norm=c['projection_norm'] or 'none',
         temperature=goal.get('similarity_temperature', .1),
         same_modality=bool(goal.get('negatives_from_same_modality')), i2t_weight=weights.get('global_a2b', 0.),
