@@ -16,6 +16,7 @@ from medvl.data.text.tokens import build_wordpiece
 from medvl.losses.local import place_weights
 from medvl.methods.base import StepState, from_pretrained, save_pretrained
 from medvl.methods.classifier import new_classifier
+from medvl.methods.convirt import ConVIRT, ConVIRTConfig
 from medvl.methods.lovt import LOVT_OPTIONS, LoVT, LoVTConfig
 from medvl.methods.mammoclip import MAMMOCLIP_OPTIONS, MammoCLIP, MammoCLIPConfig, released_config
 from medvl.methods.parts.local_heads import LocalObjective, read_objective
@@ -192,6 +193,13 @@ def test_positions_are_added_as_the_original_adds_them():
         close(method.read_images(images)['regions'], ((maps + method.region_positions) / math.sqrt(2)).flatten(2).mT, rtol=1e-6, atol=1e-7)
         with pytest.raises(ValueError, match='3×3 regions; positions were learnt for 2×2'): method.read_images(batch_of(size=96)['images'])
     with pytest.raises(ValueError, match=r'\(7, 7\)'): make(region_grid=(0, 2))
+
+
+def test_convirt_promises_a_linear_map_only_where_there_is_one():
+    torch.manual_seed(0)
+    plain, placed = (ConVIRT(ConVIRTConfig(**{**TINY, **c}), TOKENIZER).eval() for c in ({}, dict(region_grid=(2, 2))))
+    assert plain.project_image(torch.zeros(1, 4, 128)).shape == (1, 4, 16)
+    with pytest.raises(ValueError, match='region_grid'): placed.project_image(torch.zeros(1, 4, 128))
 
 
 # --- the text side of LoVT
