@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['SENTENCE_POOLS', 'POOLS', 'masked_mean', 'masked_max', 'sentence_tokens', 'pool_sentences', 'separate_sentences',
-           'AttentionPool', 'MeanPool', 'MaxPool', 'build_pool', 'GeM']
+           'AttentionPool', 'MeanPool', 'MaxPool', 'build_pool', 'GeM', 'over_views', 'mean_views']
 
 # %% ../../nbs/207_models.pooling.ipynb #e9618b16
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -58,10 +60,15 @@ def pool_sentences(hidden: torch.Tensor, # token vectors (b,L,d)
                    how: str | nn.Module = 'max', # 'max', 'mean', 'first' (token), or a pool: (n,T,d), mask -> (n,d), …
                    legacy_padded_mean: bool = False, # a mean divides by the longest sentence, as the original
                    ) -> tuple[torch.Tensor, torch.Tensor]: # ((b,S,d), mask bool (b,S))
-    "Pool token vectors to sentence vectors. Raises: ValueError for an unknown pool."
+    """Pool token vectors to sentence vectors. Numbers on the CPU are read without making a GPU wait; then the mask of
+    the maxima also carries `rows`, where its ones are.
+
+    Raises: ValueError for an unknown pool."""
     if isinstance(how, str) and how not in SENTENCE_POOLS[:3]:
         raise ValueError(unknown_name('pooling of sentences', how, SENTENCE_POOLS[:3]))
-    count = int(sentence.max()) if count is None else count
+    count, known = int(sentence.max()) if count is None else count, sentence.device.type == 'cpu'
+    rows = _real(sentence, count).flatten().nonzero().squeeze(1) if known else None
+    sentence = sentence.to(hidden.device, non_blocking=True)
     if how != 'max' and count:
         tokens, real = (x.flatten(0, 1) for x in sentence_tokens(hidden, sentence, count))
         pooled = (tokens[:, 0] if how == 'first' else masked_mean(tokens, real, legacy_padded_mean) if how == 'mean'
@@ -71,9 +78,15 @@ def pool_sentences(hidden: torch.Tensor, # token vectors (b,L,d)
     place = sentence.unsqueeze(-1).expand_as(hidden)
     low = hidden.new_full((len(hidden), count + 1, hidden.shape[-1]), torch.finfo(hidden.dtype).min)
     top = low.scatter_reduce(1, place, hidden, 'amax')[:, 1:]
-    mask = torch.zeros(len(hidden), count + 1, dtype=torch.bool,
-                       device=hidden.device).scatter_(1, sentence, True)[:, 1:]
+    mask = _real(sentence, count)
+    if known: mask.rows = rows.to(hidden.device, non_blocking=True)
     return top.masked_fill(~mask.unsqueeze(-1), 0), mask
+
+
+def _real(sentence, count):
+    "Which sentences have a token: bool (b,S)."
+    return torch.zeros(len(sentence), count + 1, dtype=torch.bool,
+                       device=sentence.device).scatter_(1, sentence, True)[:, 1:]
 
 # %% ../../nbs/207_models.pooling.ipynb #46acfc68
 def separate_sentences(ids: torch.Tensor, # int64 (b,L): [CLS], sentences, [SEP], padding
@@ -174,3 +187,25 @@ class GeM(nn.Module):
         "Pool a map; powers are taken in float32."
         x = maps if maps.dtype == torch.float64 else maps.float()
         return x.clamp(min=self.least).pow(self.p).mean((2, 3)).pow(1 / self.p)
+
+# %% ../../nbs/207_models.pooling.ipynb #5c77cc55
+def over_views(encode: Callable, # images (n,1,h,w) -> (n,…)
+               images: torch.Tensor, # (b,v,1,h,w)
+               rows: torch.Tensor | None = None, # int64 (n,): numbers of the views that are there, among b·v; None: all
+               ) -> torch.Tensor: # (b,v,…); 0 for views that are not there
+    "Encode the views that are there."
+    flat, shape = images.flatten(0, 1), images.shape[:2]
+    if rows is None: return encode(flat).unflatten(0, shape)
+    found = encode(flat[rows])
+    return found.new_zeros(len(flat), *found.shape[1:]).index_copy(0, rows, found).unflatten(0, shape)
+
+
+def mean_views(x: torch.Tensor, # (b,v,…)
+               present: torch.Tensor | None = None, # bool (b,v); None: all are there
+               ) -> torch.Tensor: # (b,…)
+    "Average over the views that are there. Raises: ValueError for a sample without any."
+    if present is None: return x.mean(1)
+    here = present.to(x.device)
+    if not here.any(1).all(): raise ValueError('a sample without any view has no mean: leave it out')
+    here = here.reshape(*here.shape, *[1] * (x.ndim - 2))
+    return torch.where(here, x, 0).sum(1) / here.sum(1)

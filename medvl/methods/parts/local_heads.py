@@ -191,7 +191,7 @@ def sentence_positives(self: LocalHeads,
     if c.sentence_unit == 'report':
         distances = distances.to(mask.device) / mask.sum(1).clamp(min=1).view(-1, 1, 1)
     radius = c.sentence_radius if objective.radius is None else objective.radius
-    return positive_weights(distances, radius, objective.decay).to(like)
+    return positive_weights(distances, radius, objective.decay).to(like, non_blocking=True)
 
 # %% ../../../nbs/303_methods.parts.local_heads.ipynb #59d813fd
 @patch(LocalHeads)
