@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .chest_anatomy import FINDINGS, SIDE_WORDS, ZONES, Chest, bounds
+from .blocks import bounds
+from .chest_anatomy import FINDINGS, SIDE_WORDS, ZONES, Chest
 from .chest_lesions import ChestFinding
 from .breast_report import Sentence, one_of, pad, size_words, wording
 
