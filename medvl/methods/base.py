@@ -15,8 +15,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
+<<<<<<< HEAD
 from importlib import import_module
 from importlib.util import find_spec
+=======
+>>>>>>> main
 from pathlib import Path
 from typing import Any
 

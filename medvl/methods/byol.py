@@ -74,3 +74,14 @@ class BYOL(ImageMethod):
     def renew_unsaved(self) -> None:
         "Begin again with a teacher that equals the student: saved models have none."
         self.teacher.load_state_dict(self.student.state_dict())
+<<<<<<< HEAD
+=======
+
+# %% ../../nbs/321_methods.byol.ipynb #4d11a278
+from .parts.chest_recipes import ADAM, BOLTS, HALF, MILD, ONCE, chest_recipes
+
+RECIPES = chest_recipes(
+    dict(config=HALF, train=BOLTS, augment_options=ONCE, sample_options=dict(fraction_by='first')),
+    dict(hidden=256, dim=64), MILD, augment_options=dict(preset='byol'), versions=2, keep='last',
+    train=dict(ADAM, batch_size=64, lr=1e-4, weight_decay=1e-4))
+>>>>>>> main

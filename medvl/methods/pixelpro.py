@@ -149,3 +149,15 @@ class PixelPro(ImageMethod):
     def renew_unsaved(self) -> None:
         "Begin again with a teacher that equals the student: saved models have none."
         self.teacher.load_state_dict(self.student.state_dict())
+<<<<<<< HEAD
+=======
+
+# %% ../../nbs/322_methods.pixelpro.ipynb #2124c28e
+from .parts.chest_recipes import ADAM, BOLTS, HALF, ONCE, chest_recipes
+
+RECIPES = chest_recipes(
+    dict(config=dict(level='pool', instance_weight=1.0, **HALF), train=dict(BOLTS, warmup=0), augment_options=ONCE,
+         sample_options=dict(fraction_by='first')),
+    dict(hidden=128, dim=64), augment_options=dict(preset='pixelpro'), versions=2, keep='last',
+    train=dict(ADAM, batch_size=64, lr=1e-3, weight_decay=1e-5))
+>>>>>>> main

@@ -75,3 +75,14 @@ class Supervised(ImageMethod):
         out = {'loss': classification_loss(z, y, c.unlabelled, weight), 'stated': stated(y).float().mean()}
         if self.training: return out
         return {**out, 'auroc': mean_auroc(z, torch.where(stated(y), y, torch.nan))}
+<<<<<<< HEAD
+=======
+
+# %% ../../nbs/323_methods.supervised.ipynb #81634cb9
+from .parts.chest_recipes import ADAM, HALF, chest_recipes
+
+RECIPES = chest_recipes(
+    dict(config=dict(unlabelled='negative', **HALF), sample_options=dict(fraction_by='first')), {},
+    train=dict(ADAM, batch_size=64, lr=3e-4, weight_decay=1e-6, warmup=0, schedule='plateau',
+               plateau_monitor='valid_auroc', plateau_mode='max', early_stop=10, monitor='valid_auroc', mode='max'))
+>>>>>>> main
