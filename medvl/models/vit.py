@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RESIZINGS', 'VITS', 'HEAD_NAMES', 'SelfAttention', 'Block', 'resize_positions', 'VisionTransformer', 'vit_weights',
-           'load_vit']
+           'load_vit', 'pool_patches']
 
 # %% ../../nbs/220_models.vit.ipynb #521fee03
 import math
@@ -176,7 +176,8 @@ def intermediate_layers(self: VisionTransformer, x: torch.Tensor, # images, floa
 
 
 @patch(VisionTransformer)
-def last_attention(self: VisionTransformer, x: torch.Tensor) -> torch.Tensor: # images, float (n,1|channels,h,w) -> (n,heads,t,t)
+def last_attention(self: VisionTransformer, x: torch.Tensor, # images, float (n,1|channels,h,w)
+                   ) -> torch.Tensor: # (n,heads,t,t)
     "Give the attention of the last block, rows sum to 1. Source: DINO, `get_last_selfattention`."
     x = self.embed(x)
     for block in self.blocks[:-1]: x = block(x)
@@ -272,3 +273,17 @@ def load_vit(module: VisionTransformer, # to fill
     report.loaded = [k for k in report.loaded if k not in missing]
     report.missing, report.ignored = missing, left
     return report
+
+# %% ../../nbs/220_models.vit.ipynb #715944e7
+def pool_patches(places: torch.Tensor, # tokens of places, without the class token, float (n,rows*columns,d)
+                 grid: Sequence[int] | None = None, # (rows, columns); None: square
+                 window: int | None = None, # side of the squares; None: root of the shorter side, rounded down
+                 ) -> torch.Tensor: # (n,p,d); places left over of whole squares are cut off
+    """Average squares of patches.
+
+    Raises: ValueError for a grid that does not fit."""
+    side = math.isqrt(places.shape[1])
+    rows, columns = grid or (side, side)
+    if rows * columns != places.shape[1]: raise ValueError(f'{places.shape[1]} places are no grid of {rows}×{columns}')
+    maps = F.avg_pool2d(places.mT.unflatten(2, (rows, columns)), window or math.isqrt(min(rows, columns)))
+    return maps.flatten(2).mT

@@ -6,7 +6,7 @@ from golden import golden
 
 from medvl.core.errors import DataError
 from medvl.models.momentum import follow, teacher_of
-from medvl.models.vit import RESIZINGS, VITS, VisionTransformer, load_vit, resize_positions, vit_weights
+from medvl.models.vit import RESIZINGS, VITS, VisionTransformer, load_vit, pool_patches, resize_positions, vit_weights
 
 
 @pytest.fixture(scope='module')
@@ -45,6 +45,11 @@ def test_both_rules_of_resizing(vit, z):
     assert not torch.allclose(z['pos96'], z['pos_resized_ckpt_to_6x6'], atol=1e-4)
     close(vit.tokens(z['img96']), z['tokens96'])
     close(vit.tokens(z['img32']), z['tokens32'])
+
+
+def test_patches_are_pooled_as_the_original_did():
+    z = np.load(golden('xvl/patch_pooling.npz'))
+    close(pool_patches(torch.from_numpy(z['x'])), torch.from_numpy(z['y']))
 
 
 @torch.no_grad()
