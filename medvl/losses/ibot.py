@@ -27,8 +27,8 @@ def version_loss(student: torch.Tensor, # logits of all versions, global ones fi
                          'and the global ones come first in both')
     crosses = -torch.einsum('ubk,vbk->uv', _answers(teacher, centre, teacher_temperature),
                             (student / temperature).log_softmax(-1)) / student.shape[1]
-    other = ~torch.eye(len(teacher), len(student), dtype=torch.bool, device=student.device)
-    return crosses[other].mean()
+    other = 1 - torch.eye(len(teacher), len(student), device=student.device)
+    return (crosses * other).sum() / (crosses.numel() - len(teacher))
 
 # %% ../../nbs/264_losses.ibot.ipynb #b67c7ae2
 def patch_loss(student: torch.Tensor, # logits of patches of global versions, float (u,b,p,k)

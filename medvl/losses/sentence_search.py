@@ -17,9 +17,9 @@ def group_rows(rows: torch.Tensor, # vectors of all sentences, report after repo
     """Fold rows to the samples they belong to.
 
     Raises: ValueError if the counts do not add up to the rows."""
-    counts = torch.as_tensor(counts, device=rows.device)
+    counts = torch.as_tensor(counts).cpu() # as a list: no waiting for a device
     if int(counts.sum()) != len(rows): raise ValueError(f'{int(counts.sum())} sentences counted, {len(rows)} given')
-    real = torch.arange(max(1, int(counts.max())), device=rows.device) < counts[:, None]
+    real = (torch.arange(max(1, int(counts.max()))) < counts[:, None]).to(rows.device)
     out = rows.new_zeros(*real.shape, rows.shape[-1])
     return out.masked_scatter(real[..., None], rows), real
 
@@ -37,10 +37,11 @@ def sentence_loss(image: torch.Tensor, # unit vectors of own rows, float (b,d)
     n, k = sentences.shape[:2]
     real = torch.ones(n, k, dtype=torch.bool, device=image.device) if real is None else real.bool()
     scores = torch.einsum('id,jkd->ijk', image, sentences) / temperature
-    own = torch.arange(n, device=image.device) == torch.arange(len(image), device=image.device)[:, None] + first
+    rows = torch.arange(len(image), device=image.device)
+    own = torch.arange(n, device=image.device) == rows[:, None] + first
     low = torch.finfo(scores.dtype).min / 2 # finite, so that a batch of one keeps finite gradients
     strangers = scores.masked_fill(own[..., None] | ~real, low).flatten(1).logsumexp(1)
-    mine, there = scores[own], real[first:first + len(image)]
+    mine, there = scores[rows, rows + first], real[first:first + len(image)]
     each = torch.logaddexp(mine, strangers[:, None]) - mine
     counts = there.sum(1)
     return ((each * there).sum(1) / counts.clamp(min=1)).sum() / (counts > 0).sum().clamp(min=1)

@@ -158,21 +158,34 @@ class VisionTransformer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (n,1|channels,h,w) -> class token, (n,d)
         return self.tokens(x)[:, 0]
 
-# %% ../../nbs/220_models.vit.ipynb #6ed4725f
-def _blocks_out(self, x):
-    "Every block's output."
-    x, out = self.embed(x), []
-    for block in self.blocks: out.append(x := block(x))
-    return out
+    def outputs(self, x: torch.Tensor, # images, float (n,1|channels,h,w)
+                ) -> list: # tokens (n,1+places,d), a block each
+        "Give what leaves each block, not normalised."
+        x, out = self.embed(x), []
+        for block in self.blocks: out.append(x := block(x))
+        return out
 
+    def feature_maps(self, x: torch.Tensor, # images, float (n,1|channels,h,w)
+                     level: int = -1, # a block, 0-based; -1 the last
+                     ) -> torch.Tensor: # (n,d,h',w')
+        "Give a map: the normalised tokens of the places."
+        if not -1 <= level < len(self.blocks):
+            raise ValueError(unknown_name('level', level, [-1, *range(len(self.blocks))]))
+        tokens = self.tokens(x) if level == -1 else self.norm(self.outputs(x)[level])
+        return tokens_to_map(tokens, *(s // self.stride for s in x.shape[-2:]))
 
+    def pool(self, maps: torch.Tensor) -> torch.Tensor: # (n,d,h,w) -> (n,d)
+        "Average a map."
+        return maps.mean((2, 3))
+
+# %% ../../nbs/220_models.vit.ipynb #e61faedd
 @patch(VisionTransformer)
 def intermediate_layers(self: VisionTransformer, x: torch.Tensor, # images, float (n,1|channels,h,w)
                         n: int = 1, # how many blocks, counted from the end
                         ) -> list: # n tensors (b,1+places,d), normalised, in the order of the network
     "Give the tokens after each of the last blocks. Source: DINO, `get_intermediate_layers`."
     if not 1 <= n <= len(self.blocks): raise ValueError(f'{n} blocks asked for: the network has {len(self.blocks)}')
-    return [self.norm(t) for t in _blocks_out(self, x)[-n:]]
+    return [self.norm(t) for t in self.outputs(x)[-n:]]
 
 
 @patch(VisionTransformer)
@@ -182,23 +195,6 @@ def last_attention(self: VisionTransformer, x: torch.Tensor, # images, float (n,
     x = self.embed(x)
     for block in self.blocks[:-1]: x = block(x)
     return self.blocks[-1].attend(x, maps=True)[1]
-
-
-@patch(VisionTransformer)
-def feature_maps(self: VisionTransformer, x: torch.Tensor, # images, float (n,1|channels,h,w)
-                 level: int = -1, # a block, 0-based; -1 the last
-                 ) -> torch.Tensor: # (n,d,h',w')
-    "Give a map: the normalised tokens of the places."
-    if not -1 <= level < len(self.blocks):
-        raise ValueError(unknown_name('level', level, [-1, *range(len(self.blocks))]))
-    tokens = self.tokens(x) if level == -1 else self.norm(_blocks_out(self, x)[level])
-    return tokens_to_map(tokens, *(s // self.stride for s in x.shape[-2:]))
-
-
-@patch(VisionTransformer)
-def pool(self: VisionTransformer, maps: torch.Tensor) -> torch.Tensor: # (n,d,h,w) -> (n,d)
-    "Average a map."
-    return maps.mean((2, 3))
 
 # %% ../../nbs/220_models.vit.ipynb #98692b96
 HEAD_NAMES = ('head.', 'head_dist.', 'head_drop.', 'fc.', 'pre_logits.', 'pooler.', 'classifier.', 'mlp.', 'last_layer')
