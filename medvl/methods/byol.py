@@ -34,6 +34,7 @@ class BYOLConfig(ImageConfig):
 class BYOL(ImageMethod):
     "Bootstrap your own latent. Source: Grill et al., NeurIPS 2020, section 3."
     name, config_class, gathered, gathered_batch = 'byol', BYOLConfig, ('prediction', 'target', 'probe'), ('labels',)
+    unsaved = ('teacher.',) # training alone needs it
     advised_batch = 2 # no sample is compared with another, but BatchNorm over one image is no guard against a collapse
 
     def __init__(self, config: BYOLConfig | None = None, image_encoder: nn.Module | None = None):
@@ -65,7 +66,11 @@ class BYOL(ImageMethod):
         out = {'loss': regression_loss(prediction, target), 'spread': spread(target[:, 0])}
         return with_probe(self, out, features, batch)
 
-    def after_step(self, features: dict, state: StepState) -> None:
+    def after_step(self, features: dict, batch: dict, state: StepState) -> None:
         "Let the teacher follow."
         c = self.config
         follow(self.teacher, self.student, momentum_at(state.progress, c.momentum, c.momentum_schedule))
+
+    def renew_unsaved(self) -> None:
+        "Begin again with a teacher that equals the student: saved models have none."
+        self.teacher.load_state_dict(self.student.state_dict())

@@ -59,7 +59,7 @@ _PAPER = {
     'pixelpro': dict(views='pixelpro', versions=2, keep='last',
                      train=dict(_ADAM, batch_size=64, lr=1e-3, weight_decay=1e-5)),
     'supervised': dict(train=dict(_ADAM, batch_size=64, lr=3e-4, weight_decay=1e-6, warmup=0, schedule='plateau',
-                                  plateau_monitor='valid_auroc_missed', early_stop=10,
+                                  plateau_monitor='valid_auroc', plateau_mode='max', early_stop=10,
                             monitor='valid_auroc', mode='max')),
 }
 _PAPER['clip'] = dict(_PAPER['lovt'], text=dict(slot='sentence'))

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..core.errors import DataError, unknown_name
 from ..core.patch import patch
+from ..data.batch import present_rows
 from ..data.text.tokens import pad_tokens, tokenise
 from ..losses.contrastive import SCALE_LIMIT, breast_clip_contrastive_loss, breast_clip_loss, scale_of
 from .base import Method, StepState, register
@@ -25,6 +26,7 @@ from .parts.image_side import EfficientNetConfig, ImageSide, new_efficientnet, s
 from .parts.text_side import TextSide, saved_text, with_vocabulary
 from ..models.checkpoints import Checkpoint, load_weights, read_checkpoint
 from ..models.heads import build_projection, unit
+from ..models.pooling import mean_views, over_views
 from ..models.scaling import normalise_images
 from ..models.text import CLINICAL_BERT, TextEncoder, build_text_encoder
 
@@ -59,6 +61,7 @@ class MammoCLIPConfig(EfficientNetConfig):
 class MammoCLIP(Method):
     "Mammo-CLIP, image-text. Source: Ghosh et al., MICCAI 2024."
     name, config_class, gathered, chunkable = 'mammoclip', MammoCLIPConfig, ('image', 'text'), True
+    gathered_batch = ('text_group', 'present')
     least_batch = 2 # a breast is told from others
 
     def __init__(self,
@@ -82,9 +85,10 @@ class MammoCLIP(Method):
         self.image_side = ImageSide(self.image_encoder, partial(normalise_images, mean=c.image_mean, std=c.image_std))
         self.text_side = TextSide(self.text_encoder, c, tokenizer)
 
-    def encode(self, batch: dict) -> dict: # images (b,v,1,h,w); tokens (b,t,L)
-        "Give `image` (b,v,d) and `text` (b,t,d), unit vectors in float32."
-        image = self.embed_images(batch['images'])
+    def encode(self, batch: dict) -> dict: # images (b,v,1,h,w), of which `present` (b,v) are there; tokens (b,t,L)
+        "Give `image` (b,v,d) and `text` (b,t,d), unit vectors in float32; a missing view is not encoded, its vector is 0."
+        rows = batch['rows'] if 'rows' in batch else present_rows(batch['present']) if 'present' in batch else None
+        image = self.embed_images(batch['images'], rows)
         text = unit(self.project_tokens(batch['tokens']['input_ids'], batch['tokens']['attention_mask']))
         check_samples(batch, image, text, self.config.allow_empty, self)
         return {'image': image, 'text': text}
@@ -92,31 +96,38 @@ class MammoCLIP(Method):
     def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give the loss and its terms: i2t, t2i, i2i, t2t, and the scale."
         c = self.config
-        image, text, group = features['image'], features['text'], batch.get('text_group')
-        if c.loss == 'single': image, text, group = image[:, :1], text[:, :1], None if group is None else group[:, :1]
+        image, text = features['image'], features['text']
+        group, present = (batch[k].to(image.device) if batch.get(k) is not None else None
+                          for k in ('text_group', 'present'))
+        if c.loss == 'single': image, text, group, present = (x if x is None else x[:, :1]
+                                                              for x in (image, text, group, present))
         scale = scale_of(self.logit_scale, SCALE_LIMIT if c.limit_scale else None)
         options = dict(label_smoothing=c.label_smoothing, training=self.training, duplicates=c.duplicates,
-                       text_group=None if group is None else group.to(image.device))
+                       text_group=group, present=present)
         out = (breast_clip_contrastive_loss(image, text, scale, **options) if c.loss == 'single' else
                breast_clip_loss(image, text, scale, c.i2i_weight, c.t2t_weight, **options))
         return {**out, 'scale': scale.detach()}
 
     @torch.no_grad()
-    def after_step(self, features: dict, state: StepState) -> None:
+    def after_step(self, features: dict, batch: dict, state: StepState) -> None:
         if self.config.limit_scale: self.logit_scale.clamp_(max=SCALE_LIMIT)
 
     # what evaluation asks
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        "Give the pooled features, (b,f)."
-        return self.image_side.pooled(images)
+    def image_features(self, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+        "Give the pooled features, (b,f), averaged over the views that are there."
+        return self.image_side.pooled(images, present)
     def feature_maps(self, images: torch.Tensor, level: int = -1) -> torch.Tensor:
         "Give the map of one scale, (b·v,c,h',w')."
         return self.image_side.maps(images, level)
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
-        "Give a unit vector a sample, float32 (b,d); views are averaged."
-        e = self.embed_images(images)
-        return e if e.dim() == 2 else unit(e.mean(1))
+    def encode_image(self,
+                     images: torch.Tensor, # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
+                     present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
+                     views: list | None = None, # b lists of v words; Mammo-CLIP reads all views alike
+                     ) -> torch.Tensor:
+        "Give a unit vector a sample, float32 (b,d); the views that are there are averaged."
+        e = self.embed_images(images, None if present is None else present_rows(present))
+        return e if e.dim() == 2 else unit(mean_views(e, present))
 
     def project_text(self, texts: list, batch_size: int = 64) -> torch.Tensor: # list of str
         "Give the projected, not normalised vectors of sentences, (b,d)."
@@ -157,9 +168,13 @@ def project_image(self: MammoCLIP,
 
 
 @patch(MammoCLIP)
-def embed_images(self: MammoCLIP, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w)
-    "Give a unit vector an image, (b,d) or (b,v,d)."
-    return unit(self.project_image(self.image_encoder(self.image_side.scaled(images)))).unflatten(0, images.shape[:-3])
+def embed_images(self: MammoCLIP,
+                 images: torch.Tensor, # (b,1,h,w) or (b,v,1,h,w)
+                 rows: torch.Tensor | None = None, # numbers of the views that are there, among b·v; None: all
+                 ) -> torch.Tensor:
+    "Give a unit vector an image, (b,d) or (b,v,d); 0 for a view that is not there."
+    run = lambda x: unit(self.project_image(self.image_encoder(self.image_side.scaled(x))))
+    return over_views(run, images, rows) if images.dim() == 5 else run(images)
 
 # %% ../../nbs/310_methods.mammoclip.ipynb #3573d972
 @patch(MammoCLIP)

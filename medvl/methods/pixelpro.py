@@ -69,8 +69,8 @@ def unit_places(
 ) -> torch.Tensor: # float64 (b,versions,3,3): pixel of the image -> place in a view of one by one
     "Measure places in views instead of pixels, so that features say all that the loss needs."
     h, w = size
-    scale = torch.tensor([[1 / w, 0, .5 / w - .5], [0, 1 / h, .5 / h - .5], [0, 0, 1]], dtype=torch.float64,
-                         device=transforms[0].device)
+    scale = torch.tensor([[1 / w, 0, .5 / w - .5], [0, 1 / h, .5 / h - .5], [0, 0, 1]], dtype=torch.float64)
+    scale = scale.to(transforms[0].device, non_blocking=True)
     return torch.stack([scale @ t[:, 0].double() for t in transforms], 1)
 
 # %% ../../nbs/322_methods.pixelpro.ipynb #b5136983
@@ -80,6 +80,7 @@ class PixelPro(ImageMethod):
     name, config_class = 'pixelpro', PixelProConfig
     gathered, gathered_batch = ('student_cells', 'teacher_cells', 'places', 'prediction', 'target',
                                 'probe'), ('labels',)
+    unsaved = ('teacher.',) # training alone needs it
     advised_batch = 2 # cells are compared inside an image, but BatchNorm over one image is not the recipe's
 
     def __init__(self, config: PixelProConfig | None = None, image_encoder: nn.Module | None = None):
@@ -140,7 +141,11 @@ class PixelPro(ImageMethod):
             out.update(loss=pixel + c.instance_weight * instance, instance=instance.detach())
         return with_probe(self, out, features, batch)
 
-    def after_step(self, features: dict, state: StepState) -> None:
+    def after_step(self, features: dict, batch: dict, state: StepState) -> None:
         "Let the teacher follow."
         c = self.config
         follow(self.teacher, self.student, momentum_at(state.progress, c.momentum, c.momentum_schedule))
+
+    def renew_unsaved(self) -> None:
+        "Begin again with a teacher that equals the student: saved models have none."
+        self.teacher.load_state_dict(self.student.state_dict())

@@ -68,7 +68,7 @@ class Segmenter(DenseMethod):
                      else UNet(channels, len(c.classes), c.width))
         self.train()
 
-    def logits(self, batch: dict) -> torch.Tensor: # images (b,1,1,h,w), or taps
+    def pixel_logits(self, batch: dict) -> torch.Tensor: # images (b,1,1,h,w), or taps
         "Give logits, float32 (b,k,h,w)."
         stages = self.stages_of(batch)
         return self.head(stages, size_of(stages)).float()
@@ -76,7 +76,7 @@ class Segmenter(DenseMethod):
     def encode(self, batch: dict) -> dict: # images (or taps) and masks uint8 (b,k,h,w)
         "Give `logits` (b,k,h,w), and `masks`."
         if 'masks' not in batch: raise DataError('the batch has no masks', fix='Use a DenseDataset.')
-        logits = self.logits(batch)
+        logits = self.pixel_logits(batch)
         check_masks(logits, batch['masks'], batch.get('sample_id', ()))
         return {'logits': logits, 'masks': batch['masks'].to(logits.device)}
 
@@ -88,7 +88,7 @@ class Segmenter(DenseMethod):
 
     def predict_batch(self, batch: dict) -> torch.Tensor: # images (b,1,1,h,w), or taps of a frozen encoder
         "Give probabilities, float32 (b,k,h,w)."
-        with evaluating(self): return self.logits(batch).sigmoid()
+        with evaluating(self): return self.pixel_logits(batch).sigmoid()
 
     def predict(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255
         "Give probabilities, float32 (b,k,h,w), of the classes in `names`."

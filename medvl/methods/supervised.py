@@ -47,9 +47,12 @@ class Supervised(ImageMethod):
         if c.unlabelled not in UNLABELLED: raise ValueError(unknown_name('unlabelled', c.unlabelled, UNLABELLED))
         self.head = nn.Linear(self.image_encoder.num_features, k)
 
-    def logits(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w)
+    def logits(self,
+               images: torch.Tensor, # (b,1,h,w) or (b,v,1,h,w)
+               present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
+               ) -> torch.Tensor:
         "Give the linear layer's outputs, (b,k)."
-        z = self.head(self.image_features(images))
+        z = self.head(self.image_features(images, present))
         return z if z.dtype == torch.float64 else z.float()
 
     def predict(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w)
@@ -58,7 +61,7 @@ class Supervised(ImageMethod):
 
     def encode(self, batch: dict) -> dict: # images (b,1,1,h,w)
         "Give `logits` (b,k)."
-        logits = self.logits(batch['images'])
+        logits = self.logits(batch['images'], batch.get('present'))
         check_samples(batch, logits, module=self)
         return {'logits': logits}
 
@@ -71,5 +74,4 @@ class Supervised(ImageMethod):
         weight = z.new_tensor(c.pos_weight) if c.pos_weight else None
         out = {'loss': classification_loss(z, y, c.unlabelled, weight), 'stated': stated(y).float().mean()}
         if self.training: return out
-        auroc = mean_auroc(z, torch.where(stated(y), y, torch.nan))
-        return {**out, 'auroc': auroc, 'auroc_missed': 1 - auroc}
+        return {**out, 'auroc': mean_auroc(z, torch.where(stated(y), y, torch.nan))}

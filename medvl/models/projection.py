@@ -21,7 +21,9 @@ def real_rows(x: torch.Tensor, # (b,m,d)
               ) -> tuple: # ((r,d), where they came from: int64 (r,) or None)
     "Take out the rows that are not padding."
     if mask is None: return x.flatten(0, 1), None
-    where = mask.flatten().nonzero().squeeze(1)
+    # on a GPU counting them would wait; who made the mask may know, and say so on it (`pool_sentences`)
+    where = getattr(mask, 'rows', None)
+    if where is None: where = mask.flatten().nonzero().squeeze(1)
     return x.flatten(0, 1).index_select(0, where), where
 
 

@@ -117,7 +117,7 @@ class ResNet(nn.Module):
         return maps.mean((2, 3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (b,1|3,h,w) normalised -> (b, num_features)
-        return self.pool(self.stages(x)['conv5'])
+        return self.pool(self.feature_maps(x)) # by its name: attribution methods catch the map here
 
 # %% ../../nbs/202_models.resnet.ipynb #109d04db
 @patch(ResNet)

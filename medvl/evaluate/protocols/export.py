@@ -169,7 +169,7 @@ def _same_pixels(frame, manifest, file):
 def read_embeddings(
     file: str|Path, # written by `export_embeddings`
     method: Method|None = None, # refuse the vectors of any other model
-    prepared: Prepared = None, # refuse vectors of other pixels or another preprocessing
+    prepared: Prepared | None = None, # refuse vectors of other pixels or another preprocessing
 ) -> tuple: # Embeddings, and the table that travelled along
     """Read image vectors back.
 

@@ -28,7 +28,7 @@ from ...models.vision import build_image_encoder
 # %% ../../../nbs/335a_methods.parts.dense.ipynb #19a47f90
 class DenseMethod(Method):
     "An encoder with stages and a head; a derived class sets `head` and calls `begin`."
-    chunkable, gathered_batch = True, ()
+    chunkable = True
 
     def train(self, mode: bool = True) -> 'DenseMethod':
         "Change the mode; what is frozen stays as in evaluation."
@@ -48,7 +48,7 @@ class DenseMethod(Method):
         "List the parameters that move while the encoder rests."
         return [n for n, _ in self.named_parameters() if not n.startswith('image_encoder.')]
 
-    def after_step(self, features: dict, state: StepState) -> None:
+    def after_step(self, features: dict, batch: dict, state: StepState) -> None:
         "Count the steps."
         self.steps.fill_(state.step + 1)
 

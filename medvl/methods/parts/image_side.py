@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from ...core.patch import patch
+from ...data.batch import present_rows
 from ...models.efficientnet import EFFICIENTNETS
+from ...models.pooling import mean_views, over_views
 from ...models.text import load_transformer
 from ...models.vision import TransformersVision, build_image_encoder
 
@@ -80,10 +82,12 @@ def scaled(self: ImageSide,
 @patch(ImageSide)
 def pooled(self: ImageSide,
              images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
+             present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
              ) -> torch.Tensor: # (b,f)
-    "Give the encoder's pooled features; views are averaged."
-    f = self.encoder(self.scaled(images))
-    return f if images.dim() == 4 else f.unflatten(0, images.shape[:2]).mean(1)
+    "Give the encoder's pooled features; the views that are there are averaged."
+    run = lambda x: self.encoder(self.scaled(x))
+    if images.dim() != 5: return run(images)
+    return mean_views(over_views(run, images, None if present is None else present_rows(present)), present)
 
 
 @patch(ImageSide)

@@ -16,6 +16,7 @@ from torch import nn
 
 from ...core.errors import DataError, unknown_name
 from ...core.patch import patch
+from ...data.batch import present_rows
 from ...data.text.reports import split_sentences
 from ...data.text.sentences import SentenceTokens
 from ...losses.global_nce import global_nce, top_k_accuracy
@@ -25,7 +26,7 @@ from .image import new_probe, probe_features, with_probe
 from .image_side import ImageConfig, ImageSide, saved_image_encoder
 from .text_side import TextSide, saved_text, with_vocabulary
 from ...models.heads import unit
-from ...models.pooling import build_pool, pool_sentences
+from ...models.pooling import build_pool, mean_views, over_views, pool_sentences
 from ...models.projection import Projection
 from ...models.scaling import scale_images
 from ...models.text import CLINICAL_BERT, CONFIGURATIONS, TextEncoder, build_text_encoder, freeze_layers
@@ -65,6 +66,7 @@ class ImageTextConfig(ImageConfig):
 class ImageTextMethod(Method):
     "Pre-train an image encoder by its reports, with the global loss."
     config_class, gathered, chunkable = ImageTextConfig, ('image', 'text'), True
+    gathered_batch = ('text_group',)
     least_batch = 2 # an image is told from others
 
     def __init__(self,
@@ -110,17 +112,22 @@ class ImageTextMethod(Method):
         return cls(config, tokenizer, saved_image_encoder(folder), text)
 
     # what evaluation asks
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        "Give the pooled features, (b,f)."
-        return self.image_side.pooled(images)
+    def image_features(self, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+        "Give the pooled features, (b,f), averaged over the views that are there."
+        return self.image_side.pooled(images, present)
     def feature_maps(self, images: torch.Tensor, level: int | str = -1) -> torch.Tensor:
         "Give the map of one scale, (b·v,c,h',w')."
         return self.image_side.maps(images, level)
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor: # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
-        "Give a unit vector a sample, float32 (b,d); views are averaged."
-        e = unit(self.image_projection(self.read_images(images.flatten(0, -4))['pooled']))
-        return e if images.dim() == 4 else unit(e.unflatten(0, images.shape[:2]).mean(1))
+    def encode_image(self,
+                     images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
+                     present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
+                     views: list | None = None, # b lists of v words; views are read alike
+                     ) -> torch.Tensor:
+        "Give a unit vector a sample, float32 (b,d); the views that are there are averaged."
+        run = lambda x: self.image_vectors(self.read_images(x))
+        if images.dim() == 4: return run(images)
+        return unit(mean_views(over_views(run, images, None if present is None else present_rows(present)), present))
 
     def project_text(self, texts: list, batch_size: int = 64) -> torch.Tensor: # list of str, or of lists of sentences
         "Give the projected, not normalised vectors of texts, (b,d)."
@@ -171,21 +178,42 @@ def token_batch(self: ImageTextMethod, texts: list) -> dict: # of str, or of lis
 
 @patch(ImageTextMethod)
 def read_texts(self: ImageTextMethod,
-               tokens: dict) -> dict: # of int64 (b,L) or (b,1,L): input_ids, attention_mask, sentence
+               texts: list | dict, # texts, or lists of sentences; or their tokens, int64 (b,L) or (b,1,L): input_ids,
+                                   # attention_mask, sentence
+               ) -> dict:
     """Give sentences (b,m,f), mask bool (b,m), pooled (b,f), weights (b,m) or None.
 
     Raises: ValueError without sentence numbers; DataError where nothing is numbered."""
+    tokens = texts if isinstance(texts, dict) else self.token_batch(texts)
     if 'sentence' not in tokens:
         raise ValueError('tokens need "sentence", the number of each token\'s sentence (0: none): see '
                          'medvl.data.text.sentences')
-    ids, mask, sentence = (tokens[k].flatten(0, -2).to(self.device)
-                           for k in ('input_ids', 'attention_mask', 'sentence'))
-    hidden = self.text_encoder.tokens(ids, mask)
+    ids, mask = (tokens[k].flatten(0, -2).to(self.device) for k in ('input_ids', 'attention_mask'))
+    sentence, hidden = tokens['sentence'].flatten(0, -2), self.text_encoder.tokens(ids, mask)
     sentences, real = pool_sentences(hidden, sentence)
-    over = (sentences, real) if self.config.text_over == 'sentences' else (hidden, sentence > 0)
+    named = sentence.to(hidden.device, non_blocking=True) > 0
+    over = (sentences, real) if self.config.text_over == 'sentences' else (hidden, named)
     pooled, weights = self.text_pool(*over)
     return dict(sentences=sentences, mask=real, pooled=pooled,
                 weights=weights if self.config.text_over == 'sentences' else None)
+
+# %% ../../../nbs/314a_methods.parts.image_text.ipynb #f0cbe381
+@patch(ImageTextMethod)
+def image_vectors(self: ImageTextMethod, images: dict) -> torch.Tensor: # of `read_images`; `pooled` (b,f) or (b,n,f)
+    "Give unit vectors of read images, (b,d) or (b,n,d)."
+    return unit(self.image_projection(images['pooled']))
+
+
+@patch(ImageTextMethod)
+def text_vectors(self: ImageTextMethod, texts: dict) -> torch.Tensor: # of `read_texts` -> (t,d)
+    "Give unit vectors of read texts."
+    return unit(self.text_projection(texts['pooled']))
+
+
+@patch(ImageTextMethod)
+def match(self: ImageTextMethod, images: dict, texts: dict) -> torch.Tensor: # of `read_images`, `read_texts` -> (b,t)
+    "Say how well each image and each text fit: their cosine."
+    return self.image_vectors(images) @ self.text_vectors(texts).T
 
 # %% ../../../nbs/314a_methods.parts.image_text.ipynb #073c5175
 @patch(ImageTextMethod)

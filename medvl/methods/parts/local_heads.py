@@ -83,7 +83,8 @@ def terms(self: LocalHeads,
     c, out = self.config, {'loss': start}
     sides = (('regions', c.region_weight, None, self.positives(tuple(f['grid'][0].tolist()), f['regions'])),
              ('sentences', c.sentence_weight, f['mask'],
-              positive_weights(sequence_distances(f['mask'].shape[1]), c.sentence_radius, None).to(f['sentences'])))
+              positive_weights(sequence_distances(f['mask'].shape[1]), c.sentence_radius, None)
+              .to(f['sentences'], non_blocking=True)))
     for kind, weight, mask, same in sides:
         local, attended = f[kind], f[f'{kind}_attended']
         found = local_contrastive(local, attended, same, c.local_temperature, mask, f.get(f'{kind[:-1]}_weights'),
