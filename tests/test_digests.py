@@ -19,8 +19,7 @@ from medvl.data.phantom.chest_prepared import prepared_chest_phantom
 from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset
 from medvl.data.samples.chest import ChestImageDataset, ChestReportConfig, ChestReportDataset
 from medvl.evaluate.stats.selection import splits_of
-from medvl.methods.chest_presets import CHEST_METHODS, chest_preset, chest_transform, new_chest_method
-from medvl.methods.presets import new_mammoclip, preset
+from medvl.methods.former import CHEST_METHODS, chest_preset, chest_transform, new_chest_method, new_mammoclip, preset
 from medvl.train.loop import train
 from medvl.train.settings import TrainConfig
 

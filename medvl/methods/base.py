@@ -11,12 +11,9 @@ __all__ = ['CAPABILITIES', 'WEIGHTS', 'CONFIG', 'MOST', 'CARD', 'StepState', 'Me
 import ast
 import inspect
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from ..core.config import config_dict, config_from_dict
 from ..core.errors import DataError, unknown_name
 from ..core.paths import atomic_path, read_json, sha256_file, write_json
 from ..core.seed import torch_generator
+from .discovery import import_method
 from ..models.efficientnet import EFFICIENTNETS
 from ..models.resnet import RESNETS
 from ..models.text import CONFIGURATIONS, WHEELS
@@ -236,12 +234,12 @@ def methods() -> list[str]:
 # %% ../../nbs/300_methods.base.ipynb #98a052c7
 def method_class(name: str, # registry name
                  ) -> type[Method]: # the class
-    """Find a method's class; the module of that name in this room is imported where that has not been done.
+    """Find a method's class; its module is found by its name (300aa) and imported where
+    that has not been done.
 
     Raises: ValueError with the closest registered name.
     """
-    if name not in _methods and re.fullmatch('[a-z_]+', str(name)) and find_spec(f'medvl.methods.{name}'):
-        import_module(f'medvl.methods.{name}')
+    if name not in _methods: import_method(str(name))
     if name not in _methods: raise ValueError(unknown_name('method', name, methods()))
     return _methods[name]
 

@@ -369,10 +369,10 @@ def test_mammoclip_that_diverges_blames_the_weights(tmp_path, lr):
     from medvl.data.augment.breast_versions import Augment, AugmentConfig
     from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset
     from medvl.data.phantom.breast_prepared import prepared_phantom
-    from medvl.methods.presets import new_mammoclip, preset
-    named, prepared = preset('smoke'), prepared_phantom(tmp_path/'phantom', 8, (64, 48))
-    method = new_mammoclip('smoke', prepared.manifest.report)
-    data = BreastTextDataset(prepared, method.tokenizer, BreastTextConfig(**named.text))
+    from medvl.methods.recipes import new_method, recipe
+    named, prepared = recipe('mammoclip', 'smoke'), prepared_phantom(tmp_path/'phantom', 8, (64, 48))
+    method = new_method('mammoclip', 'smoke', prepared.manifest.report)
+    data = BreastTextDataset(prepared, method.tokenizer, BreastTextConfig(**named.sample_options))
     settings = TrainConfig(max_steps=12, batch_size=4, lr=lr, optimizer='sgd', clip=0, warmup=0, schedule='constant', trackers=(), cpu=True)
     with pytest.raises(DataError, match='weights'):
-        train(method, data, settings, tmp_path/'run', transform=Augment(AugmentConfig(**named.augment)))
+        train(method, data, settings, tmp_path/'run', transform=Augment(AugmentConfig(**named.augment_options)))
