@@ -141,7 +141,7 @@ def logits(self: Classifier,
 
 # %% ../../nbs/330_methods.classifier.ipynb #2f3232b0
 IMAGE_FIELDS = ('image_encoder', 'image_pooling', 'image_mean', 'image_std', 'dropout', 'drop_connect', 'bn_momentum',
-                'padding', 'image_checkpointing')
+                'padding', 'image_checkpointing', 'gem_power', 'learn_gem')
 
 
 def new_classifier(

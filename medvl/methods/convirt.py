@@ -40,6 +40,9 @@ class ConVIRT(ImageTextMethod):
         if self.config.image_pool != 'mean':
             raise ValueError(f"image_pool={self.config.image_pool!r}: only 'mean' makes a region and an image the same "
                              "kind of vector")
+        if self.config.region_grid or (self.config.region_stage, self.config.global_stage) != ('last', 'regions'):
+            raise ValueError('region_grid, region_stage or global_stage are set: a cell of the last map and an image '
+                             'are then not the same kind of vector')
         return self.image_projection(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
 
 # %% ../../nbs/317_methods.convirt.ipynb #6ce2fd78

@@ -8,6 +8,7 @@ __all__ = ['FALLING', 'SCHEDULES', 'OPTIMIZERS', 'warmup_steps', 'lr_scale', 'Pl
 
 # %% ../../nbs/400_train.optim.ipynb #41491d98
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 
@@ -218,8 +219,8 @@ def clip_gradients(
     parameters:list, # all that are trained
     whole:float=0.0, # largest norm of all gradients together; 0: no limit
     norm:torch.Tensor|None=None, # their norm, where it is known
-    names:list=(), # from `clip_groups`: limits of groups
-    each:list=(), # from `clip_groups`: limits of single tensors
+    names:Sequence=(), # from `clip_groups`: limits of groups
+    each:Sequence=(), # from `clip_groups`: limits of single tensors
 ) -> None:
     "Shorten gradients that are too long, in place: single tensors, then groups, then the whole."
     for group, limit in each:

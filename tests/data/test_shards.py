@@ -13,8 +13,10 @@ import medvl.data.prepare.job as worker
 import medvl.data.prepare.run as preparation
 from medvl.core.errors import DataError
 from medvl.core.run import process_identity
+from medvl.data.prepare.estimate import estimate
 from medvl.data.prepare.run import locked, whole_patients
 from medvl.data.prepared import open_prepared
+from medvl.data.releases.folder import read_folder
 from medvl.data.store import ImageStore, StoreWriter, unfinish_store
 
 ROW = SIZE[0]*SIZE[1]
@@ -233,3 +235,20 @@ def test_open_prepared_from_a_cache(tmp_path, salt, monkeypatch):
     monkeypatch.setenv('MEDVL_STORE_CACHE', str(tmp_path/'local'))
     data = open_prepared(tmp_path/'d')
     assert data.image(7).shape == SIZE and len(list((tmp_path/'local').rglob('pixels-*.bin'))) == 1
+
+
+def test_what_was_estimated_is_what_comes_out(tmp_path, salt, monkeypatch):
+    "Bytes and files as counted; a disk or a memory that is too small is named; nothing is written."
+    import psutil
+    source = make_source(tmp_path/'src')
+    ask = lambda: estimate(read_folder(source), source, tmp_path/'out'/'deep', size=SIZE, jobs=1, shard_bytes=5*ROW, sample=3)
+    expected = ask()
+    assert not (tmp_path/'out').exists() and not expected.short
+    data = run(source, tmp_path/'c', salt, shard_bytes=5*ROW)
+    made = sum(p.stat().st_size for p in (tmp_path/'c'/'images').glob('*.bin'))
+    assert round(expected.value('pixels')*1e9) == made and expected.value('files of pixels') == len(data.images.files) == 3
+    assert expected.value('disk')*1e9 >= made and expected.value('decoding') > 0 and expected.value('leak check') == 0  # one part only
+    monkeypatch.setattr(psutil, 'disk_usage', lambda p: type('U', (), dict(free=10)))
+    monkeypatch.setattr(psutil, 'virtual_memory', lambda: type('M', (), dict(available=10)))
+    said = ask().short
+    assert len(said) == 2 and 'disk' in said[0] and 'memory' in said[1]

@@ -25,10 +25,11 @@ from ...models.vision import build_image_encoder
 # %% ../../../nbs/319_methods.parts.image.ipynb #35085fb5
 def new_probe(
     method:Method, # with an image encoder
+    width: int | None = None, # of the features that it reads; None: the encoder's
 ) -> nn.Linear|None: # None: its configuration names no labels
     "Make the layer that reads the labels of the configuration's `probe`."
     labels = getattr(method.config, 'probe', ())
-    return nn.Linear(method.image_encoder.num_features, len(labels)) if labels else None
+    return nn.Linear(width or method.image_encoder.num_features, len(labels)) if labels else None
 
 
 class ImageMethod(Method):
