@@ -19,7 +19,6 @@ from ..core.errors import DataError, unknown_name
 from ..core.patch import patch
 from .checkpoints import Checkpoint, LoadReport, load_weights, read_checkpoint
 from .efficientnet import run_checkpointed
-from .vision import tokens_to_map
 
 # %% ../../nbs/220_models.vit.ipynb #f40c5b9b
 class SelfAttention(nn.Module):
@@ -172,7 +171,7 @@ class VisionTransformer(nn.Module):
         if not -1 <= level < len(self.blocks):
             raise ValueError(unknown_name('level', level, [-1, *range(len(self.blocks))]))
         tokens = self.tokens(x) if level == -1 else self.norm(self.outputs(x)[level])
-        return tokens_to_map(tokens, *(s // self.stride for s in x.shape[-2:]))
+        return tokens[:, 1:].mT.unflatten(2, tuple(s // self.stride for s in x.shape[-2:]))
 
     def pool(self, maps: torch.Tensor) -> torch.Tensor: # (n,d,h,w) -> (n,d)
         "Average a map."
