@@ -28,7 +28,7 @@ class Recipe:
     about: str # what it is for
     size: tuple[int, int] = (224, 224) # height and width of the images, pixels
     config: dict = field(default_factory=dict) # fields of the method's configuration
-    samples: str = 'chest_images' # kind of samples, a name of medvl.data.samples.kinds
+    samples: str = 'chest_images' # kind of samples, a name of medvl.data.samples.builders
     sample_options: dict = field(default_factory=dict) # fields of that kind's options
     augment: str = 'chest' # kind of augmentation, a name of medvl.data.augment.makers
     augment_options: dict = field(default_factory=dict) # fields of that kind's options

@@ -291,7 +291,7 @@ def _options_of_kind(p, values):
     method, recipe_name, *other = (values.get(n) for n in re.findall(r'`(\w+)`', match[2]))
     if not method or not recipe_name: return None
     from medvl.data.augment.makers import augment_kind
-    from medvl.data.samples.kinds import sample_kind
+    from medvl.data.samples.builders import sample_kind
     from medvl.methods.recipes import recipe
     named = recipe(method, recipe_name)
     if match[1] == 'augmentation': return augment_kind(named.augment).options

@@ -12,7 +12,7 @@ from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset
 from medvl.data.phantom.breast_prepared import prepared_phantom
 from medvl.data.augment.makers import new_augment
 from medvl.data.phantom.populations import new_phantom
-from medvl.data.samples.kinds import Parts, new_samples, sample_kind
+from medvl.data.samples.builders import Parts, new_samples, sample_kind
 from medvl.evaluate.stats.selection import splits_of
 from medvl.methods.parts.image import WithViews
 from medvl.methods.recipes import method_names, new_method, recipe
