@@ -62,6 +62,8 @@ for _name, _field in {
     'text': Field(axes='b t'), 'sentences': Field(axes='b t', what='lists of sentences'),
     'text_group': Field(torch.int64, 'b t', what='equal numbers for equal reports'),
     'tokens': Field('tokens', 'b t L', 0, what='input_ids, attention_mask; sentence: 1..S, 0 at special tokens'),
+    'masked': Field('tokens', 'b t L', 0, what='the same tokens, some hidden or swapped'),
+    'word_labels': Field(torch.int64, 'b t L', -100, what='the tokens that are to be guessed; -100: not asked'),
     'question': Field('tokens', 'b t L', 0, what='tokens of a question'),
     'answer': Field('tokens', 'b t L', 0, what='tokens of an answer'),
     'flip': Field(torch.bool, 'b v 2', what='horizontal, vertical'),
@@ -71,6 +73,7 @@ for _name, _field in {
     'masks': Field(torch.uint8, 'b c h w', pixels=True, what='a plane a class; or lists of one (h,w), or None, a view'),
     'augmented': Field(torch.float32, 'n b v 1 h w', pixels=True, what='versions of the images, 0..255'),
     'transforms': Field(torch.float32, 'n b v 3 3', what='pixel of the image -> pixel of the version'),
+    'hidden': Field(torch.bool, 'n b h w', what='patches of the first versions that are hidden from the student'),
     'taps': Field(pixels=True, what='instead of images: stored maps of a frozen encoder, name -> (b,c,h,w)'),
     'maps': Field(pixels=True, what='instead of images: stored feature maps (c,h,w)'),
 }.items(): declare(_name, _field)

@@ -31,6 +31,7 @@ from ..models.efficientnet import EFFICIENTNETS
 from ..models.resnet import RESNETS
 from ..models.text import CONFIGURATIONS, WHEELS
 from ..models.unet import UNETS
+from ..models.vit import VITS
 
 # %% ../../nbs/300_methods.base.ipynb #f6a6ee02
 @dataclass
@@ -317,7 +318,7 @@ def leads_outside(folder: Path, # of a saved method
     inside = lambda name: (folder / name / CONFIG).is_file()
     text, out = config.get('text_encoder', ''), []
     named = text in CONFIGURATIONS or text in WHEELS
-    if config.get('image_encoder', '') not in ('', *EFFICIENTNETS, *RESNETS, *UNETS) and not inside('image_encoder'):
+    if config.get('image_encoder', '') not in ('', *EFFICIENTNETS, *RESNETS, *UNETS, *VITS) and not inside('image_encoder'):
         out.append('image_encoder')
     if text and not named and not inside('text_encoder'): out.append('text_encoder')
     if text and not named and not config.get('tokenizer') and not (folder / 'tokenizer').is_dir():

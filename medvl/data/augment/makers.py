@@ -13,6 +13,7 @@ from ...core.config import check_fields, config_from_dict
 from ...core.errors import unknown_name
 from .breast_versions import Augment, AugmentConfig
 from .chest_versions import ChestAugment, MultiView, VersionConfig
+from .crops import Crops, CropsConfig
 
 # %% ../../../nbs/149j_data.augment.makers.ipynb #271e5a49
 @dataclass
@@ -24,6 +25,9 @@ class ChestAugmentConfig(VersionConfig):
 def _breast(options, versions):
     if versions != 1: raise ValueError(f'Breasts have one version of each image, not {versions}.')
     return Augment(config_from_dict(AugmentConfig, options))
+
+
+def _crops(options, versions): return Crops(config_from_dict(CropsConfig, options), versions)
 
 
 def _chest(options, versions):
@@ -44,7 +48,8 @@ class AugmentKind:
 
 
 _KINDS = {'breast': AugmentKind('flips as decided, affine and elastic maps, tone', AugmentConfig, _breast),
-          'chest': AugmentKind('crop, affine map, brightness and contrast, blur', ChestAugmentConfig, _chest)}
+          'chest': AugmentKind('crop, affine map, brightness and contrast, blur', ChestAugmentConfig, _chest),
+          'crops': AugmentKind('versions for a teacher and a student, small ones, hidden patches', CropsConfig, _crops)}
 
 
 def augment_kind(

@@ -18,6 +18,7 @@ from ...core.config import config_from_dict
 from ...core.errors import unknown_name
 from ..prepared import Prepared
 from .breast import BreastTextConfig, BreastTextDataset
+from .captions import CaptionConfig, CaptionDataset
 from .chest import FRONTAL, ChestImageDataset, ChestReportConfig, ChestReportDataset
 from .findings import FindingConfig, FindingDataset, Mixture
 from ..text.prompts import FINDINGS, bank_counts, prompt_bank
@@ -113,6 +114,11 @@ def _studies(parts, part, tokenizer, options, train):
     return ChestReportDataset(parts.parts[part], tokenizer, config, train=train, cache=parts.cache)
 
 
+def _captions(parts, part, tokenizer, options, train):
+    config = config_from_dict(CaptionConfig, {'labels': parts.labels, **options})
+    return CaptionDataset(parts.parts[part], tokenizer, config, train=train, cache=parts.cache)
+
+
 def _study_texts(parts, options): return [r for r in parts.parts['train'].manifest.report if isinstance(r, str)]
 
 
@@ -131,6 +137,7 @@ _KINDS = {
     'mixture': SampleKind('breasts with reports and breasts with findings', MixtureConfig, _mixture, _finding_texts,
                           True, _bank),
     'chest_reports': SampleKind('an image and the sentences of its study', ChestReportConfig, _studies, _study_texts),
+    'captions': SampleKind('an image and its caption, with hidden words', CaptionConfig, _captions, _study_texts),
     'chest_images': SampleKind('an image and its labels', ChestImageConfig, _chests),
 }
 
