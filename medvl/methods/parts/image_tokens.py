@@ -32,6 +32,7 @@ class TokenImageConfig(ImageConfig):
     image_depth: int | None = None  # of a ViT: blocks; None: the name's
     image_heads: int | None = None  # of a ViT; None: the name's
     drop_path: float = 0.1  # of a ViT's last block, probability; grows linearly from 0
+    image_stage: str = ''  # of an encoder with stages: the one that is read, such as conv4; '': the last
     image_resizing: str = 'size'  # of a ViT's positions, see models.vit.resize_positions
 
 
@@ -60,8 +61,10 @@ class TokenGrid(nn.Module):
                  channels: int, # of the map
                  width: int, # of the tokens
                  grid: Sequence[int], # (rows, columns) that the positions are learned on
+                 level: int | str = -1, # of the encoder's maps: the one that is read
                  ):
         super().__init__()
+        self.level = level
         self.grid, self.project, self.norm = tuple(grid), nn.Linear(channels, width), nn.LayerNorm(width)
         self.positions = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1 + grid[0] * grid[1], width), std=.02))
 
@@ -77,8 +80,9 @@ def new_token_grid(
 ) -> TokenGrid | None: # None: the encoder gives tokens
     "Build what turns an encoder's map into tokens; the grid is that of an image of the configuration's size."
     if isinstance(encoder, VisionTransformer): return None
-    with evaluating(encoder): maps = encoder.feature_maps(torch.zeros(1, 1, *c.image_size))
-    return TokenGrid(maps.shape[1], c.image_width or 256, tuple(maps.shape[-2:]))
+    level = c.image_stage or -1
+    with evaluating(encoder): maps = encoder.feature_maps(torch.zeros(1, 1, *c.image_size), level)
+    return TokenGrid(maps.shape[1], c.image_width or 256, tuple(maps.shape[-2:]), level)
 
 
 def image_tokens(
@@ -90,5 +94,5 @@ def image_tokens(
     "Give the tokens of images, the first of which stands for the whole."
     if grid is None:
         return encoder.tokens(images, hidden), tuple(s // encoder.stride for s in images.shape[-2:])
-    maps = encoder.feature_maps(images)
+    maps = encoder.feature_maps(images, grid.level)
     return grid(maps), tuple(maps.shape[-2:])
