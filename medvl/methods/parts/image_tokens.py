@@ -8,7 +8,6 @@ __all__ = ['TokenImageConfig', 'new_token_encoder', 'TokenGrid', 'new_token_grid
 # %% ../../../nbs/326a_methods.parts.image_tokens.ipynb #3c8a385a
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
