@@ -116,7 +116,7 @@ def resolve(config: XVLConfig,
     if config.variant not in VARIANTS: raise ValueError(unknown_name('variant', config.variant, VARIANTS))
     own = VARIANTS[config.variant]
     c = replace(config, **{k: v for k, v in own.items() if getattr(config, k) is None})
-    if c.map_layer >= c.fusion_layers and config.map_layer is None: c = replace(c, map_layer=c.fusion_layers - 1)
+    if config.map_layer is None: c = replace(c, map_layer=max(0, min(c.map_layer, c.fusion_layers - 2)))
     for name, known in (('in_modal', IN_MODAL), ('duplicates', ('negatives', 'positives')), ('distil_axis', AXES),
                         ('negatives', ('masked', 'rejection')), ('fallback', FALLBACKS)):
         if getattr(c, name) not in known: raise ValueError(unknown_name(name, getattr(c, name), known))
@@ -265,7 +265,10 @@ def padded(self: XVL, states: torch.Tensor) -> torch.Tensor: # (b,L,d) -> (b,wid
 @patch(XVL)
 def sentence_vectors(self: XVL, networks: nn.ModuleDict, ids: torch.Tensor, mask: torch.Tensor,
                      sentence: torch.Tensor) -> tuple: # int64 (b,L) each -> unit vectors (b,k,d), int64 (b,k)
-    "Let a teacher read every sentence alone, each distinct one once; k is the most that a text can hold."
+    """Let a teacher read every sentence alone, each distinct one once; k is the most that a text can hold.
+
+    Raises: DataError where no report has a sentence."""
+    if not sentence.any(): raise DataError('reports without sentences: the whole batch', fix='Leave these samples out.')
     rows, real = separate_sentences(ids, mask, sentence.to(ids.device))
     there = real.any(-1)
     run = lambda i, m: unit(networks['text_projection'](networks['reader'].states(i, m)[:, 0]))
@@ -615,13 +618,17 @@ def word_maps(self: XVL, images: torch.Tensor, # (b,1|3,h,w) or (b,1,1|3,h,w)
               ) -> tuple: # maps of all tokens (b,L,h',w'); the texts as read
     """Give a map of each token over the places.
 
-    Raises: ValueError for an unknown kind, or as many texts as there are images not given."""
+    Raises: ValueError for an unknown kind, another number of texts than of images, or a gradient in the last layer,
+    where only [CLS] is judged."""
     if how not in MAPS: raise ValueError(unknown_name('kind of map', how, MAPS))
+    layer = self.config.map_layer if layer is None else layer
+    if how != 'attention' and layer == self.config.fusion_layers - 1:
+        raise ValueError(f'behind layer {layer}, the last, only [CLS] is judged: the gradient of other words is 0. Take an '
+                         "earlier layer, or how='attention'")
     with torch.no_grad(): read, text = self.read_images(images), self.read_texts(texts)
     if len(read['tokens']) != len(text['states']):
         raise ValueError(f'{len(read["tokens"])} images and {len(text["states"])} texts: one text an image')
-    fuser, at = self.reader.fuser, self.config.map_layer if layer is None else layer
-    at += fuser.fusion_layer
+    fuser, at = self.reader.fuser, self.reader.fuser.fusion_layer + layer
     with torch.set_grad_enabled(how != 'attention'), recorded_attention(fuser, [at]) as record:
         states = text['states'].detach().requires_grad_(how != 'attention')
         logits = self.matching['text'](self.reader.fuse(states, text['words'], read['tokens'])[:, 0])

@@ -5,13 +5,24 @@ import numpy as np
 import pytest
 import torch
 from golden import golden
+from training import contents, gradients, quiet, settings
 
 from medvl.core.errors import DataError
+from medvl.data.augment.makers import new_augment
+from medvl.data.batch import check_batch, slice_batch
+from medvl.data.phantom.populations import new_phantom
+from medvl.data.samples.builders import Parts, new_samples
+from medvl.data.text.tokens import build_wordpiece
+from medvl.evaluate.stats.selection import splits_of
 from medvl.losses.itm import RejectionDraws, likeness
-from medvl.methods.base import StepState
+from medvl.methods.base import CAPABILITIES, StepState, capabilities, capability_problems, from_pretrained, save_pretrained
+from medvl.methods.parts.image import WithViews
+from medvl.methods.recipes import new_method, recipe
 from medvl.methods.released.xvl_files import export_xvl, file_variant, open_xvl, xvl_state
-from medvl.methods.xvl import XVL, XVLConfig, weigh_attention
+from medvl.methods.xvl import XVL, weigh_attention
 from medvl.models.momentum import follow
+from medvl.train.distributed import average_gradients, exchange_of, launch
+from medvl.train.gradcache import backward_batch
 
 close = lambda a, b: torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-4, atol=1e-5)
 
@@ -145,7 +156,7 @@ def test_2022_the_whole_step(step22):
 
 def test_2022_centres_and_the_late_twin(step22):
     method, f, _, z, batch = step22
-    before, ahead = method.late.state_dict(), {k: v.clone() for k, v in method.teacher.state_dict().items()}
+    ahead = {k: v.clone() for k, v in method.teacher.state_dict().items()}
     method.after_step({k: v.detach() for k, v in f.items()}, batch, LATE)
     close(method.centre.value, z['center_after'].flatten())
     close(method.patch_centre.value, z['center2_after'].flatten())
@@ -175,3 +186,239 @@ def test_files_that_do_not_fit_are_refused(files):
     with pytest.raises(DataError, match='other_head'): open_xvl({**stored, 'other_head.weight': torch.zeros(2)}, text_heads=4, **HEADS)
     with pytest.raises(DataError, match='do not fit'): open_xvl({k: v for k, v in stored.items() if k != 'vision_proj.bias'}, text_heads=4, **HEADS)
     with pytest.raises(DataError, match='no checkpoint of X-VL'): file_variant({'layer': 0})
+
+
+# ------------------------------------------------------------------------------------------------ in training
+
+@pytest.fixture(scope='module')
+def chest(tmp_path_factory): return new_phantom('chest', tmp_path_factory.mktemp('chest'), 36, (64, 64))
+
+
+SMOKES = ('smoke', 'smoke-2022')
+
+
+def made(chest, name='smoke', part='train', **changes):
+    "The method of a recipe, its samples and its augmentation."
+    r = recipe('xvl', name)
+    method = new_method('xvl', name, list(chest.manifest.report), **changes)
+    data = new_samples(r.samples, Parts(splits_of(chest, needed=('train', 'valid'))), part, method.tokenizer, r.sample_options, part == 'train')
+    return method, data, new_augment(r.augment, r.augment_options, r.versions)
+
+
+def a_batch(chest, name='smoke', n=6, **changes):
+    method, data, augment = made(chest, name, **changes)
+    return method, augment(data.collate([data[0, i] for i in range(n)]), 0, 0)
+
+
+def doubled(batch): return {**batch, 'augmented': [v.double() for v in batch['augmented']]}
+
+
+@pytest.mark.parametrize('name', SMOKES)
+def test_chunks_give_the_gradient_of_the_whole(chest, name):
+    method, batch = a_batch(chest, name)
+    assert check_batch(batch) is batch
+    method, batch = quiet(method.double()), doubled(batch)
+    found = []
+    for size in (None, 2, 4):
+        method.zero_grad()
+        out = backward_batch(method, batch, LATE, size)
+        found.append((gradients(method), {k: v.item() for k, v in out.losses.items()}))
+    for grads, losses in found[1:]:
+        assert losses == pytest.approx(found[0][1], rel=1e-9) and grads.keys() == found[0][0].keys()
+        for k, g in grads.items(): torch.testing.assert_close(g, found[0][0][k], rtol=1e-7, atol=1e-10)
+
+
+def one_of_several(name, state, batch, tokenizer):
+    method = quiet(new_method('xvl', name, tokenizer=tokenizer).double())
+    method.load_state_dict(state)
+    exchange = exchange_of()
+    n = 6 // exchange.world
+    mine = slice_batch(batch, exchange.rank * n, (exchange.rank + 1) * n)
+    out = backward_batch(method, mine, LATE, exchange=exchange)
+    average_gradients(method.parameters())
+    method.after_step(out.features, out.batch, LATE)
+    return gradients(method), out.losses, {k: v for k, v in method.state_dict().items() if 'queue' in k or 'centre' in k}
+
+
+@pytest.mark.parametrize('name', SMOKES)
+def test_two_processes_are_one(chest, name):
+    "Gradients of every weight, queues and centres; negatives may come from the other process."
+    method, batch = a_batch(chest, name)
+    args = name, method.double().state_dict(), doubled(batch), method.tokenizer
+    grads, losses, kept = one_of_several(*args)
+    both = launch(one_of_several, *args)
+    for two, _, other in both:
+        assert two.keys() == grads.keys()
+        for k, g in grads.items(): torch.testing.assert_close(two[k], g, rtol=1e-6, atol=1e-9, msg=k)
+        for k, v in kept.items(): torch.testing.assert_close(other[k], v, rtol=1e-9, atol=1e-12, msg=k)
+    for k in ('loss', 'itc', 'itm', 'mlm'): assert (both[0][1][k] + both[1][1][k]).item() / 2 == pytest.approx(losses[k].item(), rel=1e-9), k
+
+
+class Died(Exception): pass
+
+
+def fitted(folder, chest, name, stop=None, **changes):
+    from medvl.train.loop import train
+    method, data, augment = made(chest, name)
+    valid = WithViews(made(chest, name, 'valid')[1], augment, 0)
+    def dies(m, state):
+        if state.step >= stop: raise Died
+        return {}
+    r = recipe('xvl', name)
+    config = settings(**{**{k: v for k, v in r.train.items() if k not in ('precision',)}, 'epochs': 3, 'valid_every': 2, 'save_every': 1, 'accumulate': 1, 'chunk_size': None, 'ema': 0.,
+                         'warmup': 0, **changes})
+    train(method, data, config, folder, valid, augment, dies if stop else None)
+    return method
+
+
+@pytest.mark.parametrize('name', SMOKES)
+def test_a_killed_run_goes_on_to_the_same_numbers(chest, name, tmp_path):
+    "Weights, twins, queues, pointers and centres, and every logged loss."
+    whole = fitted(tmp_path/'whole', chest, name)
+    with pytest.raises(Died): fitted(tmp_path/'cut', chest, name, stop=4)
+    again = fitted(tmp_path/'cut', chest, name)
+    state = whole.state_dict()
+    assert {k.split('.')[0] for k in state} >= {'teacher', 'image_queue', 'text_queue', 'group_queue'}
+    for k, v in again.state_dict().items(): assert torch.equal(v, state[k]), k
+    losses = [{r['step']: r['loss'] for r in contents(tmp_path/f)[1] if r['kind'] == 'train'} for f in ('whole', 'cut')]
+    assert losses[0] == losses[1] and len(losses[0]) > 6
+
+
+def test_what_is_drawn_depends_on_seed_and_step_alone(chest):
+    method, batch = a_batch(chest, likeness_limit=2.)
+    method.train()
+    with torch.no_grad(): f = method.encode(batch)
+    losses = lambda state: {k: v.item() for k, v in method.losses(f, batch, state).items() if k == 'alpha'}
+    draws = lambda **state: torch.stack(method.choose_negatives({k: torch.zeros(6, 54) for k in ('t2i', 'i2t')}, f, batch, StepState(**state)))
+    assert torch.equal(draws(seed=1, step=2), draws(seed=1, step=2, rank=1)) and not torch.equal(draws(seed=1, step=2), draws(seed=1, step=3))
+    assert (draws() != torch.arange(6)).all()
+    assert [losses(StepState(step=s, epoch_steps=4))['alpha'] for s in (0, 2, 4, 9)] == pytest.approx([0, .2, .4, .4])
+
+
+# ------------------------------------------------------------------------------------------------ asked and saved
+
+@pytest.fixture(scope='module', params=SMOKES)
+def asked(chest, request):
+    method, batch = a_batch(chest, request.param)
+    return method.eval().requires_grad_(False), batch
+
+
+def test_signatures_and_what_is_offered(asked):
+    method, _ = asked
+    wanted = {'encode_image', 'encode_text', 'project_image', 'project_text', 'image_features', 'feature_maps', 'read_images', 'read_texts', 'image_vectors', 'text_vectors',
+              'match', 'attention_maps'}
+    assert capability_problems(method) == [] and wanted <= set(capabilities(method)) <= set(CAPABILITIES)
+
+
+def test_match_is_each_pair_alone(asked, chest):
+    method, batch = asked
+    read, texts = method.read_images(batch['images']), method.read_texts(batch['tokens'])
+    whole = method.match(read, texts, pairs=7)
+    alone = method.match(method.read_images(batch['images'][4:5]), method.read_texts([batch['sentences'][2]]))
+    torch.testing.assert_close(whole[4, 2], alone[0, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.match(read, texts, 'probability'), whole.sigmoid())
+    logits = method.judged(texts['states'], texts['words'], read['tokens'])
+    torch.testing.assert_close(method.match(read, texts, 'logit').diagonal(), sum(z[:, 1] for z in logits) / len(logits), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.encode_text([batch['sentences'][1]])[0], method.text_vectors(texts)[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(method.encode_image(batch['images']), method.image_vectors(read), rtol=1e-4, atol=1e-5)
+
+
+def test_views_are_averaged_and_missing_ones_left_out(asked):
+    method, batch = asked
+    two = torch.cat([batch['images'][:2], batch['images'][2:4]], 1)
+    present = torch.tensor([[True, True], [True, False]])
+    spoilt = torch.where(present[:, :, None, None, None], two.float(), 1e9)
+    torch.testing.assert_close(method.encode_image(spoilt, present)[1], method.encode_image(batch['images'][1:2])[0], rtol=1e-4, atol=1e-5)
+    assert torch.isfinite(method.encode_image(spoilt, present)).all()
+
+
+def test_maps_of_words_and_sentences(asked):
+    "Attention sums to 1 for what is there; the right sign of Grad-CAM and the original's part what raises the score from what lowers it; nothing stays hooked."
+    method, batch = asked
+    images, texts = batch['images'][:2], batch['sentences'][:2]
+    maps, real = method.attention_maps(images, texts)
+    assert real.sum(1).tolist() == [len(t) for t in texts] and maps.shape[2:] == (4, 4)
+    torch.testing.assert_close(maps.sum((2, 3)), real.float())
+    words, there = method.attention_maps(images, texts, over='words')
+    assert there.sum(1).tolist() == [int(m) - 1 for m in method.read_texts(texts)['words'].sum(1)] and words.shape[:2] == there.shape
+    found = {how: method.attention_maps(images, texts, how=how)[0] for how in ('gradcam', 'reference')}
+    assert all((m >= 0).all() and m.any() for m in found.values()) and not torch.allclose(*found.values())
+    assert not any(p.grad is not None for p in method.parameters())
+    assert not any(l.cross.probe for l in method.reader.fuser.layers if l.cross is not None)
+    with pytest.raises(ValueError, match='kind of map'): method.attention_maps(images, texts, how='saliency')
+    with pytest.raises(ValueError, match='only .CLS. is judged'): method.attention_maps(images, texts, how='gradcam', layer=1)
+    with pytest.raises(ValueError, match='one text an image'): method.attention_maps(images, texts[:1])
+
+
+def test_gradcam_of_the_original():
+    z = arrays('gradcam.npz')
+    got = weigh_attention(z['attn'], z['attn_grad'])
+    close(got[0].unflatten(-1, (4, 4)), z['gradcam'])
+    right = weigh_attention(z['attn'], z['attn_grad'], -1) # the gradient is of a loss
+    assert torch.equal((right > 0) & (got > 0), torch.zeros_like(got, dtype=torch.bool)) or (right - got).abs().max() > 0
+
+
+def test_saved_without_twins_and_queues(asked, tmp_path):
+    from safetensors import safe_open
+    method, batch = asked
+    folder = save_pretrained(method, tmp_path/'m')
+    with safe_open(str(folder/'model.safetensors'), 'pt') as f: names = list(f.keys())
+    assert names and not [n for n in names if n.startswith(method.unsaved)]
+    again = from_pretrained(folder)
+    torch.testing.assert_close(again.match(again.read_images(batch['images']), again.read_texts(batch['tokens'])),
+                               method.match(method.read_images(batch['images']), method.read_texts(batch['tokens'])))
+    for k, v in again.student.state_dict().items(): assert torch.equal(v, again.teacher.state_dict()[k])
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+def test_bad_input(chest):
+    method, batch = a_batch(chest)
+    method.train()
+    with pytest.raises(DataError, match='images without a report: .+'): method({k: v for k, v in batch.items() if k != 'tokens'})
+    with pytest.raises(DataError, match='without words'): method.encode_text([''])
+    long = {k: torch.cat([v] * 3, -1) for k, v in batch['tokens'].items()}
+    with pytest.raises(ValueError, match='120 tokens, but this model reads 64'): method({**batch, 'tokens': long})
+    with pytest.raises(ValueError, match='captions'): method({k: v for k, v in batch.items() if k != 'masked'})
+    with pytest.raises(ValueError, match='one text a sample'): method({**batch, 'tokens': {k: torch.cat([v] * 2, 1) for k, v in batch['tokens'].items()}})
+    with pytest.raises(ValueError, match='sentence'): method({**batch, 'tokens': {k: v for k, v in batch['tokens'].items() if k != 'sentence'}})
+    with pytest.raises(ValueError, match='at least two'): method(slice_batch(batch, 0, 1))
+    with pytest.raises(ValueError, match='a queue of 50 rows'): a_batch(chest, queue=50)[0].train()(batch)
+    empty = {**batch['tokens'], 'sentence': torch.zeros_like(batch['tokens']['sentence'])}
+    with pytest.raises(DataError, match='without sentences'): method({**batch, 'tokens': empty})
+    larger = build_wordpiece([f'word{i} ' * 2 for i in range(2000)], 1500)
+    with pytest.raises(ValueError, match='tokens, the text encoder'): XVL(method.config, larger)
+    with pytest.raises(ValueError, match='no patches'): new_method('xvl', 'smoke-2022', ['a b'], image_encoder='resnet-tiny')
+    with pytest.raises(ValueError, match='cannot enter a network of width 64'): new_method('xvl', 'smoke-2022', ['a b'], text_width=64)
+
+
+def test_a_batch_whose_reports_are_all_alike(chest):
+    "Nothing is left to draw: the least alike is taken, the loss stays finite; without a fallback to likeness any stranger."
+    for fallback in ('least_alike', 'unfiltered'):
+        method, batch = a_batch(chest, fallback=fallback, duplicates='negatives')
+        same = {**batch, 'tokens': {k: v[:1].expand_as(v).contiguous() for k, v in batch['tokens'].items()}, 'text_group': batch['text_group'][:1].expand_as(batch['text_group']).contiguous()}
+        method.train()
+        f = method.encode(same)
+        assert (likeness(f['report'], f['report']) > .95).all()
+        out = method.losses(f, same, LATE)
+        out['loss'].backward()
+        assert torch.isfinite(out['loss']) and all(torch.isfinite(p.grad).all() for p in method.parameters() if p.grad is not None)
+
+
+def test_nothing_is_hidden(chest):
+    "A batch without a hidden word has no word loss, and a gradient all the same."
+    method, batch = a_batch(chest)
+    bare = {**batch, 'masked': {k: batch['tokens'][k] for k in ('input_ids', 'attention_mask')}, 'word_labels': torch.full_like(batch['word_labels'], -100)}
+    out = method.train()(bare)
+    assert out['mlm'] == 0
+    out['loss'].backward()
+
+
+def test_equal_reports_are_no_negatives_where_the_recipe_says_so(chest):
+    method, batch = a_batch(chest, duplicates='positives')
+    batch['text_group'][1] = batch['text_group'][0]
+    own = method.same_reports(batch, slice(None))
+    assert own[0, 1] and own[1, 0] and own.sum() == 8 and own.shape == (6, 54)
+    method.after_step({'image_teacher': torch.zeros(6, 16), 'text_teacher': torch.zeros(6, 16), 'report': torch.zeros(6, 128)}, batch, StepState())
+    assert method.same_reports(batch, slice(None)).sum() == 16
+    assert a_batch(chest, duplicates='negatives')[0].group_queue is None
