@@ -17,9 +17,10 @@ from medvl.evaluate.stats.selection import splits_of
 from medvl.losses.itm import RejectionDraws, likeness
 from medvl.methods.base import CAPABILITIES, StepState, capabilities, capability_problems, from_pretrained, save_pretrained
 from medvl.methods.parts.image import WithViews
+from medvl.methods.parts.pairs import weigh_attention
 from medvl.methods.recipes import new_method, recipe
 from medvl.methods.released.xvl_files import export_xvl, file_variant, open_xvl, xvl_state
-from medvl.methods.xvl import XVL, weigh_attention
+from medvl.methods.xvl import XVL
 from medvl.models.momentum import follow
 from medvl.train.distributed import average_gradients, exchange_of, launch
 from medvl.train.gradcache import backward_batch

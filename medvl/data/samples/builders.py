@@ -18,7 +18,7 @@ from ...core.config import config_from_dict
 from ...core.errors import unknown_name
 from ..prepared import Prepared
 from .breast import BreastTextConfig, BreastTextDataset
-from .captions import CaptionConfig, CaptionDataset
+from .captioned import CaptionConfig, CaptionDataset
 from .chest import FRONTAL, ChestImageDataset, ChestReportConfig, ChestReportDataset
 from .findings import FindingConfig, FindingDataset, Mixture
 from ..text.prompts import FINDINGS, bank_counts, prompt_bank

@@ -50,7 +50,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ...data.samples.captions import CaptionTokens, read_caption
+from ...data.samples.captioned import CaptionTokens, read_caption
 from ...data.text.reports import split_sentences
 from ...data.text.sentences import pad_sentences
 from ...data.text.tokens import fit_tokenizer, load_tokenizer
