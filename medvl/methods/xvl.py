@@ -479,11 +479,11 @@ _LITTLE_22 = dict(first=(.8, 1.), second=(.5, 1.), local_size=48)
 RECIPES = {
     'paper': _PAPER,
     'reference': vary(_PAPER, "the 2023 code as it ran, on one process", config=_REFERENCE,
-                      sample_options=dict(cut='full_stops')),
+                      train=dict(schedule='staircase'), sample_options=dict(cut='full_stops')),
     'paper-2022': _PAPER_22,
     'reference-2022': vary(_PAPER_22, "the 2022 code as it ran, on one process", config=dict(
         late_twin=True, reset_centres=True, negatives='rejection', distil_axis='sequence', image_resizing='offset'),
-                           sample_options=dict(cut='full_stops', draw='once')),
+                           train=dict(schedule='staircase'), sample_options=dict(cut='full_stops', draw='once')),
     'small': vary(_PAPER, 'minutes on one core, on the chest phantom', size=(96, 96), train=_SMALL_TRAIN,
                   phantom_count=2500, own_words=True,
                   config=dict(_SMALL, image_encoder='resnet-tiny', image_stage='conv4'),

@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..core.errors import unknown_name
+from .staircase import UNIT, staircase
 
 # %% ../../nbs/400_train.optim.ipynb #96154d3b
 def warmup_steps(
@@ -59,7 +60,7 @@ _by_epoch = {
                                                                max(1, total // epoch)),
 }
 FALLING = tuple(_shapes) # schedules that need the step only, and fall after the warm-up
-SCHEDULES = (*FALLING, *_by_epoch, 'plateau')
+SCHEDULES = (*FALLING, *_by_epoch, 'staircase', 'plateau')
 
 # %% ../../nbs/400_train.optim.ipynb #83bf1da9
 def _warming(step, warm, schedule):
@@ -82,12 +83,14 @@ def lr_scale(
     Raises: ValueError for an unknown schedule, with the nearest name, or without the length of an epoch where it is
     needed.
     Source: Mammo-CLIP, `LinearWarmupCosineAnnealingLR` for 'reference'; LoVT's and lightning-bolts' schedulers for
-    those by epoch.
+    those by epoch; ALBEF and X-VL for 'staircase'.
     """
     if schedule not in SCHEDULES: raise ValueError(unknown_name('schedule', schedule, SCHEDULES))
     warm = warmup_steps(warmup, total)
     if schedule in _by_epoch and epoch_steps < 1:
         raise ValueError(f'{schedule} needs epoch_steps, the number of optimiser steps in an epoch')
+    if schedule == 'staircase': # its warm-up goes by units, from a tenth, all within the first epoch
+        return staircase(step, epoch_steps, max(1, total // max(1, epoch_steps)), warm // UNIT, 0.1, floor)
     if step < warm and schedule != 'bolts_reference': return _warming(step, warm, schedule)
     if schedule == 'plateau': return 1.0
     if schedule in _by_epoch: return floor + (1 - floor) * _by_epoch[schedule](step, warm, total, epoch_steps)

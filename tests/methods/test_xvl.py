@@ -423,3 +423,14 @@ def test_equal_reports_are_no_negatives_where_the_recipe_says_so(chest):
     method.after_step({'image_teacher': torch.zeros(6, 16), 'text_teacher': torch.zeros(6, 16), 'report': torch.zeros(6, 128)}, batch, StepState())
     assert method.same_reports(batch, slice(None)).sum() == 16
     assert a_batch(chest, duplicates='negatives')[0].group_queue is None
+
+
+def test_recipes_of_the_originals_schedule():
+    "The reference's rate, as the original's script executed it."
+    from medvl.train.optim import lr_scale
+    from medvl.train.staircase import staircase
+    for name, units in (('reference', 2), ('reference-2022', 5)):
+        t = recipe('xvl', name).train
+        assert t['schedule'] == 'staircase' and t['warmup'] == units * 100
+        for step in (0, 99, 100, 650, 700, 1500, 3000):
+            assert lr_scale(step, t['epochs'] * 700, t['warmup'], t['schedule'], t['floor'], 700) == staircase(step, 700, t['epochs'], units, .1, t['floor'])
