@@ -346,8 +346,11 @@ def search_losses(self: XVL, f: dict, batch: dict, state: StepState, alpha: floa
     out = {'itc': sum(losses.values()) / len(losses), **losses}
     if self.training: return out, scores
     own = own_targets(*scores['i2t'].shape, first, same, self.device)
-    hard = (search_loss(scores['i2t'].detach(), own) + search_loss(scores['t2i'].detach(), own)) / 2
-    return out | {'itc_hard': hard, 'itc_gain': math.log(scores['i2t'].shape[1]) - hard}, scores
+    hard = lambda n: sum(search_loss(scores[k][:, :n].detach(), own[:, :n] / own[:, :n].sum(1, keepdim=True))
+                         for k in ('i2t', 't2i')) / 2
+    n, all_of = len(f['image_teacher']), scores['i2t'].shape[1]
+    gains = {'itc_gain': math.log(all_of) - hard(all_of), 'batch_gain': math.log(n) - hard(n)}
+    return out | {'itc_hard': hard(all_of), **gains}, scores
 
 # %% ../../nbs/327_methods.xvl.ipynb #6183a44c
 @patch(XVL)
@@ -377,8 +380,12 @@ def match_losses(self: XVL, f: dict, scores: dict, batch: dict, state: StepState
     found = [itm_loss(z, labels) for z in logits]
     out = {'itm': sum(loss for loss, _ in found), 'itm_accuracy': sum(right for _, right in found) / len(found)}
     if self.training: return out
-    odds = sum(z[:, 1] - z[:, 0] for z in logits).detach().float()
-    return out | {'itm_auroc': mean_auroc(odds[:, None], labels[:, None].float())}
+    own = state.own.start or 0
+    right = torch.arange(len(f['image']), device=self.device) + own
+    at, ai = torch.cat([right, right.roll(1)]), right.repeat(2)
+    odds = sum(z[:, 1] - z[:, 0] for z in self.judged(f['text_tokens'][at, :words], f['words'][at, :words],
+                                                      f['image_tokens'][ai])).float()
+    return out | {'itm_auroc': mean_auroc(odds[:, None], (torch.arange(len(at)) < len(right)).float()[:, None].to(odds.device))}
 
 # %% ../../nbs/327_methods.xvl.ipynb #4dc75e27
 @patch(XVL)
@@ -464,14 +471,14 @@ _PAPER_22 = Recipe('the 2022 paper (co-learning), with its slips put right; one 
                                         blur_sigma=(.5, .5), hide=.3))
 _QUICK = dict(precision='fp32', warmup=.1, weight_decay=.01, floor=0.0, seed=0)
 _SMALL = dict(text_encoder='tiny', text_pretrained=False, image_width=128, fusion_layers=2, fusion_heads=4,
-              fusion_hidden=256, dim=64, queue=512, max_length=64, duplicates='positives', image_size=(96, 96),
+              fusion_hidden=256, dim=64, queue=512, max_length=64, duplicates='positives', momentum=.98, image_size=(96, 96),
               image_mean=.5, image_std=.25)
 _SMALL_22 = dict(_SMALL, variant='2022', image_encoder='vit-tiny', image_depth=4, image_heads=4, image_channels=1,
                  text_width=128, text_layers=2, prototypes=256, head_hidden=128, head_bottleneck=64, drop_path=0.0)
 _SMALL_22.pop('text_encoder'), _SMALL_22.pop('text_pretrained')
 _FEW = dict(queue=48, fusion_hidden=64, dim=16, image_size=(64, 64))
-# a temperature that learns as fast as the rest falls to .008 and the searches are learned by heart
-_SMALL_TRAIN = dict(_QUICK, batch_size=32, epochs=18, lr=5e-4, weight_decay=.05, lr_scales={'temperature': .02},
+# a temperature that learns as fast as the rest falls to .008, and the searches are learned by heart
+_SMALL_TRAIN = dict(_QUICK, batch_size=32, epochs=22, lr=1e-3, lr_scales={'temperature': .1},
                     valid_samples=32, monitor='valid_itm_auroc', mode='max')
 _SMOKE_TRAIN = dict(_QUICK, batch_size=6, epochs=1, lr=1e-3, valid_samples=6)
 _LITTLE_22 = dict(first=(.8, 1.), second=(.5, 1.), local_size=48)
