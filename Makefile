@@ -7,10 +7,11 @@ SOURCE ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lab install export outputs clean-notebooks lint help
+.PHONY: demo test gpu-check lab install export outputs clean-notebooks lint help
 help:
 	@echo "make demo [DATA=folder]   run the main job end to end and leave an HTML report"
 	@echo "make test                 install and run all tests"
+	@echo "make gpu-check            what only a GPU can tell, in at most eight minutes; one table (exit 2: no GPU)"
 	@echo "make lab                  open JupyterLab on the notebooks"
 	@echo "make export               write medvl/ from the notebooks"
 
@@ -30,6 +31,10 @@ demo: install
 test: install
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q $(ARGS)
+
+# DEVICE=cpu runs the same code, tiny, on the CPU
+gpu-check: install
+	$(BIN)/python .ci/gpu_check.py $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 lab: install
 	$(BIN)/jupyter lab nbs

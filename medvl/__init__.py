@@ -51,11 +51,14 @@ _LINES = _ROOMS | _PACKAGES
 
 # %% ../nbs/810_init.ipynb #779e0de8
 class _Package(ModuleType):
-    "A package whose parts get their one-line docstrings when they are imported."
+    "A package whose parts get their docstrings when they are imported: packages a line, modules those of nbs/812."
     def __setattr__(self, name, value):
         line = _LINES.get(f'{self.__name__}.{name}'.partition('.')[2])
         if line and type(value) is ModuleType and not value.__doc__:
             value.__doc__, value.__class__ = line, _Package
+        elif type(value) is ModuleType and value.__name__.startswith('medvl.'):
+            from medvl.arguments import show_arguments # needs what `import medvl` alone does not
+            show_arguments(value)
         super().__setattr__(name, value)
 
     def __getattr__(self, name):

@@ -24,11 +24,6 @@ from .core.errors import DataError
 from .core.paths import read_json, write_json
 from .data.pixels.file import read_image
 from .data.pixels.profiles import get_profile, preprocess
-# the import of a method registers it
-from .methods import classifier as _classifier, mammoclip as _mammoclip  # noqa: F401
-from .methods import byol as _byol, clip as _clip, convirt as _convirt  # noqa: F401
-from .methods import initialised as _initialised, lovt as _lovt  # noqa: F401
-from .methods import pixelpro as _pixelpro, simclr as _simclr, supervised as _supervised  # noqa: F401
 from .methods.base import from_pretrained, push_to_hub, require, save_pretrained
 
 # %% ../nbs/800_api.ipynb #feccf577

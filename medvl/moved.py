@@ -105,10 +105,12 @@ MOVED = { # old name: new name, both inside medvl
     'evaluate.tables': 'evaluate.stats.tables',
     'evaluate.taps': 'evaluate.localized.taps',
     'evaluate.zero_shot': 'evaluate.protocols.zero_shot',
+    'methods.chest_presets': 'methods.former',
     'methods.dense': 'methods.parts.dense',
     'methods.image': 'methods.parts.image',
     'methods.image_text': 'methods.parts.image_text',
     'methods.lovt_released': 'methods.released.lovt_files',
+    'methods.presets': 'methods.former',
 }
 FORMER = { # a module of before that is a package now: where its names are
     'data.augment': 'data.augment.breast_versions',

@@ -2,12 +2,12 @@
 import torch
 import torch.nn.functional as F
 
-LAYERS = {'resnet-18': (2, 2, 2, 2), 'resnet-34': (3, 4, 6, 3), 'resnet-50': (3, 4, 6, 3), 'resnet-101': (3, 4, 23, 3), 'resnet-tiny': (1, 1, 1, 1)}
+LAYERS = {'resnet-18': (2, 2, 2, 2), 'resnet-34': (3, 4, 6, 3), 'resnet-50': (3, 4, 6, 3), 'resnet-101': (3, 4, 23, 3), 'resnet-152': (3, 8, 36, 3), 'resnet-tiny': (1, 1, 1, 1)}
 
 
 def make(name, seed=0, dtype=torch.float32):
     "A random state dictionary with torchvision's names, classifier included."
-    g, deep, base = torch.Generator().manual_seed(seed), name in ('resnet-50', 'resnet-101'), 16 if name == 'resnet-tiny' else 64
+    g, deep, base = torch.Generator().manual_seed(seed), name in ('resnet-50', 'resnet-101', 'resnet-152'), 16 if name == 'resnet-tiny' else 64
     sd = {}
 
     def conv(key, out, into, k): sd[key + '.weight'] = torch.randn(out, into, k, k, generator=g, dtype=dtype) * (2 / (into * k * k)) ** .5

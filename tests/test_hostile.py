@@ -32,7 +32,7 @@ from medvl.data.prepared import open_prepared
 from medvl.data.pixels.profiles import preprocess
 from medvl.evaluate.protocols.embeddings import embed
 from medvl.evaluate.protocols.zero_shot import zero_shot
-from medvl.methods.presets import new_mammoclip, preset
+from medvl.methods.recipes import new_method, recipe
 from medvl.models.checkpoints import read_checkpoint
 from medvl.train.checkpoint import checkpoints
 from medvl.train.loop import train
@@ -213,9 +213,9 @@ def test_nothing_partial_and_nobody_named(hostile):
 
 def smoke(data):
     "The smallest real system and its data, from prepared images."
-    method = new_mammoclip('smoke', data.manifest.report[data.manifest.report != ''])
+    method = new_method('mammoclip', 'smoke', data.manifest.report[data.manifest.report != ''])
     with pytest.warns(UserWarning, match='left out') if (data.manifest.report == '').any() else contextlib.nullcontext():
-        return method, BreastTextDataset(data, method.tokenizer, BreastTextConfig(**preset('smoke').text))
+        return method, BreastTextDataset(data, method.tokenizer, BreastTextConfig(**recipe('mammoclip', 'smoke').sample_options))
 
 
 STEPS = dict(epochs=2, max_steps=2, batch_size=4, lr=1e-3, warmup=0, trackers=(), cpu=True)

@@ -74,3 +74,10 @@ def test_no_ladder_of_classes():
         ours = [b for bs in bases[name] for b in bs if b in bases and b not in (*seen, name)]
         return 1 + max((chain(b, (*seen, name)) for b in ours), default=0)
     assert not [n for n in list(bases) if chain(n) > 3]
+
+
+def test_references_lead_to_the_paper():
+    "A reader has papers and our notebooks, not the builders' notes."
+    for p in (REPO/'nbs').rglob('*.ipynb'):
+        for c in json.loads(p.read_text())['cells']:
+            assert not re.search(r'\bspec \d\.\d|shared/specs', ''.join(c['source'])), f'{p.name}: {c["id"]}'

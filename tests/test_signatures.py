@@ -39,3 +39,32 @@ def test_rooms_are_shown_with_a_line():
 
 def test_types_are_shipped():
     assert (PACKAGE/'py.typed').exists()
+
+
+def test_help_shows_the_comments_beside_arguments():
+    import inspect
+
+    from medvl.data.batch import slice_batch
+    from medvl.train.settings import TrainConfig
+    said = inspect.getdoc(slice_batch)
+    assert said.startswith('Cut samples out of a batch.') and 'stop: behind the last sample' in said and 'returns: ' in said
+    assert slice_batch.__doc__ == 'Cut samples out of a batch.' # whoever reads the docstring itself gets what is written
+    assert 'lr: peak learning rate' in inspect.getdoc(TrainConfig)
+    assert 'source: folder of a saved model' in inspect.getdoc(medvl.load)
+
+
+def test_a_type_checker_accepts_the_signatures(tmp_path):
+    "Signatures alone (as stubs): names that exist, defaults of the stated type, overrides that fit what they override."
+    import subprocess
+    import sys
+    stubs = tmp_path/'stubs'
+    made = subprocess.run([str(Path(sys.executable).with_name('stubgen')), '-q', '-o', str(stubs), str(PACKAGE), '--include-private'], capture_output=True, text=True, cwd=tmp_path)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (stubs/'medvl'/'_modidx.pyi').unlink(missing_ok=True)
+    files = [str(p) for p in stubs.rglob('*.pyi')]
+    assert len(files) > 200
+    checked = subprocess.run([sys.executable, '-m', 'mypy', *files, '--no-site-packages', '--ignore-missing-imports', '--cache-dir', str(tmp_path/'cache')], capture_output=True, text=True, cwd=tmp_path)
+    known = ('expandtabs', '_Unpickler') # typeshed's private class says less than Python's own does
+    wrong = [l for l in checked.stdout.splitlines() if ': error:' in l and not any(k in l for k in known)]
+    assert checked.stdout.splitlines()[-1].startswith(('Success', 'Found')), checked.stdout + checked.stderr
+    assert not wrong, '\n'.join(wrong)

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from medvl.data.batch import collate
+from medvl.data.batch import Field, collate, declare
 from medvl.methods.base import Method, register
 from medvl.train.loop import train
 from medvl.train.settings import TrainConfig
+
+
+declare('words', Field(torch.float32, 'b d', what='a toy report'))
 
 
 @dataclass
@@ -38,7 +41,8 @@ class Small(Method):
         return {'image': F.normalize(self.image_encoder(batch['images'].to(kind)), dim=-1), 'text': F.normalize(self.text_encoder(batch['words'].to(kind)), dim=-1)}
 
     def losses(self, features, batch, state):
-        logits, target = self.scale.exp() * features['image'] @ features['text'].T, torch.arange(len(features['image']))
+        logits = self.scale.exp() * features['image'] @ features['text'].T
+        target = torch.arange(len(logits), device=logits.device)
         i2t, t2i = F.cross_entropy(logits, target), F.cross_entropy(logits.T, target)
         return {'loss': (i2t + t2i) / 2, 'i2t': i2t, 't2i': t2i}
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from .similarity import similarity_map
 from ..core.errors import DataError
 from ..core.paths import read_json
-from ..methods.base import Method, evaluating
+from ..methods.base import Method, evaluating, require
 from .mammo_factor import Explainer
 from ..data.prepared import Prepared
 
@@ -50,6 +50,7 @@ def phrase_vectors(
     phrases:list, # of texts
 ) -> Tensor: # float32 (n,d), unit rows
     "Project phrases, each for itself."
+    require(method, 'project_text', by='a comparison with unrelated phrases')
     with evaluating(method): return F.normalize(method.project_text(list(phrases)).float(), dim=-1).clone()
 
 

@@ -78,12 +78,13 @@ def map_gradients(
     images:Tensor, # (b,1,h,w) uint8 or float 0..255
     scores: Sequence[Callable], # list of a callables, as `sentence_score` makes them
     layer: nn.Module | str | None = None, # as for `caught`
+    answer: Callable | None = None, # images -> what the scores read (b,…); None: the method's `encode_image`
 ) -> tuple: # maps (b,c,h',w'), gradients (b,a,c,h',w'), values of the scores (b,a)
     """Differentiate scores by a map; parameters and their gradients are not touched.
 
     Raises: ValueError when the map takes no part in the embedding, or is not (b,c,h',w')."""
     with _still(method), torch.enable_grad(), caught(method, layer) as found:
-        embeddings = method.encode_image(images)
+        embeddings = (answer or method.encode_image)(images)
         if len(found) != 1:
             raise ValueError(f'the embedding does not pass through this map once, but {len(found)} times: name '
                              'another layer')

@@ -22,8 +22,7 @@ from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
 from ..core.seed import numpy_rng
 from ..data.prepared import Prepared
-from ..methods.base import Method, evaluating
-from ..models.heads import unit
+from ..methods.base import Method, capabilities, evaluating
 from ..show.exam import draw_view
 from ..show.style import figure
 
@@ -49,10 +48,10 @@ def sentence_places(
 # %% ../../nbs/623_attribute.sentence_maps.ipynb #6a92c955
 def map_kinds(method: Method) -> list[str]: # list of names
     "List the kinds of maps a method can draw."
-    local = callable(getattr(method, 'attention_maps', None)) and getattr(method, 'local', True)
-    return ((['attention', 'cosine'] if local else [])
-            + (['global'] if callable(getattr(method, 'image_projection', None))
-               and callable(getattr(method, 'read_images', None)) else []))
+    offered = set(capabilities(method))
+    local = 'attention_maps' in offered and getattr(method, 'local', True)
+    return ((['attention'] if local else []) + (['cosine'] if local and {'regions', 'sentences'} <= offered else [])
+            + (['global'] if {'read_images', 'image_vectors', 'encode_text'} <= offered else []))
 
 
 @torch.no_grad()
@@ -71,7 +70,8 @@ def sentence_maps(
         if kind == 'attention': maps, real = method.attention_maps(images, [list(sentences)])
         else:
             read = method.read_images(images)
-            x = unit(method.image_projection(read['regions'])) if kind == 'global' else method.regions(images)
+            x = (method.image_vectors({**read, 'pooled': read['regions']}) if kind == 'global'
+                 else method.regions(images))
             text, real = ((method.encode_text(list(sentences))[None], torch.ones(1, len(sentences), dtype=torch.bool))
                           if kind == 'global' else method.sentences([list(sentences)]))
             maps = (text.float() @ x.float().mT).unflatten(2, read['grid'])

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..methods.base import evaluating
-from ..methods.base import Method
+from ..methods.base import Method, capabilities, evaluating, require
 
 # %% ../../nbs/602_attribute.similarity.ipynb #00688f6e
 @torch.no_grad()
@@ -25,7 +24,9 @@ def text_vector(
     Raises: ValueError when there is no sentence; DataError for one without a token."""
     sentences = [sentences] if isinstance(sentences, str) else list(sentences)
     if not sentences: raise ValueError('there is no sentence to compare with')
-    encode = method.project_text if callable(getattr(method, 'project_text', None)) else method.encode_text
+    offered = capabilities(method)
+    if 'project_text' not in offered: require(method, 'encode_text', by='the vector of a sentence')
+    encode = method.project_text if 'project_text' in offered else method.encode_text
     with evaluating(method): vector = F.normalize(encode(sentences).float().mean(0), dim=0)
     return vector.clone() # an ordinary tensor: gradients may pass by it
 
@@ -41,9 +42,7 @@ def similarity_map(
     """Compare every cell of an image with a sentence.
 
     Raises: TypeError when the method lacks what is needed."""
-    missing = [n for n in ('feature_maps', 'project_image', 'project_text') if not callable(getattr(method, n, None))]
-    if missing:
-        raise TypeError(f'a similarity map needs {", ".join(missing)}, which {type(method).__name__} does not offer')
+    require(method, 'feature_maps', 'project_image', 'project_text', by='a similarity map')
     with evaluating(method):
         cells = method.project_image(method.feature_maps(images).movedim(1, -1)).float()
         text = sentence.to(cells) if isinstance(sentence, Tensor) else text_vector(method, sentence)

@@ -12,7 +12,7 @@ import pandas as pd
 
 from ..core.errors import DataError, unknown_name
 from .prepared import Prepared
-from .splits import fold_patients, fraction_patients, split_patients
+from .splits import carve_valid, fold_patients, fraction_patients
 
 # %% ../../nbs/149a_data.folds.ipynb #c338cd11
 def with_split(
@@ -97,12 +97,10 @@ def with_validation(
     Raises: DataError without training images."""
     split = prepared.manifest['split']
     if (split == 'valid').any(): return prepared
-    train = prepared.manifest[split == 'train']
-    if not len(train):
+    if not (split == 'train').any():
         raise DataError('no images in the split train.', column='split',
                         fix='Divide the patients with medvl.data.splits.')
-    part = split_patients(train, (1 - share, share), stratify, seed, names=('train', 'valid'))
-    return with_split(prepared, split=split.where(split != 'train', part.reindex(split.index)))
+    return with_split(prepared, split=carve_valid(prepared.manifest, split, share, stratify, seed))
 
 # %% ../../nbs/149a_data.folds.ipynb #c3b77419
 def training_share(

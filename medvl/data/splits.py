@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['patient_number', 'patient_table', 'allot', 'split_patients', 'small_parts', 'fold_patients', 'deal_groups',
-           'group_folds', 'fraction_patients', 'fraction_rows']
+           'group_folds', 'fraction_patients', 'fraction_rows', 'choose_share', 'carve_valid']
 
 # %% ../../nbs/130_data.splits.ipynb #2afc7969
 import hashlib
@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from ..core.errors import DataError, unknown_name
+from ..core.seed import numpy_rng
 
 # %% ../../nbs/130_data.splits.ipynb #d5e5a9a0
 def patient_number(
@@ -196,3 +197,37 @@ def fraction_rows(
     "Choose rows as the original does (`DataFrame.sample(frac, random_state=1)`): divides patients."
     rows = pd.Series(np.arange(len(manifest))).sample(frac=fraction, random_state=seed)
     return np.isin(np.arange(len(manifest)), rows)
+
+# %% ../../nbs/130_data.splits.ipynb #1ceb5b24
+def choose_share(
+    patients:list, # patient of each row, in the data's order
+    fraction:float=1.0, # share to keep, above 0
+    by:str='patient', # 'patient' (at random), 'first' (the first rows)
+    seed:int=0, # of the draw
+) -> np.ndarray: # int64, rows that stay, in the data's order
+    """Choose a share of the data.
+
+    Raises: ValueError for a share outside 0..1 or an unknown way."""
+    if not 0 < fraction <= 1: raise ValueError(f'fraction is a share above 0 and up to 1, not {fraction}.')
+    if by not in ('patient', 'first'): raise ValueError(unknown_name('fraction_by', by, ('patient', 'first')))
+    n = len(patients)
+    if fraction == 1: return np.arange(n)
+    if by == 'first': return np.arange(max(1, int(n*fraction + 1e-9)))
+    names = sorted({str(p) for p in patients})
+    order = numpy_rng('share', seed).permutation(len(names))[:max(1, round(len(names)*fraction))]
+    chosen = {names[i] for i in order}
+    return np.array([i for i, p in enumerate(patients) if str(p) in chosen], dtype=np.int64)
+
+# %% ../../nbs/130_data.splits.ipynb #c870a846
+def carve_valid(
+    records:pd.DataFrame, # one row an image, with `patient_id`
+    split:pd.Series, # part of every row
+    share:float, # of the training patients, 0..1
+    stratify:Sequence[str]=(), # columns to spread evenly
+    seed:int=0, # another seed, another choice
+) -> pd.Series: # the parts; as they were where there is a valid part, or fewer than two training patients
+    "Make a share of the training patients the validation part; other parts stay."
+    train = split == 'train'
+    if not share or not train.any() or (split == 'valid').any() or records.patient_id[train].nunique() < 2: return split
+    part = split_patients(records[train], (1 - share, share), stratify, seed, names=('train', 'valid'))
+    return split.where(~train, part.reindex(split.index)) if (part == 'train').any() else split

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.errors import unknown_name
+from ..core.later import check_later
 
 # %% ../../nbs/251_losses.classification.ipynb #f4177192
 UNLABELLED = ('mask', 'negative')
@@ -33,7 +34,8 @@ def classification_loss(logits: torch.Tensor, # float (b,k)
     if unlabelled not in UNLABELLED: raise ValueError(unknown_name('treatment', unlabelled, UNLABELLED))
     if logits.shape != labels.shape:
         raise ValueError(f'logits {tuple(logits.shape)} and labels {tuple(labels.shape)} differ in shape')
-    if (labels > 1).any(): raise ValueError(f'labels must be 1, 0 or NaN, but {labels[labels > 1][0].item():g} occurs')
+    def complain(): raise ValueError(f'labels must be 1, 0 or NaN, but {labels[labels > 1][0].item():g} occurs')
+    check_later((labels > 1).any(), complain)
     known = stated(labels)
     target = torch.where(known, labels, 0).to(logits.dtype)
     each = F.binary_cross_entropy_with_logits(logits, target, pos_weight=pos_weight, reduction='none')

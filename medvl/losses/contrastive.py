@@ -22,7 +22,10 @@ def row_loss(logits: torch.Tensor, # scaled similarities, float (...,r,n): row i
              smoothing: float = 0.0, # label smoothing e, 0..1
              same: torch.Tensor | None = None, # bool (r,n): pairs that share a report; the own column counts as shared
              duplicates: str = 'negatives', # 'negatives', 'mask' or 'positives'
-             ) -> torch.Tensor: # (...,) mean over rows
+             there: torch.Tensor | None = None, # bool (...,n): columns that are there, where views are missing; a row
+                                                # searches if its own column is there
+             searching: torch.Tensor | None = None, # bool (...,r): rows that are there
+             ) -> torch.Tensor: # (...,) mean over rows; one mean over all rows that search, where some are missing
     "Compute the cross-entropy of finding the own column in each row."
     if duplicates not in DUPLICATES:
         raise ValueError(unknown_name('way of treating duplicates', duplicates, DUPLICATES))
@@ -32,11 +35,19 @@ def row_loss(logits: torch.Tensor, # scaled similarities, float (...,r,n): row i
     target, keep = eye, None
     if same is not None and duplicates == 'positives': target = same | eye
     if same is not None and duplicates == 'mask': keep = eye | ~same
+    if there is not None:
+        shape = logits.shape[:-1]
+        asks = there[..., own].expand(shape) & (True if searching is None else searching)
+        # a row that does not search keeps all columns: its numbers are finite, and are not used
+        keep = (there[..., None, :] & (True if keep is None else keep)) | ~asks[..., None]
+        target = target & keep
     logp = (logits if keep is None else logits.masked_fill(~keep, -math.inf)).log_softmax(-1)
     hit = torch.where(target, logp, 0).sum(-1) / target.sum(-1)
-    if not smoothing: return -hit.mean(-1)
-    mean = logp.mean(-1) if keep is None else torch.where(keep, logp, 0).sum(-1) / keep.sum(-1)
-    return -((1 - smoothing) * hit + smoothing * mean).mean(-1)
+    if smoothing:
+        mean = logp.mean(-1) if keep is None else torch.where(keep, logp, 0).sum(-1) / keep.sum(-1)
+        hit = (1 - smoothing) * hit + smoothing * mean
+    if there is None: return -hit.mean(-1)
+    return -torch.where(asks, hit, 0).sum() / asks.sum().clamp(min=1)
 
 # %% ../../nbs/250_losses.contrastive.ipynb #f15d54d5
 def shared_reports(text_group: torch.Tensor, # int64 (n,t): equal numbers for equal reports
@@ -45,18 +56,27 @@ def shared_reports(text_group: torch.Tensor, # int64 (n,t): equal numbers for eq
     return (text_group[:, None, :, None] == text_group[None, :, None, :]).flatten(2).any(-1)
 
 
-def _both_ways(logits, rows, **options):
-    "Search rows and columns: two scalars. `rows` restricts the searching side to one process's samples."
+def _both_ways(logits, rows, here=None, **options):
+    """Search rows and columns: two scalars. `rows` restricts the searching side to one process's samples; `here` says
+    of both sides, bool (...,n) each, which views are there."""
     start, stop = rows
     there, back = logits[..., start:stop, :], logits.mT[..., start:stop, :]
-    return row_loss(there, start, **options).mean(), row_loss(back, start, **options).mean()
+    if here is None: return row_loss(there, start, **options).mean(), row_loss(back, start, **options).mean()
+    own, other = here
+    return (row_loss(there, start, there=other, searching=own[..., start:stop], **options),
+            row_loss(back, start, there=own, searching=other[..., start:stop], **options))
 
 
 def _pairs(x, # (n,v,d)
            scale):
     "Give the similarities of all pairs of views a < c: (pairs,n,n)."
-    a, c = torch.triu_indices(x.shape[1], x.shape[1], 1, device=x.device)
+    a, c = _ordered(x)
     return scale * torch.einsum('ipd,jpd->pij', x[:, a], x[:, c])
+
+
+def _ordered(x):
+    "Number the pairs of views a < c: two tensors (pairs,)."
+    return torch.triu_indices(x.shape[1], x.shape[1], 1, device=x.device)
 
 # %% ../../nbs/250_losses.contrastive.ipynb #ddb2e68b
 @torch.autocast('cuda', enabled=False)
@@ -68,6 +88,8 @@ def contrastive_terms(image: torch.Tensor, # unit vectors (n,v,d): v views
                       text_group: torch.Tensor | None = None, # int64 (n,t), for duplicates other than 'negatives'
                       duplicates: str = 'negatives', # 'negatives' (the paper), 'mask' or 'positives'
                       rows: tuple[int, int] | None = None, # (start, stop): only these samples search; None is all
+                      present: torch.Tensor | None = None, # bool (n,v): views that are there; a missing one neither
+                                                           # searches nor is found; None: all are there
                       ) -> dict: # dict i2t, t2i, i2i, t2t of scalars; i2i and t2t are 0
                                  # where there is one view or one text
     "Compute the mean loss of every kind of pair."
@@ -78,9 +100,14 @@ def contrastive_terms(image: torch.Tensor, # unit vectors (n,v,d): v views
     if image.dtype != torch.float64: image, text = image.float(), text.float()
     rows = (0, len(image)) if rows is None else rows
     same = shared_reports(text_group)[slice(*rows)] if duplicates != 'negatives' else None
-    shared, zero = dict(same=same, duplicates=duplicates), image.new_zeros(())
-    i2t, t2i = _both_ways(scale * torch.einsum('ivd,jtd->vtij', image, text), rows, smoothing=smoothing, **shared)
-    i2i = sum(_both_ways(_pairs(image, scale), rows)) / 2 if image.shape[1] > 1 else zero
+    shared, zero, here, views = dict(same=same, duplicates=duplicates), image.new_zeros(()), None, None
+    if present is not None:
+        seen = present.to(image.device).T
+        here = (seen[:, None], torch.ones_like(seen[:1, None]))
+        views = tuple(seen[k] for k in _ordered(image))
+    i2t, t2i = _both_ways(scale * torch.einsum('ivd,jtd->vtij', image, text), rows, here, smoothing=smoothing,
+                          **shared)
+    i2i = sum(_both_ways(_pairs(image, scale), rows, views)) / 2 if image.shape[1] > 1 else zero
     t2t = sum(_both_ways(_pairs(text, scale), rows, **shared)) / 2 if text.shape[1] > 1 else zero
     return {'i2t': i2t, 't2i': t2i, 'i2i': i2i, 't2t': t2t}
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.errors import unknown_name
+from ..core.later import check_later
 from ..models.boxes import box_iou, check_boxes, encode_boxes
 
 # %% ../../nbs/258_losses.detection.ipynb #36686836
@@ -115,8 +116,9 @@ def detection_loss(scores: torch.Tensor, # float (b,a,k)
                          'of labels: they must be as many')
     for i, (b, c) in enumerate(zip(boxes, labels)):
         if len(b) != len(c): raise ValueError(f'image {i} of the batch has {len(b)} boxes and {len(c)} labels')
-        if len(c) and not 0 <= int(c.min()) <= int(c.max()) < scores.shape[-1]:
+        def outside(i=i, c=c):
             raise ValueError(f'image {i} of the batch has a label outside 0..{scores.shape[-1] - 1}: {c.tolist()}')
+        check_later(((c < 0) | (c >= scores.shape[-1])).any(), outside)
     parts = [image_loss(s, d, anchors, b, c, **options) for s, d, b, c in zip(scores, deltas, boxes, labels)]
     cls, box, n = (torch.stack([p[i].to(scores.dtype) for p in parts]).mean() for i in range(3))
     return {'loss': cls + box_weight * box, 'class': cls, 'box': box, 'positives': n.detach()}

@@ -66,7 +66,8 @@ def global_mse(image: torch.Tensor, text: torch.Tensor) -> torch.Tensor: # (n,d)
 
 
 def cosine_distance(guess: torch.Tensor, # (…,d)
-                    target: torch.Tensor, # (…,d); no gradient flows into it
+                    target: torch.Tensor, # (…,d)
+                    stop: bool = True, # let no gradient flow into the target
                     ) -> torch.Tensor: # (…), 0..4
     "Give 2 - 2 cos, BYOL's distance. Source: BYOL (arXiv:2006.07733), equation 2."
-    return 2 - 2 * (unit(guess) * unit(target.detach())).sum(-1)
+    return 2 - 2 * (unit(guess) * unit(target.detach() if stop else target)).sum(-1)

@@ -29,27 +29,28 @@ def sequence_distances(count: int, # sentences
     return (i[:, None] - i).abs()
 
 # %% ../../nbs/253_losses.local.ipynb #fd63f066
-def positive_weights(distances: torch.Tensor, # float64 (n,n)
+def positive_weights(distances: torch.Tensor, # float64 (n,n), or (b,n,n) where each sample has its own
                      threshold: float = 0.5, # the farthest distance that still counts, same unit as distances
                      decay: float | None = 1.0, # lambda; None: all within the threshold count alike
-                     ) -> torch.Tensor: # float64 (n,n), rows sum to 1
+                     ) -> torch.Tensor: # float64, same shape, rows sum to 1
     "Say how much each place counts as a right answer for each place."
     near = (distances <= threshold + 1e-9).double()
     weights = near if decay is None else near * torch.exp(-decay * distances)
-    return weights / weights.sum(1, keepdim=True)
+    return weights / weights.sum(-1, keepdim=True)
 
 # %% ../../nbs/253_losses.local.ipynb #0fd91f41
-def place_weights(weights: torch.Tensor | None, # (b,n) >= 0, or None for all alike; no gradient flows into them
+def place_weights(weights: torch.Tensor | None, # (b,n) >= 0, or None for all alike
                   mask: torch.Tensor | None, # bool (b,n) or None
                   like: torch.Tensor, # (b,n): for shape and type
+                  gradient: bool = False, # let one flow into the weights
                   ) -> torch.Tensor: # (b,n), rows sum to 1
     "Give the weights of the places, over the real ones."
-    w = torch.ones_like(like) if weights is None else weights.detach().to(like.dtype)
+    w = torch.ones_like(like) if weights is None else (weights if gradient else weights.detach()).to(like.dtype)
     if mask is not None: w = w * mask
     return w / w.sum(1, keepdim=True).clamp(min=1e-12)
 
 
-def _direction(s, positives, mask, weights, own):
+def _direction(s, positives, mask, weights, own, gradient):
     "One direction: rows search among columns."
     low = torch.finfo(s.dtype).min
     wrong = s if mask is None else s.masked_fill(~mask.unsqueeze(1), low)
@@ -57,7 +58,7 @@ def _direction(s, positives, mask, weights, own):
         others = ~(positives > 0) if mask is None else ~(positives > 0) & mask.unsqueeze(1)
         wrong = torch.cat([wrong, own.masked_fill(~others, low)], -1)
     each = wrong.logsumexp(-1) - (positives * s).sum(-1)
-    return (each * place_weights(weights, mask, each)).sum(1).mean()
+    return (each * place_weights(weights, mask, each, gradient)).sum(1).mean()
 
 
 def _legacy_constant(s, mask, same_modality, legacy_count):
@@ -71,19 +72,20 @@ def _legacy_constant(s, mask, same_modality, legacy_count):
 @torch.autocast('cpu', enabled=False)
 def local_contrastive(local: torch.Tensor, # (b,n,d), any length: regions or sentences
                       attended: torch.Tensor, # (b,n,d): what the other modality says of each
-                      positives: torch.Tensor, # (n,n) from positive_weights
-                      temperature: float = 0.3, # > 0
+                      positives: torch.Tensor, # (n,n) from positive_weights, or (b,n,n)
+                      temperature: float | torch.Tensor = 0.3, # number or scalar tensor, > 0
                       mask: torch.Tensor | None = None, # bool (b,n): real places
                       weights: torch.Tensor | None = None, # (b,n): how much a place counts; None: all alike
                       same_modality: bool = False, # places of the own kind are wrong answers too
                       legacy_count: int = 0, # N of the original's constant; 0: leave it out
+                      weights_gradient: bool = False, # let a gradient flow into the weights
                       ) -> dict: # dict of scalars: l2att, att2l
     """Compute both directions of the local loss.
 
     Raises: ValueError for shapes that do not fit.
     Source: LoVT, section 3.4."""
     b, n, _ = local.shape
-    if attended.shape != local.shape or positives.shape != (n, n):
+    if attended.shape != local.shape or positives.shape not in ((n, n), (b, n, n)):
         raise ValueError(f'local {tuple(local.shape)}, attended {tuple(attended.shape)} and positives '
                          f'{tuple(positives.shape)} do not fit each other')
     local, attended = unit(local), unit(attended)
@@ -93,24 +95,26 @@ def local_contrastive(local: torch.Tensor, # (b,n,d), any length: regions or sen
         p = p / p.sum(-1, keepdim=True).clamp(min=1e-12)
     own = [x @ x.mT / temperature if same_modality else None for x in (local, attended)]
     more = _legacy_constant(s, mask, same_modality, legacy_count)
-    return {'l2att': _direction(s, p, mask, weights, own[0]) + more,
-            'att2l': _direction(s.mT, p, mask, weights, own[1]) + more}
+    return {'l2att': _direction(s, p, mask, weights, own[0], weights_gradient) + more,
+            'att2l': _direction(s.mT, p, mask, weights, own[1], weights_gradient) + more}
 
 # %% ../../nbs/253_losses.local.ipynb #e8e17942
 def weighted_places(values: torch.Tensor, # (b,n): one value a place
                     mask: torch.Tensor | None = None, # bool (b,n)
                     weights: torch.Tensor | None = None, # (b,n)
+                    gradient: bool = False, # let one flow into the weights
                     ) -> torch.Tensor: # 0-d
     "Average over places by their weights, then over samples."
-    return (values * place_weights(weights, mask, values)).sum(1).mean()
+    return (values * place_weights(weights, mask, values, gradient)).sum(1).mean()
 
 
 def local_mse(local: torch.Tensor, # (b,n,d)
               attended: torch.Tensor, # (b,n,d)
               mask: torch.Tensor | None = None, weights: torch.Tensor | None = None, # as in local_contrastive
+              gradient: bool = False, # let one flow into the weights
               ) -> torch.Tensor: # 0-d
     "Average the squared differences of the vectors as they are."
-    return weighted_places((local - attended).square().mean(-1), mask, weights)
+    return weighted_places((local - attended).square().mean(-1), mask, weights, gradient)
 
 # %% ../../nbs/253_losses.local.ipynb #ca128b51
 @torch.no_grad()

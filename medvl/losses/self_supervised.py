@@ -59,7 +59,7 @@ def cell_places(
     (h, w), (ys, xs) = (s / g for s, g in zip(size, grid)), torch.meshgrid(*steps, indexing='ij')
     centres = torch.stack([(xs + .5) * w - .5, (ys + .5) * h - .5, torch.ones_like(xs)], -1).flatten(0, 1)
     places = (centres @ inverse.mT)[..., :2]
-    sides = inverse[:, :2, :2] * torch.tensor([w, h], device=inverse.device, dtype=torch.float64)
+    sides = inverse[:, :2, :2] * torch.tensor([w, h], dtype=torch.float64).to(inverse.device, non_blocking=True)
     return places, sides.square().sum((1, 2)).sqrt()
 
 

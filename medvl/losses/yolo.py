@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.errors import DataError, unknown_name
+from ..core.later import check_later
 from ..models.yolo import split_raw
 
 # %% ../../nbs/257_losses.yolo.ipynb #d8d710b4
@@ -33,8 +34,8 @@ def flat_boxes(boxes: Sequence[torch.Tensor], # b tensors (k,4) x0,y0,x1,y1, pix
                ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # image int64 (n,), boxes float (n,4),
                                                                      # labels int64 (n,)
     "Put the boxes of a batch into one table."
-    counts = torch.tensor([len(x) for x in boxes], device=boxes[0].device)
-    return (torch.repeat_interleave(torch.arange(len(boxes), device=counts.device), counts),
+    image = torch.repeat_interleave(torch.arange(len(boxes)), torch.tensor([len(x) for x in boxes]))
+    return (image.to(boxes[0].device, non_blocking=True),
             torch.cat(list(boxes)).reshape(-1, 4), torch.cat(list(labels)))
 
 
@@ -55,7 +56,7 @@ def yolo_targets(boxes: Sequence[torch.Tensor], labels: Sequence[torch.Tensor], 
                             # (b,a,g,g',4) x,y,w,h, classes float (b,a,g,g',k)
     "Say what every cell and anchor of one grid should answer."
     image, flat, label = flat_boxes(boxes, labels)
-    stride = flat.new_tensor([size[1] / grid[1], size[0] / grid[0]])
+    stride = torch.tensor([size[1] / grid[1], size[0] / grid[0]], dtype=flat.dtype).to(flat.device, non_blocking=True)
     centre, sides, shapes = ((flat[:, :2] + flat[:, 2:]) / 2 / stride, (flat[:, 2:] - flat[:, :2]) / stride,
                              anchors / stride)
     cell = torch.stack([centre[:, i].long().clamp(0, grid[1 - i] - 1) for i in (0, 1)], 1)
@@ -106,10 +107,11 @@ def _check(boxes, labels, classes, options):
         if value not in known: raise ValueError(unknown_name(name, value, known))
     for i, (b, c) in enumerate(zip(boxes, labels, strict=True)):
         if len(b) != len(c): raise DataError(f'image {i} of the batch has {len(b)} boxes and {len(c)} labels')
-        if len(b) and not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()):
-            raise DataError(f'a box without area in image {i} of the batch: {b.tolist()}')
-        if len(c) and not 0 <= int(c.min()) <= int(c.max()) < classes:
+        def flat(i=i, b=b): raise DataError(f'a box without area in image {i} of the batch: {b.tolist()}')
+        def outside(i=i, c=c):
             raise DataError(f'image {i} of the batch has a label outside 0..{classes - 1}: {c.tolist()}')
+        check_later(~((b[:, 2:] > b[:, :2]).all() & b.isfinite().all()), flat)
+        check_later(((c < 0) | (c >= classes)).any(), outside)
 
 
 def _own(boxes, labels, anchors, grid):

@@ -92,7 +92,7 @@ class Classifier(Method):
 
     def encode(self, batch: dict) -> dict: # images (b,v,1,h,w)
         "Give `logits` (b,k)."
-        logits = self.logits(batch['images'])
+        logits = self.logits(batch['images'], batch.get('present'))
         check_samples(batch, logits, module=self)
         return {'logits': logits}
 
@@ -109,9 +109,9 @@ class Classifier(Method):
             loss = classification_loss(z, y.to(z.dtype), c.unlabelled, weight)
         return {'loss': loss, 'stated': known.float().mean()}
 
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        "Give the pooled features, (b,f)."
-        return self.image_side.pooled(images)
+    def image_features(self, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+        "Give the pooled features, (b,f), averaged over the views that are there."
+        return self.image_side.pooled(images, present)
     def feature_maps(self, images: torch.Tensor, level: int = -1) -> torch.Tensor:
         "Give the map of one scale, (b·v,c,h',w')."
         return self.image_side.maps(images, level)
@@ -131,14 +131,17 @@ class Classifier(Method):
 
 # %% ../../nbs/330_methods.classifier.ipynb #c6441323
 @patch(Classifier)
-def logits(self: Classifier, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w) -> float32 (b,k)
+def logits(self: Classifier,
+           images: torch.Tensor, # (b,1,h,w) or (b,v,1,h,w)
+           present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
+           ) -> torch.Tensor: # float32 (b,k)
     "Give the linear layer's outputs."
-    z = self.head(self.image_features(images))
+    z = self.head(self.image_features(images, present))
     return z if z.dtype == torch.float64 else z.float()
 
 # %% ../../nbs/330_methods.classifier.ipynb #2f3232b0
 IMAGE_FIELDS = ('image_encoder', 'image_pooling', 'image_mean', 'image_std', 'dropout', 'drop_connect', 'bn_momentum',
-                'padding', 'image_checkpointing')
+                'padding', 'image_checkpointing', 'gem_power', 'learn_gem')
 
 
 def new_classifier(

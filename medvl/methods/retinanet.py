@@ -94,7 +94,8 @@ def _check(c):
 @register
 class RetinaNet(Method):
     "RetinaNet on an EfficientNet. Source: Lin et al., ICCV 2017; Ghosh et al., MICCAI 2024."
-    name, config_class, gathered_batch, chunkable = 'retinanet', RetinaNetConfig, (), True
+    name, config_class, chunkable = 'retinanet', RetinaNetConfig, True
+    keeps = ('images',) # anchors are laid out for their size
 
     def __init__(self,
                  config: RetinaNetConfig | None = None,
@@ -208,14 +209,14 @@ def truth(self: RetinaNet,
     boxes, labels = [], []
     for i, (views, names) in enumerate(zip(batch['boxes'], batch['box_labels'])):
         for b, n in zip(views, names):
-            b = torch.as_tensor(b, dtype=torch.float32, device=scale.device).reshape(-1, 4)
+            b = torch.as_tensor(b, dtype=torch.float32, device='cpu').reshape(-1, 4) # looked at before it moves
             if not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()):
                 raise DataError(f'a box without area in image {batch["sample_id"][i]!r}: {b.tolist()}',
                                 fix='DetectionAugment drops boxes that leave the image.')
-            wanted = torch.tensor([name in number for name in n], dtype=torch.bool, device=scale.device)
-            boxes.append(b[wanted] * scale)
-            labels.append(torch.tensor([number[name] for name in n if name in number], dtype=torch.int64,
-                                       device=scale.device))
+            b = b[torch.tensor([name in number for name in n], dtype=torch.bool)]
+            kinds = torch.tensor([number[name] for name in n if name in number], dtype=torch.int64)
+            boxes.append(b.to(scale.device, non_blocking=True) * scale)
+            labels.append(kinds.to(scale.device, non_blocking=True))
     return boxes, labels
 
 # %% ../../nbs/335_methods.retinanet.ipynb #95f9b8cf

@@ -15,20 +15,21 @@ import torch
 from torch import nn
 
 from ..core.errors import DataError, unknown_name
+from ..core.patch import patch
 from ..losses.segmentation import LOSSES, OVER, check_masks, segmentation_loss
 from .base import Method, StepState, evaluating, register
 from .parts.dense import DenseMethod, dense_from, size_of
-from ..models.unet import LinearHead, UNet
+from ..models.unet import LinearHead, MLPHead, UNet
 
 # %% ../../nbs/336_methods.segmenter.ipynb #75f49407
-HEADS = {'linear': LinearHead, 'unet': UNet}
+HEADS = {'linear': LinearHead, 'mlp': MLPHead, 'unet': UNet}
 
 
 @dataclass
 class SegmenterConfig:
     "Configuration of a segmenter."
     classes: tuple[str, ...] = ('opacity',)  # in the order of the masks
-    head: str = 'linear'  # 'linear' or 'unet'
+    head: str = 'linear'  # 'linear', 'mlp' or 'unet'
     frozen: bool = True  # nothing of the encoder moves; False: fine-tune it
     head_warmup: int = 0  # fine-tuning: optimiser steps in which the encoder rests
     freeze_bn: bool = False  # fine-tuning with fixed BatchNorm statistics of the encoder
@@ -39,12 +40,17 @@ class SegmenterConfig:
     dice_smooth: float = 0.0  # pixels; above 0, false positives cost something where there is nothing to find
     pos_weight: tuple[float, ...] = ()  # of cross-entropy, on the positives of each class; () = 1
     gamma: float = 2.0  # of the focal loss
-    image_encoder: str = 'resnet-50'  # name of a ResNet
+    image_encoder: str = 'resnet-50'  # name of a ResNet, or unet
     image_weights: str = ''  # file of encoder weights, torchvision's names
     image_pretrained: bool = False  # load weights that belong to the name
     image_checkpointing: bool = False  # recompute the encoder's activations
     image_mean: float = 0.5  # of pixels, 0..1 scale: the data set's own
     image_std: float = 0.25  # of pixels, 0..1 scale
+    # what the original's head can do and none of its tasks asks for; its own key behind each
+    stage: str = 'conv5'  # that a linear or mlp head reads; up4 … of a unet (extracted_layer)
+    hidden: int = 512  # width of the mlp head (d_hidden)
+    head_dropout: float = 0.0  # in a linear or mlp head; the original's class: 0.2 (dropout_prob)
+    head_norm: bool = False  # BatchNorm before a linear or mlp head (bn_before)
 
 # %% ../../nbs/336_methods.segmenter.ipynb #68c59735
 @register
@@ -63,12 +69,11 @@ class Segmenter(DenseMethod):
             if value not in known: raise ValueError(unknown_name(kind, value, known))
         if c.pos_weight and len(c.pos_weight) != len(c.classes):
             raise ValueError(f'pos_weight={c.pos_weight}: one weight for each of {", ".join(c.classes)}')
-        channels = self.begin(image_encoder, HEADS[c.head].reads)
-        self.head = (LinearHead(channels, len(c.classes)) if c.head == 'linear'
-                     else UNet(channels, len(c.classes), c.width))
+        channels = self.begin(image_encoder, UNet.reads if c.head == 'unet' else (c.stage,))
+        self.head = self.new_head(channels)
         self.train()
 
-    def logits(self, batch: dict) -> torch.Tensor: # images (b,1,1,h,w), or taps
+    def pixel_logits(self, batch: dict) -> torch.Tensor: # images (b,1,1,h,w), or taps
         "Give logits, float32 (b,k,h,w)."
         stages = self.stages_of(batch)
         return self.head(stages, size_of(stages)).float()
@@ -76,7 +81,7 @@ class Segmenter(DenseMethod):
     def encode(self, batch: dict) -> dict: # images (or taps) and masks uint8 (b,k,h,w)
         "Give `logits` (b,k,h,w), and `masks`."
         if 'masks' not in batch: raise DataError('the batch has no masks', fix='Use a DenseDataset.')
-        logits = self.logits(batch)
+        logits = self.pixel_logits(batch)
         check_masks(logits, batch['masks'], batch.get('sample_id', ()))
         return {'logits': logits, 'masks': batch['masks'].to(logits.device)}
 
@@ -88,16 +93,32 @@ class Segmenter(DenseMethod):
 
     def predict_batch(self, batch: dict) -> torch.Tensor: # images (b,1,1,h,w), or taps of a frozen encoder
         "Give probabilities, float32 (b,k,h,w)."
-        with evaluating(self): return self.logits(batch).sigmoid()
+        with evaluating(self): return self.pixel_logits(batch).sigmoid()
 
     def predict(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,1,1,h,w), uint8 or float 0..255
         "Give probabilities, float32 (b,k,h,w), of the classes in `names`."
         return self.predict_batch({'images': images})
 
+# %% ../../nbs/336_methods.segmenter.ipynb #42f2329f
+@patch(Segmenter)
+def new_head(self: Segmenter, channels: dict) -> nn.Module: # dict stage -> channels
+    "Make the head. Raises: ValueError for options that it does not have."
+    c, k = self.config, len(self.config.classes)
+    if c.hidden < 1 or not 0 <= c.head_dropout < 1:
+        raise ValueError(f'hidden={c.hidden} must be 1 or more, head_dropout={c.head_dropout} in 0..1')
+    if c.head == 'unet':
+        if c.head_dropout or c.head_norm or c.stage != 'conv5':
+            raise ValueError("head='unet' reads all stages, without dropout or a norm before: leave stage, "
+                             'head_dropout and head_norm alone')
+        return UNet(channels, k, c.width)
+    options = dict(stage=c.stage, norm_before=c.head_norm, dropout=c.head_dropout)
+    if c.head == 'mlp': return MLPHead(channels, k, **options, hidden=c.hidden)
+    return LinearHead(channels, k, **options)
+
 # %% ../../nbs/336_methods.segmenter.ipynb #a9db3168
 def segmenter_from(source: Method | str | Path, # trained Method with a ResNet, name of an encoder, or file of weights
                    classes: Sequence[str], # names, in the order of the masks
-                   head: str = 'linear', # 'linear' or 'unet'
+                   head: str = 'linear', # 'linear', 'mlp' or 'unet'
                    frozen: bool = True, # False: fine-tune the encoder
                    seed: int = 0, # of the head
                    prefix: str = '', # of the weights in a file

@@ -114,13 +114,14 @@ def marked_boxes(self: Yolo,
     if 'boxes' not in batch: raise DataError('the batch has no boxes', fix='Use a DenseDataset.')
     number, boxes, labels = {n: i for i, n in enumerate(self.names)}, [], []
     for i, ((b,), (names,)) in enumerate(zip(batch['boxes'], batch['box_labels'])):
-        b = torch.as_tensor(b, dtype=torch.float32, device=self.device).reshape(-1, 4)
+        b = torch.as_tensor(b, dtype=torch.float32, device='cpu').reshape(-1, 4) # looked at before it moves
         if not ((b[:, 2:] > b[:, :2]).all() and b.isfinite().all()):
             raise DataError(f'a box without area in image {batch["sample_id"][i]!r}: {b.tolist()}',
                             fix='Boxes are x0, y0, x1, y1 with x1 > x0 and y1 > y0.')
-        wanted = torch.tensor([n in number for n in names], dtype=torch.bool, device=self.device)
-        boxes.append(b[wanted])
-        labels.append(torch.tensor([number[n] for n in names if n in number], dtype=torch.int64, device=self.device))
+        b = b[torch.tensor([n in number for n in names], dtype=torch.bool)]
+        kinds = torch.tensor([number[n] for n in names if n in number], dtype=torch.int64)
+        boxes.append(b.to(self.device, non_blocking=True))
+        labels.append(kinds.to(self.device, non_blocking=True))
     return boxes, labels
 
 # %% ../../nbs/337_methods.yolo.ipynb #9800930d

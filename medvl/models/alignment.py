@@ -47,15 +47,23 @@ class CrossAttention(nn.Module):
                  projections: bool = True, # False: no maps at all
                  dropout: float = 0.0, # on the attention, 0..1
                  legacy_padded_norm: bool = False, # let padded sentences into BatchNorm, as the original
+                 keys: bool = True, # map queries and keys
+                 values: bool = True, # map values
+                 outputs: bool = True, # map what comes back
+                 output_dropout: float = 0.0, # on what comes back, before the norm, 0..1
                  ):
         super().__init__()
         if similarity not in SIMILARITIES: raise ValueError(unknown_name('similarity', similarity, SIMILARITIES))
+        for name, value in (('dropout', dropout), ('output_dropout', output_dropout)):
+            if not 0 <= value < 1: raise ValueError(f'{name} of the cross-attention must be in 0..1, not {value}')
         self.similarity, self.dropout, self.legacy_padded_norm = similarity, dropout, legacy_padded_norm
-        self.symmetric, self.projections, log = symmetric, projections, torch.tensor(math.log(temperature))
+        self.symmetric, self.output_dropout, log = symmetric, output_dropout, torch.tensor(math.log(temperature))
+        kept = dict(query=keys, key=keys, value=values, output=outputs)
+        self.mapped = {kind for kind, keep in kept.items() if keep and projections}
         self.log_temperature = nn.Parameter(log) if trainable_temperature else None
         self.temperature = temperature
         kinds = ('key', 'value', 'output') if symmetric else ('query', 'key', 'value', 'output')
-        for kind in kinds if projections else ():
+        for kind in [k for k in kinds if k in self.mapped]:
             for side in ('',) if symmetric else ('_a', '_b'): setattr(self, f'{kind}_projection{side}', self._map(dim))
         self.norm = build_norm(norm, dim)
 
@@ -68,7 +76,7 @@ class CrossAttention(nn.Module):
 
     def _of(self, kind, side):
         "Give one of the maps."
-        if not self.projections: return nn.Identity()
+        if kind not in self.mapped: return nn.Identity()
         if self.symmetric: return getattr(self, f'{"key" if kind == "query" else kind}_projection')
         return getattr(self, f'{kind}_projection_{side}')
 
@@ -98,15 +106,15 @@ def scores(self: CrossAttention, regions: torch.Tensor,
     "Give the similarities before the temperature: (b,n,m) for regions that ask, (b,m,n) for sentences that ask."
     scale = 1 if self.similarity == 'cosine' else regions.shape[-1] ** -.5
     there = self._keys('query', 'a', regions) @ self._keys('key', 'b', sentences).mT * scale
-    if self.symmetric or not self.projections: return there, there.mT
+    if self.symmetric or 'key' not in self.mapped: return there, there.mT
     return there, self._keys('query', 'b', sentences) @ self._keys('key', 'a', regions).mT * scale
 
 
 @patch(CrossAttention)
 def _to_regions(self: CrossAttention, p, sentences):
     "Map the few sentences, then mix."
-    if not self.projections: return p @ sentences
     value, out = self._of('value', 'b'), self._of('output', 'a')
+    if 'output' not in self.mapped: return p @ value(sentences)
     return p @ F.linear(value(sentences), out.weight) + out.bias
 
 
@@ -114,12 +122,13 @@ def _to_regions(self: CrossAttention, p, sentences):
 def _to_sentences(self: CrossAttention, p, regions):
     "Mix, then map the few results."
     mixed = p @ regions
-    if not self.projections: return mixed
     value, out = self._of('value', 'a'), self._of('output', 'b')
+    if 'value' not in self.mapped: return out(mixed)
     return out(F.linear(mixed, value.weight) + value.bias * p.sum(-1, keepdim=True))
 
 
 @patch(CrossAttention)
 def _normed(self: CrossAttention, x, mask):
     rows, where = real_rows(x, None if self.legacy_padded_norm else mask)
+    if self.output_dropout: rows = F.dropout(rows, self.output_dropout, self.training)
     return back_in_place(self.norm(rows), where, x.shape)

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.errors import unknown_name
+from .pooling import GeM
 
 # %% ../../nbs/200_models.efficientnet.ipynb #64c00daf
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ class EfficientNet(nn.Module):
                  checkpointing: bool | Collection[int] = False, # True: all blocks; a collection of
                                                                 # numbers: these blocks
                  classes: int = 0, # adds a classifier `_fc` for `classify`
+                 gem: float | None = None, # power of a generalised mean over the last map; None: the mean
+                 learn_gem: bool = False, # learn that power
                  ):
         super().__init__()
         if name not in EFFICIENTNETS: raise ValueError(unknown_name('EfficientNet', name, EFFICIENTNETS))
@@ -193,6 +196,7 @@ class EfficientNet(nn.Module):
                                        **{k: v for k, v in given.items() if v is not None}})
         self.name, self.config, self.checkpointing, self.plan = name, config, checkpointing, block_plan(config)
         self._build(padding, classes)
+        self.gem = None if gem is None else GeM(gem, learn_gem)
         self.apply(self._init)
 
     def _build(self, padding, classes):
@@ -248,8 +252,8 @@ class EfficientNet(nn.Module):
         return maps[key]
 
     def pool(self, maps: torch.Tensor) -> torch.Tensor: # (b,c,h,w) from feature_maps
-        "Average the head's map and apply dropout: (b, num_features)."
-        return self._dropout(maps.mean((2, 3)))
+        "Pool the head's map and apply dropout: (b, num_features)."
+        return self._dropout(maps.mean((2, 3)) if self.gem is None else self.gem(maps))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (b,1|3,h,w) normalised -> (b, num_features)
         return self.pool(self.feature_maps(x))

@@ -21,7 +21,9 @@ def real_rows(x: torch.Tensor, # (b,m,d)
               ) -> tuple: # ((r,d), where they came from: int64 (r,) or None)
     "Take out the rows that are not padding."
     if mask is None: return x.flatten(0, 1), None
-    where = mask.flatten().nonzero().squeeze(1)
+    # on a GPU counting them would wait; who made the mask may know, and say so on it (`pool_sentences`)
+    where = getattr(mask, 'rows', None)
+    if where is None: where = mask.flatten().nonzero().squeeze(1)
     return x.flatten(0, 1).index_select(0, where), where
 
 
@@ -60,18 +62,21 @@ class Projection(nn.Module):
                  hidden: int = 2048, # between
                  norm: str = 'batch', # 'batch', 'layer', 'l2' or 'none'
                  legacy_padded_norm: bool = False, # let padded places into BatchNorm, as the original
+                 dropout: float = 0.0, # behind the ReLU, 0..1 (original: projection_dropout_prob)
                  ):
         super().__init__()
         self.projection_before, self.norm, self.projection_after = (nn.Linear(width, hidden), build_norm(norm, hidden),
                                                                     nn.Linear(hidden, dim))
-        self.legacy_padded_norm = legacy_padded_norm
+        if not 0 <= dropout < 1: raise ValueError(f'dropout of the projection must be in 0..1, not {dropout}')
+        self.legacy_padded_norm, self.dropout = legacy_padded_norm, dropout
         nn.init.kaiming_normal_(self.projection_before.weight, mode='fan_out', nonlinearity='relu')
         nn.init.kaiming_normal_(self.projection_after.weight, mode='fan_out', nonlinearity='linear')
         for layer in (self.projection_before, self.projection_after): nn.init.zeros_(layer.bias)
 
     def rows(self, x: torch.Tensor) -> torch.Tensor: # (r,width) -> (r,dim)
         "Project a matrix of rows."
-        return self.projection_after(F.relu(self.norm(self.projection_before(x))))
+        x = F.relu(self.norm(self.projection_before(x)))
+        return self.projection_after(F.dropout(x, self.dropout, self.training) if self.dropout else x)
 
     def forward(self, x: torch.Tensor,
                 mask: torch.Tensor | None = None) -> torch.Tensor: # (b,width); or (b,m,width) with bool (b,m)

@@ -157,6 +157,8 @@ class TextEncoder(nn.Module):
         if input_ids.shape[-1] > self.max_length:
             raise ValueError(f'{input_ids.shape[-1]} tokens, but the text encoder reads {self.max_length}: cut the '
                              'texts when tokenising')
+        if input_ids.device.type != 'cpu': # transformers would look whether anything is masked, and wait for the GPU
+            attention_mask = attention_mask.bool()[:, None, None].expand(-1, 1, input_ids.shape[-1], -1)
         return self.text_encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
 
     def forward(self, input_ids: torch.Tensor,

@@ -17,6 +17,7 @@ from .checkpoints import PACKAGED, load_packaged, load_weights
 from .efficientnet import EFFICIENTNETS, EfficientNet
 from .resnet import RESNETS, ResNet, load_resnet
 from .text import load_transformer
+from .unet import UNETS, PlainUNet
 
 # %% ../../nbs/201_models.vision.ipynb #b751f875
 def tokens_to_map(tokens: torch.Tensor, # (n,t,d)
@@ -91,33 +92,36 @@ class TransformersVision(nn.Module):
 
 # %% ../../nbs/201_models.vision.ipynb #29089e9a
 def resolve_image_source(name: str | Path, # see `build_image_encoder`
-                         ) -> str | Path: # 'efficientnet', 'resnet', local folder (Path) or hub name (str)
+                         ) -> str | Path: # 'efficientnet', 'resnet', 'unet', local folder (Path) or hub name (str)
     "Say what an image encoder's name means."
     if name in EFFICIENTNETS: return 'efficientnet'
     if name in RESNETS: return 'resnet'
+    if name in UNETS: return 'unet'
     if Path(name).expanduser().is_dir(): return Path(name).expanduser()
     if str(name).count('/') == 1 and not str(name).startswith(('.', '/', '~')): return str(name)
-    raise ValueError(unknown_name('image encoder', name, [*EFFICIENTNETS, *RESNETS])
+    raise ValueError(unknown_name('image encoder', name, [*EFFICIENTNETS, *RESNETS, *UNETS])
                      + ' Or a hub name (owner/name), or a folder with config.json.')
 
 
 def build_image_encoder(name: str | Path = 'efficientnet-b2', # efficientnet-b0 … b7, -lite0, -tiny; resnet-18, -34,
-                                                              # -50, -101, -tiny; hub name; local folder
+                                                              # -50, -101, -152, -tiny; unet, unet-tiny; hub name;
+                                                              # local folder
                         pretrained: bool = False, # load the weights that belong to the name
                         weights: str | Path | None = None, # file of weights for an EfficientNet or (torchvision's
                                                            # names) a ResNet; a classifier in it is left out
                         checkpointing: bool = False, # recompute activations in the backward pass
                         pooling: str = 'auto', # for transformers backbones
                         **options, # for EfficientNet: padding, dropout, drop_connect, bn_momentum; for ResNet:
-                                   # zero_init, bn_momentum
+                                   # zero_init, bn_momentum; for both: gem, learn_gem
                         ) -> nn.Module: # module with forward, feature_maps, pool, num_features
     """Build an image encoder.
 
     Raises: ValueError for an unknown name; DataError if pretrained weights are not in reach."""
     source = resolve_image_source(name)
-    if source not in ('efficientnet', 'resnet'):
+    if source not in ('efficientnet', 'resnet', 'unet'):
         return TransformersVision(load_transformer(source, pretrained), pooling, checkpointing)
-    encoder = (EfficientNet if source == 'efficientnet' else ResNet)(name, checkpointing=checkpointing, **options)
+    kind = {'efficientnet': EfficientNet, 'resnet': ResNet, 'unet': PlainUNet}[source]
+    encoder = kind(name, checkpointing=checkpointing, **options)
     if weights and source == 'resnet': load_resnet(encoder, weights)
     elif weights: load_weights(encoder, weights, ignore=('_fc.',))
     elif pretrained and name in PACKAGED: load_packaged(encoder, name)

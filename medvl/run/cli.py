@@ -77,7 +77,7 @@ def run_command(
     plan: Annotated[bool,
                     typer.Option('--plan',
                                  help='Train nothing: state memory, time and disk of the run (experiments that '
-                                      'pre-train).')] = False,
+                                      'pre-train; prepare).')] = False,
 ) -> None:
     """Run an experiment notebook. Exit: 0 done, 1 failed, 2 refused, 124 time limit, 130 interrupted, 137 killed, 143
     terminated."""

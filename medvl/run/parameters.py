@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'FILES', 'RefusedError', 'Parameter', 'notebook_parameters', 'convert', 'check_bounds', 'placed',
-           'options_class', 'check_options', 'check_parameters', 'parse_assignments', 'read_parameters']
+           'options_class', 'check_recipe', 'check_options', 'check_parameters', 'parse_assignments', 'read_parameters']
 
 # %% ../../nbs/700_run.parameters.ipynb #75053a73
 import ast
@@ -277,9 +277,39 @@ def options_class(
     if name:
         module, _, name = name[1].rpartition('.')
         return getattr(import_module(module), name)
-    if not chosen or not values.get(chosen[1]): return None
-    from medvl.methods.base import method_class
-    return method_class(values[chosen[1]]).config_class
+    if chosen and values.get(chosen[1]):
+        from medvl.methods.base import method_class
+        return method_class(values[chosen[1]]).config_class
+    return _options_of_kind(p, values)
+
+
+def _options_of_kind(p, values):
+    """The options of the samples or the augmentation of a method's recipe: 'fields of the samples of `method`,
+    `recipe`, `samples`', where the third, if it is given and not empty, names another kind than the recipe's."""
+    match = re.search(r'fields of the (samples|augmentation) of ((?:`\w+`(?:, )?)+)', p.help)
+    if not match: return None
+    method, recipe_name, *other = (values.get(n) for n in re.findall(r'`(\w+)`', match[2]))
+    if not method or not recipe_name: return None
+    from medvl.data.augment.makers import augment_kind
+    from medvl.data.samples.builders import sample_kind
+    from medvl.methods.recipes import recipe
+    named = recipe(method, recipe_name)
+    if match[1] == 'augmentation': return augment_kind(named.augment).options
+    return sample_kind(next(filter(None, other), named.samples)).options
+
+
+def check_recipe(
+    p:Parameter, # a parameter whose help says 'recipe of `method`'
+    values:dict, # all typed values
+) -> None:
+    """Look a method and its recipe up before anything runs.
+
+    Raises: RefusedError with the closest name."""
+    of = re.match(r'recipe of `(\w+)`', p.help)
+    if not of: return
+    from medvl.methods.recipes import recipe
+    try: recipe(values[of[1]], values[p.name])
+    except ValueError as e: raise RefusedError(str(e)) from e
 
 
 def check_options(
@@ -302,8 +332,9 @@ def _unknown(path, name, known, given):
     "Say that a parameter does not exist, and where what it names may stand."
     text = unknown_name(f'parameter of {Path(path).stem}:', name, known)
     if closest(name, known): return text
+    values = {**{p.name: p.default for p in known.values()}, **given}
     for p in known.values():
-        if 'fields of' in p.help and name in {f.name for f in fields(options_class(p, given) or Parameter)}:
+        if 'fields of' in p.help and name in {f.name for f in fields(options_class(p, values) or Parameter)}:
             return (f'{name} is no parameter of {Path(path).stem} but a field of {p.name}: write -p '
                     f'{p.name}=\'{{"{name}": …}}\'.')
     return text
@@ -328,6 +359,8 @@ def check_parameters(
             values[name] = placed(p, convert(p, given[name]), outputs, say)
             check_bounds(p, values[name])
         elif not p.computed: values[name] = None if p.default is None else convert(p, p.default) # `x: float = 0` is 0.0
+    for name, p in known.items():
+        if {name, *re.findall(r'^recipe of `(\w+)`', p.help)} & set(given): check_recipe(p, values)
     for name, p in known.items():
         if isinstance(values.get(name), dict) and values[name]: check_options(p, values, set(given) - {name})
     return values

@@ -30,7 +30,7 @@ from ..core.progress import progress
 from ..core.run import Run, run_info
 from ..core.words import Word
 from .parameters import RefusedError, check_parameters
-from .runner import RunFailedError, experiment_name, find_experiment, run_experiment
+from .runner import RunFailedError, experiment_name, find_experiment, names_now, run_experiment
 
 # %% ../../nbs/710_run.sweep.ipynb #d3924bae
 def split_values(
@@ -98,8 +98,10 @@ def plan_sweep(
     Raises: RefusedError before anything is written."""
     notebook = find_experiment(experiment)
     told = {} # each remark once, however many points have it
-    points = _points(notebook, {k: v if isinstance(v, (list, tuple)) else [v] for k, v in grid.items()}, params or {},
-                     outputs, lambda text: told.setdefault(text))
+    axes = names_now(experiment, {k: v if isinstance(v, (list, tuple)) else [v] for k, v in grid.items()})
+    fixed = names_now(experiment, params or {}, grid)
+    axes = {k: v for k, v in axes.items() if k not in fixed or k in grid}
+    points = _points(notebook, axes, fixed, outputs, lambda text: told.setdefault(text))
     for text in told: print(f'medvl: {text}', file=sys.stderr)
     name, sha = experiment_name(notebook), sha256_file(notebook)
     key = digest([name, sha, points, time.time_ns() if fresh else 0])[:10]
@@ -108,7 +110,7 @@ def plan_sweep(
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(notebook, folder/notebook.name)
     runs = [dict(index=k, folder=f'{k:04d}-{digest(p)[:8]}', params=p) for k, p in enumerate(points)]
-    write_json(folder/'sweep.json', dict(experiment=name, notebook=notebook.name, notebook_sha256=sha, grid=list(grid),
+    write_json(folder/'sweep.json', dict(experiment=name, notebook=notebook.name, notebook_sha256=sha, grid=list(axes),
                                          cwd=os.getcwd(), runs=runs))
     return folder
 

@@ -7,6 +7,7 @@ __all__ = ['COLOURS', 'Verdict', 'Exercise']
 
 # %% ../../nbs/015_show.exercise.ipynb #cc8e7831
 import html
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 # %% ../../nbs/015_show.exercise.ipynb #011ebe13
@@ -43,7 +44,7 @@ class Exercise:
 
     Raises: ValueError when a wrong answer passes the check, or there is none to try."""
     name: str # number, e.g. '2.1'
-    check: callable = field(repr=False) # answer -> true when it is right
+    check: Callable = field(repr=False) # answer -> true when it is right
     hint: str = '' # shown with a wrong answer
     wrong: tuple = () # answers that must not pass
     praise: str = '' # shown with a right answer: why it matters

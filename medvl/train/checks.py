@@ -48,7 +48,7 @@ def check_rows(
     method:Method, # the method, with `least_batch` and `advised_batch`
     rows:int, # samples that the loss will see at once
     what:str, # what they are, for the message
-    names:list=(), # sample ids, where they are known
+    names:list|tuple=(), # sample ids, where they are known
 ) -> None:
     """Refuse, or warn about, fewer samples than a method's losses need.
 

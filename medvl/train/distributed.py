@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gather_rows', 'Together', 'exchange_of', 'spread_weights', 'average_gradients', 'average_statistics', 'anywhere',
-           'gather_objects', 'from_first', 'launch']
+           'anywhere_on', 'gather_objects', 'from_first', 'launch', 'own_batches', 'joined']
 
 # %% ../../nbs/408_train.distributed.ipynb #b923aa08
 import io
@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..core.errors import DataError
 from ..core.orphans import end_with_pool
 from .gradcache import Alone
 
@@ -48,6 +49,10 @@ class Together(Alone):
     def rows(self, x:Tensor|list) -> tuple: # tensor of rows, or a list
         "Give the rows of all processes in the order of their ranks, and the slice that is mine."
         return gather_rows(x)
+    def total(self, x:Tensor) -> Tensor: # of one shape in all processes
+        "Add up over the processes, in place."
+        dist.all_reduce(x)
+        return x
 
 
 def exchange_of() -> object: # Together() inside a process group of more than one, else Alone()
@@ -118,6 +123,16 @@ def anywhere(
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
 
+
+def anywhere_on(
+    flag:Tensor, # 0-d bool, on a device
+) -> Tensor: # 0-d bool there: is it true in any process?
+    "Agree on a flag without reading it."
+    if exchange_of().world == 1: return flag
+    value = flag.to(torch.int32)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value > 0
+
 # %% ../../nbs/408_train.distributed.ipynb #fc743815
 def gather_objects(value:object) -> list:
     "Give the list of every process's object, in the order of the ranks."
@@ -180,3 +195,31 @@ def launch(
         while not queue.empty(): found.update([queue.get()])
     running.join()
     return [torch.load(io.BytesIO(found[r]), weights_only=False) for r in range(processes)] # our own children's bytes
+
+# %% ../../nbs/408_train.distributed.ipynb #5ca1e002
+def own_batches(
+    n:int, # rows in all
+    batch_size:int, # rows at once
+) -> list: # of lists of rows: the batches of this process, consecutive ones
+    "Cut n rows into batches, and give those that this process computes."
+    exchange, count = exchange_of(), -(-n // batch_size)
+    first, end = (count * r // exchange.world for r in (exchange.rank, exchange.rank + 1))
+    return [list(range(i * batch_size, min((i + 1) * batch_size, n))) for i in range(first, end)]
+
+
+def joined(
+    compute:Callable[..., list], # gives this process's part of a list
+    *args, # its arguments
+) -> list: # the parts of all processes, in the order of the ranks
+    """Let every process compute its part, and give all of it to each.
+
+    Raises: what `compute` raises; in the other processes a DataError with its text."""
+    if exchange_of().world == 1: return compute(*args)
+    part, error = [], None
+    try: part = compute(*args)
+    except Exception as e: error = e # told to the others first: they wait for this part
+    told = gather_objects((part, error and f'{type(error).__name__}: {error}'))
+    if error is not None: raise error
+    for rank, (_, text) in enumerate(told):
+        if text: raise DataError(f'process {rank} stopped: {text}')
+    return [x for part, _ in told for x in part]

@@ -18,7 +18,6 @@ from .. import __version__
 from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
 from ..core.run import FolderLock, RunBusy
-from ..data.batch import to_device
 from ..methods.base import Method, evaluating, plain_state, save_pretrained
 from .checkpoint import (checkpoints, clear_leftovers, latest_checkpoint, optimizer_tensors,
                                     prune_checkpoints, restore_optimizer, save_checkpoint)
@@ -38,9 +37,9 @@ def validated(loop:Loop) -> dict:
         if loop.average: stack.enter_context(loop.average.applied(loop.method))
         if loop.valid is not None:
             found = validation_loss(loop.method, loop.valid, loop.state(), config.chunk_size or config.batch_size,
-                                    config.valid_samples, config.workers, lambda b: to_device(b, loop.device),
+                                    config.valid_samples, config.workers, loop.moved,
                                     loop.autocast)
-        if loop.validate is not None and loop.first:
+        if loop.validate is not None: # in every process: those of this package share the images (`train.distributed.joined`)
             with evaluating(loop.method): found = {**found, **loop.validate(loop.method, loop.state())}
     found = {k: float(v) for k, v in from_first(found).items()}
     tests = [k for k in found if k.lower().startswith('test')]
@@ -69,7 +68,9 @@ def judge(loop:Loop, metrics:dict) -> None:
     """Keep the weights if they are the best so far, or count towards early stopping; a plateau lowers the rate of the
     steps that follow."""
     value = metrics[loop.config.monitor]
-    if loop.plateau and loop.step >= loop.config.head_warmup: loop.plateau.see(metrics[loop.config.plateau_monitor])
+    if loop.plateau and loop.step >= loop.config.head_warmup:
+        watched = metrics[loop.config.plateau_monitor]
+        loop.plateau.see(watched if loop.config.plateau_mode == 'min' else 1 - watched) # of a share: what it lacks
     if _better(loop.config, value, loop.best):
         loop.best, loop.best_step, loop.bad = value, loop.step, 0
         _publish(loop, 'best', {**metrics, 'step': loop.step})
@@ -223,7 +224,7 @@ def train(
     folder:str|Path='outputs/run', # gets metrics.jsonl, checkpoints/, tensorboard/, best/, last/
     valid:object=None, # validation samples for the validation loss
     transform:Callable|None=None, # callable(batch, seed, epoch) -> batch on the device, such as Augment; training only
-    validate:Callable|None=None, # callable(method, state) -> dict of validation metrics; called in the first process
+    validate:Callable|None=None, # callable(method, state) -> dict of validation metrics; called in every process, the first one's answer counts
     resume:bool=True, # go on with the run in `folder`; False refuses a folder that holds one
 ) -> TrainResult:
     """Train a method, or go on with a run that was interrupted.

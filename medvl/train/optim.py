@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['FALLING', 'SCHEDULES', 'OPTIMIZERS', 'warmup_steps', 'lr_scale', 'Plateau', 'param_groups', 'make_optimizer',
-           'set_lr']
+           'set_lr', 'clip_groups', 'clip_gradients']
 
 # %% ../../nbs/400_train.optim.ipynb #41491d98
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..core.errors import unknown_name
 
@@ -193,3 +195,38 @@ def set_lr(
     "Set every group's learning rate to its peak times `scale`."
     for group in optimizer.param_groups: group['lr'] = group['peak'] * scale
     return max(group['lr'] for group in optimizer.param_groups)
+
+# %% ../../nbs/400_train.optim.ipynb #c11b0002
+def clip_groups(
+    optimizer:torch.optim.Optimizer, # from `make_optimizer`
+    patterns:dict|None, # pattern of parameter names, or '1d' -> largest norm, above 0
+) -> list: # of (parameters, largest norm)
+    """Find the parameters of each pattern; the first match counts.
+
+    Raises: ValueError when a pattern matches nothing that is trained."""
+    named = [(n, p) for g in optimizer.param_groups for n, p in zip(g['names'], g['params'])]
+    found = {pattern: [] for pattern in patterns or {}}
+    for name, parameter in named:
+        first = next((k for k in found if _matches(name, parameter, k)), None)
+        if first is not None: found[first].append(parameter)
+    lost = [k for k, v in found.items() if not v]
+    if lost: raise ValueError(f'no trained parameter is left for {lost[0]!r}; names look like {named[0][0]!r}')
+    return [(found[k], float(patterns[k])) for k in found]
+
+# %% ../../nbs/400_train.optim.ipynb #c11b0004
+@torch.no_grad()
+def clip_gradients(
+    parameters:list, # all that are trained
+    whole:float=0.0, # largest norm of all gradients together; 0: no limit
+    norm:torch.Tensor|None=None, # their norm, where it is known
+    names:Sequence=(), # from `clip_groups`: limits of groups
+    each:Sequence=(), # from `clip_groups`: limits of single tensors
+) -> None:
+    "Shorten gradients that are too long, in place: single tensors, then groups, then the whole."
+    for group, limit in each:
+        for p in group: clip_grads_with_norm_([p], limit, get_total_norm([] if p.grad is None else [p.grad]))
+    for group, limit in names:
+        clip_grads_with_norm_(group, limit, get_total_norm([p.grad for p in group if p.grad is not None]))
+    if not whole: return
+    if norm is None or names or each: norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    clip_grads_with_norm_(parameters, whole, norm)

@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from ..core.errors import DataError
+from ..data.batch import collate
 from ..methods.base import Method
 from .machine import arithmetic, training_mode
 from .settings import TrainConfig
@@ -77,7 +78,7 @@ def _batch_of(loop, n):
     "n training samples, as the loop would load them, and the seconds that took."
     began = time.perf_counter()
     rows = [loop.dataset[(0, i % len(loop.dataset))] for i in range(n)]
-    return loop.dataset.collate(rows), time.perf_counter() - began
+    return getattr(loop.dataset, 'collate', collate)(rows), time.perf_counter() - began
 
 
 def _measured(loop, n):

@@ -35,13 +35,16 @@ class TrainConfig:
     schedule: str = 'cosine'  # one of medvl.train.optim.SCHEDULES; 'reference' = the original's
     warmup: int | float = 0.1  # steps (int) or share of the run (float)
     floor: float = 0.0  # share of lr that the schedule ends at
-    plateau_monitor: str = 'valid_loss'  # schedule 'plateau': what no longer improves; lower is better
+    plateau_monitor: str = 'valid_loss'  # schedule 'plateau': what no longer improves
+    plateau_mode: str = 'min'  # 'min', or 'max' for a share such as valid_auroc: what it lacks to 1 should fall
     plateau_factor: float = 0.5  # what lr is multiplied with then
     plateau_patience: int = 3  # validations without improvement that are borne
     # first steps, at head_lr, while the method keeps its encoder frozen; the schedule begins after them
     head_warmup: int = 0
     head_lr: float = 1e-3  # learning rate of these steps
     clip: float = 0.0  # largest norm of the gradient; 0 = no clipping (the paper)
+    clip_names: dict | None = None  # name pattern -> largest norm of that group, e.g. {'text_encoder': 0.5}
+    clip_each: dict | None = None  # name pattern -> largest norm of each of its tensors
     precision: str = 'fp32'  # 'fp32', 'bf16' or 'fp16' (with loss scaling)
     channels_last: bool = False  # memory layout of convolutions; faster with bf16/fp16 on GPUs, and on CPUs
     compile: str = ''  # '' = off; a mode ('default', 'max-autotune-no-cudagraphs') or a backend of torch.compile
@@ -64,8 +67,13 @@ class TrainConfig:
     deterministic: bool = True  # deterministic algorithms only
     cpu: bool = False  # stay on the CPU
 
+    def __post_init__(self):
+        if self.plateau_monitor.endswith('_missed'): # its name before there was a mode
+            self.plateau_monitor, self.plateau_mode = self.plateau_monitor.removesuffix('_missed'), 'max'
+
 # %% ../../nbs/412_train.settings.ipynb #107a2a23
-_choices = dict(schedule=SCHEDULES, precision=('fp32', 'bf16', 'fp16'), mode=('min', 'max'), optimizer=OPTIMIZERS)
+_choices = dict(schedule=SCHEDULES, precision=('fp32', 'bf16', 'fp16'), mode=('min', 'max'), plateau_mode=('min', 'max'),
+                optimizer=OPTIMIZERS)
 _least = dict(epochs=1, batch_size=1, accumulate=1, keep_last=1, log_every=1, valid_samples=1, workers=0, save_every=0,
               valid_every=0, early_stop=0, plateau_patience=0, head_warmup=0)
 
@@ -85,6 +93,9 @@ def check_config(
     for name in ('lr', 'weight_decay', 'clip', 'floor', 'min_delta', 'head_lr'):
         value = getattr(config, name)
         if not 0 <= value < float('inf'): raise ValueError(f'{name}={value} must be a finite number, 0 or more')
+    for name in ('clip_names', 'clip_each'):
+        for pattern, limit in (getattr(config, name) or {}).items():
+            if not 0 < limit < float('inf'): raise ValueError(f'{name}: the norm of {pattern!r}, {limit}, must be above 0')
     if not 0 <= config.ema < 1: raise ValueError(f'ema={config.ema} is a decay in [0, 1), such as 0.999')
     if not 0 < config.plateau_factor < 1:
         raise ValueError(f'plateau_factor={config.plateau_factor} is a factor between 0 and 1, such as 0.5')
@@ -160,7 +171,9 @@ def check_same_run(
     Raises: DataError naming every field that differs.
     """
     free = {f'train.{name}' for name in FREE}
-    old = {**old, 'train': {**{k: v for k, v in asdict(TrainConfig()).items() if k in new['train']}, **old['train']}}
+    told = {k: v for k, v in old['train'].items() if k in asdict(TrainConfig())}
+    renamed = {k: v for k, v in asdict(TrainConfig(**told)).items() if k in new['train']}
+    old = {**old, 'train': {**old['train'], **renamed}}
     endless = new['train'].get('schedule') == 'constant' and float(new['train'].get('warmup', 0)).is_integer()
     if endless: free |= {'train.epochs', 'train.max_steps'}
     wrong = [d for d in _differences(old, new) if d.split(':')[0] not in free]

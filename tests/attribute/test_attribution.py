@@ -20,7 +20,7 @@ from medvl.core.errors import DataError
 from medvl.core.paths import digest
 from medvl.core.seed import numpy_rng
 from medvl.methods.base import Method
-from medvl.methods.presets import new_mammoclip
+from medvl.methods.recipes import new_method
 
 
 @dataclass
@@ -59,7 +59,7 @@ def tiny(): return Tiny()
 
 
 @pytest.fixture(scope='module')
-def clip(): return new_mammoclip('smoke', ['there is a mass', 'no mass is seen'])
+def clip(): return new_method('mammoclip', 'smoke', ['there is a mass', 'no mass is seen'])
 
 
 def noise(n, h=40, w=24): return torch.rand(n, 1, h, w, generator=torch.Generator().manual_seed(0)) * 255

@@ -9,7 +9,7 @@ from medvl.core.config import check_fields
 from medvl.core.errors import closest
 from medvl.core.words import Word, plain_value, read_structure
 from medvl.run.parameters import Parameter, RefusedError, check_parameters, convert, parse_assignments, read_parameters
-from medvl.run.runner import RunFailedError, experiments
+from medvl.run.runner import RunFailedError, experiments, find_experiment, names_now
 from medvl.run.sweep import parse_grid
 from medvl.train.settings import TrainConfig
 from run_notebooks import BEGIN, notebook
@@ -76,17 +76,18 @@ def test_names_of_other_libraries(asked, names, expected): assert closest(asked,
 
 
 @pytest.mark.parametrize('experiment, given, says', [('pretrain', dict(learning_rate=1), "Did you mean 'lr'"), ('pretrain', dict(model_options='{"i2i_wieght": 0.5}'), "Did you mean 'i2i_weight'"),
-    ('pretrain', dict(train_options='{"learning_rate": 0.1}'), "Did you mean 'lr'"), ('pretrain', dict(train_options='{"ema": "high"}'), 'must be float'), ('pretrain', dict(text_options={'viws': 2}), 'viws'),
+    ('pretrain', dict(train_options='{"learning_rate": 0.1}'), "Did you mean 'lr'"), ('pretrain', dict(train_options='{"ema": "high"}'), 'must be float'), ('pretrain', dict(text_options={'viws': 2}), 'viws'), ('pretrain', dict(text_options={}, sample_options={}), 'both are given'),
     ('pretrain', dict(lr=1e-3, train_options='{"lr": 0.1}'), 'given twice'), ('pretrain', dict(weight_decay=1), 'field of train_options'), ('pretrain_chest', dict(method='byol', model_options={'temprature': 1}), 'temprature'),
     ('pretrain_chest', dict(method='lovt', view_options={'per_bach': True}), 'per_bach'), ('pretrain', dict(augment_options={'mode': 3}), 'augment_options')])
 def test_options_are_checked_before_anything_runs(experiment, given, says):
-    with pytest.raises(RefusedError, match=says): check_parameters(experiments()[experiment], {k: Word(v) if isinstance(v, str) else v for k, v in given.items()})
+    given = {k: Word(v) if isinstance(v, str) else v for k, v in given.items()}
+    with pytest.raises(RefusedError, match=says): check_parameters(find_experiment(experiment), names_now(experiment, given))
 
 
 def test_good_options_pass():
     values = check_parameters(experiments()['pretrain'], dict(train_options='{"accumulate": 4, "ema": 0.999}', model_options={'i2i_weight': 1}))
     assert values['train_options'] == {'accumulate': 4, 'ema': 0.999} and check_fields(TrainConfig, {'lr': 1}) == {'lr': 1.0}
-    assert check_parameters(experiments()['pretrain_chest'], dict(method='simclr', model_options={'temperature': 0.2}))['model_options'] == {'temperature': 0.2}
+    assert check_parameters(experiments()['pretrain'], dict(method='simclr', model_options={'temperature': 0.2}))['model_options'] == {'temperature': 0.2}
 
 
 def test_advice_can_be_followed():

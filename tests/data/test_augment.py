@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from golden import golden
-from medvl.data.augment.breast_versions import (Augment, AugmentConfig, Draw, affine_matrix, alpha_to_rms, draw, elastic_field, flip_matrix, map_boxes, map_points, sampling_grid, warp)
+from medvl.data.augment.breast_versions import Augment, AugmentConfig, alpha_to_rms, draw, elastic_field
+from medvl.data.augment.transform import Version, affine_matrix, flip_matrix, map_boxes, map_points, sampling_grid, warp
 from medvl.core.seed import numpy_rng
 
 quick = settings(max_examples=50, deadline=None)
@@ -92,11 +93,11 @@ def test_elastic_field_has_the_smoothness_asked_for():
 @given(sizes, st.booleans(), st.booleans())
 def test_flip_twice_is_identity(size, horizontal, vertical):
     image = noise(1, 1, *size)
-    d = [Draw(flip_matrix(*size, horizontal, vertical), exact=(horizontal, vertical))]
+    d = [Version(flip_matrix(*size, horizontal, vertical), exact=(horizontal, vertical))]
     once = warp(image, d)
     assert warp(once, d).equal(image.float())
     assert once.equal(image.flip([dim for dim, on in ((-1, horizontal), (-2, vertical)) if on]).float())
-    resampled = warp(image, [Draw(flip_matrix(*size, horizontal, vertical))]) # the same through the interpolation
+    resampled = warp(image, [Version(flip_matrix(*size, horizontal, vertical))]) # the same through the interpolation
     assert (resampled - once).abs().max() < 2e-2
 
 
@@ -126,7 +127,7 @@ def test_against_opencv():
     for i in range(8):
         m = draw(AugmentConfig(affine=1, elastic=0), (3, 0, i, 0), 120, 80, (i % 2, i//2 % 2)).matrix
         want = cv2.warpAffine(image.astype(np.float32), m[:2], (80, 120), flags=cv2.INTER_LINEAR)
-        got = warp(torch.from_numpy(image)[None, None], [Draw(m)])[0, 0].numpy()
+        got = warp(torch.from_numpy(image)[None, None], [Version(m)])[0, 0].numpy()
         inside = cv2.erode(cv2.warpAffine(np.ones_like(image), m[:2], (80, 120), flags=cv2.INTER_NEAREST), np.ones((5, 5)))
         assert np.abs(got - want)[inside == 1].max() < 1.5 # opencv rounds its weights to 1/32 pixel
 
@@ -246,7 +247,7 @@ def test_wrong_mode_is_named():
 
 def test_extra_memory_is_that_of_a_chunk(monkeypatch):
     seen = []
-    monkeypatch.setattr('medvl.data.augment.breast_versions.sampling_grid', lambda draws, h, w, device: (seen.append(len(draws)), sampling_grid(draws, h, w, device))[1])
+    monkeypatch.setattr('medvl.data.augment.transform.sampling_grid', lambda draws, h, w, device: (seen.append(len(draws)), sampling_grid(draws, h, w, device))[1])
     Augment(affine=1, elastic=1, chunk=3)(batch_of(noise(10, 2, 1, 16, 8)))
     assert max(seen) <= 3 and sum(seen) == 20
 

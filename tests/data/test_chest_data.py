@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from golden import golden, sample
 from medvl.core.errors import DataError
 from medvl.core.seed import numpy_rng
-from medvl.data.augment.breast_versions import map_points
+from medvl.data.augment.transform import map_points, warp
 from medvl.data.batch import collate, slice_batch, to_device
 from medvl.data.samples.chest import ChestImageDataset, ChestReportConfig, ChestReportDataset, choose_share, pixel_statistics, reference
 from medvl.data.samples.dense import DenseDataset, planes_of_boxes, truth_table
@@ -28,7 +28,7 @@ from medvl.data.text.sentences import (SentenceTokens, crop_sentences, join_sent
                                   swap_sentences)
 from medvl.data.text.sides import swap_sides
 from medvl.data.text.tokens import build_wordpiece, load_tokenizer
-from medvl.data.augment.chest_versions import PRESETS, ChestAugment, MultiView, blur, draw_version, kernel_width, tone, version_config, warp_versions
+from medvl.data.augment.chest_versions import PRESETS, ChestAugment, MultiView, blur, draw_version, kernel_width, tone, version_config
 
 quick = settings(max_examples=60, deadline=None)
 TWO = 'FINDINGS: Small left effusion. Heart size is normal. Lungs are clear otherwise.\nIMPRESSION: Left effusion.'
@@ -201,7 +201,7 @@ def test_geometry_to_a_fraction_of_a_pixel():
     ramp = np.stack(np.meshgrid(np.arange(200.), np.arange(220.)))[:, None] # x, y as images
     for i in range(12):
         v = draw_version(PRESETS['lovt'], (0, 0, i, 0), (220, 200), (160, 160))
-        x, y = warp_versions(torch.from_numpy(ramp), [v, v], (160, 160))[:, 0].numpy()
+        x, y = warp(torch.from_numpy(ramp), [v, v], size=(160, 160))[:, 0].numpy()
         ys, xs = np.mgrid[:160, :160]
         back = map_points(np.stack([xs, ys], -1), np.linalg.inv(v.matrix))
         edge = map_points(np.stack([xs, ys], -1), np.linalg.inv(v.affine))
@@ -303,14 +303,14 @@ def test_keys_alone_decide():
 def test_flips_obey_the_dataset():
     batch = batch_of(8)
     augment = ChestAugment('lovt')
-    assert 0 < sum(v.flip for v in augment.views(batch, flips=augment.flips(batch))) < 8 # nobody decided: drawn
+    assert 0 < sum(v.flip for (v,) in augment.draws(batch)) < 8 # nobody decided: drawn
     decided = {**batch, 'flip': torch.tensor([[[i % 2 == 0, False]] for i in range(8)])}
-    assert [v.flip for v in augment.views(decided, flips=augment.flips(decided))] == [True, False]*4
+    assert [v.flip for (v,) in augment.draws(decided)] == [True, False]*4
     worded = {**batch, 'tokens': dict(input_ids=torch.zeros(8, 1, 4))}
-    assert not any(v.flip for v in augment.views(worded, flips=augment.flips(worded)))
+    assert not any(v.flip for (v,) in augment.draws(worded))
     handed = augment(decided)['transforms'][:, 0, :2, :2].det()
     assert [d < 0 for d in handed.tolist()] == [True, False]*4
-    with pytest.raises(ValueError, match='one grey image'): augment({**batch, 'images': torch.zeros(8, 2, 1, 9, 9)})
+    with pytest.raises(ValueError, match='grey'): augment({**batch, 'images': torch.zeros(8, 1, 2, 9, 9)})
     with pytest.raises(ValueError, match="'pixelpro'"): ChestAugment('pixelprop')
     with pytest.raises(TypeError): ChestAugment('lovt', blurr=1)
 

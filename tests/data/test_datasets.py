@@ -125,7 +125,7 @@ def test_texts_of_the_paper_golden():
         rows = [r for r in g['process_in'] if (r['patient_id'], r['laterality']) == key]
         reports = list(dict.fromkeys(f"FINDINGS: {r['FINDINGS'] or ''}\nIMPRESSION: {r['IMPRESSION'] or ''}" for r in rows))
         data = BreastTextDataset.__new__(BreastTextDataset)
-        data.config, data._versions = paper(), {}
+        data.config, data._known = paper(), {}
         assert [data.text(*t) for t in report_texts(reports, paper())] == want[key]
 
 

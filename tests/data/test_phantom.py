@@ -19,8 +19,9 @@ from medvl.core.paths import read_json
 from medvl.core.seed import numpy_rng
 from medvl.data.phantom.breast_exam import phantom_exam, phantom_truth, scale_tissue
 from medvl.data.phantom.breast_anatomy import SIDES, VIEWS, PhantomConfig, outline, skin_depth
-from medvl.data.phantom.breast_dataset import auroc, lesion_mask, shortcut_report, write_phantom
+from medvl.data.phantom.breast_dataset import lesion_mask, shortcut_report, write_phantom
 from medvl.data.phantom.breast_lesions import add_patch, clock, depth_third, draw_places, quadrant
+from medvl.data.phantom.shortcuts import auroc
 
 SMALL = (96, 64)
 
@@ -219,7 +220,7 @@ def test_no_shortcuts(dataset):
 
 
 def test_shortcut_report_needs_data(tmp_path):
-    with pytest.raises(DataError, match='at least 20 exams'): shortcut_report(write_phantom(tmp_path/'x', 2, size=(32, 32), progress=False))
+    with pytest.raises(DataError, match='at least 20 examinations'): shortcut_report(write_phantom(tmp_path/'x', 2, size=(32, 32), progress=False))
 
 
 @settings(max_examples=30, deadline=None)

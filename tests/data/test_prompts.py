@@ -15,7 +15,8 @@ from releases import vindr
 from medvl.core.errors import DataError
 from medvl.data.augment.breast_versions import Augment, AugmentConfig
 from medvl.data.samples.breast import BreastTextDataset
-from medvl.data.samples.findings import FindingConfig, FindingDataset, Mixture, finding_breasts, paper_findings, mixture_counts
+from medvl.data.balanced import Mixture, mixture_counts
+from medvl.data.samples.findings import FindingConfig, FindingDataset, finding_breasts, paper_findings
 from medvl.data.releases.finding_table import finding_labels, finding_table, four_lists, read_finding_table, read_lists, vindr_findings, write_finding_table
 from medvl.data.phantom.breast_prepared import prepared_phantom
 from medvl.data.prepared import Prepared

@@ -8,7 +8,7 @@ import medvl.api as api
 from medvl.data.dicom.read import read_dicom
 from medvl.data.prepare.run import prepare
 from medvl.data.pixels.profiles import preprocess
-from medvl.methods.presets import new_mammoclip
+from medvl.methods.recipes import new_method
 
 SIZE = (152, 96)
 VIEWS = {'rcc': ('R', 'CC'), 'lcc': ('L', 'CC'), 'rmlo': ('R', 'MLO'), 'lmlo': ('L', 'MLO')}
@@ -104,7 +104,7 @@ def test_header_that_contradicts_the_table_is_set_aside(records, tmp_path):
 
 def test_embedding_of_a_file(cases, prepared, tmp_path):
     "A saved and loaded model embeds a DICOM file as it embeds the prepared image."
-    method = new_mammoclip('smoke', ['FINDINGS: A mass. IMPRESSION: BI-RADS 4.', 'FINDINGS: No mass. IMPRESSION: BI-RADS 1.'])
+    method = new_method('mammoclip', 'smoke', ['FINDINGS: A mass. IMPRESSION: BI-RADS 4.', 'FINDINGS: No mass. IMPRESSION: BI-RADS 1.'])
     api.Model(method, 'mammo_clip_v1', SIZE).save_pretrained(tmp_path/'model')
     model = api.load(tmp_path/'model')
     paths = [cases[0]['rcc'], cases[1]['lmlo']]

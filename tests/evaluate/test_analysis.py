@@ -19,7 +19,7 @@ from medvl.evaluate.analysis.analyse import analyse, paired_analysis, patient_in
 from medvl.evaluate.analysis.plots import collect_runs, plot_alignment, plot_assignment, plot_smoothness, plot_spread, plot_weights
 from medvl.evaluate.analysis.spread import REFERENCE_GLOBAL, REFERENCE_LOCAL, GlobalSpread, LocalSpread, local_spread, pair_statistics
 from medvl.methods.base import evaluating
-from medvl.methods.chest_presets import new_chest_method
+from medvl.methods.recipes import new_method
 from medvl.models.heads import unit
 
 EXACT, SHARES = 1e-9, 2e-7  # the original rounds the share of real places to float32, so masked numbers agree to 1e-7 only
@@ -189,7 +189,7 @@ def test_intervals_agree_with_those_of_maps():
 def world(tmp_path_factory):
     "A phantom, and an untrained LoVT with its dataset."
     data = prepared_chest_phantom(tmp_path_factory.mktemp('phantom'), 12, (64, 64), difficulty='easy')
-    lovt = new_chest_method('lovt', 'smoke', list(data.manifest.report))
+    lovt = new_method('lovt', 'smoke', list(data.manifest.report))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return data, lovt, ChestReportDataset(data, lovt.tokenizer, ChestReportConfig(), train=False)
@@ -198,7 +198,7 @@ def world(tmp_path_factory):
 @pytest.mark.parametrize('name', ['clip', 'convirt', 'byol', 'simclr', 'pixelpro', 'supervised', 'initialised'])
 def test_every_method_can_be_analysed(world, name):
     data, lovt, reports = world
-    method = new_chest_method(name, 'smoke', list(data.manifest.report), **({'image_encoder': 'resnet-tiny'} if name == 'initialised' else {'labels': tuple(data.labels)} if name == 'supervised' else {}))
+    method = new_method(name, 'smoke', list(data.manifest.report), **({'image_encoder': 'resnet-tiny'} if name == 'initialised' else {'labels': tuple(data.labels)} if name == 'supervised' else {}))
     text = hasattr(method, 'read_texts')
     found = analyse(method, ChestReportDataset(data, method.tokenizer, ChestReportConfig(), train=False) if text else ChestImageDataset(data, ()), n_boot=20)
     spaces = {'image_features', 'region_features'} | ({'images', 'texts', 'images;texts', 'text_features', 'sentence_features'} if text else set())
@@ -230,7 +230,7 @@ def test_lovt_has_all_spaces_and_its_mode_is_restored(world):
 
 def test_vectors_that_are_not_finite_are_named(world):
     data, lovt, reports = world
-    broken = new_chest_method('byol', 'smoke')
+    broken = new_method('byol', 'smoke')
     with torch.no_grad(): broken.image_encoder.conv1.weight.fill_(float('nan'))
     with pytest.raises(DataError, match='not finite'): analyse(broken, ChestImageDataset(data, ()))
     with pytest.raises(TypeError, match='analyse needs feature_maps'): analyse(torch.nn.Linear(2, 2), reports)
@@ -263,7 +263,7 @@ def test_sentence_maps_tell_an_oracle_from_chance(world):
 def test_sentence_maps_refuse_what_they_cannot_draw(world):
     data, lovt, _ = world
     image = torch.from_numpy(np.array(data.images[0]))[None]
-    with pytest.raises(ValueError, match='attention'): sentence_maps(new_chest_method('clip', 'smoke', ['no mass.']), image, ['No mass.'])
+    with pytest.raises(ValueError, match='attention'): sentence_maps(new_method('clip', 'smoke', ['no mass.']), image, ['No mass.'])
     with pytest.raises(DataError, match='sentences fit'): sentence_maps(lovt, image, ['Clear lungs without any consolidation.'] * 200)
     places = sentence_places(data, data.manifest.image_id[0])
     places = places[(places.region != '') & (places.share > 0) & (places.share <= .5)].iloc[:3].reset_index(drop=True) # sentences that are scored

@@ -18,7 +18,7 @@ from medvl.evaluate.protocols.export import embed_texts, export_embeddings, file
 from medvl.evaluate.protocols.retrieval import DIRECTIONS, chance_recall, recall_table, retrieval_protocol, texts_of_units
 from medvl.evaluate.protocols.zero_shot import TASKS, bank_tasks, zero_shot
 from medvl.methods.base import Method, from_pretrained, save_pretrained
-from medvl.methods.presets import new_mammoclip
+from medvl.methods.recipes import new_method
 
 
 class Words(Method):
@@ -133,7 +133,7 @@ def test_zero_shot_refuses_embeddings_of_another_model(tmp_path):
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp('e')
     data = prepared_phantom(folder / 'phantom', 5, (96, 64))
-    method = new_mammoclip('smoke', data.manifest.report)
+    method = new_method('mammoclip', 'smoke', data.manifest.report)
     e = embed(method, data, folder / 'cache')
     return folder, data, method, e, export_embeddings(e, data, folder / 'e.parquet', method)
 
@@ -157,7 +157,7 @@ def test_saved_and_loaded_model_is_the_same(exported, tmp_path):
 
 def test_another_model_is_refused(exported):
     _, data, method, _, file = exported
-    other = new_mammoclip('smoke', data.manifest.report, seed=1)
+    other = new_method('mammoclip', 'smoke', data.manifest.report, seed=1)
     with pytest.raises(DataError, match='made by another model') as e: read_embeddings(file, other)
     assert e.value.file == str(file)
     with pytest.raises(DataError, match='another model'): export_embeddings(exported[3], data, file.with_name('x.parquet'), other)

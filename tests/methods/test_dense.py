@@ -227,7 +227,7 @@ def steps(method, n, start=0):
         features = method.encode(batch)
         loss = method.losses(features, batch, StepState(step))['loss']
         optimizer.zero_grad(set_to_none=True); loss.backward(); optimizer.step()
-        method.after_step(features, StepState(step))
+        method.after_step(features, batch, StepState(step))
     return method
 
 

@@ -46,6 +46,8 @@ class BiModalModelConfig:
     projection_norm: Optional[str] = 'batch'
     attention_sim: str = 'scaled_dot_product'
     attention_prob_dropout_prob: float = 0.
+    attended_dropout_prob: float = 0.
+    projection_dropout_prob: float = 0.
     attention_norm: Optional[str] = 'batch'
     symmetric_attention: bool = True
     project_attention_keys: bool = True
@@ -55,6 +57,7 @@ class BiModalModelConfig:
     attention_temperature_trainable: bool = False
     l_weights_a: Optional[str] = None
     l_weights_b: Optional[str] = None
+    l_weights_stop_grad: bool = True
     ll_alignments_a: Dict[str, Any] = field(default_factory=dict)
     ll_alignments_b: Dict[str, Any] = field(default_factory=dict)
     g_alignment: Optional[Any] = None
@@ -146,12 +149,59 @@ def test_the_configuration_is_read(tmp_path):
     assert extra['callbacks']['EarlyStopping']['patience'] == 10 and 'optimizer_states' not in extra and extra['hyper_parameters']['num_workers'] == 20
 
 
-@pytest.mark.parametrize('change, says', [(dict(encoder_a=ENCODER | dict(add_region_pos_encodings=True)), 'add_region_pos_encodings'), (dict(d_zg=8), 'd_zg'),
-                                          (dict(ll_alignments_a={'0': dict(objective_type='local_mse')}), 'll_alignments_a'), (dict(encoder_b={}), 'no configuration'),
-                                          (dict(project_attention_keys=False), 'cross-attention')])
+@pytest.mark.parametrize('change, says', [(dict(encoder_a=ENCODER | dict(concat_global_with_regions=True)), 'concat_global_with_regions'), (dict(d_zg=8), 'd_zg'),
+                                          (dict(ll_alignments_a={'0': dict(objective_type='local_mean')}), 'll_alignments_a'), (dict(encoder_b={}), 'no configuration'),
+                                          (dict(ll_alignments_a={'0': LOCAL | dict(distance_threshold=1.5, smooth_weights=True, threshold_type='absolute')}), 'threshold_type')])
 def test_what_is_not_known_is_said(change, says, tmp_path):
     lightning(tmp_path/'last.ckpt', small('lovt'), 'lovt', **change)
     with pytest.raises(DataError, match=says): from_lovt(tmp_path/'last.ckpt', None, TOKENIZER)
+
+
+OPTIONS = dict(
+    encoder_a=ENCODER | dict(region_feature_layer='conv4', add_region_pos_encodings=True, input_size=[64, 64]),
+    encoder_b=REPORTS | dict(sentence_aggregator='avgpool_attention', sentence_encoding_mode='independent'), projection_dropout_prob=.1, attended_dropout_prob=.2, l_weights_stop_grad=False,
+    project_attention_values=False, attention_temperature_trainable=True, g_alignment=dict(objective_type='global_predictor', d_hidden=20),
+    ll_alignments_a={'0': LOCAL | dict(distance_threshold=.5, smooth_weights=False, threshold_type='relative', temperature_trainable=True), '1': dict(objective_type='local_mse')},
+    ll_alignments_b={'0': dict(objective_type='local_predictor', d_hidden=20)},
+    loss_weights=dict(global_a2b=.75, global_b2a=.25, local_a_0_l2att=.5, local_a_0_att2l=.25, local_a_1_l2att=.1, local_a_1_att2l=.1, local_b_l2att=.3, local_b_att2l=.2))
+
+
+def test_a_file_with_the_options_of_the_original_opens(tmp_path):
+    "Learnt temperatures, predictors, positions and a pool of tokens have tensors of their own; weights differ between directions; the losses come out as the file's configuration weighs them."
+    pytest.importorskip('omegaconf', reason='omegaconf (extra `oracles`) writes the configuration objects of the original')
+    changes = dict(image_encoder='resnet-tiny', text_encoder='tiny', vocab_size=90, frozen_layers=0)
+    torch.manual_seed(1)
+    probe = small('lovt')
+    lightning(tmp_path/'plain.ckpt', probe, 'lovt', **OPTIONS)
+    config = lovt_config(read_checkpoint(tmp_path/'plain.ckpt'))
+    assert (config.region_stage, config.region_grid, config.sentence_pool, config.sentence_encoding) == ('conv4', (4, 4), 'attention', 'independent')
+    assert (config.projection_dropout, config.attended_dropout, config.weights_gradient, config.attention_values, config.attention_keys) == (.1, .2, True, False, True)
+    assert (config.global_objective, config.predictor_hidden, config.predictor_stop, config.learn_local_temperature, config.trainable_temperature) == ('predictor', 20, False, True, True)
+    method = LoVT(LoVTConfig(**{**vars(config), **changes, 'tokenizer': ''}), TOKENIZER).eval()
+    for p in method.parameters(): p.data += .01 * torch.randn_like(p)
+    names = {'log_temperature': '', 'region_positions': 'model_a.encoder.region_pos_embeddings', 'alignment.log_temperature': 'll_attention._temperature',
+             'objectives.regions.0.log_temperature': 'loss_module.ll_alignments_a.0._temperature'}
+    heads = {'image_predictor.': 'loss_module.g_alignment.predictor_1.', 'text_predictor.': 'loss_module.g_alignment.predictor_2.', 'sentence_pool.': 'model_b.encoder.sentence_aggregator.',
+             'objectives.sentences.0.local_predictor.': 'loss_module.ll_alignments_b.0.predictor_a.', 'objectives.sentences.0.attended_predictor.': 'loss_module.ll_alignments_b.0.predictor_b.'}
+    state = method.state_dict()
+    special = {k: names.get(k) or next(t + k[len(o):] for o, t in heads.items() if k.startswith(o)) for k in state if k in names or k.startswith(tuple(heads))}
+    assert set(names) - {'log_temperature'} <= set(special) and len(special) > 30
+
+    class Rest:
+        def state_dict(self): return {k: v for k, v in state.items() if k not in special}
+        def parameters(self): return method.parameters()
+    lightning(tmp_path/'last.ckpt', Rest(), 'lovt', **OPTIONS)
+    file = read_checkpoint(tmp_path/'last.ckpt')
+    file.weights |= {t: state[k][..., None] if k.startswith('objectives') and state[k].dim() == 2 else state[k] for k, t in special.items()}
+    again, report = from_lovt(file, None, TOKENIZER, **changes)
+    assert report.complete and len(report.loaded) == len(state)
+    images, tokens = torch.randint(0, 255, (3, 1, 1, 64, 64), dtype=torch.uint8), {k: v.unsqueeze(1) for k, v in method.token_batch([WORDS, WORDS[:1], WORDS[1:]]).items()}
+    batch = {'images': images, 'tokens': tokens, 'sample_id': list('abc')}
+    with torch.no_grad():
+        out, want = again.eval()(batch), method(batch)
+        for k in want: assert torch.equal(out[k], want[k]), k
+    total = .75 * out['i2t'] + .25 * out['t2i'] + .5 * out['regions_0_l2att'] + .25 * out['regions_0_att2l'] + .1 * (out['regions_1_l2att'] + out['regions_1_att2l']) + .3 * out['sentences_l2att'] + .2 * out['sentences_att2l']
+    torch.testing.assert_close(out['loss'], total)
 
 
 def test_a_tensor_too_many_or_too_few_is_refused(tmp_path):

@@ -97,11 +97,11 @@ def test_losses_have_no_side_effects_and_after_step_bounds_the_scale():
     a, b = (method.losses(f, batch, StepState())['loss'] for _ in range(2))
     assert a == b and all(torch.equal(v, before[k]) for k, v in method.state_dict().items())
     with torch.no_grad(): method.logit_scale.fill_(9.)
-    method.after_step(f, StepState())
+    method.after_step(f, batch, StepState())
     assert method.logit_scale.exp().item() == pytest.approx(100, rel=1e-4)
     free = make(limit_scale=False)
     with torch.no_grad(): free.logit_scale.fill_(6.)
-    free.after_step(None, None)
+    free.after_step(None, None, None)
     assert free.losses(f, batch, StepState())['scale'].item() == pytest.approx(np.exp(6), rel=1e-5)
 
 
@@ -126,7 +126,7 @@ def test_encode_once_is_the_same_in_eval_and_encodes_less():
 
 def test_capabilities_and_their_shapes():
     m, x = make().eval(), make_batch()['images']
-    assert capabilities(m) == ['encode_image', 'encode_text', 'project_text', 'image_features', 'feature_maps']
+    assert capabilities(m) == ['encode_image', 'encode_text', 'project_image', 'project_text', 'image_features', 'feature_maps']
     with torch.no_grad():
         one, many = m.encode_image(x[:, 0]), m.encode_image(x)
         assert one.shape == many.shape == (4, 16) and one.dtype == torch.float32

@@ -12,10 +12,11 @@ from medvl.core.errors import DataError
 from medvl.core.seed import numpy_rng
 from medvl.data.batch import collate, slice_batch
 from medvl.data.augment.chest_versions import MultiView
+from medvl.data.augment.makers import new_augment
 from medvl.losses.self_supervised import cell_matches, cell_places, nt_xent, pixel_consistency, pixel_contrast, regression_loss, spread
 from medvl.methods.base import StepState, build, capabilities, evaluating, from_pretrained, save_pretrained
 from medvl.methods.byol import BYOL, BYOLConfig
-from medvl.methods.chest_presets import CHEST_METHODS, chest_preset, chest_transform, new_chest_method
+from medvl.methods.recipes import new_method, recipe
 from medvl.methods.parts.image import ImageMethod, WithViews, mean_auroc, new_image_method, two_layers
 from medvl.methods.initialised import Initialised
 from medvl.methods.pixelpro import PixelPro, Propagation
@@ -329,8 +330,8 @@ def test_images_are_scaled_by_the_data_set():
 
 def test_supervised_learns_what_is_stated(tmp_path):
     method = make('supervised', labels=('a', 'b'))
-    paper = {k: v for k, v in chest_preset('supervised').train.items() if k in ('schedule', 'plateau_monitor', 'monitor', 'mode')}
-    assert paper == dict(schedule='plateau', plateau_monitor='valid_auroc_missed', monitor='valid_auroc', mode='max')  # the AUROC decides about weights and rate
+    paper = {k: v for k, v in recipe('supervised').train.items() if k in ('schedule', 'plateau_monitor', 'plateau_mode', 'monitor', 'mode')}
+    assert paper == dict(schedule='plateau', plateau_monitor='valid_auroc', plateau_mode='max', monitor='valid_auroc', mode='max')  # the AUROC decides about weights and rate
     settings = TrainConfig(max_steps=12, batch_size=6, lr=1e-2, warmup=0, trackers=(), cpu=True, valid_every=12, **paper)
     result = train(method, Chests(), settings, tmp_path, Chests())
     assert result.history.loss.dropna().iloc[-1] < result.history.loss.iloc[0] and result.best_value == .75  # b is stated in one kind only: a guess
@@ -399,17 +400,18 @@ def test_online_auroc_counts_pairs():
 
 def test_named_configurations():
     "The table of LoVT's hyper-parameters, and what its code did instead."
-    p = {m: chest_preset(m).train for m in CHEST_METHODS}
+    p = {m: recipe(m).train for m in ('lovt', 'clip', 'convirt', *NAMES)}
     assert [(p[m]['batch_size'], p[m]['lr'], p[m]['weight_decay']) for m in ('supervised', 'byol', 'simclr', 'pixelpro', 'convirt', 'lovt')] == [
         (64, 3e-4, 1e-6), (64, 1e-4, 1e-4), (128, 3e-4, 1e-4), (64, 1e-3, 1e-5), (32, 1e-4, 1e-6), (32, 1e-4, 1e-6)]
     assert p['lovt']['accumulate'] == p['clip']['accumulate'] == 16 and p['lovt']['early_stop'] == 10 and p['convirt']['early_stop'] == 15
-    wrong = chest_preset('pixelpro', 'reference')
-    assert wrong.model['level'] == 'pool' and chest_transform(wrong).config.per_batch and not chest_transform(chest_preset('pixelpro')).config.per_batch
+    wrong = recipe('pixelpro', 'reference')
+    assert wrong.config['level'] == 'pool' and wrong.augment_options == dict(preset='pixelpro', per_batch=True) and recipe('pixelpro').augment_options == dict(preset='pixelpro')
+    assert new_augment('chest', wrong.augment_options, 2).config.per_batch
     rate = lambda t: [lr_scale(k, 1000, t['warmup'], t['schedule'], epoch_steps=10) for k in range(1000)]
     assert max(rate(wrong.train)) == 0 and max(rate(p['pixelpro'])) == 1
-    assert chest_preset('byol').keep == 'last' and chest_preset('lovt').keep == 'best'
-    with pytest.raises(ValueError, match="Did you mean 'pixelpro'"): chest_preset('pixlpro')
-    with pytest.raises(ValueError, match="Did you mean 'momentum'"): new_chest_method('byol', 'smoke', momentun=.9)
+    assert recipe('byol').keep == 'last' and recipe('lovt').keep == 'best'
+    with pytest.raises(ValueError, match="Did you mean 'pixelpro'"): recipe('pixlpro')
+    with pytest.raises(ValueError, match="Did you mean 'momentum'"): new_method('byol', 'smoke', momentun=.9)
 
 
 def test_head_and_config_errors():

@@ -10,7 +10,7 @@ from medvl.models.resnet import RESNETS, STAGES, ResNet, load_resnet
 from medvl.models.scaling import scale_images
 from medvl.models.vision import build_image_encoder
 
-PARAMETERS = {'resnet-18': 11_176_512, 'resnet-34': 21_284_672, 'resnet-50': 23_508_032, 'resnet-101': 42_500_160}
+PARAMETERS = {'resnet-18': 11_176_512, 'resnet-34': 21_284_672, 'resnet-50': 23_508_032, 'resnet-101': 42_500_160, 'resnet-152': 58_143_808}
 
 
 def images(n=2, h=64, w=48, channels=3, dtype=torch.float32): return torch.randn(n, channels, h, w, generator=torch.Generator().manual_seed(1), dtype=dtype)
@@ -34,7 +34,7 @@ def _names(name):
     bn = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
     yield 'conv1.weight'
     yield from (f'bn1.{b}' for b in bn)
-    deep = name in ('resnet-50', 'resnet-101')
+    deep = name in ('resnet-50', 'resnet-101', 'resnet-152')
     for k, n in enumerate(LAYERS[name], 1):
         for i in range(n):
             for j in range(1, 4 if deep else 3):

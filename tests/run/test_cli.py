@@ -70,10 +70,10 @@ def model_and_image(tmp_path_factory):
     from medvl.api import Model
     from medvl.data.phantom.breast_exam import phantom_exam
     from medvl.data.phantom.breast_dataset import phantom_dicom
-    from medvl.methods.presets import new_mammoclip
+    from medvl.methods.recipes import new_method
     folder, exam = tmp_path_factory.mktemp('model'), phantom_exam(0, 3, bits=12)
     phantom_dicom(exam, exam.views['L', 'MLO']).save_as(folder/'x.dcm', enforce_file_format=True)
-    Model(new_mammoclip('smoke', [exam.report]), size=(96, 64)).save_pretrained(folder/'model')
+    Model(new_method('mammoclip', 'smoke', [exam.report]), size=(96, 64)).save_pretrained(folder/'model')
     return str(folder/'model'), str(folder/'x.dcm')
 
 

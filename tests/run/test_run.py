@@ -13,7 +13,7 @@ from medvl.core.paths import append_jsonl, read_json, read_jsonl
 from medvl.core.run import HEARTBEAT, STALE, Run, RunBusy, is_alive, process_identity, run_info, run_state
 from medvl.run.parameters import Parameter, RefusedError, check_parameters, convert, notebook_parameters
 from medvl.run.report import clean_html, write_report
-from medvl.run.runner import RunFailedError, find_run, run_experiment
+from medvl.run.runner import ALIASES, RunFailedError, find_experiment, find_run, names_now, run_experiment
 from run_notebooks import BEGIN, counting, medvl, notebook, total, until
 
 DONE = 'run.metric("answer", 42)\nrun.done()'
@@ -257,3 +257,33 @@ def test_a_notebook_that_was_run_before_can_be_run_again(tmp_path, monkeypatch):
     run = Run.current('again', names, outputs=tmp_path)
     assert run.params == {'lr': 0.1, 'tasks': ['a']}
     run.done()
+
+
+def old_run(folder, name, params, notebook_name):
+    "A run folder as the experiments of before left it when they were killed: begun, with their own notebook, which is gone now."
+    run = Run.create(name, params, folder.parent, folder, notebook=str(folder.parent/notebook_name), notebook_sha256='0', cwd=str(folder.parent))
+    run.begin('runner')
+    run.end('killed', 'for the test', 137)
+    notebook(folder/'source.ipynb', 'a = 1', 'raise ImportError("the experiment of before")')
+    return run
+
+
+def test_experiments_of_before_are_found_and_their_parameters_too():
+    assert find_experiment('pretrain_chest') == find_experiment('e15_pretrain_chest') == find_experiment('pretrain')
+    assert names_now('e12_pretrain_labels', dict(duplicates='positives')) == dict(samples='mixture', duplicates='positives')
+    assert names_now('my/pretrain.ipynb', dict(text_options={})) == dict(text_options={})
+    with pytest.raises(RefusedError, match='is called augment_options now'): names_now('pretrain_chest', dict(view_options={}), ['augment_options'])
+    for name in ALIASES: assert set(names_now(name, {})) | set(ALIASES[name].renamed.values()) <= {p.name for p in notebook_parameters(find_experiment(name))}
+
+
+def test_a_run_of_an_experiment_of_before_goes_on(tmp_path):
+    "The old folder, its old name and parameters; what they are called now; to the numbers of a new run."
+    chest = dict(method='simclr', config='smoke', images=20, view_options={'blur': 0.0}, text_options={}, max_steps=1, seed=1)
+    run = old_run(tmp_path/'pretrain_chest-1', 'pretrain_chest', chest, 'e15_pretrain_chest.ipynb')
+    with pytest.raises(RefusedError, match='other parameters'): run_experiment(resume=run.folder, params=dict(view_options={'blur': 1.0}))
+    with pytest.raises(RefusedError, match='is a run of pretrain_chest'): run_experiment('zero_shot', resume=run.folder)
+    done = run_experiment('pretrain_chest', resume=run.folder, params=dict(view_options={'blur': 0.0}), report=False)
+    assert run_state(run.folder) == 'done' and done.name == 'pretrain_chest' and read_json(run.folder/'params.json') == chest
+    new = run_experiment('pretrain_chest', {k: v for k, v in chest.items() if k != 'method'}, tmp_path, report=False)
+    same = lambda r: {k: v['value'] for k, v in r.metrics.items()}
+    assert new.name == 'pretrain' and new.params['method'] == 'simclr' and same(new) == same(done)

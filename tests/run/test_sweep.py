@@ -108,3 +108,12 @@ def test_grid_texts():
     assert parse_grid(['lr=1,2', 'x=[1,2]']) == dict(lr=['1', '2'], x=['[1,2]'])
     with pytest.raises(RefusedError, match='twice'): parse_grid(['lr=1', 'lr=2'])
     assert 'MEDVL_RUN' not in os.environ
+
+
+def test_a_sweep_of_an_experiment_of_before(tmp_path):
+    "Its old name stands for values of its own, unless the grid or the fixed parameters give them."
+    points = lambda *args: [r['params'] for r in read_json(plan_sweep(*args, outputs=tmp_path)/'sweep.json')['runs']]
+    assert [(p['samples'], p['duplicates'], p['seed']) for p in points('pretrain_labels', {'seed': [0, 1]})] == [('mixture', 'mask', 0), ('mixture', 'mask', 1)]
+    both = points('pretrain_chest', {'method': ['byol', 'clip']}, {'view_options': {'blur': 0.0}})
+    assert [(p['method'], p['augment_options']) for p in both] == [('byol', {'blur': 0.0}), ('clip', {'blur': 0.0})]
+    assert [p['method'] for p in points('pretrain_chest', {'text_options': [{}]})] == ['simclr']

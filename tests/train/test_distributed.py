@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
 from training import Breasts, Pairs, breasts_batch, contents, gradients, quiet, run, small, tiny_mammoclip
 
-from medvl.data.batch import slice_batch
-from medvl.methods.base import StepState
+from medvl.data.batch import present_rows, slice_batch
+from medvl.methods.base import Method, StepState
 from medvl.train.checkpoint import checkpoints, load_checkpoint
 from medvl.train.distributed import anywhere, average_gradients, average_statistics, exchange_of, gather_objects, gather_rows, launch, spread_weights
-from medvl.train.gradcache import backward_batch
+from medvl.train.gradcache import backward_batch, gathered_batch
 from medvl.train.validation import validation_loss
 
 
@@ -41,6 +43,87 @@ def test_mammoclip_of_two_processes_is_that_of_one(dtype, tolerance, chunk):
         for k in one:
             scale = max(1e-3, float(one[k].abs().max()))
             assert float((one[k] - two[k]).abs().max()) <= tolerance * max(1.0, scale), k
+
+
+class Negatives(Method):
+    """A loss over the own rows only, whose negatives come from all rows, as that of image-text matching; or one that every process computes whole.
+    Its scale acts in the losses; `rare` is used by the second process alone, `own_loss` is made in `encode`."""
+    gathered, gathered_batch, chunkable = ('image', 'text', 'rare'), ('text_group',), True
+
+    def __init__(self, kind='own'):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.image, self.text, self.scale = kind, nn.Linear(8, 4), nn.Linear(4, 4), nn.Parameter(torch.tensor(.3))
+
+    def encode(self, batch):
+        image, text = self.image(batch['images']), self.text(batch['words'])
+        return {'image': image, 'text': torch.stack([text, text.tanh()], 1).flatten(0, 1), 'rare': image * 2, 'own_loss': (image - text).square().sum(1)}
+
+    def losses(self, features, batch, state):
+        image, text = features['image'], features['text'][::2]
+        logits, n = self.scale.exp() * image @ text.T, len(image)
+        if self.kind == 'whole': return {'loss': F.cross_entropy(logits, torch.arange(n)) + features['own_loss'].mean()}
+        own = torch.arange(n)[state.own]
+        hard = logits[own].masked_fill(F.one_hot(own, n).bool(), -1e9).argmax(1) # of anybody's rows
+        loss = F.softplus((image[own] * (text[hard] - text[own])).sum(1) * self.scale).mean() + features['own_loss'].mean()
+        if own[0] > 0: loss = loss + features['rare'].square().mean() # in one process only
+        return {'loss': loss, 'first': own[0].float()}
+
+
+def negatives_batch(): return {**(b := Pairs().collate([Pairs()[0, i] for i in range(6)])), 'images': b['images'].double(), 'words': b['words'].double()}
+
+
+def negatives_gradient(kind, chunk, counts):
+    method, exchange, batch = Negatives(kind).double(), exchange_of(), negatives_batch()
+    start = sum(counts[:exchange.rank])
+    out = backward_batch(method, slice_batch(batch, start, start + counts[exchange.rank]), StepState(), chunk, exchange=exchange)
+    average_gradients(method.parameters())
+    return gradients(method), float(out.losses['loss'])
+
+
+@pytest.mark.parametrize('chunk', [None, 2])
+def test_a_loss_over_own_rows_is_the_mean_over_processes(chunk):
+    "Neither × world nor lost: the gradient is that of the mean of both processes' losses, computed in one graph."
+    method, counts = Negatives().double(), (3, 3)
+    losses = []
+    for rank in range(2):
+        features = method.encode(negatives_batch())
+        rows = slice(3 * rank, 3 * rank + 3)
+        losses.append(method.losses({**features, 'own_loss': features['own_loss'][rows]}, {}, StepState(rank=rank, world=2, own=rows))['loss'])
+    (sum(losses) / 2).backward()
+    want = gradients(method)
+    assert losses[0] != losses[1]
+    for rank, (found, loss) in enumerate(launch(negatives_gradient, 'own', chunk, counts)):
+        assert loss == pytest.approx(losses[rank].item(), rel=1e-12) and found.keys() == want.keys()
+        for k in want: torch.testing.assert_close(found[k], want[k], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize('chunk', [None, 2])
+def test_a_whole_loss_is_still_that_of_one_process(chunk):
+    want, loss = negatives_gradient('whole', None, (6,))
+    for found, _ in launch(negatives_gradient, 'whole', chunk, (3, 3)):
+        for k in want: torch.testing.assert_close(found[k], want[k], rtol=1e-10, atol=1e-12)
+
+
+def test_own_rows_of_unequal_numbers():
+    "Two rows a sample and three samples less in one process: `own` counts samples."
+    def work():
+        method, r = Negatives().double(), dist.get_rank()
+        batch, seen = slice_batch(negatives_batch(), 4 * r, 4 + 2 * r), []
+        method.losses = lambda features, batch, state: (seen.append((state.own, {k: len(v) for k, v in features.items()})), {'loss': features['image'].sum()})[1]
+        backward_batch(method, batch, StepState(), None, exchange=exchange_of())
+        return seen[0]
+    for rank, (own, sizes) in enumerate(launch(work)):
+        assert own == (slice(0, 4), slice(4, 6))[rank] and sizes == {'image': 6, 'text': 12, 'rare': 6, 'own_loss': (4, 2)[rank]}
+
+
+def test_rows_of_present_views_are_gathered():
+    def work():
+        class Views(Negatives): gathered_batch = ('present', 'rows')
+        r = dist.get_rank()
+        present = torch.tensor([(True, False), (True, True), (False, True)])[(slice(0, 2), slice(2, 3))[r]]
+        return gathered_batch({'present': present, 'rows': present_rows(present)}, Views(), exchange_of())
+    for batch in launch(work): assert batch['rows'].tolist() == [0, 2, 3, 5] == present_rows(batch['present']).tolist()
 
 
 def test_gather_rows_of_unequal_numbers():

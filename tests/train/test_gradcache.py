@@ -2,8 +2,9 @@
 import pytest
 import torch
 from torch import nn
-from training import Pairs, breasts_batch, gradients, quiet, small, tiny_mammoclip
+from training import Pairs, Small, breasts_batch, gradients, quiet, small, tiny_mammoclip
 
+from medvl.core.seed import key_of
 from medvl.data.batch import slice_batch
 from medvl.methods.base import Method, StepState
 from medvl.train.gradcache import backward_batch, join, seed_chunk, statistics_kept
@@ -120,6 +121,43 @@ def test_odd_features(size):
     whole, _ = one_graph(method, batch, 8, 8)
     found, _ = chunked(method, batch, size)
     same(found, whole)
+
+
+class Masked(Small):
+    "A loss of every sample alone is made in `encode`, where its text is drawn; the losses draw too."
+    def encode(self, batch):
+        f = super().encode(batch)
+        return {**f, 'reconstruction': (self.image_encoder(batch['images'].to(f['text'].dtype)) - f['text'].detach()).square().mean(1)}
+
+    def losses(self, features, batch, state):
+        out = super().losses(features, batch, state)
+        drawn = torch.rand(2)
+        return {**out, 'loss': out['loss'] + features['reconstruction'].mean() + drawn[0] * features['image'].sum() / 9, 'drawn': drawn[1]}
+
+
+@pytest.mark.parametrize('size', [1, 3, 8])
+def test_a_loss_made_in_encode_is_the_same_whole_and_in_chunks(size):
+    torch.manual_seed(0)
+    method, batch = quiet(Masked().double()), pairs_batch()
+    whole, a = chunked(method, batch, None)
+    found, b = chunked(method, batch, size)
+    same(found, whole)
+    assert float(a.losses['loss']) == pytest.approx(float(b.losses['loss']), abs=1e-12) and a.losses['drawn'] == b.losses['drawn']
+    without, _ = chunked(quiet(small().double()), batch, size)
+    assert any((without[k] - found[k]).abs().max() > 1e-3 for k in without)
+
+
+def test_losses_draw_under_a_key_of_their_own():
+    "Whatever was drawn before, and in how many chunks; another step, rank or micro-batch draws other numbers."
+    def drawn(size=None, micro=0, **changes):
+        torch.manual_seed(123)
+        torch.rand(5)
+        return float(backward_batch(Masked().double(), pairs_batch(), StepState(**{**dict(step=3, seed=1), **changes}), size, micro=micro).losses['drawn'])
+    assert drawn() == drawn(2) == drawn(3)
+    assert len({drawn(), drawn(micro=1), drawn(step=4), drawn(seed=2), drawn(rank=1)}) == 5
+    torch.manual_seed(key_of(1, 'losses', 3, 0, 0))
+    want = float(torch.rand(2)[1])
+    assert drawn() == want
 
 
 def test_feature_without_rows_for_each_sample_is_refused():

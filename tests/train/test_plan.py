@@ -10,7 +10,12 @@ import torch
 from medvl.data.augment.breast_versions import Augment, AugmentConfig
 from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset
 from medvl.data.phantom.breast_prepared import prepared_phantom
-from medvl.methods.presets import new_mammoclip, preset
+from medvl.data.augment.makers import new_augment
+from medvl.data.phantom.populations import new_phantom
+from medvl.data.samples.builders import Parts, new_samples, sample_kind
+from medvl.evaluate.stats.selection import splits_of
+from medvl.methods.parts.image import WithViews
+from medvl.methods.recipes import method_names, new_method, recipe
 from medvl.train.loop import train
 from medvl.train.plan import kept_for_backward, plan
 from medvl.train.settings import TrainConfig
@@ -20,10 +25,10 @@ CONFIG = TrainConfig(epochs=2, batch_size=6, lr=1e-3, warmup=0, trackers=(), cpu
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-    prepared, named = prepared_phantom(tmp_path_factory.mktemp('phantom'), 8, (64, 48)), preset('smoke')
-    method = new_mammoclip('smoke', prepared.manifest.report)
-    data = BreastTextDataset(prepared, method.tokenizer, BreastTextConfig(**named.text))
-    return method, data, Augment(AugmentConfig(**named.augment))
+    prepared, named = prepared_phantom(tmp_path_factory.mktemp('phantom'), 8, (64, 48)), recipe('mammoclip', 'smoke')
+    method = new_method('mammoclip', 'smoke', prepared.manifest.report)
+    data = BreastTextDataset(prepared, method.tokenizer, BreastTextConfig(**named.sample_options))
+    return method, data, Augment(AugmentConfig(**named.augment_options))
 
 
 def test_changes_nothing_and_draws_nothing(made, tmp_path):
@@ -62,6 +67,26 @@ def test_chunks_average_and_optimizer_are_counted(made):
     plain, chunked, averaged, sgd = ask(), ask(chunk_size=2), ask(ema=0.9), ask(optimizer='sgd')
     assert chunked.value('activations') < plain.value('activations') / 3
     assert averaged.value('checkpoint') > plain.value('checkpoint') > sgd.value('checkpoint')
+
+
+@pytest.fixture(scope='module')
+def phantoms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('phantoms')
+    return {k: splits_of(new_phantom(k, folder/k, 12, size, 0, 'easy'), needed=('train', 'valid')) for k, size in (('breast', (64, 48)), ('chest', (64, 64)))}
+
+
+@pytest.mark.parametrize('name', [m for m in method_names() if recipe(m, 'smoke').train is not None])
+def test_every_method_can_be_planned(phantoms, name, tmp_path):
+    "With the samples, versions and rates of its recipe: the way of the experiment `pretrain`, in small."
+    named = recipe(name, 'smoke')
+    parts = Parts(phantoms[named.phantom], labels=tuple(phantoms[named.phantom]['train'].labels)[:2])
+    method = new_method(name, 'smoke', sample_kind(named.samples).texts(parts, named.sample_options), **({'labels': parts.labels} if name == 'supervised' else {}))
+    parts.labels = parts.labels if name == 'supervised' else ()
+    training, valid = (new_samples(named.samples, parts, p, getattr(method, 'tokenizer', None), named.sample_options, p == 'train') for p in ('train', 'valid'))
+    transform = new_augment(named.augment, named.augment_options, named.versions)
+    planned = plan(method, training, TrainConfig(**{**named.train, 'batch_size': 4, 'max_steps': 3, 'cpu': True}), tmp_path/'run',
+                   WithViews(valid, transform) if named.versions > 1 else valid, transform)
+    assert planned.value('activations') > 0 and planned.value('steps') == 3 and not (tmp_path/'run').exists()
 
 
 def test_too_large_a_run_is_told(made, monkeypatch):

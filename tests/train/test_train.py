@@ -159,13 +159,29 @@ def test_average_is_validated_and_published(tmp_path):
 
 class Sampled(Small):
     "Records what after_step sees."
-    def after_step(self, features, state): self.seen = [*getattr(self, 'seen', []), (len(features['image']), state.step)]
+    def after_step(self, features, batch, state): self.seen = [*getattr(self, 'seen', []), (len(features['image']), state.step)]
 
 
 def test_after_step_once_a_step_with_all_rows(tmp_path):
     method = Sampled()
     run(tmp_path, method, valid=None)
     assert method.seen == [(16, s) for s in range(18)]
+
+
+@pytest.mark.parametrize('keeps', [(), ('images',)])
+def test_after_step_sees_the_batches_of_the_step(tmp_path, keeps):
+    "All its samples, in order, without pixels unless they are kept; and how long an epoch is."
+    class Watching(Small):
+        def after_step(self, features, batch, state): self.seen = [*getattr(self, 'seen', []), (batch, features, state)]
+    Watching.keeps = keeps
+    method = Watching()
+    run(tmp_path, method, valid=None, max_steps=2, warmup=0)
+    data = Pairs()
+    for batch, features, state in method.seen:
+        assert ('images' in batch) == bool(keeps) and {'words', 'sample_id', 'text', 'epoch'} <= set(batch)
+        assert len(batch['sample_id']) == len(batch['words']) == len(features['image']) == 16 and state.epoch_steps == 3
+        for i, name in enumerate(batch['sample_id']): assert torch.equal(batch['words'][i], data[0, int(name[1:])]['words'])
+        if keeps: assert batch['images'].shape == (16, 8)
 
 
 # Choosing
@@ -222,6 +238,15 @@ def test_validation_loss_ignores_the_batch_size(batch):
     assert validation_loss(method, valid, StepState(), batch, 1000)['valid_loss'] == pytest.approx(full, abs=1e-10)
     halves = [float(method.losses(method.eval().encode(slice_batch(whole, a, a + 12)), None, None)['loss'].detach()) for a in (0, 12)]
     assert validation_loss(method, valid, StepState(), batch, 12)['valid_loss'] == pytest.approx(np.mean(halves), abs=1e-10)
+
+
+def test_losses_that_draw_are_validated_alike():
+    "Their draws have a key of their own: twice the same, whatever the batch size, and behind it the generator goes on."
+    class Drawing(Small):
+        def losses(self, features, batch, state): return {**super().losses(features, batch, state), 'loss': torch.rand(()), 'drawn': torch.rand(())}
+    method, valid = Drawing(), Pairs(24, seed=1)
+    found = [validation_loss(method, valid, StepState(step=s, seed=2), b, 12) for s, b in ((0, 3), (5, 24))]
+    assert found[0]['valid_drawn'] == found[1]['valid_drawn'] and found[0]['valid_loss'] == found[1]['valid_loss'] != validation_loss(method, valid, StepState(seed=3), 3, 12)['valid_loss']
 
 
 def test_validation_with_texts_of_different_length():
@@ -344,10 +369,10 @@ def test_mammoclip_that_diverges_blames_the_weights(tmp_path, lr):
     from medvl.data.augment.breast_versions import Augment, AugmentConfig
     from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset
     from medvl.data.phantom.breast_prepared import prepared_phantom
-    from medvl.methods.presets import new_mammoclip, preset
-    named, prepared = preset('smoke'), prepared_phantom(tmp_path/'phantom', 8, (64, 48))
-    method = new_mammoclip('smoke', prepared.manifest.report)
-    data = BreastTextDataset(prepared, method.tokenizer, BreastTextConfig(**named.text))
+    from medvl.methods.recipes import new_method, recipe
+    named, prepared = recipe('mammoclip', 'smoke'), prepared_phantom(tmp_path/'phantom', 8, (64, 48))
+    method = new_method('mammoclip', 'smoke', prepared.manifest.report)
+    data = BreastTextDataset(prepared, method.tokenizer, BreastTextConfig(**named.sample_options))
     settings = TrainConfig(max_steps=12, batch_size=4, lr=lr, optimizer='sgd', clip=0, warmup=0, schedule='constant', trackers=(), cpu=True)
     with pytest.raises(DataError, match='weights'):
-        train(method, data, settings, tmp_path/'run', transform=Augment(AugmentConfig(**named.augment)))
+        train(method, data, settings, tmp_path/'run', transform=Augment(AugmentConfig(**named.augment_options)))

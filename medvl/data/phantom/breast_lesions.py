@@ -6,8 +6,7 @@
 __all__ = ['MASS_KINDS', 'CALCIFICATIONS', 'LOOK_ALIKES', 'LESIONS', 'EXTENT', 'Finding', 'quadrant', 'depth_third', 'clock',
            'draw_places', 'draw_mass', 'draw_calcification', 'draw_look_alike', 'Contents', 'draw_contents',
            'place_finding', 'draw_lesion', 'border', 'softness', 'spicules', 'render_mass', 'benign_depth',
-           'render_look_alike', 'spread', 'draw_grains', 'thin', 'render_calcification', 'distractors', 'add_patch',
-           'lesion_layer']
+           'render_look_alike', 'spread', 'draw_grains', 'thin', 'render_calcification', 'distractors', 'lesion_layer']
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #d80614d3
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ import cv2
 import numpy as np
 
 from ...core.seed import key_of, numpy_rng
-from .breast_anatomy import Breast, Frame, PhantomConfig, difficulty_knobs, fractal, skin_depth
+from .blocks import Frame, add_patch, difficulty_knobs, ellipse, fractal, shadows
+from .breast_anatomy import Breast, PhantomConfig, skin_depth
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #d6fcc918
 @dataclass(frozen=True)
@@ -352,12 +352,11 @@ def distractors(
     "Strew soft shadows and single grains."
     x, up = frame.coordinates()
     out, broken = np.zeros((frame.height, frame.width), np.float32), 0.75 + 0.3*fractal(rng, frame, 10.0, 1.0)
-    for _ in range(rng.poisson(mean)):
-        cx, cy, turn = rng.uniform(5, 0.85*breast.depth), rng.uniform(-45, 45), rng.uniform(0, np.pi)
-        long, short = rng.uniform(6, 14), rng.uniform(2.5, 6)
+    place = lambda: (rng.uniform(5, 0.85*breast.depth), rng.uniform(-45, 45))
+    for cx, cy, long, short, turn in shadows(rng, mean, place, (6, 14), (2.5, 6)):
         here = np.ix_(np.abs(up[:, 0] - cy) < 1.7*long, np.abs(x[0] - cx) < 1.7*long)
         dx, dy, c, s = x[:, here[1][0]] - cx, up[here[0][:, 0]] - cy, float(np.cos(turn)), float(np.sin(turn))
-        square = ((dx*c + dy*s)/long)**2 + ((dy*c - dx*s)/short)**2
+        square = ellipse(dx, dy, long, short, c, s)
         out[here] += rng.uniform(0.4, 0.9)*np.exp(-square*np.sqrt(square))*broken[here]
     for _ in range(rng.poisson(1 + mean)):
         column, row = frame.to_pixels(rng.uniform(3, 0.9*breast.depth), rng.uniform(-55, 55))
@@ -367,19 +366,6 @@ def distractors(
             patch = np.exp(-0.5*((k[:, None] - row % 1)**2 + (k - column % 1)**2)/s**2).astype(np.float32)
             add_patch(out, (int(row) - 4, int(column) - 4), patch*float(rng.uniform(0.7, 1.2)))
     return out
-
-# %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #805766de
-def add_patch(
-    image:np.ndarray, # (h,w), changed in place
-    corner:tuple[int, int], # row and column of the patch's first pixel; may lie outside
-    patch:np.ndarray, # (a,b), same dtype
-) -> tuple: # slices of the image and of the patch that overlap
-    "Add a patch where it overlaps the image."
-    cut = [(max(0, c), min(n, c + k)) for c, n, k in zip(corner, image.shape, patch.shape)]
-    here = tuple(slice(a, max(a, b)) for a, b in cut)
-    there = tuple(slice(a - c, max(a, b) - c) for (a, b), c in zip(cut, corner))
-    image[here] += patch[there]
-    return here, there
 
 # %% ../../../nbs/150a_data.phantom.breast_lesions.ipynb #626eab4f
 def lesion_layer(

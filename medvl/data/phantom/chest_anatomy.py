@@ -6,7 +6,7 @@
 __all__ = ['FINDINGS', 'GLOBAL_FINDINGS', 'LOCAL_FINDINGS', 'CHEST_KNOBS', 'SIDES', 'FIELD', 'ZONES', 'SIDE_WORDS', 'ChestConfig',
            'Chest', 'draw_chest', 'outer_wall', 'inner_wall', 'diaphragm', 'heart_shape', 'in_heart', 'in_lung',
            'Canvas', 'rib_curves', 'bones', 'lung_vessels', 'body_outline', 'floor_of', 'lung_masks', 'airways',
-           'breast_shadows', 'healthy_chest', 'zone_of', 'bounds']
+           'breast_shadows', 'healthy_chest', 'zone_of']
 
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #3316b72d
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from .breast_anatomy import Frame, check_picture, fractal
+from .blocks import Frame, check_picture, ellipse, fractal
 
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #f614bc91
 FINDINGS = ('opacity', 'effusion', 'pneumothorax', 'atelectasis', 'nodule', 'oedema', 'cardiomegaly', 'device')
@@ -52,6 +52,8 @@ class ChestConfig:
     lesion_scale: float | None = None  # factor on lesion size; None: by difficulty
     min_pixels: float = 5.0  # a nodule is drawn at least this wide, pixels
     markers: bool = True  # burn the side marker, R or L, into the picture
+
+    knobs = CHEST_KNOBS # at easy and at hard
 
     def __post_init__(self):
         check_picture(self, (*(f'p_{f}' for f in FINDINGS), 'p_ap', 'p_stated', 'p_mimic'), smallest=64)
@@ -138,8 +140,7 @@ def in_heart(
     "Say how far a place is from the heart's centre, in radii."
     (cx, cy), (long, short), tilt = heart_shape(chest, large)
     c, s = float(np.cos(np.radians(tilt))), float(np.sin(np.radians(tilt)))
-    dx, dy = x - cx, y - cy
-    return np.sqrt(((dx*c + dy*s)/long)**2 + ((dy*c - dx*s)/short)**2)
+    return np.sqrt(ellipse(x - cx, y - cy, long, short, c, s))
 
 
 def in_lung(
@@ -328,10 +329,3 @@ def zone_of(chest:Chest, side:str, y:float) -> str:
     "Name the zone of a lung at height `y`, mm."
     bottom = chest.dome + chest.drop*(side == 'L')
     return ZONES[int(np.clip(3*(y - chest.apex)/(bottom - chest.apex), 0, 2))]
-
-
-def bounds(mask:np.ndarray) -> np.ndarray:
-    "Give the bounds of a mask, float32 x0, y0, x1, y1 with exclusive right and lower edges; NaN when it is empty."
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not rows.size: return np.full(4, np.nan, np.float32)
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float32)

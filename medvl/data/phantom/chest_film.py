@@ -11,7 +11,6 @@ __all__ = ['GREY_STEPS', 'AFAR', 'RIM', 'CHEST_SOURCE', 'ChestTruth', 'chest_tru
 import html
 from dataclasses import dataclass, replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ import numpy as np
 
 from ...core.config import config_dict
 from ...core.seed import numpy_rng
-from .chest_anatomy import CHEST_KNOBS, FINDINGS, Canvas, Chest, ChestConfig
-from .chest_anatomy import bounds, draw_chest, healthy_chest
+from .blocks import bounds, difficulty_knobs, phantom_name, scale_tissue
+from .chest_anatomy import FINDINGS, Canvas, Chest, ChestConfig
+from .chest_anatomy import draw_chest, healthy_chest
 from .chest_lesions import chest_layer, draw_chest_findings, draw_mimics
 from .chest_report import chest_report, region_boxes, stated_labels
-from .breast_exam import phantom_name, scale_tissue
-from .breast_anatomy import difficulty_knobs
-from .breast_dataset import empty_dicom, fill_pixels, person, png, write_blocks
+from .disk import file_bytes, empty_dicom, fill_pixels, person, png, write_blocks
 from .breast_report import phantom_report_text
 
 # %% ../../../nbs/158_data.phantom.chest_film.ipynb #703a11d4
@@ -203,7 +201,7 @@ def chest_exam(
     drawn, healthy = draw(large), draw(False)['tissue'] if large else None
     added, masks, harmless = chest_layer(truth.findings, drawn, truth.anatomy, config, numpy_rng(*key, 'shadows'),
                                          truth.mimics)
-    pixels = chest_grey(numpy_rng(*key, 'grey'), drawn, added, harmless, difficulty_knobs(config, CHEST_KNOBS)['noise'],
+    pixels = chest_grey(numpy_rng(*key, 'grey'), drawn, added, harmless, difficulty_knobs(config)['noise'],
                         config.bits, healthy, config.compensate)
     if config.markers: burn_side(numpy_rng(*key, 'marker'), pixels, drawn['canvas'])
     boxes = np.stack([bounds(m) for m in masks]) if len(masks) else np.zeros((0, 4), np.float32)
@@ -286,10 +284,9 @@ def chest_files(
     labels:str, # image or report
 ) -> tuple: # rows of the tables: dict of lists of dict; files: path -> bytes
     "Make everything that one examination adds to a data set."
-    exam, buffer = chest_exam(seed, i, config), BytesIO()
+    exam = chest_exam(seed, i, config)
     row = chest_index(exam, '.png' if fmt == 'png' else '.dcm', labels)
-    if fmt == 'dicom': chest_dicom(exam).save_as(buffer, enforce_file_format=True)
-    files = {row['image_path']: png(exam.pixels) if fmt == 'png' else buffer.getvalue()}
+    files = {row['image_path']: png(exam.pixels) if fmt == 'png' else file_bytes(chest_dicom(exam))}
     if row['mask_path']: files[row['mask_path']] = png(exam.bits)
     files[row['anatomy_path']] = png((exam.lungs['R'] + 2*exam.lungs['L'] + 4*exam.heart).astype(np.uint8))
     return {'index': [row], 'boxes': chest_boxes(exam), 'sentences': chest_sentences(exam)}, files

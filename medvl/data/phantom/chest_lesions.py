@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['GRADES', 'DEVICES', 'MIMICS', 'ChestFinding', 'grade', 'draw_place', 'draw_local', 'draw_wide', 'draw_devices',
            'draw_chest_findings', 'render_opacity', 'render_band', 'render_nodule', 'render_effusion',
-           'render_pneumothorax', 'render_oedema', 'ribbon', 'device_outline', 'render_device', 'draw_mimics', 'blob',
+           'render_pneumothorax', 'render_oedema', 'ribbon', 'device_outline', 'render_device', 'draw_mimics',
            'render_mimic', 'chest_distractors', 'render_finding', 'chest_layer']
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #f8250184
@@ -15,10 +15,10 @@ import cv2
 import numpy as np
 
 from ...core.seed import key_of, numpy_rng
-from .chest_anatomy import CHEST_KNOBS, FINDINGS, SIDES, Canvas, Chest, ChestConfig
+from .blocks import add_patch, blob, difficulty_knobs, ellipse, fractal, shadows
+from .breast_lesions import Finding, render_mass
+from .chest_anatomy import FINDINGS, SIDES, Canvas, Chest, ChestConfig
 from .chest_anatomy import in_lung, outer_wall, zone_of
-from .breast_anatomy import difficulty_knobs, fractal
-from .breast_lesions import Finding, add_patch, render_mass
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #9bb1494b
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def draw_place(
     rng:np.random.Generator, # generator of the finding
     chest:Chest, # the chest
     large:bool, # the heart is enlarged
-    apart:list=(), # places that are taken, [(x, y), ...]
+    apart:list|tuple=(), # places that are taken, [(x, y), ...]
     margin:float=9.0, # mm from the border of the lung
 ) -> tuple: # side, x, y
     "Draw a place inside a lung, far from the places taken if it can be."
@@ -134,7 +134,7 @@ def draw_chest_findings(
     "Draw what is to be found in one chest."
     probable = [getattr(config, f'p_{f}') for f in FINDINGS]
     present = dict(zip(FINDINGS, numpy_rng(*key, 'findings').random(len(FINDINGS)) < probable))
-    scale, large = difficulty_knobs(config, CHEST_KNOBS)['lesion_scale'], bool(present['cardiomegaly'])
+    scale, large = difficulty_knobs(config)['lesion_scale'], bool(present['cardiomegaly'])
     taken, out = [], []
     for label in FINDINGS:
         if not present[label]: continue
@@ -151,8 +151,7 @@ def render_opacity(finding:ChestFinding, canvas:Canvas, cloud:np.ndarray) -> np.
     rng = numpy_rng(finding.key)
     ratio, turn = rng.uniform(0.6, 0.9), rng.uniform(0, np.pi)
     c, s, half = float(np.cos(turn)), float(np.sin(turn)), finding.size/2
-    dx, dy = canvas.x - finding.x, canvas.y - finding.y
-    r = np.sqrt(((dx*c + dy*s)/half)**2 + ((dy*c - dx*s)/(half*ratio))**2) + 0.20*cloud
+    r = np.sqrt(ellipse(canvas.x - finding.x, canvas.y - finding.y, half, half*ratio, c, s)) + 0.20*cloud
     body = np.clip((1.15 - r)/0.55, 0, 1)
     body = body*body*(3 - 2*body)
     return body*(1.0 + 0.10*cloud) if finding.kind == 'consolidation' else body*np.clip(0.62 + 0.26*cloud, 0.2, 1)
@@ -292,13 +291,6 @@ def draw_mimics(
     return out
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #54a7891e
-def blob(canvas:Canvas, x:float, y:float, long:float, short:float, turn:float, soft:float) -> np.ndarray:
-    "Draw a soft ellipse: float32 (h,w), 0..1; half axes and border in mm."
-    c, s, dx, dy = float(np.cos(turn)), float(np.sin(turn)), canvas.x - x, canvas.y - y
-    r = np.sqrt(((dx*c + dy*s)/long)**2 + ((dy*c - dx*s)/short)**2)
-    return np.clip((1 - r)*min(long, short)/soft + 0.5, 0, 1)
-
-
 def render_mimic(
     mimic:ChestFinding, # from draw_mimics
     drawn:dict, # from healthy_chest
@@ -330,11 +322,9 @@ def render_mimic(
 def chest_distractors(rng:np.random.Generator, canvas:Canvas, chest:Chest, mean:float) -> np.ndarray:
     "Strew soft shadows over the chest, float32 (h,w), 0..1 in units of a lesion's contrast."
     out = np.zeros(canvas.shape, np.float32)
-    for _ in range(rng.poisson(mean)):
-        cx, cy, turn = rng.uniform(-0.95, 0.95)*chest.width, rng.uniform(chest.apex, chest.dome), rng.uniform(0, np.pi)
-        long, short, c, s = rng.uniform(10, 24), rng.uniform(4, 9), np.cos(turn), np.sin(turn)
-        dx, dy = canvas.x - cx, canvas.y - cy
-        square = ((dx*c + dy*s)/long)**2 + ((dy*c - dx*s)/short)**2
+    place = lambda: (rng.uniform(-0.95, 0.95)*chest.width, rng.uniform(chest.apex, chest.dome))
+    for cx, cy, long, short, turn in shadows(rng, mean, place, (10, 24), (4, 9)):
+        square = ellipse(canvas.x - cx, canvas.y - cy, long, short, np.cos(turn), np.sin(turn))
         out += rng.uniform(0.25, 0.55)*np.exp(-square**1.5).astype(np.float32)
     return out
 
@@ -364,10 +354,10 @@ def chest_layer(
     chest:Chest, # the chest
     config:ChestConfig, # difficulty
     rng:np.random.Generator, # generator of the image's shadows
-    mimics:list=(), # of ChestFinding, from draw_mimics
+    mimics:list|tuple=(), # of ChestFinding, from draw_mimics
 ) -> tuple: # findings float32 (h,w), share of the grey scale; masks bool (k,h,w); what is no finding float32 (h,w)
     "Draw all findings of an image, and apart from them what is none."
-    canvas, knobs = drawn['canvas'], difficulty_knobs(config, CHEST_KNOBS)
+    canvas, knobs = drawn['canvas'], difficulty_knobs(config)
     cloud = fractal(rng, canvas.frame, 22.0, 1.5, 0.6)
     harmless = chest_distractors(rng, canvas, chest, knobs['distractors'])
     for m in mimics: harmless = harmless + render_mimic(m, drawn, chest)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .chest_anatomy import FINDINGS, SIDE_WORDS, ZONES, Chest, bounds
+from .blocks import bounds
+from .chest_anatomy import FINDINGS, SIDE_WORDS, ZONES, Chest
 from .chest_lesions import ChestFinding
 from .breast_report import Sentence, one_of, pad, size_words, wording
 
@@ -323,7 +324,7 @@ def chest_report(
     findings:list, # of ChestFinding
     view:str, # PA or AP
     p_stated:float=0.7, # probability that an absent finding is ruled out
-    mimics:list=(), # what looks like a finding and is none, from draw_mimics
+    mimics:list|tuple=(), # what looks like a finding and is none, from draw_mimics
 ) -> list: # of ChestSentence, in the order of the report
     "Write the report of one image."
     characters, closing = rng.uniform(410, 570), rng.uniform(115, 190)

@@ -213,10 +213,10 @@ def run_jobs(
     if backend == 'sequential' or n_jobs == 1 and backend != 'dask':
         yield from map(work if backend == 'sequential' else _safe_work, jobs)
         return
-    if backend == 'loky': jobs = [replace(job, guard=True) for job in jobs]
     chunk = max(32, 8*n_jobs)
     for start in range(0, len(jobs), chunk):
-        yield from _run_chunk(jobs[start:start + chunk], n_jobs, backend)
+        part = jobs[start:start + chunk]
+        yield from _run_chunk([replace(j, guard=True) for j in part] if backend == 'loky' else part, n_jobs, backend)
 
 # %% ../../../nbs/113_data.prepare.job.ipynb #2e6bcc36
 def _run_chunk(jobs, n_jobs, backend):

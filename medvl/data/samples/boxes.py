@@ -10,9 +10,11 @@ import numpy as np
 
 from ...core.errors import DataError, unknown_name
 from ...core.seed import numpy_rng
-from ..augment.breast_versions import Augment, AugmentConfig, map_boxes
+from ..augment.breast_versions import Augment, AugmentConfig
+from ..augment.transform import Version
 from ..prepared import Prepared
 from .breast import ImageDataset
+from .image import check_areas
 
 # %% ../../../nbs/146a_data.samples.boxes.ipynb #c2b5465e
 def box_classes(prepared:Prepared, # Prepared
@@ -26,13 +28,7 @@ def box_classes(prepared:Prepared, # Prepared
     if not len(boxes):
         raise DataError('no boxes: nothing can be detected', file=prepared.folder/'boxes.parquet',
                         fix='Prepare a data set that has boxes.csv.')
-    bad = np.flatnonzero(~((boxes.x1 > boxes.x0) & (boxes.y1 > boxes.y0)).to_numpy())
-    if bad.size:
-        box = [round(float(v), 3) for v in boxes[['x0', 'y0', 'x1', 'y1']].iloc[bad[0]]]
-        raise DataError(f'a box without area: {box} of image {boxes.image_id.iloc[bad[0]]!r}',
-                        file=prepared.folder/'boxes.parquet', row=int(bad[0]),
-                        column='x1' if box[2] <= box[0] else 'y1',
-                        fix='Correct the box, or leave it out and prepare again.')
+    check_areas(prepared)
     known = sorted(boxes.label.unique())
     names = known if concepts == 'all' else [concepts] if isinstance(concepts, str) else list(concepts)
     for name in names:
@@ -89,23 +85,8 @@ class DetectionAugment(Augment):
         if not 0 <= keep <= 1: raise ValueError(f'keep is a share, not {keep}.')
         self.keep = keep
 
-    def __call__(self, batch, seed=0, epoch=None): # boxes: b lists of v arrays (k,4); box_labels: b lists of v lists
-        "Augment a batch on the device where its images lie."
-        out = super().__call__(batch, seed, epoch)
-        if 'boxes' not in batch: return out
-        matrices, size = out['transforms'].double().cpu().numpy(), batch['images'].shape[-2:]
-        out['boxes'], out['box_labels'] = [], []
-        for boxes, labels, m in zip(batch['boxes'], batch['box_labels'], matrices):
-            seen = [self._left(b, m[j], *size) for j, b in enumerate(boxes)]
-            out['boxes'].append([b for b, _ in seen])
-            out['box_labels'].append([[name for name, k in zip(names, kept) if k]
-                                      for names, (_, kept) in zip(labels, seen)])
-        return out
-
-    def _left(self, boxes, matrix, height, width):
-        moved, share = map_boxes(boxes, matrix, height, width)
-        kept = (share >= self.keep) & ((moved[:, 2:] - moved[:, :2]) >= 1).all(1)
-        return moved[kept].astype(np.float32), kept
+    # boxes move by `transforms` as the batch holds them, in single precision
+    def box_matrix(self, version:Version) -> np.ndarray: return version.matrix.astype(np.float32).astype(float)
 
 # %% ../../../nbs/146a_data.samples.boxes.ipynb #a3d15d24
 def true_boxes(prepared:Prepared, # Prepared, e.g. the test part

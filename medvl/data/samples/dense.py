@@ -4,17 +4,14 @@
 
 # %% auto #0
 __all__ = ['TRUTH', 'boxes_by_image', 'planes_of_boxes', 'mask_reading', 'planes_of_mask', 'box_names', 'check_classes',
-           'DenseDataset', 'truth_table', 'dense_html']
+           'DenseDataset', 'truth_table']
 
 # %% ../../../nbs/149c_data.samples.dense.ipynb #66b30a8b
 import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError, unknown_name
-from ...core.paths import digest
-from ...core.seed import numpy_rng
-from ..batch import collate
-from .chest import choose_share
+from .image import NO_BOXES, ImageSamples, box_groups, check_areas
 from ..prepared import Prepared, read_prepared_table
 from ..pixels.shapes import box_mask
 
@@ -26,19 +23,9 @@ def boxes_by_image(
     """Collect the boxes of each image.
 
     Raises: DataError for a box without area, naming image and row."""
-    boxes, found = prepared.boxes, {}
-    if boxes is None or not len(boxes): return found
-    bad = np.flatnonzero(~((boxes.x1 > boxes.x0) & (boxes.y1 > boxes.y0)).to_numpy())
-    if bad.size:
-        box = [round(float(v), 3) for v in boxes[['x0', 'y0', 'x1', 'y1']].iloc[bad[0]]]
-        raise DataError(f'a box runs backwards or holds nothing: {box} of image {boxes.image_id.iloc[bad[0]]!r}.',
-                        row=int(bad[0]),
-                        column='x1' if box[2] <= box[0] else 'y1',
-                        fix='Exchange its ends, or leave it out, and prepare again.')
-    for image, group in boxes[boxes.label.isin(list(classes))].groupby('image_id'):
-        # torch refuses read-only arrays
-        found[image] = group[['x0', 'y0', 'x1', 'y1']].to_numpy(np.float32, copy=True), group.label.tolist()
-    return found
+    if prepared.boxes is None or not len(prepared.boxes): return {}
+    check_areas(prepared, 'a box runs backwards or holds nothing')
+    return box_groups(prepared, classes)
 
 
 def planes_of_boxes(
@@ -119,7 +106,7 @@ def check_classes(prepared:Prepared, classes:tuple, truth:str) -> None:
         if c not in known: raise ValueError(unknown_name('class with boxes', c, known))
 
 # %% ../../../nbs/149c_data.samples.dense.ipynb #9a6284aa
-class DenseDataset:
+class DenseDataset(ImageSamples):
     "One sample: a chest X-ray with a mask for each class, and its boxes."
     def __init__(self,
         prepared:Prepared, # images, manifest, masks or boxes
@@ -133,57 +120,39 @@ class DenseDataset:
         flip_horizontal:float=0.0, # probability, in training
         seed:int=0, # of the share and the flips
     ):
-        truth = 'mask' if truth == 'masks' else truth # as data.task_data says
-        self.prepared, self.truth, self.train, self.seed, self.flip = prepared, truth, train, seed, flip_horizontal
-        self.classes = self.labels = (classes,) if isinstance(classes, str) else tuple(classes)
-        check_classes(prepared, self.classes, truth)
-        self.reading = mask_reading(prepared, self.classes, numbers) if truth == 'mask' else []
-        self.boxes = boxes_by_image(prepared, self.classes)
+        self.truth = 'mask' if truth == 'masks' else truth # as data.task_data says
+        self.classes = (classes,) if isinstance(classes, str) else tuple(classes)
+        check_classes(prepared, self.classes, self.truth)
+        self.reading = mask_reading(prepared, self.classes, numbers) if self.truth == 'mask' else []
+        super().__init__(prepared, (), train, (flip_horizontal, 0.0), seed, view_names, fraction, fraction_by,
+                         boxes=boxes_by_image(prepared, self.classes))
+        self.labels = self.classes
         self.options = [self.reading, tuple(view_names), fraction, fraction_by, flip_horizontal, seed]
-        m = prepared.manifest
-        here = np.flatnonzero(m['view'].isin(view_names)) if view_names else np.arange(len(m))
-        if not len(here):
-            raise DataError('no image of the wanted views.' if view_names else 'the data set has no images.',
-                            column='view', fix='Look at the split and the views.')
-        here = here[choose_share(m.patient_id.iloc[here].tolist(), fraction, fraction_by, seed)]
-        self.table = m[['row', 'mask_row', 'image_id', 'patient_id', 'view']].iloc[here].to_dict('records')
-        self.collate = collate
-
-    def __len__(self): return len(self.table)
-
-    @property
-    def digest(self) -> str:
-        return digest([type(self).__name__, self.prepared.digest, list(self.classes), self.truth, self.train,
-                       self.options])
 
     def planes(self,
         index:int, # of a sample
     ) -> np.ndarray: # uint8 (C,h,w)
         "Give the truth of a sample."
-        row = self.table[index]
+        row = self.rows[index]
         shape, name = np.shape(self.prepared.images[int(row['row'])]), row['image_id']
-        if self.truth == 'boxes':
-            return planes_of_boxes(*self.boxes.get(name, (np.zeros((0, 4)), [])), self.classes, shape)
-        return planes_of_mask(self.prepared.masks[int(row['mask_row'])] if row['mask_row'] >= 0 else None, self.reading,
-                              shape, name)
+        if self.truth == 'boxes': return planes_of_boxes(*self.boxes.get(name, NO_BOXES), self.classes, shape)
+        return planes_of_mask(self.mask(index), self.reading, shape, name)
 
-    def __getitem__(self, key):
-        epoch, index = key if isinstance(key, tuple) else (0, key)
-        if not -len(self) <= index < len(self): raise IndexError(f'There is no sample {index} among {len(self)}.')
-        index = index % len(self)
-        row, masks = self.table[index], self.planes(index)
-        boxes, names = self.boxes.get(row['image_id'], (np.zeros((0, 4), np.float32), []))
-        flip = self.train and bool(numpy_rng('sample', self.seed, epoch, index).random() < self.flip)
-        return dict(images=[self.prepared.images[int(row['row'])]], view=[row['view']], patient_id=row['patient_id'],
-                    sample_id=row['image_id'], index=index,
-                    epoch=epoch, flip=np.array([[flip, False]]), masks=masks, boxes=[boxes], box_labels=[names],
-                    labels=masks.any((1, 2)).astype(np.float32))
+    def sample(self, epoch:int, index:int) -> dict:
+        "Make one sample, for `collate`: a label says whether the plane shows anything."
+        masks = self.planes(index)
+        return super().sample(epoch, index) | dict(masks=masks, labels=masks.any((1, 2)).astype(np.float32))
 
-    def __repr__(self):
-        return (f"DenseDataset({len(self)} images, {len({r['patient_id'] for r in self.table})} patients, "
-                f"{self.truth}: {', '.join(self.classes)})")
+    def decided(self) -> list: return [list(self.classes), self.truth, self.train, self.options]
 
-    def _repr_html_(self): return dense_html(self)
+    def told(self) -> str: return f"{self.truth}: {', '.join(self.classes)}"
+
+    def facts(self) -> dict:
+        "Count images, masks and boxes; no mask is read."
+        boxes = [n for r in self.rows for n in self.boxes.get(r['image_id'], NO_BOXES)[1]]
+        return {'images / patients': f'{len(self)} / {self.patients}', 'truth': self.truth,
+                **({'masks': sum(r['mask_row'] >= 0 for r in self.rows)} if self.truth == 'mask' else {}),
+                **{f'boxes: {c}': boxes.count(c) for c in self.classes}}
 
 # %% ../../../nbs/149c_data.samples.dense.ipynb #4840bf84
 def truth_table(
@@ -197,14 +166,3 @@ def truth_table(
     return pd.DataFrame({'images': shown.sum(0), 'boxes': [boxes.count(c) for c in data.classes],
                          '% of shown': 100*area.sum(0)/np.maximum(shown.sum(0), 1), '% of all': 100*area.mean(0)},
                          index=list(data.classes)).round(2)
-
-
-def dense_html(data:DenseDataset) -> str:
-    "Show the counts of a dense dataset as a small table; no mask is read."
-    boxes = [n for r in data.table for n in data.boxes.get(r['image_id'], (None, []))[1]]
-    facts = {'images / patients': f"{len(data)} / {len({r['patient_id'] for r in data.table})}", 'truth': data.truth,
-             **({'masks': sum(r['mask_row'] >= 0 for r in data.table)} if data.truth == 'mask' else {}),
-             **{f'boxes: {c}': boxes.count(c) for c in data.classes}}
-    return ('<table>'
-            + ''.join(f'<tr><td style="text-align:left"><b>{k}</b></td><td style="text-align:left">{v}</td></tr>'
-                      for k, v in facts.items()) + '</table>')

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ...core.errors import DataError, unknown_name
 from ...core.paths import digest
-from .breast import ImageDataset
+from .image import ImageSamples, box_groups
 from ..prepared import Prepared
 
 # %% ../../../nbs/149_data.samples.targets.ipynb #157ba55e
@@ -169,19 +169,31 @@ def with_labels(
                     prepared.sentences)
 
 # %% ../../../nbs/149_data.samples.targets.ipynb #56b7d7a9
-class TargetImages(ImageDataset):
+class TargetImages(ImageSamples):
     "One sample: an image with any targets; `labels` (k,) hold 1/0/NaN, or one class number."
+    sided = True
+
     def __init__(self,
         prepared:Prepared, # images, manifest
         labels:str|list|tuple, # names
         classes:tuple|list=(), # values of the one column in `labels`; (): binary labels
         train:bool=False, # draw flips
-        **options, # of ImageDataset
+        boxes:bool=False, masks:bool=False, # give boxes and their labels, masks
+        flip_horizontal:float=0.5, flip_vertical:float=0.5, # probabilities, in training
+        seed:int=0, # of the flips
     ):
-        super().__init__(prepared, (), train, **options)
-        self.labels = (labels,) if isinstance(labels, str) else tuple(labels)
-        self.classes, self.values = tuple(classes), target_matrix(prepared.manifest, self.labels, classes)
+        self.classes, names = tuple(classes), (labels,) if isinstance(labels, str) else tuple(labels)
+        super().__init__(prepared, names, train, (flip_horizontal, flip_vertical), seed, masks=masks,
+                         boxes=box_groups(prepared) if boxes else None,
+                         values=target_matrix(prepared.manifest, names, classes))
+
+    def facts(self) -> dict:
+        "Count images, and what is stated."
+        if not self.classes: return super().facts()
+        count = {c: int((self.values == k).sum()) for k, c in enumerate(self.classes)}
+        return {'images / patients': f'{len(self)} / {self.patients}',
+                self.labels[0]: ', '.join(f'{c} {n}' for c, n in count.items()),
+                'not stated': int(np.isnan(self.values).sum())}
 
     @property
-    def digest(self) -> str:
-        return digest([ImageDataset.digest.fget(self), list(self.classes), self.values.astype(str).tolist()])
+    def digest(self) -> str: return digest([super().digest, list(self.classes), self.values.astype(str).tolist()])

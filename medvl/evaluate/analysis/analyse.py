@@ -30,7 +30,7 @@ from ...train.feed import make_loader
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #329de44b
 def _images_of(method, images):
     "Regions, grid and pooled vectors of images (b,v,1,h,w)."
-    if callable(getattr(method, 'read_images', None)): return method.read_images(images)
+    if 'read_images' in capabilities(method): return method.read_images(images)
     maps, b = method.feature_maps(images), len(images)
     regions = maps.flatten(2).mT.unflatten(0, (b, -1)).flatten(1, 2)
     return dict(regions=regions, grid=tuple(maps.shape[2:]) if len(maps) == b else None,
@@ -39,10 +39,10 @@ def _images_of(method, images):
 
 def _texts_of(method, batch, out):
     "Add what the method makes of reports, if it reads them."
-    if callable(getattr(method, 'read_texts', None)) and 'sentence' in batch.get('tokens', {}):
+    if 'read_texts' in capabilities(method) and 'sentence' in batch.get('tokens', {}):
         text = method.read_texts(batch['tokens'])
         out |= dict(sentence_features=text['sentences'], mask=text['mask'], text_features=unit(text['pooled']),
-                    texts=unit(method.text_projection(text['pooled'])))
+                    texts=method.text_vectors(text))
         if text['weights'] is not None: out['sentence_weights'] = text['weights']
         return text
     if 'encode_text' in capabilities(method) and 'text' in batch:
@@ -60,7 +60,7 @@ def read_batch(
     if image['weights'] is not None: out['region_weights'] = image['weights']
     text = _texts_of(method, batch, out)
     if 'texts' in out:
-        out['images'] = (unit(method.image_projection(image['pooled'])) if text is not None
+        out['images'] = (method.image_vectors(image) if text is not None
                          else method.encode_image(batch['images']))
     if text is None or not getattr(method, 'local', False): return out
     return out | method.align(image, text)

@@ -153,7 +153,7 @@ def collect_runs(
         logs = [p for p in (run/'training'/'metrics.jsonl', run/'metrics.jsonl') if p.exists()]
         if not found and not logs:
             raise DataError('neither a training nor a localized evaluation', file=run,
-                            fix='Give folders of pretrain_chest or localized runs.')
+                            fix='Give folders of pretrain or localized runs.')
         if logs: curves.append(read_curves(logs[0]).assign(run=name))
         for e in found:
             label = (f'{e.about["model"]} ({run.name})' if names is None else name if len(found) == 1
@@ -178,7 +178,7 @@ def plot_learning(
     if not names:
         raise DataError('no run logged these metrics',
                         fix=f'Choose from {", ".join(sorted(curves.name.unique()))}.' if len(curves)
-                        else 'Give runs of pretrain_chest.')
+                        else 'Give runs of pretrain.')
     rows = -(-len(names) // columns)
     fig, axes = figure(rows, min(columns, len(names)), height=2.5 * rows, squeeze=False)
     for ax in axes.flat[len(names):]: ax.axis('off')

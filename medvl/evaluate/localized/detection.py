@@ -26,6 +26,7 @@ from ..metrics.segmentation import predictions
 from ...methods.base import Method
 from ...show.exam import draw_view
 from ...show.style import figure
+from ...train.distributed import joined
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #65c93cb3
 OVERLAPS = tuple(round(.4 + .05 * i, 2) for i in range(8)) # .4, .45 … .75
@@ -219,21 +220,28 @@ def find_boxes(method: Method, # Method with `predict` and `names`
     """Ask a detector about all images.
 
     Raises: DataError when samples have no boxes or one is without area, or there is no sample."""
-    classes, truth, found, images = tuple(classes or method.names), [], [], []
-    for batch, answers in predictions(method, dataset, batch_size):
-        if 'boxes' not in batch: raise DataError('the samples have no boxes', fix='Use a data set with boxes.')
-        for i, (name, answer) in enumerate(zip(batch['sample_id'], answers)):
-            images.append((name, batch['patient_id'][i]))
-            for box, label in zip(np.asarray(batch['boxes'][i][0], float).reshape(-1, 4), batch['box_labels'][i][0]):
-                if label in classes: truth.append((name, label, *box))
-            boxes, scores, labels = (answer[k].cpu().numpy() for k in ('boxes', 'scores', 'labels'))
-            found += [(name, method.names[c], s, *b)
-                      for b, s, c in zip(boxes.tolist(), scores.tolist(), labels.tolist())
-                      if method.names[c] in classes]
+    classes = tuple(classes or method.names)
+    parts = joined(lambda: [_asked(method, classes, *pair) for pair in predictions(method, dataset, batch_size)])
+    truth, found, images = ([row for part in parts for row in part[i]] for i in range(3))
     if not images: raise DataError('the data set has no images')
     columns = ['image_id', 'label', *BOX]
     return (pd.DataFrame(truth, columns=columns), pd.DataFrame(found, columns=[*columns[:2], 'score', *BOX]),
             pd.DataFrame(images, columns=['image_id', 'patient_id']))
+
+
+def _asked(method, classes, batch, answers):
+    "True boxes, found boxes and images of a batch, each a list of rows."
+    truth, found, images = [], [], []
+    if 'boxes' not in batch: raise DataError('the samples have no boxes', fix='Use a data set with boxes.')
+    for i, (name, answer) in enumerate(zip(batch['sample_id'], answers)):
+        images.append((name, batch['patient_id'][i]))
+        for box, label in zip(np.asarray(batch['boxes'][i][0], float).reshape(-1, 4), batch['box_labels'][i][0]):
+            if label in classes: truth.append((name, label, *box))
+        boxes, scores, labels = (answer[k].cpu().numpy() for k in ('boxes', 'scores', 'labels'))
+        found += [(name, method.names[c], s, *b)
+                  for b, s, c in zip(boxes.tolist(), scores.tolist(), labels.tolist())
+                  if method.names[c] in classes]
+    return truth, found, images
 
 # %% ../../../nbs/541_evaluate.localized.detection.ipynb #57565f09
 @dataclass(repr=False)

@@ -25,6 +25,7 @@ from ...losses.segmentation import check_masks
 from ...methods.base import Method, evaluating, require
 from ...show.exam import draw_view
 from ...show.style import figure
+from ...train.distributed import joined, own_batches
 from ...train.feed import make_loader
 
 # %% ../../../nbs/540_evaluate.metrics.segmentation.ipynb #a1bad014
@@ -62,9 +63,9 @@ def predictions(method: Method, # Method with `predict`
                 batch_size: int = 16, # images at once
                 workers: int = 0, # loader processes
                 ) -> Iterator[tuple]: # yields (batch, what the method says about it)
-    "Go through a data set once."
+    "Go through a data set once; each of several processes through its own batches (`train.distributed.joined`)."
     require(method, 'predict', by='a localized evaluation')
-    keys = [[(0, i) for i in range(a, min(a + batch_size, len(dataset)))] for a in range(0, len(dataset), batch_size)]
+    keys = [[(0, i) for i in rows] for rows in own_batches(len(dataset), batch_size)]
     ask = getattr(method, 'predict_batch', None) or (lambda batch: method.predict(batch['images']))
     with evaluating(method):
         for batch in progress(make_loader(dataset, keys, workers), desc='predict', total=len(keys), unit='batch'):
@@ -93,17 +94,25 @@ def count_dataset(
     data set lacks."""
     given = isinstance(source, (np.ndarray, torch.Tensor))
     classes = tuple(classes or getattr(source, 'names', None) or dataset.classes)
-    places, parts, rows = _chosen(classes, dataset), [], []
+    places = _chosen(classes, dataset)
     if given and len(source) != len(dataset):
         raise DataError(f'{len(source)} probability maps for {len(dataset)} images')
-    stream = (predictions(source, dataset, batch_size) if not given
-              else _given(torch.as_tensor(source), dataset, batch_size))
-    for batch, found in stream:
-        if 'masks' not in batch: raise DataError('the samples have no masks', fix='Use a data set with masks.')
-        parts.append(count_masks(found, batch['masks'][:, places], threshold).cpu())
-        rows += list(zip(batch['sample_id'], batch['patient_id']))
+    def compute():
+        return [_counted(batch, found, places, threshold)
+                for batch, found in predictions(source, dataset, batch_size)]
+    parts = ([_counted(batch, found, places, threshold)
+              for batch, found in _given(torch.as_tensor(source), dataset, batch_size)] if given else joined(compute))
     if not parts: raise DataError('the data set has no images')
-    return PixelCounts(torch.cat(parts).numpy(), classes, pd.DataFrame(rows, columns=['image_id', 'patient_id']))
+    rows = [row for _, part in parts for row in part]
+    return PixelCounts(torch.cat([counts for counts, _ in parts]).numpy(), classes,
+                       pd.DataFrame(rows, columns=['image_id', 'patient_id']))
+
+
+def _counted(batch, found, places, threshold):
+    "Counts of a batch, and (image, patient) of its samples."
+    if 'masks' not in batch: raise DataError('the samples have no masks', fix='Use a data set with masks.')
+    return (count_masks(found, batch['masks'][:, places], threshold).cpu(),
+            list(zip(batch['sample_id'], batch['patient_id'])))
 
 
 def _given(probabilities, dataset, batch_size):

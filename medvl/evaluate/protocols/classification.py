@@ -26,6 +26,7 @@ from ..stats.selection import assert_apart, splits_of
 from ..stats.tables import METRICS_BINARY, Evaluation, evaluate_scored, wide
 from .zero_shot import scores_frame
 from ...methods.base import Method, evaluating, require
+from ...train.distributed import joined, own_batches
 
 # %% ../../../nbs/525_evaluate.protocols.classification.ipynb #0b7a5d3d
 def predict_images(
@@ -41,18 +42,24 @@ def predict_images(
     require(method, 'predict', by='predict_images')
     if precision not in AUTOCAST: raise ValueError(unknown_name('precision', precision, AUTOCAST))
     if not len(prepared): raise DataError('no images to predict.')
+    return np.concatenate(joined(_predicted, method, prepared, batch_size, precision)).astype(np.float64)
+
+
+def _predicted(method, prepared, batch_size, precision):
+    "Predict the batches of this process: list of float32 (n,k)."
     ids, device, found = prepared.manifest.image_id.astype(str).to_numpy(), device_of(method), []
-    bar = progress(desc='predict', total=len(prepared), unit='img')
+    mine = np.array([i for rows in own_batches(len(prepared), batch_size) for i in rows], int)
+    bar = progress(desc='predict', total=len(mine), unit='img')
     with evaluating(method), torch.autocast(device.type, AUTOCAST[precision],
                                             enabled=AUTOCAST[precision] is not None):
-        for rows, pixels in pixel_batches(prepared, np.arange(len(prepared)), batch_size):
+        for rows, pixels in pixel_batches(prepared, mine, batch_size):
             x = torch.from_numpy(pixels if pixels.dtype == np.uint8
                                  else pixels.astype(np.float32)*(255/65535)).unsqueeze(1)
             p = method.predict(x.to(device)).float().cpu().numpy()
             check_finite({'prediction': p}, rows, ids)
             found.append(p); bar.update(len(rows))
     bar.close()
-    return np.concatenate(found).astype(np.float64)
+    return found
 
 # %% ../../../nbs/525_evaluate.protocols.classification.ipynb #051eebbe
 def scored_predictions(

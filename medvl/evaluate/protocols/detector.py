@@ -23,6 +23,7 @@ from ..metrics.froc import detection_table, froc_curve, froc_table, reference_ma
 from ...methods.base import Method, require
 from ...show.exam import draw_view
 from ...show.style import BRIGHT, figure
+from ...train.distributed import joined, own_batches
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #2f17fb0c
 def detect(method: Method, # Method with `predict` and `names`, e.g. RetinaNet
@@ -32,9 +33,16 @@ def detect(method: Method, # Method with `predict` and `names`, e.g. RetinaNet
            ) -> pd.DataFrame:
     "Search all images of a data set."
     require(method, 'predict', by='detection')
+    parts, columns = joined(_detected, method, prepared, batch_size), ['image_id', 'label', 'score', *BOX]
+    return (pd.concat(parts, ignore_index=True)[columns].astype({'label': object}) if parts
+            else pd.DataFrame(columns=columns))
+
+
+def _detected(method, prepared, batch_size):
+    "Search the batches of this process: list of tables, one an image."
     rows, parts = prepared.manifest[['row', 'image_id']], []
-    for start in progress(range(0, len(rows), batch_size), desc='detect', unit='batch'):
-        part = rows.iloc[start:start + batch_size]
+    for batch in progress(own_batches(len(rows), batch_size), desc='detect', unit='batch'):
+        part = rows.iloc[batch]
         pixels = prepared.images.read(part.row.to_numpy())
         images = torch.from_numpy(pixels if pixels.dtype == np.uint8
                                   else pixels.astype(np.float32) * (255 / 65535))[:, None]
@@ -43,9 +51,7 @@ def detect(method: Method, # Method with `predict` and `names`, e.g. RetinaNet
             parts.append(
                 table.assign(image_id=name, label=np.array(method.names, object)[found['labels'].cpu().numpy()],
                              score=found['scores'].cpu().double().numpy()))
-    columns = ['image_id', 'label', 'score', *BOX]
-    return (pd.concat(parts, ignore_index=True)[columns].astype({'label': object}) if parts
-            else pd.DataFrame(columns=columns))
+    return parts
 
 # %% ../../../nbs/535b_evaluate.protocols.detector.ipynb #faff25df
 @dataclass(repr=False)

@@ -28,6 +28,7 @@ from ...core.progress import progress
 from ...data.prepared import Prepared
 from ...data.store import disk_full
 from ...methods.base import evaluating, require
+from ...train.distributed import exchange_of, from_first, joined
 
 # %% ../../../nbs/505_evaluate.protocols.embeddings.ipynb #edd5eff4
 EMBED_VERSION = 1
@@ -133,10 +134,10 @@ def _vectors(method, images, what, precision):
     return {k: out[k].float().cpu().numpy() for k in what}
 
 # %% ../../../nbs/505_evaluate.protocols.embeddings.ipynb #f34c9ae1
-def pixel_batches(prepared: Prepared, todo: np.ndarray, batch_size: int) -> Iterator:
-    "Read batches one ahead, in a thread; yields (rows of the manifest, pixels)."
+def pixel_batches(prepared: Prepared, todo: np.ndarray, batch_size: int, first: int = 0, step: int = 1) -> Iterator:
+    "Read every `step`-th batch one ahead, in a thread; yields (rows of the manifest, pixels)."
     store_rows = prepared.manifest.row.to_numpy()
-    groups = [todo[i:i + batch_size] for i in range(0, len(todo), batch_size)]
+    groups = [todo[i:i + batch_size] for i in range(0, len(todo), batch_size)][first::step]
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(prepared.images.read, store_rows[groups[0]]) if groups else None
         for i, rows in enumerate(groups):
@@ -204,32 +205,48 @@ def _new_array(path, shape, dtype):
 
 # %% ../../../nbs/505_evaluate.protocols.embeddings.ipynb #4f597771
 def _fill(method, prepared, folder, what, batch_size, precision, flush_every=16):
-    "Compute the rows that are not marked yet."
-    ids, n = prepared.manifest.image_id.astype(str).to_numpy(), len(prepared)
+    "Compute the rows that are not marked yet; processes share the batches, and the first one writes."
+    ids, n, exchange = prepared.manifest.image_id.astype(str).to_numpy(), len(prepared), exchange_of()
     with evaluating(method):
-        sizes = {k: v.shape[1] for k, v in _vectors(method, prepared.images.read(prepared.manifest.row.to_numpy()[:1]),
-                                                    what, precision).items()}
-        arrays = _open_arrays(folder, sizes, n)
-        done, todo, waiting = arrays['done'], np.flatnonzero(arrays['done'] == 0), []
+        one = prepared.images.read(prepared.manifest.row.to_numpy()[:1])
+        sizes = {k: v.shape[1] for k, v in _vectors(method, one, what, precision).items()}
+        arrays = _open_arrays(folder, sizes, n) if exchange.rank == 0 else {'done': np.zeros(n, np.uint8)}
+        todo = from_first(np.flatnonzero(arrays['done'] == 0))
         bar = progress(desc='embed', total=n, initial=n - len(todo), unit='img')
-        def save():
-            for k in what: arrays[k].flush()
-            for rows in waiting: done[rows] = 1
-            done.flush(); waiting.clear()
-        try:
-            for i, (rows, pixels) in enumerate(pixel_batches(prepared, todo, batch_size)):
+        mine = pixel_batches(prepared, todo, batch_size, exchange.rank, exchange.world)
+        rounds = -(-len(todo) // (batch_size * exchange.world))
+        def compute(found, count):
+            for _, (rows, pixels) in zip(range(count), mine):
                 vectors = _vectors(method, pixels, what, precision)
                 check_finite(vectors, rows, ids)
-                for k, v in vectors.items(): arrays[k][rows] = v
-                waiting.append(rows); bar.update(len(rows))
-                if i % flush_every == flush_every - 1: save()
-        finally: save(); bar.close()
+                found.append((rows, vectors))
+                bar.update(len(rows))
+            return found
+        try:
+            for done in range(0, rounds, flush_every):
+                part, count = [], min(flush_every, rounds - done)
+                try: found = joined(compute, part, count)
+                except BaseException: # what this process has is not lost
+                    _keep(arrays, what, part, exchange.rank)
+                    raise
+                _keep(arrays, what, found, exchange.rank)
+        finally: bar.close()
+
+
+def _keep(arrays, what, found, rank):
+    "Write vectors, and then mark their rows: [(rows, {name: vectors})]."
+    if rank: return
+    for rows, vectors in found:
+        for k in what: arrays[k][rows] = vectors[k]
+    for k in what: arrays[k].flush()
+    for rows, _ in found: arrays['done'][rows] = 1
+    arrays['done'].flush()
 
 # %% ../../../nbs/505_evaluate.protocols.embeddings.ipynb #335b072f
 def open_embeddings(
     folder: str|Path, # one key's folder
     method: torch.nn.Module|None = None, # refuse the vectors of any other model
-    prepared: Prepared = None, # refuse the vectors of any other images
+    prepared: Prepared | None = None, # refuse the vectors of any other images
 ) -> Embeddings:
     """Open finished embeddings without reading them.
 
@@ -278,11 +295,14 @@ def embed(
     if not len(prepared): raise DataError('no images to embed.')
     facts = embedding_facts(method, prepared, precision)
     home = Path(folder or outputs_path('embeddings'))/digest({**facts, 'what': sorted(what)})[:20]
-    with _locked(home):
-        if not (home/'embeddings.json').exists():
-            _fill(method, prepared, home, what, batch_size, precision)
+    first = exchange_of().rank == 0
+    with _locked(home) if first else contextlib.nullcontext():
+        there = from_first((home/'embeddings.json').exists())
+        if not there: _fill(method, prepared, home, what, batch_size, precision)
+        if not there and first:
             with atomic_path(home/'ids.parquet') as temporary:
                 prepared.manifest[['image_id', 'row', 'pixel_sha256']].to_parquet(temporary, index=False)
             shapes = {w: list(np.load(home/f'{w}.npy', mmap_mode='r').shape) for w in what}
             write_json(home/'embeddings.json', {**facts, 'arrays': shapes})
+        from_first(None) # nobody opens what is not finished
     return open_embeddings(home, prepared=prepared)

@@ -182,7 +182,7 @@ def retrieval_protocol(
     reports: str = 'all',  # 'unique': only units whose text no other exam has
     ks: Sequence[int] = (1, 5, 10, 15),     # cut-offs; the original's
     sections: Sequence[str] = ('findings', 'impression'), # of the reports
-    embeddings: Embeddings = None, # made before by `embed`, or read from a file
+    embeddings: Embeddings | None = None, # made before by `embed`, or read from a file
     folder: str | Path | None = None, batch_size: int = 16, # of `embed` and `embed_texts`
     n_boot: int = 2000, level: float = .95, seed: int = 0, # of the intervals
     check: bool = True,    # compare the splits for leaks first

@@ -259,7 +259,7 @@ def zero_shot(
     # split to judge on; None: all rows, as an external test set (the model must have seen none of them)
     split: str | None = 'test',
     unit: str = 'image', how: str = 'mean', # image, breast, exam or patient; mean or max of its images' scores
-    embeddings: Embeddings = None, # made before by `embed`
+    embeddings: Embeddings | None = None, # made before by `embed`
     folder: str | Path | None = None, batch_size: int = 16, precision: str = 'fp32', # of `embed`
     metrics: Sequence[str] = METRICS_BINARY, by: Sequence[str] | None = None, # of binary tasks; subgroup columns
     n_boot: int = 2000, level: float = .95, seed: int = 0, # of the intervals

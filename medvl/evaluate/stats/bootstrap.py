@@ -117,7 +117,7 @@ def interval(
     value: float,       # the value of the sample itself
     draws: np.ndarray,  # (n_boot,) values of the resamples; NaN where the metric did not exist
     level: float = .95, # confidence level
-    left_out: np.ndarray = None, # (c,) jackknife values: BCa; None: percentile
+    left_out: np.ndarray | None = None, # (c,) jackknife values: BCa; None: percentile
 ) -> tuple: # low, high
     "Turn resamples into an interval."
     draws = draws[~np.isnan(draws)]
@@ -153,7 +153,7 @@ def settled(
     patients: int, # patients drawn
     behind: int | None = None, # patients the number rests on; None: all; 0: it is no mean within limits
     limits: tuple | None = (0., 1.), # of what a patient can have; None: unknown
-    left_out: np.ndarray = None, # as in `interval`
+    left_out: np.ndarray | None = None, # as in `interval`
 ) -> tuple: # low, high, 'exact' or '' (made from quantiles or not at all), note
     "Turn resamples into an interval; where they all agree, into an exact bound or into none."
     known = draws[~np.isnan(draws)]

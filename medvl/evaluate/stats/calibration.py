@@ -52,7 +52,7 @@ def reliability(
 # %% ../../../nbs/503_evaluate.stats.calibration.ipynb #5bd3e310
 def plot_reliability(
     table: pd.DataFrame, # from `reliability`
-    label: str = None,   # name in the legend
+    label: str | None = None,   # name in the legend
     ax: object = None,   # matplotlib axes
 ) -> object: # the axes
     "Draw a reliability table; the diagonal is perfect calibration."

@@ -48,7 +48,7 @@ def _utilities(c, rule, target):
 def choose_threshold(
     valid: Scored,         # validation scores of one task
     rule: str = 'youden',  # youden, f1, specificity or sensitivity
-    target: float = None,  # 0..1, for the last two rules
+    target: float | None = None,  # 0..1, for the last two rules
 ) -> Threshold:
     """Choose a threshold on validation data; of equal ones the highest.
 

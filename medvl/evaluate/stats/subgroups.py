@@ -100,7 +100,7 @@ def subgroups(
 # %% ../../../nbs/502_evaluate.stats.subgroups.ipynb #832ce5a0
 def plot_subgroups(
     table: pd.DataFrame, # from `subgroups`, one metric and task
-    overall: float = None, # value of all rows, drawn as a dashed line
+    overall: float | None = None, # value of all rows, drawn as a dashed line
     ax: object = None,   # matplotlib axes
 ) -> object: # the axes
     "Draw values and intervals of subgroups; small groups are grey."

@@ -127,7 +127,7 @@ def _binary_parts(test, valid, rules, by, options):
 # %% ../../../nbs/508_evaluate.stats.tables.ipynb #daee4a25
 def evaluate_scored(
     tests: dict,            # task -> Scored on test rows (all on the same rows)
-    valids: dict = None,    # task -> Scored on validation rows, for thresholds and calibration maps
+    valids: dict | None = None,    # task -> Scored on validation rows, for thresholds and calibration maps
     metrics: tuple|list = METRICS_BINARY, # of binary tasks
     rules: tuple|list = RULES, # (rule, target, metrics): thresholds to choose and what to report at them
     by: tuple|list|None = None, # subgroup columns; None: those that say something; () none

@@ -22,13 +22,13 @@ from ...core.seed import key_of
 from ..base import CONFIG, Method, StepState, evaluating, from_pretrained
 from ...models.resnet import load_resnet
 from ...models.scaling import scale_images
-from ...models.unet import STRIDE, read_stages, stage_channels
+from ...models.unet import STRIDES, read_stages, stage_channels
 from ...models.vision import build_image_encoder
 
 # %% ../../../nbs/335a_methods.parts.dense.ipynb #19a47f90
 class DenseMethod(Method):
     "An encoder with stages and a head; a derived class sets `head` and calls `begin`."
-    chunkable, gathered_batch = True, ()
+    chunkable = True
 
     def train(self, mode: bool = True) -> 'DenseMethod':
         "Change the mode; what is frozen stays as in evaluation."
@@ -48,7 +48,7 @@ class DenseMethod(Method):
         "List the parameters that move while the encoder rests."
         return [n for n, _ in self.named_parameters() if not n.startswith('image_encoder.')]
 
-    def after_step(self, features: dict, state: StepState) -> None:
+    def after_step(self, features: dict, batch: dict, state: StepState) -> None:
         "Count the steps."
         self.steps.fill_(state.step + 1)
 
@@ -59,7 +59,8 @@ class DenseMethod(Method):
 
     def image_features(self, images: torch.Tensor) -> torch.Tensor: # as above -> (b,f)
         "Give the encoder's pooled features."
-        return self.image_encoder.pool(self.run_stages(images, ('conv5',))['conv5'])
+        last = getattr(self.image_encoder, 'last', 'conv5')
+        return self.image_encoder.pool(self.run_stages(images, (last,))[last])
 
     def feature_maps(self, images: torch.Tensor,
                      level: int | str = -1) -> torch.Tensor: # level -1: the last stage, or a stage's name
@@ -127,7 +128,8 @@ def features(self: DenseMethod, images: torch.Tensor) -> dict: # as above
 
 def size_of(stages: dict) -> tuple: # dict of `stages_of` -> (h,w), pixels
     "Give the size of the images behind some stages."
-    return tuple(STRIDE * n for n in stages['conv5'].shape[-2:])
+    name = next(n for n in stages if n in STRIDES)
+    return tuple(STRIDES[name] * n for n in stages[name].shape[-2:])
 
 # %% ../../../nbs/335a_methods.parts.dense.ipynb #8f2e291b
 def encoder_of(source: Method | str | Path, # trained Method with `image_encoder`, or its folder; name

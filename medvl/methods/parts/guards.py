@@ -9,6 +9,7 @@ __all__ = ['check_samples', 'check_sentences']
 import torch
 
 from ...core.errors import DataError
+from ...core.later import check_later
 
 # %% ../../../nbs/300a_methods.parts.guards.ipynb #46519676
 def check_samples(batch: dict, # dict with sample_id, perhaps tokens
@@ -27,15 +28,18 @@ def check_samples(batch: dict, # dict with sample_id, perhaps tokens
     networks = len(flags)
     if text is not None and not allow_empty:
         flags.append((batch['tokens']['attention_mask'].sum(-1) <= 2).any(-1).to(image.device))
-    flags = torch.stack(flags)
-    if not flags.any(): return
+    flags, names = torch.stack(flags), batch.get('sample_id') or [f'number {i} of the batch' for i in range(len(image))]
+    check_later(flags.any(), lambda: _blame(flags, networks, names, module))
+
+
+def _blame(flags, networks, names, module):
+    "Say which weights, or which samples, are not as they should be: flags (questions,b), the networks' first."
     spoilt = [n for n, p in module.named_parameters() if not torch.isfinite(p).all()] if module is not None else []
     if spoilt:
         raise DataError(f'the weights are not finite any more ({", ".join(spoilt[:3])}), so no sample gives finite '
                         'features', fix='Lower lr or set clip.')
     # BatchNorm spreads one sample's fault, and diverged weights spoil all: the training loop finds out which
-    if len(image) > 1 and flags[:networks].all(1).any(): return
-    names = batch.get('sample_id') or [f'number {i} of the batch' for i in range(len(image))]
+    if flags.shape[1] > 1 and flags[:networks].all(1).any(): return
     reasons = ('the image gives features that are not finite', 'the text gives features that are not finite',
                'the report is empty')
     for reason, row in zip(reasons, flags.tolist()):
@@ -50,7 +54,8 @@ def check_sentences(batch: dict, # with sample_id, or without
                     ) -> None:
     "Refuse reports without sentences. Raises: DataError naming the samples."
     empty = ~mask.any(1) if mask.shape[1] else torch.ones(len(mask), dtype=torch.bool)
-    if not empty.any(): return
     names = batch.get('sample_id') or [f'number {i} of the batch' for i in range(len(mask))]
-    raise DataError(f'a report without sentences: {", ".join(str(n) for n, e in zip(names, empty.tolist()) if e)}',
-                    fix='Leave these samples out, or train them on labels.')
+    def complain():
+        raise DataError(f'a report without sentences: {", ".join(str(n) for n, e in zip(names, empty.tolist()) if e)}',
+                        fix='Leave these samples out, or train them on labels.')
+    check_later(empty.any(), complain)

@@ -25,10 +25,11 @@ from ...models.vision import build_image_encoder
 # %% ../../../nbs/319_methods.parts.image.ipynb #35085fb5
 def new_probe(
     method:Method, # with an image encoder
+    width: int | None = None, # of the features that it reads; None: the encoder's
 ) -> nn.Linear|None: # None: its configuration names no labels
     "Make the layer that reads the labels of the configuration's `probe`."
     labels = getattr(method.config, 'probe', ())
-    return nn.Linear(method.image_encoder.num_features, len(labels)) if labels else None
+    return nn.Linear(width or method.image_encoder.num_features, len(labels)) if labels else None
 
 
 class ImageMethod(Method):
@@ -46,16 +47,20 @@ class ImageMethod(Method):
         self.image_side = ImageSide(self.image_encoder, partial(scale_images, mean=c.image_mean, std=c.image_std))
         self.probe = new_probe(self)
 
-    def image_features(self, images: torch.Tensor) -> torch.Tensor:
-        "Give the pooled features, (b,f)."
-        return self.image_side.pooled(images)
+    def image_features(self, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+        "Give the pooled features, (b,f), averaged over the views that are there."
+        return self.image_side.pooled(images, present)
     def feature_maps(self, images: torch.Tensor, level: int | str = -1) -> torch.Tensor:
         "Give the map of one scale, (b·v,c,h',w')."
         return self.image_side.maps(images, level)
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor: # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
-        "Give a unit vector an image, float32 (b,f)."
-        return unit(self.image_features(images))
+    def encode_image(self,
+        images: torch.Tensor, # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
+        present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
+        views: list | None = None, # b lists of v words; views are read alike
+    ) -> torch.Tensor:
+        "Give a unit vector a sample, float32 (b,f)."
+        return unit(self.image_features(images, present))
 
     def save_assets(self, folder: Path) -> Any:
         "Write the configuration of a library's encoder; give the configuration to store."

@@ -13,16 +13,20 @@ from typing import Any, Callable
 import torch
 from torch import nn
 
+from ...core.errors import unknown_name
 from ...core.patch import patch
+from ...data.batch import present_rows
 from ...models.efficientnet import EFFICIENTNETS
+from ...models.pooling import mean_views, over_views
+from ...models.resnet import RESNETS
 from ...models.text import load_transformer
-from ...models.vision import TransformersVision, build_image_encoder
+from ...models.vision import VISION_POOLINGS, TransformersVision, build_image_encoder
 
 # %% ../../../nbs/301_methods.parts.image_side.ipynb #33e75e30
 @dataclass
 class ImageConfig:
     "What a method's configuration says of its image side; the defaults are those of the chest methods."
-    image_encoder: str = 'resnet-50'  # resnet-18, -34, -50, -101, -tiny; any other name of
+    image_encoder: str = 'resnet-50'  # resnet-18, -34, -50, -101, -152, -tiny; any other name of
                                       # build_image_encoder, hub name or folder
     image_pretrained: bool = False  # load weights that belong to the name (hub, folder, lite0)
     image_weights: str = ''  # local file to start from, e.g. ImageNet's with torchvision's names
@@ -34,23 +38,30 @@ class ImageConfig:
 @dataclass
 class EfficientNetConfig(ImageConfig):
     "An image side whose encoder may be an EfficientNet; the defaults are Mammo-CLIP's."
-    image_encoder: str = 'efficientnet-b2'  # efficientnet-b0 … b7, -lite0, -tiny; a hub name or a folder with a
-                                            # transformers backbone
+    image_encoder: str = 'efficientnet-b2'  # efficientnet-b0 … b7, -lite0, -tiny; a ResNet; a hub name or a folder
+                                            # with a transformers backbone
     image_mean: float = 0.3089279  # of min-max scaled images
     image_std: float = 0.25053555408335154  # of min-max scaled images
-    image_pooling: str = 'auto'  # for transformers backbones: auto, first, pooled, mean
+    image_pooling: str = 'auto'  # for transformers backbones: auto, first, pooled, mean; for EfficientNets and
+                                 # ResNets: auto (the mean), or gem
     dropout: float | None = None  # on the image feature; None is the architecture's
     drop_connect: float | None = None  # None is the architecture's
     bn_momentum: float | None = None  # None is the architecture's: 0.01 needs hundreds of steps
     padding: str = 'clip'  # EfficientNet's static paddings: clip or detector
+    gem_power: float = 3.0  # of image_pooling='gem': 1 is the mean, large numbers the maximum (p)
+    learn_gem: bool = False  # learn that power (p_trainable)
 
 
 def new_efficientnet(c: EfficientNetConfig) -> nn.Module:
     "Build the encoder that a configuration names; the options of an EfficientNet go to EfficientNets only."
+    if c.image_pooling not in (*VISION_POOLINGS, 'gem'):
+        raise ValueError(unknown_name('image_pooling', c.image_pooling, (*VISION_POOLINGS, 'gem')))
     options = dict(padding=c.padding, dropout=c.dropout, drop_connect=c.drop_connect, bn_momentum=c.bn_momentum)
+    if c.image_encoder not in EFFICIENTNETS: options = {}
+    if c.image_pooling == 'gem' and c.image_encoder in (*EFFICIENTNETS, *RESNETS):
+        options |= dict(gem=c.gem_power, learn_gem=c.learn_gem)
     return build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing,
-                               c.image_pooling,
-                               **(options if c.image_encoder in EFFICIENTNETS else {}))
+                               c.image_pooling, **options)
 
 # %% ../../../nbs/301_methods.parts.image_side.ipynb #d802cd80
 class ImageSide:
@@ -80,10 +91,12 @@ def scaled(self: ImageSide,
 @patch(ImageSide)
 def pooled(self: ImageSide,
              images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
+             present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
              ) -> torch.Tensor: # (b,f)
-    "Give the encoder's pooled features; views are averaged."
-    f = self.encoder(self.scaled(images))
-    return f if images.dim() == 4 else f.unflatten(0, images.shape[:2]).mean(1)
+    "Give the encoder's pooled features; the views that are there are averaged."
+    run = lambda x: self.encoder(self.scaled(x))
+    if images.dim() != 5: return run(images)
+    return mean_views(over_views(run, images, None if present is None else present_rows(present)), present)
 
 
 @patch(ImageSide)

@@ -202,7 +202,8 @@ def stored_config(
             'model': {'name': 'clip_custom', 'temperature': c.temperature,
                       'image_encoder': {'source': 'cnn', 'name': name, 'pretrained': False, 'model_type': 'cnn'},
                       'text_encoder': text,
-                      'projection_head': {'name': c.projection, 'dropout': c.projection_dropout, 'proj_dim': c.dim}},
+                      **({} if c.projection == 'none' else {'projection_head': {
+                          'name': c.projection, 'dropout': c.projection_dropout, 'proj_dim': c.dim}})},
             'loss': {'breast_clip': {'label_smoothing': c.label_smoothing, 'i2i_weight': c.i2i_weight,
                                      't2t_weight': c.t2t_weight,
                                      'loss_ratio': 1.0}}}
