@@ -133,7 +133,7 @@ def read_mimic_cxr(
 
     Raises: DataError for missing tables or columns, when no image or no report is there; ValueError for unknown
         options.
-    Source: LoVT spec, section 1.1."""
+    Source: Müller et al., ECCV 2022, and its published code."""
     for word, value, known in (('text', text, ('required', 'optional', 'none')), ('special', special, ('drop', 'keep')),
                                ('labels', labels, ('chexpert', 'negbio', 'none'))):
         if value not in known: raise ValueError(unknown_name(f'value of {word}', value, known))

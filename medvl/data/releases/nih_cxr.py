@@ -98,7 +98,7 @@ def read_nih_cxr(
 
     Raises: DataError for a missing table or column, or when no image is there; ValueError for an unknown choice of
         images.
-    Source: LoVT spec, section 2.6."""
+    Source: Müller et al., ECCV 2022, and its published code."""
     if images not in ('boxed', 'boxed_and_normal', 'all'):
         raise ValueError(unknown_name('choice of images', images, ('boxed', 'boxed_and_normal', 'all')))
     root, report, derived = Path(root), Report('NIH ChestX-ray'), Derived(root, derived)

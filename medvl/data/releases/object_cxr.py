@@ -98,7 +98,7 @@ def read_object_cxr(
     """Read Object-CXR.
 
     Raises: DataError for a missing train.csv or column, or when no image is there.
-    Source: README of the challenge; LoVT spec, sections 2.6 and 6."""
+    Source: README of the challenge; Müller et al., ECCV 2022, and its published code."""
     root, report, derived = Path(root), Report('Object-CXR' + (' (legacy)' if legacy else '')), Derived(root, derived)
     df = _read_rows(root, report)
     found = find_files(root, ('*.jpg', '*.jpeg'), report)

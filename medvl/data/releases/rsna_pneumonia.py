@@ -72,7 +72,7 @@ def read_rsna_pneumonia(
     """Read RSNA Pneumonia.
 
     Raises: DataError for a missing table or column, or when no image is there.
-    Source: LoVT spec, section 2.6."""
+    Source: Müller et al., ECCV 2022, and its published code."""
     root, report, derived = Path(root), Report('RSNA Pneumonia'), Derived(root, derived)
     path = find_table(root, 'stage_2_train_labels', 'stage_1_train_labels')
     table, names, bad = read_boxes(path, report)

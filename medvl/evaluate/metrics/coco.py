@@ -59,7 +59,7 @@ def arrange_boxes(truth: pd.DataFrame, # DataFrame image_id, label, x0, y0, x1, 
                   found: pd.DataFrame, # DataFrame image_id, label, score, x0, y0, x1, y1
                   # DataFrame image_id, patient_id: all images, or a list of ids (each its own patient)
                   images: pd.DataFrame | Sequence,
-            labels: Sequence[str] | None = None, # classes to score; None: those of the truth and of the detections
+                  labels: Sequence[str] | None = None, # classes to score; None: those of truth and detections
                   max_detections: int = 100, # of a class in an image
                   # equal scores: 'together', whatever the order of rows and images; 'listed', as pycocotools
                   ties:str='together',
