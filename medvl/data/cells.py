@@ -58,7 +58,7 @@ def quoted(
     "Quote a cell in a message."
     return hide_names(value) if isinstance(value, (int, float)) else repr(hide_names(value))
 
-
+# %% ../../nbs/106_data.cells.ipynb #1060b1c3
 def without_text_of(
     reason:str, # why a file is set aside
     data:bytes, # the beginning of the file

@@ -277,7 +277,7 @@ def cap_age(
     if not match: return ''
     return '090Y' if match[2] == 'Y' and int(match[1]) > 89 else age.strip()
 
-
+# %% ../../../nbs/100a_data.dicom.header.ipynb #100a0b1d
 CODES = { # fields that may hold only these words
     'PresentationIntentType': ('FOR PRESENTATION', 'FOR PROCESSING'), 'PatientSex': ('M', 'F', 'O'),
     'ImageLaterality': ('L', 'R', 'B', 'U'), 'Laterality': ('L', 'R', 'B'),

@@ -86,7 +86,7 @@ def match_grey(
     used = wanted > 0
     return np.interp(rank, there[used], np.flatnonzero(used)*((high - low)/(GREY_STEPS - 1)) + low)[here]
 
-
+# %% ../../../nbs/158_data.phantom.chest_film.ipynb #1580b1c3
 def match_picture(
     picture:np.ndarray, # float (h,w): with findings
     like:np.ndarray, # float (h,w): the same without
@@ -110,7 +110,7 @@ def match_picture(
     out[inside] = match_grey(now, like[inside])
     return out
 
-
+# %% ../../../nbs/158_data.phantom.chest_film.ipynb #1580b1c5
 def chest_grey(
     rng:np.random.Generator, # generator of the display
     drawn:dict, # from healthy_chest
