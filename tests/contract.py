@@ -77,6 +77,8 @@ def new_case(folder, name):
     data = breasts(str(folder))
     base = new_mammoclip('smoke', data.manifest.report)
     torch.manual_seed(0)
+    with torch.no_grad():
+        for p in base.image_encoder.parameters(): p += .2 * torch.randn_like(p) # an untrained one hardly tells images apart
     return MammoFactor(MammoFactorConfig(prompts={'mass': ['mass']}, grid=(4, 3), width=base.config.dim, temperature=1.0), base), TargetImages(data, ('mass',)), None
 
 
@@ -217,25 +219,35 @@ def check_saved(method, batch, folder, trains=True):
     same(a, b, 'saved and opened')
 
 
-def _run(make, data, transform, folder, steps, killed=None):
+def train_small(make, data, transform, folder, steps, killed=None, **changes):
+    "Three samples a step, a checkpoint every second one; killed by the system at the validation of step `killed`."
     def dies(method, state):
         if killed and state.step >= killed: os.kill(os.getpid(), signal.SIGKILL)
-        return {'valid_loss': 1 / (1 + state.step)}
-    settings = TrainConfig(epochs=100, max_steps=steps, batch_size=3, lr=1e-3, warmup=1, trackers=(), cpu=True, save_every=2, valid_every=3, ema=.9)
+        return {'valid_loss': 1 / (1 + state.step), 'valid_auroc': .5}
+    settings = TrainConfig(**dict(epochs=100, max_steps=steps, batch_size=3, lr=1e-3, warmup=1, trackers=(), cpu=True, save_every=2, valid_every=3, ema=.9) | changes)
     train(make(), data, settings, folder, None, transform, dies)
 
 
-def check_resumed(make, data, transform, folder):
-    "Killed in its third step by the system, and gone on with from other initial weights: the bits of a run that was not."
-    _run(partial(make, 0), data, transform, folder/'whole', 3)
-    child = multiprocessing.get_context('fork').Process(target=_run, args=(partial(make, 0), data, transform, folder/'cut', 3, 3))
+def killed_run(make, data, transform, folder, **changes):
+    "Leave a run folder whose process the system killed in its third step."
+    child = multiprocessing.get_context('fork').Process(target=partial(train_small, **changes), args=(make, data, transform, folder, 3, 3))
     child.start()
     child.join(60)
     assert child.exitcode == -signal.SIGKILL, child.exitcode
-    _run(partial(make, 1), data, transform, folder/'cut', 3)
-    (files, rows), (other, others) = contents(folder/'whole'), contents(folder/'cut')
+
+
+def check_same_end(whole, cut):
+    (files, rows), (other, others) = contents(whole), contents(cut)
     assert files == other, f'other bits: {[k for k in files if files[k] != other.get(k)]}'
     assert rows == others, 'other metrics'
+
+
+def check_resumed(make, data, transform, folder):
+    "Killed in its third step, and gone on with from other initial weights: the bits of a run that was not."
+    train_small(partial(make, 0), data, transform, folder/'whole', 3)
+    killed_run(partial(make, 0), data, transform, folder/'cut')
+    train_small(partial(make, 1), data, transform, folder/'cut', 3)
+    check_same_end(folder/'whole', folder/'cut')
 
 
 def part_gradient(method, batch):
