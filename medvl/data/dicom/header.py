@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['VALUE_TYPES', 'DEFLATED', 'EXPLICIT', 'ALLOWED', 'CODES', 'NUMBERS', 'VIEW_CODES', 'VIEWS', 'MODIFIERS',
-           'MODIFIER_CODES', 'MAGNIFIED', 'Limits', 'check_size', 'check_file_size', 'looks_like_elements', 'is_dicom',
-           'inflate', 'inflate_frame', 'OpenDicom', 'parse_header', 'peek', 'walk', 'read_file_meta_info_at',
-           'open_dicom', 'plain', 'cap_age', 'known_code', 'fits_element', 'value_of', 'header_fields', 'hash_id',
-           'view_in_text', 'view_of', 'modifiers_in_text', 'view_modifier_of', 'magnification', 'spacing_pair',
-           'spacing_of']
+           'MODIFIER_CODES', 'MAGNIFIED', 'Limits', 'TooLarge', 'check_size', 'check_file_size', 'looks_like_elements',
+           'is_dicom', 'inflate', 'inflate_frame', 'OpenDicom', 'parse_header', 'peek', 'walk',
+           'read_file_meta_info_at', 'open_dicom', 'plain', 'cap_age', 'known_code', 'fits_element', 'value_of',
+           'header_fields', 'hash_id', 'view_in_text', 'view_of', 'modifiers_in_text', 'view_modifier_of',
+           'magnification', 'spacing_pair', 'spacing_of']
 
 # %% ../../../nbs/100a_data.dicom.header.ipynb #e15e9e7c
 import hashlib
@@ -47,6 +47,10 @@ class Limits:
     seconds: float = 60.0         # wall-clock time of one file in a worker
 
 
+class TooLarge(DataError):
+    "An image of more pixels than a limit allows."
+
+
 def check_size(
     rows:int, # declared rows
     columns:int, # declared columns
@@ -55,14 +59,14 @@ def check_size(
 ) -> None:
     """Refuse sizes that are nothing or too much.
 
-    Raises: DataError."""
+    Raises: DataError; TooLarge for too much."""
     if rows < 1 or columns < 1:
         raise DataError(f'image of {rows} × {columns} pixels is empty.', file=file,
                         fix='It is a failed export: leave it out.')
     if max(rows, columns) > limits.side or rows*columns > limits.pixels:
-        raise DataError(f'image declares {rows} × {columns} pixels, more than {limits.pixels:,} or {limits.side:,} a '
-                        'side.', file=file,
-                        fix='Raise Limits.pixels or Limits.side if the file is genuine.')
+        raise TooLarge(f'image declares {rows} × {columns} pixels, more than {limits.pixels:,} or {limits.side:,} a '
+                       'side.', file=file,
+                       fix='Raise Limits.pixels or Limits.side if the file is genuine.')
 
 # %% ../../../nbs/100a_data.dicom.header.ipynb #c373af8d
 def check_file_size(

@@ -158,6 +158,7 @@ def answer_to(
 def serve() -> None:
     """Answer requests from standard input until it closes."""
     end_with_parent() # in the middle of a file too
+    os.environ['MEDVL_WORKER'] = '1' # images are read here, not in a worker of the worker
     source, sink = os.dup(0), os.dup(1)
     os.dup2(2, 1)
     if resource: resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
