@@ -1,5 +1,6 @@
 """A clean install: the wheel holds modules and experiments, imports without developer tools, and `import medvl` is quick."""
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -23,7 +24,10 @@ sys.meta_path.insert(0, Blocked())
 def site(tmp_path_factory):
     "The wheel, unpacked."
     folder = tmp_path_factory.mktemp('wheel')
-    done = subprocess.run([sys.executable, '-m', 'pip', 'wheel', str(REPO), '--no-deps', '--no-build-isolation', '-q', '-w', str(folder)],
+    tree = folder/'tree' # a copy: what an earlier build left in the checkout would come along
+    for part in ('medvl', 'nbs/experiments'): shutil.copytree(REPO/part, tree/part, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    for name in ('pyproject.toml', 'setup.py', 'settings.ini', 'README.md', 'LICENSE'): shutil.copy(REPO/name, tree)
+    done = subprocess.run([sys.executable, '-m', 'pip', 'wheel', str(tree), '--no-deps', '--no-build-isolation', '-q', '-w', str(folder)],
                           capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     wheel, = folder.glob('*.whl')
