@@ -263,7 +263,7 @@ def part_gradient(method, batch):
 def check_pair(one, two):
     "What both processes of a pair found is what one finds: name -> (gradients, loss)."
     for found in two:
-        for name, (gradient, loss) in one.items(): close(found[name][0], gradient, f'{name} in two processes')
+        for name, (gradient, _) in one.items(): close(found[name][0], gradient, f'{name} in two processes')
     for name, (_, loss) in one.items():
         mean = sum(found[name][1] for found in two) / len(two)
         assert abs(mean - loss) <= 1e-3 * max(1, abs(loss)), f'{name}: loss {mean} in two processes, {loss} in one'

@@ -10,7 +10,7 @@ import contract
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import ALL, FACTOR, HEADS, TRAINED, all_recipes, from_recipe, new_batch, new_case
+from contract import ALL, FACTOR, HEADS, TRAINED, from_recipe, new_batch, new_case
 from torch import nn
 from training import Pairs, Small
 
