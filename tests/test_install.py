@@ -42,6 +42,20 @@ def test_wheel_holds_the_experiments(site):
     assert ours and {p.name for p in (site/'medvl'/'experiments').glob('*.ipynb')} == ours
 
 
+def test_wheel_holds_every_package(site):
+    "Nothing is listed by hand: every module of the tree is there, every package can be found, the mark of typed code too, and nothing that the tree has no more."
+    own = lambda folder: {str(p.relative_to(folder)) for p in folder.rglob('*') if p.suffix in ('.py', '.typed') and 'experiments' not in p.parts}
+    tree = own(REPO/'medvl')
+    assert {'py.typed', '__init__.py', 'data/releases/__init__.py', 'methods/parts/__init__.py', 'evaluate/stats/__init__.py'} <= tree and own(site/'medvl') == tree
+    assert {p.parent for p in (REPO/'medvl').rglob('*.py')} == {p.parent for p in (REPO/'medvl').rglob('__init__.py')}, 'a folder of modules without __init__.py is no package'
+
+
+def test_a_method_of_another_room_is_found_by_its_name(site):
+    "What the package announces of itself: a saved Mammo-FActOR opens without an import by hand."
+    done = run(site, "from medvl.methods.base import method_class; print(method_class('mammo_factor').__module__)")
+    assert done.stdout.strip() == 'medvl.attribute.mammo_factor', done.stderr[-2000:]
+
+
 def test_every_module_imports_without_developer_tools(site):
     code = BLOCK + """
 import medvl
