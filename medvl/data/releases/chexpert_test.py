@@ -18,7 +18,7 @@ from .chexpert_labels import CHEXPERT_FINDINGS, read_labels
 from .release import Part, Release, find_table, read_table
 from ..schema import Report, Source, empty
 
-# %% ../../../nbs/189f_data.releases.chexpert_test.ipynb #8b5cf061
+# %% ../../../nbs/189f_data.releases.chexpert_test.ipynb #c74e26c9
 CHEXPERT_TEST = Release(
     'CheXpert test set as chexpert_test.h5 (CheXzero)', 'https://github.com/rajpurkarlab/CheXzero',
     'registration with Stanford AIMI (images); the labels lie in rajpurkarlab/cheXpert-test-set-labels',
@@ -28,7 +28,6 @@ CHEXPERT_TEST = Release(
     Part('chexpert_test.npy', 'the same, read without h5py', 1, needed=False),
     Part('groundtruth.csv', 'one row an image, in the same order', 1, 500, known='paper')),
     'medvl.data.releases.chexpert_test.read_chexpert_test')
-CHEXPERT_TEST.table
 
 # %% ../../../nbs/189f_data.releases.chexpert_test.ipynb #1d617c7a
 def read_chexpert_test(

@@ -20,7 +20,7 @@ from .vindr import require
 from ..schema import CHEST_VIEWS, Report, Source, empty
 from ..text.reports import no_report
 
-# %% ../../../nbs/189a_data.releases.mimic_array.ipynb #b1572c92
+# %% ../../../nbs/189a_data.releases.mimic_array.ipynb #9712bb1b
 _COLUMNS = ('split', 'findings', 'impression', 'views', 'dicom_id', 'filename')
 MIMIC_ARRAY = Release(
     'MIMIC-CXR as cxr.h5 (CheXzero, Medical X-VL)', 'https://physionet.org/content/mimic-cxr-jpg/2.0.0/',
@@ -32,7 +32,6 @@ MIMIC_ARRAY = Release(
     Part('cxr.npy', 'the same, read without h5py', 1, needed=False),
     Part('mimic_impressions_final.csv', 'one row an image, in the same order', 1, columns=_COLUMNS,
          known='code of Medical X-VL')), 'medvl.data.releases.mimic_array.read_mimic_array')
-MIMIC_ARRAY.table
 
 # %% ../../../nbs/189a_data.releases.mimic_array.ipynb #abb027da
 _SPLIT = {'train': 'train', 'validate': 'valid', 'validation': 'valid', 'valid': 'valid', 'test': 'test'}

@@ -19,7 +19,7 @@ from .vindr import require
 from ..schema import Report, Source, empty
 from ..text.reports import as_text, no_report
 
-# %% ../../../nbs/189c_data.releases.openi_lists.ipynb #868726c4
+# %% ../../../nbs/189c_data.releases.openi_lists.ipynb #f3a8ab46
 OPENI_LISTS = Release(
     'Open-I, lists of Medical X-VL', 'https://github.com/sangjoon-park/Medical_X-VL', 'none: clone the repository; '
     'images from https://openi.nlm.nih.gov', 'CC BY-NC-ND 4.0 (reports and images)',
@@ -30,7 +30,6 @@ OPENI_LISTS = Release(
     Part('indiana_projections.csv', 'frontal or lateral, copy on Kaggle', 1, needed=False, known='7,466 rows'),
     Part('CXR*.png', 'radiographs: NLMCXR_png/CXR1_1_IM-0001-3001.png', needed=False)),
     'medvl.data.releases.openi_lists.read_openi_selected')
-OPENI_LISTS.table
 
 # %% ../../../nbs/189c_data.releases.openi_lists.ipynb #38463d70
 _GUESS = ('order', 'none')

@@ -22,7 +22,7 @@ from ..schema import Report, Source, empty
 from ..text.captions import caption_sentences, pre_caption
 from ..text.reports import as_text, no_report
 
-# %% ../../../nbs/189b_data.releases.report_lines.ipynb #10367505
+# %% ../../../nbs/189b_data.releases.report_lines.ipynb #35d4cd3d
 MEDVILL = Release(
     'MIMIC-CXR as MedViLL divided it', 'https://github.com/SuperSupermoon/MedViLL', 'the lists hold reports: PhysioNet '
     'account with training and a signed agreement', 'PhysioNet Credentialed Health Data License; no redistribution',
@@ -30,7 +30,6 @@ MEDVILL = Release(
     Part('Train.jsonl', 'id, split, label, text, img', 1, known='code of Medical X-VL (2022)'),
     Part('Valid.jsonl', 'the same', 1, needed=False), Part('Test.jsonl', 'the same', 1, needed=False),
     Part('*.jpg', 'radiographs', needed=False)), 'medvl.data.releases.report_lines.read_medvill')
-MEDVILL.table
 
 # %% ../../../nbs/189b_data.releases.report_lines.ipynb #0cfb6627
 def read_lines(

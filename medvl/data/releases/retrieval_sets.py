@@ -22,7 +22,7 @@ from .release import Part, Release, find_files, find_table, read_table
 from .vindr import require
 from ..schema import Report, Source, empty
 
-# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #a0581187
+# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #47ccaa13
 FINDINGS_8 = ('No Finding', 'Cardiomegaly', 'Edema', 'Pneumonia', 'Atelectasis', 'Pneumothorax', 'Pleural Effusion',
               'Fracture')
 FINDINGS_5 = ('Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Pleural Effusion')
@@ -37,7 +37,6 @@ CHEXPERT_8X200 = Release(
          known='repository'),
     Part('patient*/study*/view*.jpg', 'images of CheXpert', 1600, known='paper')),
     'medvl.data.releases.retrieval_sets.read_chexpert_8x200')
-CHEXPERT_8X200.table
 
 # %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #dd622589
 def one_of(
