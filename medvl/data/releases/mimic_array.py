@@ -74,7 +74,7 @@ def read_mimic_array(
                          **{s: int((records.split == s).sum()) for s in ('train', 'valid', 'test')})
     return Source(records, empty('boxes'), empty('sentences'), report)
 
-# %% ../../../nbs/189a_data.releases.mimic_array.ipynb #e7090332
+# %% ../../../nbs/189a_data.releases.mimic_array.ipynb #ecd2e4ce
 def _rows(table, unnamed, views, section, text, report):
     "Rows that can be used, and the images of other views."
     said = {c: table[c].map(lambda t: '' if no_report(t) else t) for c in ('findings', 'impression')}
@@ -87,7 +87,7 @@ def _rows(table, unnamed, views, section, text, report):
                               ('row without a patient', found[0].isna(), ''),
                               ('unknown split', part.isna(), 'split'), ('view not known', ~view.isin(CHEST_VIEWS),
                                                                         'views'),
-                              ('image without a report', (~has if text == 'required' else has & False), '')):
+                              ('image without a report', ~has & view.isin(views) & (text == 'required'), '')):
         for i in table.index[bad & use]:
             merged = kind == 'image listed twice'
             report.add(kind, table.dicom_id[i], int(i), told(table[detail][i]) if detail else '',

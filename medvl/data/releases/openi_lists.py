@@ -111,7 +111,7 @@ def read_openi_selected(
     report.counts = dict(images=len(records), patients=len(records), no_finding=int(records.label_no_finding.sum()))
     return Source(records, empty('boxes'), empty('sentences'), report)
 
-# %% ../../../nbs/189c_data.releases.openi_lists.ipynb #dd528d5f
+# %% ../../../nbs/189c_data.releases.openi_lists.ipynb #2202175f
 def read_openi_impressions(
     root:str|Path, # holds openi_impressions.csv and the images at any depth
     views:tuple=('FRONTAL',), # FRONTAL, LATERAL
@@ -133,8 +133,8 @@ def read_openi_impressions(
     side, use = sides_of(root, name, guess, report), pd.Series(True, table.index)
     for kind, bad in (('image listed twice', name.duplicated()), ('name without a study', name.map(study_of) == ''),
                       ('view not known', side == ''),
-                      ('image without a report', table.impression.map(no_report) & (text == 'required')),
-                      ('image is absent', ~name.isin(list(here)) & (files == 'present'))):
+                      ('image without a report', table.impression.map(no_report) & side.isin(views) & (text == 'required')),
+                      ('image is absent', ~name.isin(list(here)) & side.isin(views) & (files == 'present'))):
         for i in table.index[bad & use]:
             report.add(kind, name[i], i, '', 'first row used' if kind == 'image listed twice' else 'left out')
         use &= ~bad

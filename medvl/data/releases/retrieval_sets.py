@@ -55,10 +55,10 @@ def one_of(
     count = value.sum(axis=1)
     return value.idxmax(axis=1).where(count == 1, '')
 
-# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #6cee00c8
+# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #7f85658b
 class RetrievalSet(NamedTuple):
     "Images with one finding each, and the texts that ask for one."
-    source:Source # records with `finding` and label_<finding>
+    source:Source # records with `target_finding` and label_<finding>
     queries:pd.DataFrame # text, image_path ('' where it is not one or not on disk), finding
 
 
@@ -82,7 +82,7 @@ def read_queries(
     return pd.DataFrame({'text': table.get('Text', ''), 'image_path': table.get('Path', ''),
                          'finding': table.Variable.str.lower().map(known)})
 
-# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #330bb819
+# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #19d566e4
 _PLACE = r'(?:^|/)((?:train|valid|test)/(patient\d+)/(study\d+)/([^/]+))$'
 
 
@@ -113,14 +113,14 @@ def read_chexpert_8x200(
     records = pd.DataFrame(dict(
         image_path=place[0].map(files), image_id=image, patient_id=place[1], exam_id=place[1] + '_' + place[2],
         laterality='', view=table.get('AP/PA', pd.Series('', table.index)).map(chest_view), source='chexpert', split=split,
-        finding=finding,
+        target_finding=finding,
         **{label_of(f): (finding == f).astype(float) for f in findings}))[use].reset_index(drop=True)
     report.account_images(image, records.image_id)
     if not len(records):
         raise DataError(f'none of {len(table)} images is here.', file=str(root),
                         fix='They should be train/patient00001/study1/view1_frontal.jpg.')
     report.counts = dict(images=len(records), patients=records.patient_id.nunique(),
-                         **records.finding.value_counts().to_dict())
+                         **records.target_finding.value_counts().to_dict())
     queries = [read_queries(root/p, findings) for p in find_files(root, ('query.csv',), report)]
     queries = pd.concat([pd.DataFrame({'text': [], 'image_path': [], 'finding': []}, dtype=object), *queries],
                         ignore_index=True)
@@ -130,7 +130,7 @@ def read_chexpert_8x200(
     queries['image_path'] = asked.map(files).fillna('')
     return RetrievalSet(Source(records, empty('boxes'), empty('sentences'), report), queries)
 
-# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #5e6f2dfc
+# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #64985cbb
 def read_ids(
     path:str|Path, # CSV
     findings:tuple=FINDINGS_5, # columns of 0 and 1, or values of the column `finding`
@@ -166,7 +166,7 @@ def select_ids(
     source:Source, # of a reader
     ids:pd.DataFrame, # image_id, finding
     report:Report, # gets the listed images that are not there
-) -> Source: # these images, in the order of the list, with `finding`
+) -> Source: # these images, in the order of the list, with `target_finding`
     """Take listed images out of a data set.
 
     Raises: DataError when none is there."""
@@ -176,7 +176,7 @@ def select_ids(
     if not len(kept):
         raise DataError(f'none of the {len(ids)} listed images is in {source.report.name}; the first is '
                         f'{ids.image_id.iloc[0] if len(ids) else "-"}.', fix='Read the images of all splits and views.')
-    records = here.loc[kept.image_id].reset_index(drop=True).assign(finding=kept.finding.to_numpy())
+    records = here.loc[kept.image_id].reset_index(drop=True).assign(target_finding=kept.finding.to_numpy())
     part = lambda t: t[t.image_id.isin(kept.image_id)].reset_index(drop=True)
-    report.counts = dict(images=len(records), **records.finding.value_counts().to_dict())
+    report.counts = dict(images=len(records), **records.target_finding.value_counts().to_dict())
     return Source(records, part(source.boxes), source.sentences, report)
