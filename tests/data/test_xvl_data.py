@@ -93,8 +93,7 @@ def test_equalised_last_is_the_originals():
 def plain_resize(img, size):
     "The original's function in plain words: the longer side is filled, the other rounded down, black around."
     h, w = img.shape
-    if h >= w: zoom, new = size/float(h), (size, int(float(w)*(size/float(h))))
-    else: zoom, new = size/float(w), (int(float(h)*(size/float(w))), size)
+    new = (size, int(float(w)*(size/float(h)))) if h >= w else (int(float(h)*(size/float(w))), size)
     small = cv2.resize(img, new[::-1], interpolation=cv2.INTER_AREA)
     spare = [size - n for n in new]
     return np.pad(small, [(s//2, s - s//2) for s in spare])
@@ -306,7 +305,7 @@ def test_reports_longer_than_the_positions():
     text = ' '.join(f'Sentence {i} says that the lungs are clear.' for i in range(90))
     assert len(pre_caption(text).split(' ')) == 120 and len(shuffle_sentences(pre_caption(text), 1).split(' ')) <= 120
     tokenizer = build_wordpiece([text], 200)
-    ids = [int(i) for i in np.asarray(tokenise(tokenizer, [pre_caption(text)], 32)[0]['input_ids']) if int(i) != tokenizer.pad_token_id]
+    ids = [int(i) for i in np.asarray(tokenise(tokenizer, [pre_caption(text)], 32)[0]) if int(i) != tokenizer.pad_token_id]
     assert len(ids) == 32 and (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
     with pytest.raises(DataError, match='has no token. Leave out samples without a report'): tokenise(tokenizer, [''], 32)
 

@@ -58,7 +58,8 @@ def get_profile(
     if not isinstance(profile, Profile):
         if profile not in PROFILES: raise ValueError(unknown_name('profile', profile, PROFILES))
         return PROFILES[profile]
-    for name, allowed in (('crop', ('none', 'paper', 'breast')), ('grey', ('minmax', 'voi', 'keep', 'equalise', 'equalise_last')),
+    for name, allowed in (('crop', ('none', 'paper', 'breast')),
+                          ('grey', ('minmax', 'voi', 'keep', 'equalise', 'equalise_last')),
                           ('aspect', ('stretch', 'pad', 'pad_floor')),
                           ('side', ('chest', 'centre')), ('dtype', ('uint8', 'uint16'))):
         if getattr(profile, name) not in allowed:

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['CHEXPERT_TEST', 'read_chexpert_test']
 
-# %% ../../../nbs/189f_data.releases.chexpert_test.ipynb #ff7d0ac7
+# %% ../../../nbs/189f_data.releases.chexpert_test.ipynb #7e5336de
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError

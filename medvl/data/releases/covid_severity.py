@@ -123,14 +123,15 @@ def zone_maxima(
     places = zone_masks(mask, reference).reshape(6, *np.shape(mask))
     return np.array([values[p].max() if p.any() else np.nan for p in places], float).reshape(3, 2)
 
-# %% ../../../nbs/189h_data.releases.covid_severity.ipynb #75d92c07
+# %% ../../../nbs/189h_data.releases.covid_severity.ipynb #1240caef
 FORMS = {'score': ('BrixiaScore',), 'mode': tuple(f'Mode{z}' for z in 'ABCDEF'),
          'mean': tuple(f'Mean{z}' for z in 'ABCDEF'), 'senior': tuple(f'S-{z}' for z in 'ABCDEF'),
          'junior': tuple(f'J-{z}' for z in 'ABCDEF'), 'report_form': ('CXR_location',)}
 ZONES = tuple(f'{row}_image_{side}' for row in ('upper', 'middle', 'lower') for side in ('left', 'right'))
 BRIXIA = Release(
     'BrixIA COVID-19', 'https://brixia.github.io', 'request form', 'for research; no redistribution',
-    'Signoroni A. et al., Medical Image Analysis 71:102046 (2021); Borghesi A., Maroldi R., Radiologia Medica 125 (2020)', (
+    'Signoroni A. et al., Medical Image Analysis 71:102046 (2021); Borghesi A., Maroldi R., Radiologia Medica 125 '
+    '(2020)', (
     Part('metadata_global_v2.csv', 'Filename and BrixiaScore', 1, columns=('Filename', 'BrixiaScore'),
          known='project page'),
     Part('*.dcm', 'radiographs', 4703, needed=False, known='paper')),
@@ -145,7 +146,8 @@ def row_zones(
 
     Raises: ValueError for a cell that is no score."""
     if form == 'report_form': return form_zones(row['CXR_location'])
-    if form == 'score': return np.full((3, 2), -1.) if row['BrixiaScore'] == '' else brixia_zones(row['BrixiaScore']) + 0.
+    if form == 'score':
+        return np.full((3, 2), -1.) if row['BrixiaScore'] == '' else brixia_zones(row['BrixiaScore']) + 0.
     cells = [str(row[c]).strip() for c in FORMS[form]]
     if '' in cells: return np.full((3, 2), -1.)
     values = np.array([float(c.replace(',', '.')) for c in cells])

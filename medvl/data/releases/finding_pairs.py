@@ -87,7 +87,7 @@ def finding_pairs(
     report.counts = dict(texts=len(pairs), normal=sum('positive_No Finding' in w for w in pairs.values()))
     return pairs, report
 
-# %% ../../../nbs/189d_data.releases.finding_pairs.ipynb #9b4c0760
+# %% ../../../nbs/189d_data.releases.finding_pairs.ipynb #77061e68
 def read_pairs(
     path:str|Path, # .json: {impression: ['positive_Edema', ...]}
 ) -> dict: # impression -> list of words
@@ -101,7 +101,7 @@ def read_pairs(
     if not isinstance(pairs, dict) or not pairs:
         raise DataError('it holds no dictionary of impressions.', file=str(path), fix='finding_pairs makes one.')
     known = {f'{s}_{f}' for s in STATES.values() for f in CHEXPERT_FINDINGS}
-    for i, (text, words) in enumerate(pairs.items()):
+    for i, words in enumerate(pairs.values()):
         if not isinstance(words, list): raise DataError('its findings are no list.', file=str(path), row=i)
         for w in words:
             if w not in known:

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['MIMIC_ARRAY', 'read_mimic_array']
 
-# %% ../../../nbs/189a_data.releases.mimic_array.ipynb #6a341c18
-import re
+# %% ../../../nbs/189a_data.releases.mimic_array.ipynb #689b3706
 from pathlib import Path
 
 import pandas as pd
@@ -74,14 +73,14 @@ def read_mimic_array(
                          **{s: int((records.split == s).sum()) for s in ('train', 'valid', 'test')})
     return Source(records, empty('boxes'), empty('sentences'), report)
 
-# %% ../../../nbs/189a_data.releases.mimic_array.ipynb #ecd2e4ce
+# %% ../../../nbs/189a_data.releases.mimic_array.ipynb #cd97229f
 def _rows(table, unnamed, views, section, text, report):
     "Rows that can be used, and the images of other views."
     said = {c: table[c].map(lambda t: '' if no_report(t) else t) for c in ('findings', 'impression')}
     found = table.filename.str.extract(r'(?:^|/)(p\d+)/(s\d+)/')
     view, part = table.views.str.upper().str.strip(), table.split.str.lower().map(_SPLIT)
     has = said[section] != '' if section != 'either' else (said['findings'] != '') | (said['impression'] != '')
-    why, use = pd.Series('', table.index), pd.Series(True, table.index)
+    use = pd.Series(True, table.index)
     for kind, bad, detail in (('image without a name', unnamed, ''),
                               ('image listed twice', table.dicom_id.duplicated(), ''),
                               ('row without a patient', found[0].isna(), ''),

@@ -68,7 +68,7 @@ def sides_of(
         report.add('views guessed', '', None, f'{n} images that no table calls frontal or lateral', 'by their order')
     return side.where(side != '', guessed)
 
-# %% ../../../nbs/189c_data.releases.openi_lists.ipynb #31890228
+# %% ../../../nbs/189c_data.releases.openi_lists.ipynb #a41563a3
 def read_openi_selected(
     root:str|Path, # holds Test_selected.jsonl and the images at any depth
     rule:str='u_ones', # of LABEL_RULES: what a finding becomes that is not named
@@ -78,7 +78,8 @@ def read_openi_selected(
     """Read the reports of Open-I on which Medical X-VL looks for errors.
 
     Raises: DataError when the list is missing or no line can be used; ValueError for unknown options."""
-    if files not in ('present', 'listed'): raise ValueError(unknown_name('value of files', files, ('present', 'listed')))
+    if files not in ('present', 'listed'):
+        raise ValueError(unknown_name('value of files', files, ('present', 'listed')))
     root, report = Path(root), Report('Open-I (selected)')
     found = find_files(root, ('Test_selected.jsonl',), report)
     if not found:
@@ -111,7 +112,7 @@ def read_openi_selected(
     report.counts = dict(images=len(records), patients=len(records), no_finding=int(records.label_no_finding.sum()))
     return Source(records, empty('boxes'), empty('sentences'), report)
 
-# %% ../../../nbs/189c_data.releases.openi_lists.ipynb #2202175f
+# %% ../../../nbs/189c_data.releases.openi_lists.ipynb #680dcc48
 def read_openi_impressions(
     root:str|Path, # holds openi_impressions.csv and the images at any depth
     views:tuple=('FRONTAL',), # FRONTAL, LATERAL
@@ -133,7 +134,8 @@ def read_openi_impressions(
     side, use = sides_of(root, name, guess, report), pd.Series(True, table.index)
     for kind, bad in (('image listed twice', name.duplicated()), ('name without a study', name.map(study_of) == ''),
                       ('view not known', side == ''),
-                      ('image without a report', table.impression.map(no_report) & side.isin(views) & (text == 'required')),
+                      ('image without a report',
+                       table.impression.map(no_report) & side.isin(views) & (text == 'required')),
                       ('image is absent', ~name.isin(list(here)) & side.isin(views) & (files == 'present'))):
         for i in table.index[bad & use]:
             report.add(kind, name[i], i, '', 'first row used' if kind == 'image listed twice' else 'left out')
@@ -143,7 +145,8 @@ def read_openi_impressions(
     records = pd.DataFrame(dict(
         image_path=[here.get(n, f'NLMCXR_png/{n}.png') for n in name], image_id=name, patient_id=study, exam_id=study,
         laterality='', view=side, source='openi', split='',
-        impression=table.impression.map(lambda t: '' if no_report(t) else as_text(t))))[use & ~other].reset_index(drop=True)
+        impression=table.impression.map(lambda t: '' if no_report(t) else as_text(t))))[use & ~other]
+    records = records.reset_index(drop=True)
     report.account_images(name, records.image_id, name[other])
     if not len(records):
         raise DataError(f'none of {len(table)} images of the views {", ".join(views)} can be used.', file=str(path),

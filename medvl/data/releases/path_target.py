@@ -54,7 +54,7 @@ def match_files(
         return ''
     return paths.map(one)
 
-# %% ../../../nbs/189g_data.releases.path_target.ipynb #85b7f36f
+# %% ../../../nbs/189g_data.releases.path_target.ipynb #db019ef9
 _PARTS = {'train': 'train', 'valid': 'valid', 'val': 'valid', 'dev': 'valid', 'test': 'test'}
 
 
@@ -97,7 +97,8 @@ def read_path_target(
         label_of(finding): table.value})[use].reset_index(drop=True)
     report.account_images(image, records.image_id)
     if not len(records):
-        raise DataError(f'none of {len(table)} images is here; the first is {table.path.iloc[0] if len(table) else "-"}.',
+        first = table.path.iloc[0] if len(table) else '-'
+        raise DataError(f'none of {len(table)} images is here; the first is {first}.',
                         file=str(root), fix='Paths are matched by their end: give the folder that holds the images.')
     shared = records.groupby('patient_id').split.nunique()
     if n := int((shared > 1).sum()):
@@ -106,10 +107,10 @@ def read_path_target(
                          **{finding: int((records[label_of(finding)] == 1).sum())})
     return Source(records, empty('boxes'), empty('sentences'), report)
 
-# %% ../../../nbs/189g_data.releases.path_target.ipynb #c1a3ec9d
+# %% ../../../nbs/189g_data.releases.path_target.ipynb #7e712d6f
 COVIDX = Release(
-    'COVIDx', 'https://github.com/lindawangg/COVID-Net/blob/master/docs/COVIDx.md', 'none for the lists; Kaggle account '
-    'for some of the images', 'by the sources of the images', 'Wang L. et al., Scientific Reports 10:19549 (2020)', (
+    'COVIDx', 'https://github.com/lindawangg/COVID-Net/blob/master/docs/COVIDx.md', 'none for the lists; Kaggle '
+    'account for some of the images', 'by the sources of the images', 'Wang L. et al., Scientific Reports 10:19549 (2020)', (
     Part('train*.txt', 'patient file class source', 1, known='labels of the repository'),
     Part('test*.txt', 'the same', 1, known='labels of the repository'),
     Part('*.png', 'radiographs', needed=False), Part('*.jpg', 'radiographs', needed=False)),

@@ -31,7 +31,7 @@ MEDVILL = Release(
     Part('Valid.jsonl', 'the same', 1, needed=False), Part('Test.jsonl', 'the same', 1, needed=False),
     Part('*.jpg', 'radiographs', needed=False)), 'medvl.data.releases.report_lines.read_medvill')
 
-# %% ../../../nbs/189b_data.releases.report_lines.ipynb #0cfb6627
+# %% ../../../nbs/189b_data.releases.report_lines.ipynb #2a36c094
 def read_lines(
     path:str|Path, # .jsonl
     needed:tuple=('id', 'label', 'text', 'img'), # keys that every line must have
@@ -55,7 +55,8 @@ def read_lines(
             if key not in row:
                 near = closest(key, row)
                 raise DataError(f'the key {key!r} is missing.', file=str(path), row=i, column=key,
-                                fix=(f'Is it {near!r}? ' if near else '') + f'The line has: {", ".join(map(str, row))}.')
+                                fix=(f'Is it {near!r}? ' if near else '')
+                                + f'The line has: {", ".join(map(str, row))}.')
         rows.append({k: '' if v is None else v if isinstance(v, str) else json.dumps(v) for k, v in row.items()})
     if not rows: raise DataError('the file has no lines.', file=str(path))
     return pd.DataFrame(rows).fillna('')
@@ -88,9 +89,9 @@ def named_labels(
     return pd.DataFrame({label_of(f): [1. if f in names else blank for names in named] for f in CHEXPERT_FINDINGS},
                         index=labels.index)
 
-# %% ../../../nbs/189b_data.releases.report_lines.ipynb #8cee1ffd
-_SPLITS = {'train': 'train', 'valid': 'valid', 'val': 'valid', 'validate': 'valid', 'validation': 'valid', 'dev': 'valid',
-           'test': 'test'}
+# %% ../../../nbs/189b_data.releases.report_lines.ipynb #8472cfc7
+_SPLITS = {'train': 'train', 'valid': 'valid', 'val': 'valid', 'validate': 'valid', 'validation': 'valid',
+           'dev': 'valid', 'test': 'test'}
 
 
 def read_medvill(
@@ -101,7 +102,8 @@ def read_medvill(
     """Read MedViLL's lines.
 
     Raises: DataError when there are no lines, one is none, or when nothing is left; ValueError for unknown options."""
-    if files not in ('present', 'listed'): raise ValueError(unknown_name('value of files', files, ('present', 'listed')))
+    if files not in ('present', 'listed'):
+        raise ValueError(unknown_name('value of files', files, ('present', 'listed')))
     root, report = Path(root), Report('MedViLL')
     lists = find_files(root, ('*.jsonl',), report)
     if not lists:
