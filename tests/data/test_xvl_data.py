@@ -444,6 +444,17 @@ def test_zones_go_with_the_lungs():
     assert np.isnan(severity_map(form_zones(None), mask)[mask > 0]).all() and (severity_map(form_zones(None), mask)[mask == 0] == 0).all()
 
 
+def test_zones_of_real_lungs():
+    "Every zone of a segmented pair of lungs has pixels, and a mask without lungs is told."
+    index = pd.read_csv(sample('cxr/index.csv'))
+    for path in index.mask_lung_vae.dropna()[::5]:
+        mask = cv2.imread(str(sample(f'cxr/{path}')), cv2.IMREAD_GRAYSCALE)
+        assert zone_masks(mask).any(axis=(2, 3)).all() and zone_masks(mask)[:, 0].any(axis=(0, 2)).sum() >= 6
+    empty = [p for p in index.mask_lung_v7.dropna() if not cv2.imread(str(sample(f'cxr/{p}')), cv2.IMREAD_GRAYSCALE).any()]
+    for path in empty[:2]:
+        with pytest.raises(DataError, match='0 pieces, not two lungs'): zone_masks(cv2.imread(str(sample(f'cxr/{path}')), cv2.IMREAD_GRAYSCALE))
+
+
 def test_severity_tables(tmp_path):
     for n in 'abc': put(tmp_path/f'{n}.png', ord(n))
     zones = {f'{k}{z}': ['2', '0', ''] for k in ('Mode', 'Mean', 'S-', 'J-') for z in 'ABCDEF'}
@@ -453,6 +464,9 @@ def test_severity_tables(tmp_path):
         assert source.records.severity.tolist() == [6, 0] and kinds(source) == {'severity not stated': 1}
         assert (source.records[[f'label_{z}' for z in ZONES]].sum(axis=1) == source.records.severity).all()
     with pytest.raises(DataError, match="'BrixiaScore' is missing"): read_severity(tmp_path, 't.csv', 'score')
+    (tmp_path/'fold2').mkdir(); (tmp_path/'c.png').rename(tmp_path/'fold2'/'c.png')
+    (tmp_path/'f.csv').write_text('file_name,CXR_location\na.png,156\nc.png,0\n')
+    assert usable(read_severity(tmp_path, 'f.csv'), tmp_path).records.fold.tolist() == [-1, 2]
     (tmp_path/'u.csv').write_text('Filename,BrixiaScore\na.png,4\n')
     with pytest.raises(DataError, match='row 0, column BrixiaScore.*not six digits'): read_severity(tmp_path, 'u.csv')
     assert set(FORMS) == {'score', 'mode', 'mean', 'senior', 'junior', 'report_form'}

@@ -154,7 +154,7 @@ def row_zones(
     if not ((values >= 0) & (values <= 3)).all(): raise ValueError(f'{told(", ".join(cells))} are not from 0 to 3')
     return values.reshape(2, 3).T
 
-# %% ../../../nbs/189h_data.releases.covid_severity.ipynb #4f6f4185
+# %% ../../../nbs/189h_data.releases.covid_severity.ipynb #0b86889c
 def read_severity(
     root:str|Path, # holds the images at any depth
     table:str|Path, # CSV, relative to root
@@ -194,6 +194,7 @@ def read_severity(
     records = pd.DataFrame(dict(
         image_path=where, image_id=image, patient_id=df[patient] if patient else image, laterality='', view='FRONTAL',
         source='covid_severity', split='', brixia=digits, severity=ill.sum(axis=1),
+        fold=where.str.extract(r'(?i)(?:^|/)fold[ _-]?(\d+)/')[0].fillna('-1').astype(int),
         **{f'label_{z}': ill[:, k] for k, z in enumerate(ZONES)}))[use].reset_index(drop=True)
     report.account_images(image, records.image_id)
     if not patient: report.remarks.append('no column tells the patient: each image counts as one.')

@@ -107,10 +107,11 @@ def read_path_target(
                          **{finding: int((records[label_of(finding)] == 1).sum())})
     return Source(records, empty('boxes'), empty('sentences'), report)
 
-# %% ../../../nbs/189g_data.releases.path_target.ipynb #7e712d6f
+# %% ../../../nbs/189g_data.releases.path_target.ipynb #6704b7c0
 COVIDX = Release(
     'COVIDx', 'https://github.com/lindawangg/COVID-Net/blob/master/docs/COVIDx.md', 'none for the lists; Kaggle '
-    'account for some of the images', 'by the sources of the images', 'Wang L. et al., Scientific Reports 10:19549 (2020)', (
+    'account for some of the images', 'by the sources of the images',
+    'Wang L. et al., Scientific Reports 10:19549 (2020)', (
     Part('train*.txt', 'patient file class source', 1, known='labels of the repository'),
     Part('test*.txt', 'the same', 1, known='labels of the repository'),
     Part('*.png', 'radiographs', needed=False), Part('*.jpg', 'radiographs', needed=False)),
