@@ -3,6 +3,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 import pytest
@@ -121,6 +122,19 @@ def test_a_finding_changes_no_grey_value_but_its_places():
         gap = np.abs(np.quantile(ill.pixels, QUANTILES) - np.quantile(well.pixels, QUANTILES)).max()
         assert gap <= 2.5, (label, gap)
         assert (ill.pixels != well.pixels).any() and (ill.masks == away.masks).all()
+
+
+def test_the_rim_under_the_skin_knows_nothing_of_a_pneumothorax():
+    "Pixels that are mixed with air when the picture is made smaller are those of the healthy chest; equalised and made smaller, the ill one is as bright."
+    off, shifts = {f'p_{f}': 0.0 for f in (*LOCAL_FINDINGS, *GLOBAL_FINDINGS)} | {'noise': 0.0, 'markers': False}, []
+    for i in range(6):
+        ill, well = (chest_exam(4, i, size=(128, 128), difficulty='easy', **{**off, 'p_pneumothorax': p}).pixels for p in (1.0, 0.0))
+        body = (well > 5).astype(np.uint8)
+        depth = cv2.distanceTransform(body, cv2.DIST_L2, 5)
+        rim = (depth > 0) & (depth < 1.5)
+        assert np.abs(ill[rim].astype(int) - well[rim]).max() <= 1 and np.abs(ill.astype(int) - well).max() > 20
+        shifts.append(float(ill[rim].astype(float).mean() - well[rim].mean()))
+    assert abs(np.mean(shifts)) < 0.3
 
 
 def test_mimics_are_independent_and_named():

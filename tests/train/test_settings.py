@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from training import Pairs, run, settings, small
 
 from medvl.core.errors import DataError
-from medvl.train.loop import judge
+from medvl.train.loop import keep_if_best
 from medvl.train.optim import Plateau
 from medvl.train.settings import FREE, TrainConfig, check_same_run, fingerprint
 from medvl.train.step import Loop, one_step
@@ -59,7 +59,7 @@ def test_a_share_that_should_rise_lowers_the_rate_as_what_it_lacks_did(values, p
     "The rates are those of `valid_auroc_missed`, so runs of before go on as they were; the memory is the same too."
     now, before = Run(plateau_monitor='valid_auroc', plateau_mode='max', plateau_patience=patience), Plateau(patience=patience)
     for value in values:
-        judge(now, {'valid_auroc': value})
+        keep_if_best(now, {'valid_auroc': value})
         assert before.see(1 - value) == now.plateau.scale
     assert now.plateau.state() == before.state()
 

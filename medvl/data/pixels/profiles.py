@@ -184,7 +184,7 @@ def equal_table(
 ) -> np.ndarray: # output of each value, lowest value of the type first
     """Tabulate histogram equalisation, truncated.
 
-    Source: LoVT's preparation of four of its five data sets (spec, section 2.6); bins as scikit-image's
+    Source: LoVT's preparation of four of its five data sets (its published code); bins as scikit-image's
     `equalize_hist`."""
     info, low, high = np.iinfo(pixels.dtype), int(pixels.min()), int(pixels.max())
     counts = np.bincount(pixels.ravel().astype(np.int64) - low, minlength=high - low + 1)[::-1 if invert else 1]
@@ -323,7 +323,7 @@ def equalised_last(
     """Resize, scale and equalise, in this order.
 
     Raises: DataError when the small image is constant.
-    Source: preparation of CheXzero's and Medical X-VL's `cxr.h5` (spec, section 3.2)."""
+    Source: preparation of CheXzero's and Medical X-VL's `cxr.h5` (their published code)."""
     raw = image.pixels.clip(*image_range(image)).astype(np.int16 if image.pixels.dtype == np.int8
                                                         else image.pixels.dtype)
     small = cv2.resize(raw, size[::-1], interpolation=cv2.INTER_LINEAR)
