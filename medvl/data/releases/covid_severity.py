@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'ZONES', 'BRIXIA', 'brixia_zones', 'form_zones', 'severity', 'two_lungs', 'zone_rows', 'zone_masks',
            'severity_map', 'zone_maxima', 'row_zones', 'read_severity']
 
-# %% ../../../nbs/189h_data.releases.covid_severity.ipynb #ddef542d
+# %% ../../../nbs/189h_data.releases.covid_severity.ipynb #158c75a7
 import re
 from pathlib import Path
 
@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError, unknown_name
-from ..cells import told
+from ..cells import hide_names
 from .path_target import match_files
 from .release import Part, Release, find_files, read_table
 from .vindr import require
 from ..schema import Report, Source, empty
 
-# %% ../../../nbs/189h_data.releases.covid_severity.ipynb #695d8f9e
+# %% ../../../nbs/189h_data.releases.covid_severity.ipynb #54dcdcf5
 def brixia_zones(
     score:str|int, # six digits 0 to 3, leading zeros may be missing
 ) -> np.ndarray: # int (3,2): upper, middle, lower; image's left, right; 0 to 3
@@ -29,7 +29,7 @@ def brixia_zones(
 
     Raises: ValueError when it is no such score."""
     text = re.sub(r'\.0$', '', str(score).strip())
-    if not re.fullmatch(r'[0-3]{1,6}', text): raise ValueError(f'{told(text)!r} is not six digits from 0 to 3')
+    if not re.fullmatch(r'[0-3]{1,6}', text): raise ValueError(f'{hide_names(text)!r} is not six digits from 0 to 3')
     return np.array([int(d) for d in text.zfill(6)]).reshape(2, 3).T
 
 
@@ -42,7 +42,7 @@ def form_zones(
     text = '' if cell is None else re.sub(r'\.0$', '', str(cell).strip())
     if text.lower() in ('', 'nan', 'none'): return np.full((3, 2), -1.)
     digits = re.sub(r'[\s,;/|]+', '', text)
-    if not re.fullmatch(r'0|[1-6]+', digits): raise ValueError(f'{told(text)!r} names no zones 1 to 6, nor 0')
+    if not re.fullmatch(r'0|[1-6]+', digits): raise ValueError(f'{hide_names(text)!r} names no zones 1 to 6, nor 0')
     zones = np.zeros((3, 2))
     for d in digits.replace('0', ''): zones[(int(d) - 1) % 3, (int(d) - 1)//3] = 1
     return zones
@@ -123,7 +123,7 @@ def zone_maxima(
     places = zone_masks(mask, reference).reshape(6, *np.shape(mask))
     return np.array([values[p].max() if p.any() else np.nan for p in places], float).reshape(3, 2)
 
-# %% ../../../nbs/189h_data.releases.covid_severity.ipynb #1240caef
+# %% ../../../nbs/189h_data.releases.covid_severity.ipynb #9385feab
 FORMS = {'score': ('BrixiaScore',), 'mode': tuple(f'Mode{z}' for z in 'ABCDEF'),
          'mean': tuple(f'Mean{z}' for z in 'ABCDEF'), 'senior': tuple(f'S-{z}' for z in 'ABCDEF'),
          'junior': tuple(f'J-{z}' for z in 'ABCDEF'), 'report_form': ('CXR_location',)}
@@ -151,7 +151,7 @@ def row_zones(
     cells = [str(row[c]).strip() for c in FORMS[form]]
     if '' in cells: return np.full((3, 2), -1.)
     values = np.array([float(c.replace(',', '.')) for c in cells])
-    if not ((values >= 0) & (values <= 3)).all(): raise ValueError(f'{told(", ".join(cells))} are not from 0 to 3')
+    if not ((values >= 0) & (values <= 3)).all(): raise ValueError(f'{hide_names(", ".join(cells))} are not from 0 to 3')
     return values.reshape(2, 3).T
 
 # %% ../../../nbs/189h_data.releases.covid_severity.ipynb #0b86889c

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['MIMIC_ARRAY', 'read_mimic_array']
 
-# %% ../../../nbs/189a_data.releases.mimic_array.ipynb #689b3706
+# %% ../../../nbs/189a_data.releases.mimic_array.ipynb #60198beb
 from pathlib import Path
 
 import pandas as pd
 
 from ...core.errors import DataError, unknown_name
-from ..cells import told
+from ..cells import hide_names
 from ..pixels.shapes import Derived
 from .array_images import ArrayImages, find_array, same_length, write_rows
 from .release import Part, Release, find_table, read_table
@@ -73,7 +73,7 @@ def read_mimic_array(
                          **{s: int((records.split == s).sum()) for s in ('train', 'valid', 'test')})
     return Source(records, empty('boxes'), empty('sentences'), report)
 
-# %% ../../../nbs/189a_data.releases.mimic_array.ipynb #cd97229f
+# %% ../../../nbs/189a_data.releases.mimic_array.ipynb #c961dbb2
 def _rows(table, unnamed, views, section, text, report):
     "Rows that can be used, and the images of other views."
     said = {c: table[c].map(lambda t: '' if no_report(t) else t) for c in ('findings', 'impression')}
@@ -89,7 +89,7 @@ def _rows(table, unnamed, views, section, text, report):
                               ('image without a report', ~has & view.isin(views) & (text == 'required'), '')):
         for i in table.index[bad & use]:
             merged = kind == 'image listed twice'
-            report.add(kind, table.dicom_id[i], int(i), told(table[detail][i]) if detail else '',
+            report.add(kind, table.dicom_id[i], int(i), hide_names(table[detail][i]) if detail else '',
                        'first row used' if merged else 'left out')
         use &= ~bad
     other = use & ~view.isin(views)

@@ -6,7 +6,7 @@
 __all__ = ['PATIENT', 'COVIDX', 'COVIDX_CLASSES', 'patients_of', 'match_files', 'read_path_target', 'read_covidx_list',
            'read_covidx']
 
-# %% ../../../nbs/189g_data.releases.path_target.ipynb #0ae245df
+# %% ../../../nbs/189g_data.releases.path_target.ipynb #9f506807
 import re
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError, unknown_name
-from ..cells import told
+from ..cells import hide_names
 from .chexpert_labels import label_of
 from .release import Part, Release, find_files, read_table
 from .vindr import require
@@ -54,7 +54,7 @@ def match_files(
         return ''
     return paths.map(one)
 
-# %% ../../../nbs/189g_data.releases.path_target.ipynb #db019ef9
+# %% ../../../nbs/189g_data.releases.path_target.ipynb #3fb9ff12
 _PARTS = {'train': 'train', 'valid': 'valid', 'val': 'valid', 'dev': 'valid', 'test': 'test'}
 
 
@@ -76,7 +76,7 @@ def read_path_target(
         df = require(read_table(root/path), ('Path', 'Target'), root/path)
         value = pd.to_numeric(df.Target.where(df.Target != ''), errors='coerce')
         wrong = np.flatnonzero((df.Target != '') & ~value.isin([0, 1]))
-        if wrong.size: raise DataError(f'{told(df.Target.iloc[wrong[0]])!r} is neither 0 nor 1.', file=str(root/path),
+        if wrong.size: raise DataError(f'{hide_names(df.Target.iloc[wrong[0]])!r} is neither 0 nor 1.', file=str(root/path),
                                        row=int(wrong[0]), column='Target')
         parts.append(pd.DataFrame(dict(path=df.Path, value=value, row=df.index, file=str(path),
                                        split=_PARTS.get(split, ''))))
@@ -107,7 +107,7 @@ def read_path_target(
                          **{finding: int((records[label_of(finding)] == 1).sum())})
     return Source(records, empty('boxes'), empty('sentences'), report)
 
-# %% ../../../nbs/189g_data.releases.path_target.ipynb #6704b7c0
+# %% ../../../nbs/189g_data.releases.path_target.ipynb #5ebb9b43
 COVIDX = Release(
     'COVIDx', 'https://github.com/lindawangg/COVID-Net/blob/master/docs/COVIDx.md', 'none for the lists; Kaggle '
     'account for some of the images', 'by the sources of the images',
@@ -135,7 +135,7 @@ def read_covidx_list(
         if not words: continue
         at = next((k for k in (len(words) - 2, len(words) - 1) if k >= 2 and words[k].lower() in COVIDX_CLASSES), None)
         if at is None:
-            raise DataError(f'the line names no class: {told(line)}', file=str(path), row=i,
+            raise DataError(f'the line names no class: {hide_names(line)}', file=str(path), row=i,
                             fix=f'A line is: patient file class source; classes are {", ".join(COVIDX_CLASSES)}.')
         rows.append((words[0], ' '.join(words[1:at]), words[at].lower(), ' '.join(words[at + 1:])))
     if not rows: raise DataError('the list is empty.', file=str(path))

@@ -6,7 +6,7 @@
 __all__ = ['VQA_RAD', 'SLAKE', 'QUESTION_COLUMNS', 'Questions', 'read_question_rows', 'keep_test_apart', 'read_vqa_rad',
            'read_slake']
 
-# %% ../../../nbs/189i_data.releases.questions.ipynb #392c6e26
+# %% ../../../nbs/189i_data.releases.questions.ipynb #ebb75203
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from ...core.errors import DataError, closest, unknown_name
-from ..cells import told
+from ..cells import hide_names
 from .release import Part, Release, find_files, read_table
 from ..schema import Report
 
@@ -106,7 +106,7 @@ def _finish(table, by, organs, files, name, read, report):
                          closed=int(out.closed.sum()), **out.split.value_counts().to_dict())
     return Questions(out[list(QUESTION_COLUMNS)].reset_index(drop=True), report)
 
-# %% ../../../nbs/189i_data.releases.questions.ipynb #2b357723
+# %% ../../../nbs/189i_data.releases.questions.ipynb #42ae2939
 _RAD = ('qid', 'image_name', 'image_organ', 'answer', 'answer_type', 'question_type', 'question', 'phrase_type')
 
 
@@ -141,7 +141,7 @@ def read_vqa_rad(
     here = {Path(p).name: p for p in find_files(root, ('*.jpg', '*.png'), report)}
     image = t.image_name.map(lambda n: Path(n).stem)
     odd = ~t.answer_type.str.upper().isin(['OPEN', 'CLOSED'])
-    if odd.any(): raise DataError(f'{told(t.answer_type[odd].iloc[0])!r} is neither OPEN nor CLOSED.', file=str(root),
+    if odd.any(): raise DataError(f'{hide_names(t.answer_type[odd].iloc[0])!r} is neither OPEN nor CLOSED.', file=str(root),
                                   row=int(t.index[odd][0]), column='answer_type')
     table = pd.DataFrame(dict(
         question_id=t.split + '_' + t.qid + t.groupby(['split', 'qid']).cumcount().map(lambda n: f'_{n}' if n else ''),

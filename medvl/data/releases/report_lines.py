@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEDVILL', 'read_lines', 'named_findings', 'named_labels', 'read_medvill', 'draw_caption']
 
-# %% ../../../nbs/189b_data.releases.report_lines.ipynb #b37a4d81
+# %% ../../../nbs/189b_data.releases.report_lines.ipynb #d2a9830e
 import json
 import random
 import re
@@ -15,7 +15,7 @@ import pandas as pd
 
 from ...core.errors import DataError, closest, unknown_name
 from ...core.seed import numpy_rng
-from ..cells import told
+from ..cells import hide_names
 from .chexpert_labels import CHEXPERT_FINDINGS, LABEL_RULES, label_of
 from .release import Part, Release, find_files
 from ..schema import Report, Source, empty
@@ -61,7 +61,7 @@ def read_lines(
     if not rows: raise DataError('the file has no lines.', file=str(path))
     return pd.DataFrame(rows).fillna('')
 
-# %% ../../../nbs/189b_data.releases.report_lines.ipynb #6c030a52
+# %% ../../../nbs/189b_data.releases.report_lines.ipynb #6b6529a4
 def named_findings(
     label:str, # as the line has it
 ) -> list: # names, as written
@@ -84,7 +84,7 @@ def named_labels(
     named = labels.map(named_findings)
     for i, names in enumerate(named):
         for n in names:
-            if n.lower() not in known: report.add('unknown finding', told(n), i, '', 'not stated')
+            if n.lower() not in known: report.add('unknown finding', hide_names(n), i, '', 'not stated')
     named = named.map(lambda names: {known.get(n.lower()) for n in names})
     return pd.DataFrame({label_of(f): [1. if f in names else blank for names in named] for f in CHEXPERT_FINDINGS},
                         index=labels.index)

@@ -6,7 +6,7 @@
 __all__ = ['FINDINGS_8', 'FINDINGS_5', 'CHEXPERT_8X200', 'single_finding', 'RetrievalSet', 'read_queries', 'read_chexpert_8x200',
            'read_ids', 'select_ids']
 
-# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #9e77800d
+# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #9335f4fa
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError, closest
-from ..cells import told
+from ..cells import hide_names
 from ..pixels.shapes import chest_view
 from .chexpert_labels import label_of
 from .release import Part, Release, find_files, find_table, read_table
@@ -38,7 +38,7 @@ CHEXPERT_8X200 = Release(
     Part('patient*/study*/view*.jpg', 'images of CheXpert', 1600, known='paper')),
     'medvl.data.releases.retrieval_sets.read_chexpert_8x200')
 
-# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #dfcfa1dd
+# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #07acb748
 def single_finding(
     table:pd.DataFrame, # with columns of 0 and 1
     findings:tuple, # their names
@@ -50,12 +50,12 @@ def single_finding(
     value = require(table, findings, path)[list(findings)].apply(pd.to_numeric, errors='coerce')
     for name in findings:
         bad = np.flatnonzero(~value[name].isin([0, 1]))
-        if bad.size: raise DataError(f'{told(table[name].iloc[bad[0]])!r} is neither 0 nor 1.', file=str(path),
+        if bad.size: raise DataError(f'{hide_names(table[name].iloc[bad[0]])!r} is neither 0 nor 1.', file=str(path),
                                      row=int(bad[0]), column=name)
     count = value.sum(axis=1)
     return value.idxmax(axis=1).where(count == 1, '')
 
-# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #7f85658b
+# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #f6a3a79e
 class RetrievalSet(NamedTuple):
     "Images with one finding each, and the texts that ask for one."
     source:Source # records with `target_finding` and label_<finding>
@@ -77,7 +77,7 @@ def read_queries(
         if not query: raise DataError('the query is empty.', file=str(path), row=i, column=of)
         if name.lower() not in known:
             near = closest(name, findings)
-            raise DataError(f'no image has the finding {told(name)!r}.', file=str(path), row=i, column='Variable',
+            raise DataError(f'no image has the finding {hide_names(name)!r}.', file=str(path), row=i, column='Variable',
                             fix=f'Is it {near!r}?' if near else f'They are {", ".join(findings)}.')
     return pd.DataFrame({'text': table.get('Text', ''), 'image_path': table.get('Path', ''),
                          'finding': table.Variable.str.lower().map(known)})
@@ -130,7 +130,7 @@ def read_chexpert_8x200(
     queries['image_path'] = asked.map(files).fillna('')
     return RetrievalSet(Source(records, empty('boxes'), empty('sentences'), report), queries)
 
-# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #c0376bd7
+# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #fa458ebb
 def read_ids(
     path:str|Path, # CSV
     findings:tuple=FINDINGS_5, # columns of 0 and 1, or values of the column `finding`
@@ -148,7 +148,7 @@ def read_ids(
         known = {f.lower(): f for f in findings}
         finding = table.finding.str.lower().map(known)
         if (bad := np.flatnonzero(finding.isna())).size:
-            raise DataError(f'{told(table.finding.iloc[bad[0]])!r} is none of {", ".join(findings)}.', file=str(path),
+            raise DataError(f'{hide_names(table.finding.iloc[bad[0]])!r} is none of {", ".join(findings)}.', file=str(path),
                             row=int(bad[0]), column='finding')
     else:
         finding = single_finding(table, findings, path)
