@@ -123,7 +123,7 @@ def zone_maxima(
     places = zone_masks(mask, reference).reshape(6, *np.shape(mask))
     return np.array([values[p].max() if p.any() else np.nan for p in places], float).reshape(3, 2)
 
-# %% ../../../nbs/189h_data.releases.covid_severity.ipynb #9385feab
+# %% ../../../nbs/189h_data.releases.covid_severity.ipynb #971543d3
 FORMS = {'score': ('BrixiaScore',), 'mode': tuple(f'Mode{z}' for z in 'ABCDEF'),
          'mean': tuple(f'Mean{z}' for z in 'ABCDEF'), 'senior': tuple(f'S-{z}' for z in 'ABCDEF'),
          'junior': tuple(f'J-{z}' for z in 'ABCDEF'), 'report_form': ('CXR_location',)}
@@ -151,7 +151,8 @@ def row_zones(
     cells = [str(row[c]).strip() for c in FORMS[form]]
     if '' in cells: return np.full((3, 2), -1.)
     values = np.array([float(c.replace(',', '.')) for c in cells])
-    if not ((values >= 0) & (values <= 3)).all(): raise ValueError(f'{hide_names(", ".join(cells))} are not from 0 to 3')
+    if not ((values >= 0) & (values <= 3)).all():
+        raise ValueError(f'{hide_names(", ".join(cells))} are not from 0 to 3')
     return values.reshape(2, 3).T
 
 # %% ../../../nbs/189h_data.releases.covid_severity.ipynb #0b86889c

@@ -54,7 +54,7 @@ def match_files(
         return ''
     return paths.map(one)
 
-# %% ../../../nbs/189g_data.releases.path_target.ipynb #3fb9ff12
+# %% ../../../nbs/189g_data.releases.path_target.ipynb #5b388719
 _PARTS = {'train': 'train', 'valid': 'valid', 'val': 'valid', 'dev': 'valid', 'test': 'test'}
 
 
@@ -76,8 +76,9 @@ def read_path_target(
         df = require(read_table(root/path), ('Path', 'Target'), root/path)
         value = pd.to_numeric(df.Target.where(df.Target != ''), errors='coerce')
         wrong = np.flatnonzero((df.Target != '') & ~value.isin([0, 1]))
-        if wrong.size: raise DataError(f'{hide_names(df.Target.iloc[wrong[0]])!r} is neither 0 nor 1.', file=str(root/path),
-                                       row=int(wrong[0]), column='Target')
+        if wrong.size:
+            raise DataError(f'{hide_names(df.Target.iloc[wrong[0]])!r} is neither 0 nor 1.', file=str(root/path),
+                            row=int(wrong[0]), column='Target')
         parts.append(pd.DataFrame(dict(path=df.Path, value=value, row=df.index, file=str(path),
                                        split=_PARTS.get(split, ''))))
     table = pd.concat(parts, ignore_index=True)

@@ -106,7 +106,7 @@ def _finish(table, by, organs, files, name, read, report):
                          closed=int(out.closed.sum()), **out.split.value_counts().to_dict())
     return Questions(out[list(QUESTION_COLUMNS)].reset_index(drop=True), report)
 
-# %% ../../../nbs/189i_data.releases.questions.ipynb #42ae2939
+# %% ../../../nbs/189i_data.releases.questions.ipynb #dd8c443a
 _RAD = ('qid', 'image_name', 'image_organ', 'answer', 'answer_type', 'question_type', 'question', 'phrase_type')
 
 
@@ -141,8 +141,9 @@ def read_vqa_rad(
     here = {Path(p).name: p for p in find_files(root, ('*.jpg', '*.png'), report)}
     image = t.image_name.map(lambda n: Path(n).stem)
     odd = ~t.answer_type.str.upper().isin(['OPEN', 'CLOSED'])
-    if odd.any(): raise DataError(f'{hide_names(t.answer_type[odd].iloc[0])!r} is neither OPEN nor CLOSED.', file=str(root),
-                                  row=int(t.index[odd][0]), column='answer_type')
+    if odd.any():
+        raise DataError(f'{hide_names(t.answer_type[odd].iloc[0])!r} is neither OPEN nor CLOSED.', file=str(root),
+                        row=int(t.index[odd][0]), column='answer_type')
     table = pd.DataFrame(dict(
         question_id=t.split + '_' + t.qid + t.groupby(['split', 'qid']).cumcount().map(lambda n: f'_{n}' if n else ''),
         image_path=t.image_name.map(here).fillna(''), image_id=image, patient_id=image.map(case).fillna(image),

@@ -130,7 +130,7 @@ def read_chexpert_8x200(
     queries['image_path'] = asked.map(files).fillna('')
     return RetrievalSet(Source(records, empty('boxes'), empty('sentences'), report), queries)
 
-# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #fa458ebb
+# %% ../../../nbs/189e_data.releases.retrieval_sets.ipynb #37870ab9
 def read_ids(
     path:str|Path, # CSV
     findings:tuple=FINDINGS_5, # columns of 0 and 1, or values of the column `finding`
@@ -148,8 +148,8 @@ def read_ids(
         known = {f.lower(): f for f in findings}
         finding = table.finding.str.lower().map(known)
         if (bad := np.flatnonzero(finding.isna())).size:
-            raise DataError(f'{hide_names(table.finding.iloc[bad[0]])!r} is none of {", ".join(findings)}.', file=str(path),
-                            row=int(bad[0]), column='finding')
+            raise DataError(f'{hide_names(table.finding.iloc[bad[0]])!r} is none of {", ".join(findings)}.',
+                            file=str(path), row=int(bad[0]), column='finding')
     else:
         finding = single_finding(table, findings, path)
         for i in table.index[finding == '']: report.add('not exactly one finding', image[i], int(i), '', 'left out')
