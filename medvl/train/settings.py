@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 
 from ..core.config import config_dict
 from ..core.errors import DataError, unknown_name
-from ..methods.base import Method
+from ..methods.base import Method, method_class, methods
 from .gradcache import check_chunks
 from .optim import OPTIMIZERS, SCHEDULES, warmup_steps
 
@@ -176,7 +176,10 @@ def check_same_run(
     free = {f'train.{name}' for name in FREE}
     told = {k: v for k, v in old['train'].items() if k in asdict(TrainConfig())}
     renamed = {k: v for k, v in asdict(TrainConfig(**told)).items() if k in new['train']}
-    old = {**old, 'train': {**old['train'], **renamed}}
+    known = new['method']['name'] in methods() and method_class(new['method']['name']).config_class
+    # what a configuration has been given since then does, at its default, what was done before
+    added = config_dict(known()) if known else {}
+    old = {**old, 'train': {**old['train'], **renamed}, 'method': {**added, **old['method']}}
     if (by := old.get('transform')): old['transform'] = {**by, 'name': RENAMED.get(by['name'], by['name'])}
     endless = new['train'].get('schedule') == 'constant' and float(new['train'].get('warmup', 0)).is_integer()
     if endless: free |= {'train.epochs', 'train.max_steps'}

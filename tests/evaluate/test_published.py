@@ -38,7 +38,7 @@ def test_every_line_of_the_papers_tables_has_an_experiment():
     called = {}
     for path in (REPO/'nbs'/'experiments').glob('*.ipynb'):
         code = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
-        if 'beside(' in code: called[path.stem] = code
+        if 'beside_paper(' in code: called[path.stem] = code
     who = {'zero-shot': 'e20_zero_shot', 'linear probe': 'e30_linear_probe', 'fine-tuned': 'e35_finetune', 'detection': 'e45_detection', 'Mammo-FActOR': 'e40_mammo_factor'}
     for protocol in published().protocol.unique():
         name, = [e for p, e in who.items() if protocol.startswith(p)]

@@ -22,7 +22,7 @@ from medvl.methods.initialised import Initialised
 from medvl.methods.pixelpro import PixelPro, Propagation
 from medvl.methods.simclr import SimCLR
 from medvl.methods.supervised import CHEXPERT_FIVE, Supervised
-from medvl.models.momentum import momentum_update, momentum_at, teacher_of
+from medvl.models.momentum import momentum_at, momentum_update, teacher_of
 from medvl.train.distributed import average_gradients, exchange_of, launch
 from medvl.train.gradcache import backward_batch
 from medvl.train.loop import train

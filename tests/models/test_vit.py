@@ -5,7 +5,7 @@ import torch
 from golden import golden
 
 from medvl.core.errors import DataError
-from medvl.models.momentum import follow, teacher_of
+from medvl.models.momentum import momentum_update, teacher_of
 from medvl.models.vit import RESIZINGS, VITS, VisionTransformer, load_vit, pool_patches, resize_positions, vit_weights
 
 
@@ -171,7 +171,7 @@ def test_a_teacher_follows_a_student_that_hides_patches():
     student = small(masked=True)
     teacher = teacher_of(student)
     with torch.no_grad(): student.cls_token += 1
-    follow(teacher, student, .9)
+    momentum_update(teacher, student, .9)
     torch.testing.assert_close(teacher.cls_token, student.cls_token - .9)
     assert len(vit_weights(teacher.state_dict())[0]) == len(teacher.state_dict())
 

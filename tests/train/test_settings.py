@@ -76,6 +76,15 @@ def test_the_old_name_is_the_new_setting():
     assert 'clip_names' not in FREE
 
 
+def test_a_run_of_before_knows_its_augmentation():
+    "What makes versions was called MultiView when older runs began; they go on."
+    from medvl.data.augment.chest_versions import MultiVersion
+    class Named: name, config = 'toy', None
+    new = fingerprint(TrainConfig(), Named, 'ab', transform=MultiVersion('simclr'))
+    check_same_run({**new, 'transform': {'name': 'MultiView'}}, new)
+    with pytest.raises(DataError, match='transform'): check_same_run({**new, 'transform': {'name': 'Augment'}}, new)
+
+
 def test_a_dataset_says_whether_texts_may_be_empty(tmp_path):
     data = Pairs(empty=9)
     with pytest.raises(DataError, match='empty report text: sample p009'): run(tmp_path/'a', data=data)
