@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SEEN', 'word_spans', 'other_patients', 'probe_words', 'word_table', 'helped_words']
 
-# %% ../../../nbs/514_evaluate.protocols.word_probe.ipynb #feacb7d6
+# %% ../../../nbs/514_evaluate.protocols.word_probe.ipynb #7af39fbf
 import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
 
 from ...core.errors import DataError, unknown_name
 from ...core.progress import progress
