@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from .localisation import SCORES, brightness_map, localisation_table, map_scores, mean_estimate, random_map
+from .localisation import (
+    SCORES, brightness_map, localisation_table, map_scores, mean_estimate, random_map)
 from .maps import upsample
 from .sentence_maps import centre_map
 from ..core.errors import DataError, unknown_name
@@ -28,7 +29,8 @@ from ..methods.base import Method, evaluating, require
 
 # %% ../../nbs/624_attribute.grounding.ipynb #3260940a
 TERMS = {
-    'atelectasis': r'atelecta\w+|collapse', 'cardiomegaly': r'cardiomegaly|heart|cardiac', 'device': r'pacemaker|catheter|lead|tube',
+    'atelectasis': r'atelecta\w+|collapse', 'cardiomegaly': r'cardiomegaly|heart|cardiac',
+    'device': r'pacemaker|catheter|lead|tube',
     'effusion': r'effusions?|fluid', 'pleural_effusion': r'effusions?|fluid', 'nodule': r'nodul\w+|mass|lesion',
     'oedema': r'o?edema|congestion', 'edema': r'o?edema|congestion', 'opacity': r'opacit\w+|infiltrates?|consolidation',
     'pneumothorax': r'pneumothora\w+', 'pneumonia': r'pneumonia', 'consolidation': r'consolidations?',
@@ -96,14 +98,16 @@ def score_word_maps(
         if own is None: continue
         others = [j for j, (_, a, b) in enumerate(words[k]) if not (a < p.end and b > p.start)]
         rng = numpy_rng('word maps', seed, str(p.image_id), p.term)
-        full = lambda m: upsample(torch.as_tensor(np.asarray(m, np.float32))[None], size)[0].numpy()
-        drawn = {'word': full(own), 'centre': centre_map(size), 'brightness': brightness_map(images[k]),
+        drawn = {'word': _full(own, size), 'centre': centre_map(size), 'brightness': brightness_map(images[k]),
                  'random': random_map(size, rng, np.shape(own))}
-        if others: drawn['another word'] = full(np.asarray(maps[k])[others[int(rng.integers(len(others)))]])
-        mask = None if masks is None else masks[k]
+        if others: drawn['another word'] = _full(np.asarray(maps[k])[others[int(rng.integers(len(others)))]], size)
+        mask = None if masks is None or masks[k] is None or not np.any(masks[k]) else masks[k]
         rows += [dict(image_id=p.image_id, patient_id=p.patient_id, term=p.term, map_of=name,
-                      **map_scores(m, p.boxes, mask if mask is not None and np.any(mask) else None)) for name, m in drawn.items()]
+                      **map_scores(m, p.boxes, mask)) for name, m in drawn.items()]
     return pd.DataFrame(rows)
+
+
+def _full(heat, size): return upsample(torch.as_tensor(np.asarray(heat, np.float32))[None], size)[0].numpy()
 
 # %% ../../nbs/624_attribute.grounding.ipynb #8e6fd004
 GROUNDING_BASELINES = ('another word', 'centre', 'brightness', 'random')
@@ -157,10 +161,11 @@ def grounding_table(
     by: Sequence[str] = (), # further columns that make rows, e.g. ('term',)
     metrics: Sequence[str] = SCORES, # score columns
     n_boot: int = 1000, seed: int = 0, # resamples of patients
-) -> pd.DataFrame: # by..., map_of, metric, value, low, high, n, patients, and gain of the word's own map over each other
+) -> pd.DataFrame: # by..., map_of, metric, value, low, high, n, patients, and gain of the word's own map over others
     "Average scores with intervals, and pair the word's map with everything it must beat."
     by = (*by, 'map_of')
-    out = localisation_table(scores, by, metrics, n_boot, seed)[[*by, 'metric', 'value', 'low', 'high', 'n', 'patients']]
+    columns = [*by, 'metric', 'value', 'low', 'high', 'n', 'patients']
+    out = localisation_table(scores, by, metrics, n_boot, seed)[columns]
     mine, rows = scores[scores.map_of == 'word'], []
     for key, group in scores[scores.map_of != 'word'].groupby(list(by), sort=False):
         both = mine.merge(group, on=['image_id', 'term'], suffixes=('', '_other'))

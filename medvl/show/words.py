@@ -65,7 +65,7 @@ def word_widget(
     maps: np.ndarray, # (t, h', w')
     boxes: Sequence | None = None, # true boxes (n,4), drawn over the image
     width: float = 4.2, # of the picture, inches
-) -> 'VBox': # ipywidgets box
+) -> object: # ipywidgets box
     "Show a text whose words are buttons: a click draws the word's map."
     import ipywidgets as widgets
     maps, out = check_word_maps(maps, words), widgets.Image(format='png')

@@ -83,8 +83,9 @@ def reranked(
 
     Raises: ValueError where one of them was not matched."""
     cosines, chosen = np.asarray(cosines, float), first_by(cosines, top)
-    if np.isnan(np.asarray(match, float)[chosen]).any():
-        raise ValueError(f'{int(np.isnan(np.asarray(match, float)[chosen]).sum())} of the first {top} candidates were not matched')
+    lacking = int(np.isnan(np.asarray(match, float)[chosen]).sum())
+    if lacking:
+        raise ValueError(f'{lacking} of the first {top} candidates were not matched')
     low = np.where(chosen, match, np.inf).min(1, keepdims=True)
     behind = np.where(chosen, -np.inf, cosines).max(1, keepdims=True)
     return np.where(chosen, match, cosines - np.where(np.isfinite(behind), behind, 0) + low - 1)

@@ -22,9 +22,10 @@ from ..metrics.matched import (
     drawn_batches, first_by, label_key, matched_ranks, precision_at, reranked, same_key)
 from .embeddings import Embeddings, embed
 from .export import embed_texts, refuse_other_model
-from .pairs import Reading, match_some, read_image_set, read_text_set, score_kind
-from .retrieval import (
-    DIRECTIONS, RetrievalResult, asking_rows, chance_recall, mean_unit_vectors, means_table, recall_table, report_gallery)
+from .pairs import match_some, read_image_set, read_text_set, score_kind
+from medvl.evaluate.protocols.retrieval import (
+    DIRECTIONS, RetrievalResult, asking_rows, chance_recall, mean_unit_vectors, means_table, recall_table,
+    report_gallery)
 from ..stats.selection import assert_apart, splits_of
 from ...methods.base import Method, require
 
@@ -44,7 +45,8 @@ def positives_of(
     if positives not in POSITIVES: raise ValueError(unknown_name('choice of positives', positives, POSITIVES))
     if own not in OWN: raise ValueError(unknown_name('choice for the own pair', own, OWN))
     if positives == 'labels' and keys is None: raise ValueError('give the labels of each unit as `keys`')
-    if (positives, own) == ('own', 'left out'): raise ValueError('nothing counts when the own pair alone counts and is left out')
+    if (positives, own) == ('own', 'left out'):
+        raise ValueError('nothing counts when the own pair alone counts and is left out')
     eye = np.eye(len(frame), dtype=bool)
     keys = frame.group if positives == 'text' else keys
     match = eye if positives == 'own' else same_key(keys, keys)
@@ -166,8 +168,8 @@ def match_retrieval(
 ) -> MatchRetrievalResult:
     """Judge retrieval in both directions, over the full gallery, beside the batchwise protocol.
 
-    Raises: DataError when splits leak, there are fewer than two reports, or the embeddings are another model's; TypeError
-    when the method lacks what the score needs; ValueError for an unknown choice.
+    Raises: DataError when splits leak, there are fewer than two reports, or the embeddings are another model's;
+    TypeError when the method lacks what the score needs; ValueError for an unknown choice.
     Source: Medical X-VL, `Retrieval.itm_eval`: in batches of 100, top 10, labels; ALBEF for the order by matches."""
     score_kind(method, score, 'retrieval')
     require(method, 'encode_image', by='retrieval')
@@ -210,7 +212,8 @@ def unit_matches(
     of_text = np.zeros((len(kept), len(texts)), bool)
     for j in range(len(group)): of_text[:, group[j]] |= wanted[:, j]
     images = part if len(rows) == len(part) else part.subset(np.isin(np.arange(len(part)), rows))
-    s = match_some(method, read_image_set(method, images, batch_size), read_text_set(method, texts), of_text[order[rows]])
+    s = match_some(method, read_image_set(method, images, batch_size), read_text_set(method, texts),
+                   of_text[order[rows]])
     sums, n = np.zeros(of_text.shape), np.bincount(order[rows], minlength=len(kept))
     np.add.at(sums, order[rows], s)
     return (sums / n[:, None])[:, group]
@@ -236,8 +239,10 @@ def _both_ways(pairs, match, among, frame, n_texts, positives, own, ks, options)
         if not ok.any(): raise DataError(f'no query has anything to find ({direction}).',
                                          fix='Choose other positives, or count the own pair.')
         asked = frame.iloc[rows[ok]]
-        tables.append(recall_table(r[ok].astype(int), count[ok], n, asked.patient_id, ks, **options).assign(task=direction))
-        ranks.append(asked.assign(direction=direction, rank=r[ok].astype(int), matches=count[ok].astype(int)))
+        found = recall_table(r[ok].astype(int), count[ok], n, asked.patient_id, ks, **options)
+        tables.append(found.assign(task=direction))
+        ranks.append(asked.assign(direction=direction, rank=r[ok].astype(int),
+                                  matches=count[ok].astype(int)))
     table = pd.concat(tables, ignore_index=True)
     return table[['task', *(c for c in table if c != 'task')]], pd.concat(ranks, ignore_index=True), without
 
@@ -250,7 +255,8 @@ def _galleries(table, pairs, match, among, frame, batches, ks, batch, options):
         ok = np.isfinite(hits[:, 0])
         if ok.any():
             rows.append(means_table(hits[ok], [f'recall@{k}' for k in ks], chance[ok].mean(0), size,
-                                    frame.patient_id[ok], **options).assign(task=direction, gallery=f'batches of {size}'))
+                                    frame.patient_id[ok], **options).assign(
+                                        task=direction, gallery=f'batches of {size}'))
     return pd.concat(rows, ignore_index=True)
 
 # %% ../../../nbs/513_evaluate.protocols.match_retrieval.ipynb #0b18bc3a
@@ -264,12 +270,14 @@ def exclusive_rows(
 
     Raises: DataError for an absent label, or a class with no such image."""
     absent = [c for c in classes if f'label_{c}' not in manifest]
-    if absent: raise DataError(f'no label {absent[0]!r}.', column=f'label_{absent[0]}', fix='Name labels of the manifest.')
+    if absent:
+        raise DataError(f'no label {absent[0]!r}.', column=f'label_{absent[0]}', fix='Name labels of the manifest.')
     has = manifest[[f'label_{c}' for c in classes]].eq(1).to_numpy()
     out = []
     for j, c in enumerate(classes):
         rows = np.flatnonzero(has[:, j] & (has.sum(1) == 1))
-        if not len(rows): raise DataError(f'no image has {c!r} alone.', column=f'label_{c}', fix='Leave the class out.')
+        if not len(rows):
+            raise DataError(f'no image has {c!r} alone.', column=f'label_{c}', fix='Leave the class out.')
         chosen = numpy_rng('exclusive rows', seed, c).permutation(rows)[:n]
         out.append(pd.DataFrame({'row': np.sort(chosen), 'class': c}))
     return pd.concat(out, ignore_index=True)
@@ -306,7 +314,8 @@ def score_gallery(
     distinct = list(dict.fromkeys(texts))
     group, every = pd.Index(distinct).get_indexer(list(texts)), np.arange(len(images))
     x = embed(method, images, folder, batch_size, ('image',)).of(images, 'image').astype(np.float64)
-    cosines = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)) @ embed_texts(method, distinct, folder).T
+    x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    cosines = x @ embed_texts(method, distinct, folder).T
     found = None
     if score == 'match':
         wide = cosines[:, group]

@@ -98,7 +98,8 @@ class MatchZeroShotResult(ZeroShotResult):
         return wide(rows.assign(metric=rows.model, rule=None))
 
     def __repr__(self):
-        return f'MatchZeroShotResult by {self.score}: {len(self.scores)} rows, {len(self.prompts)} tasks\n{self.compact()}'
+        return (f'MatchZeroShotResult by {self.score}: {len(self.scores)} rows, {len(self.prompts)} tasks\n'
+                f'{self.compact().to_string()}')
 
     def _repr_html_(self): return self.compact().to_html()
 
@@ -204,7 +205,8 @@ def zone_scores(
     """Give every zone of every image its score.
 
     Raises: ValueError when maps and masks do not fit, or the function gives another form."""
-    if np.shape(maps) != np.shape(lungs): raise ValueError(f'maps {np.shape(maps)} and lungs {np.shape(lungs)} must fit')
+    if np.shape(maps) != np.shape(lungs):
+        raise ValueError(f'maps {np.shape(maps)} and lungs {np.shape(lungs)} must fit')
     out = np.stack([np.asarray(zones(m, l), float) for m, l in zip(maps, lungs)])
     if out.shape[1:] != (3, 2): raise ValueError(f'the zones must be (3, 2) an image, not {out.shape[1:]}')
     return out

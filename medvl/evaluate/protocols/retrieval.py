@@ -107,8 +107,8 @@ def recall_table(
     values = np.stack([*((ranks <= k).astype(float) for k in ks), ranks.astype(float)], 1)
     chance = [*(chance_recall(n_candidates, matches, k).mean() for k in ks),
               ((n_candidates + 1) / (np.asarray(matches, float) + 1)).mean()]
-    return means_table(values, [*(f'recall@{k}' for k in ks), 'mean_rank'], chance, n_candidates, patients, unit, n_boot,
-                       level, seed)
+    return means_table(values, [*(f'recall@{k}' for k in ks), 'mean_rank'], chance, n_candidates, patients, unit,
+                       n_boot, level, seed)
 
 # %% ../../../nbs/512_evaluate.protocols.retrieval.ipynb #df547d9f
 DIRECTIONS = ('image to report', 'report to image')

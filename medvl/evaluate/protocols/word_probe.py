@@ -41,7 +41,8 @@ def other_patients(
     order = numpy_rng('other patients', seed).permutation(len(patients))
     out = np.empty(len(patients), int)
     for place, row in enumerate(order):
-        out[row] = next(r for k in range(1, len(order)) if patients[r := order[(place + k) % len(order)]] != patients[row])
+        after = np.roll(order, -place - 1)
+        out[row] = after[np.argmax(patients[after] != patients[row])]
     return out
 
 # %% ../../../nbs/514_evaluate.protocols.word_probe.ipynb #dcf37c88
@@ -61,8 +62,8 @@ def probe_words(
 ) -> pd.DataFrame: # row, patient_id, word, start, seen, log_prob, guess, correct
     """Hide each word and let the method fill it in.
 
-    Raises: TypeError when the method cannot; ValueError for an unknown kind of image or lists of other lengths; DataError
-    when nothing is hidden, or an answer is no number."""
+    Raises: TypeError when the method cannot; ValueError for an unknown kind of image or lists of other lengths;
+    DataError when nothing is hidden, or an answer is no number."""
     require(method, 'read_images', 'fill_mask', by='the probe of hidden words')
     if unknown := [s for s in seen if s not in SEEN]: raise ValueError(unknown_name('kind of image', unknown[0], SEEN))
     if not len(images) == len(texts) == len(patients):
@@ -105,7 +106,8 @@ def word_table(
     patients, parts = wide.index.get_level_values('patient_id'), []
     o = dict(unit='word', n_boot=n_boot, level=level, seed=seed)
     def rows(values: pd.DataFrame, bounds: tuple | None):
-        return means_table(values.to_numpy(float), list(values), [np.nan] * values.shape[1], 0, patients, bounds=bounds, **o)
+        return means_table(values.to_numpy(float), list(values), [np.nan] * values.shape[1], 0, patients,
+                           bounds=bounds, **o)
     for seen in [s for s in SEEN if s in set(probe.seen)]:
         of = wide.xs(seen, axis=1, level='seen')
         parts += [rows(of[['log_prob']], None).assign(seen=seen), rows(of[['correct']], (0., 1.)).assign(seen=seen)]
@@ -126,8 +128,10 @@ def helped_words(
 
     Raises: ValueError when the probe lacks one of both."""
     for s in ('own', against):
-        if s not in set(probe.seen): raise ValueError(f'the probe has no answers with the image {s!r}: it has {sorted(set(probe.seen))}')
-    mean = probe.assign(word=probe.word.str.lower()).groupby(['word', 'seen']).log_prob.agg(['mean', 'size']).unstack('seen')
+        if s not in set(probe.seen):
+            raise ValueError(f'the probe has no answers with the image {s!r}: it has {sorted(set(probe.seen))}')
+    by_word = probe.assign(word=probe.word.str.lower()).groupby(['word', 'seen'])
+    mean = by_word.log_prob.agg(['mean', 'size']).unstack('seen')
     out = pd.DataFrame({'n': mean['size']['own'], 'gain': mean['mean']['own'] - mean['mean'][against],
                         'with': mean['mean']['own'], 'without': mean['mean'][against]})
     return out[out.n >= least].sort_values('gain', ascending=False).reset_index()

@@ -23,14 +23,14 @@ _MEANS = {'auroc': {'Medical X-VL': .879, 'CheXzero': .879, 'MedCLIP': .885, 'M3
                     'BioViL': .754, 'ConVIRT': .675, 'GLoRIA': .629},
           'best_f1': {'Medical X-VL': .630, 'CheXzero': .645, 'MedCLIP': .650, 'M3AE': .610}}
 XVL_REMARKS = {
-    'source': 'The numbers stand in a script that draws a plot, not in a table of the paper; which metric they are is told '
-              'by their size and by the protocol. Unverified.',
+    'source': 'The numbers stand in a script that draws a plot, not in a table of the paper; which metric they are is '
+              'told by their size and by the protocol. Unverified.',
     'level': 'By its own numbers the model is on par with CheXzero and MedCLIP: the mean of five AUROCs is .879, .879 '
              'and .885, and its F1 is the lowest of these three.',
     'other': 'The best other model is named for two findings only.',
     'weights': 'No weights can be had, and MIMIC-CXR needs a permission, so no number can be repeated here.',
-    'rule': 'The answer is a softmax of sigmoids, between .27 and .73; ours is the log-odds (rule="reference" for theirs). '
-            'Positive sentences are ours, not theirs.',
+    'rule': 'The answer is a softmax of sigmoids, between .27 and .73; ours is the log-odds (rule="reference" '
+            'for theirs). Positive sentences are ours, not theirs.',
     'f1': 'F1 is at the best threshold on the test data themselves.',
     'interval': 'Their intervals draw images, not patients (nbs/501a).',
     'retrieval': 'Their retrieval ran within batches of 100 pairs and counted equal labels; for some months the labels '
@@ -73,9 +73,10 @@ def beside_xvl(
     same_data = is_of(list(sources), 'CheXpert')
     for (task, metric), group in paper[paper.task != 'mean of 5'].groupby(['task', 'metric'], sort=False):
         theirs = group.set_index('model').published
-        row = dict(data='CheXpert', task=task, metric=metric, published=theirs['Medical X-VL'], best_other=theirs.drop('Medical X-VL').max(),
-                   ours=np.nan, low=np.nan, high=np.nan, verdict=ABSENT)
-        mine = found[(found.task == task) & (found.metric.replace(_OURS) == metric) & found.value.notna()] if same_data else found[:0]
+        row = dict(data='CheXpert', task=task, metric=metric, published=theirs['Medical X-VL'],
+                   best_other=theirs.drop('Medical X-VL').max(), ours=np.nan, low=np.nan, high=np.nan, verdict=ABSENT)
+        same = (found.task == task) & (found.metric.replace(_OURS) == metric) & found.value.notna()
+        mine = found[same] if same_data else found[:0]
         if same_data: row['verdict'] = 'not in this run'
         if len(mine):
             r = mine.iloc[0]
