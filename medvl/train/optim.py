@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..core.errors import unknown_name
+from .staircase import UNIT, staircase
 
 # %% ../../nbs/400_train.optim.ipynb #96154d3b
 def warmup_steps(
@@ -59,7 +60,7 @@ _by_epoch = {
                                                                max(1, total // epoch)),
 }
 FALLING = tuple(_shapes) # schedules that need the step only, and fall after the warm-up
-SCHEDULES = (*FALLING, *_by_epoch, 'plateau')
+SCHEDULES = (*FALLING, *_by_epoch, 'staircase', 'plateau')
 
 # %% ../../nbs/400_train.optim.ipynb #83bf1da9
 def _warming(step, warm, schedule):
@@ -86,8 +87,10 @@ def lr_scale(
     """
     if schedule not in SCHEDULES: raise ValueError(unknown_name('schedule', schedule, SCHEDULES))
     warm = warmup_steps(warmup, total)
-    if schedule in _by_epoch and epoch_steps < 1:
+    if (schedule in _by_epoch or schedule == 'staircase') and epoch_steps < 1:
         raise ValueError(f'{schedule} needs epoch_steps, the number of optimiser steps in an epoch')
+    if schedule == 'staircase': # warm-up in units of 100 steps, one rate an epoch (nbs/402)
+        return staircase(step, epoch_steps, max(1, total // epoch_steps), warm // UNIT, floor=floor)
     if step < warm and schedule != 'bolts_reference': return _warming(step, warm, schedule)
     if schedule == 'plateau': return 1.0
     if schedule in _by_epoch: return floor + (1 - floor) * _by_epoch[schedule](step, warm, total, epoch_steps)

@@ -178,7 +178,7 @@ def equal_table(
 ) -> np.ndarray: # output of each value, lowest value of the type first
     """Tabulate histogram equalisation, truncated.
 
-    Source: LoVT's preparation of four of its five data sets (spec, section 2.6); bins as scikit-image's
+    Source: LoVT's preparation of four of its five data sets (its published code); bins as scikit-image's
     `equalize_hist`."""
     info, low, high = np.iinfo(pixels.dtype), int(pixels.min()), int(pixels.max())
     counts = np.bincount(pixels.ravel().astype(np.int64) - low, minlength=high - low + 1)[::-1 if invert else 1]

@@ -19,7 +19,7 @@ from ...core.errors import DataError, unknown_name
 from ...data.samples.breast import BreastTextConfig, report_texts
 from ...data.prepared import Prepared
 from ...data.text.reports import normalise_section
-from ..stats.bootstrap import BLOCK, Estimate, settled, patient_counts
+from ..stats.bootstrap import BLOCK, Estimate, interval_or_bound, patient_counts
 from .embeddings import Embeddings, embed
 from .export import embed_texts, refuse_other_model
 from ..metrics.recall import retrieval_ranks
@@ -85,7 +85,7 @@ def means_table(
     draws, rows = _draws(values, codes, len(names), n_boot, seed), []
     for j, metric in enumerate(metrics):
         value, limits = float(values[:, j].mean()), (1, n_candidates) if metric == 'mean_rank' else bounds
-        low, high, how, note = settled(value, draws[j], level, len(names), limits=limits)
+        low, high, how, note = interval_or_bound(value, draws[j], level, len(names), limits=limits)
         better = high < chance[j] if metric == 'mean_rank' else low > chance[j]
         e = Estimate(value, low, high, level, unit, len(values), None, len(names), n_boot,
                      how or 'percentile', note=note)
