@@ -72,7 +72,8 @@ class TrainConfig:
             self.plateau_monitor, self.plateau_mode = self.plateau_monitor.removesuffix('_missed'), 'max'
 
 # %% ../../nbs/412_train.settings.ipynb #107a2a23
-_choices = dict(schedule=SCHEDULES, precision=('fp32', 'bf16', 'fp16'), mode=('min', 'max'), plateau_mode=('min', 'max'),
+_choices = dict(schedule=SCHEDULES, precision=('fp32', 'bf16', 'fp16'), mode=('min', 'max'),
+                plateau_mode=('min', 'max'),
                 optimizer=OPTIMIZERS)
 _least = dict(epochs=1, batch_size=1, accumulate=1, keep_last=1, log_every=1, valid_samples=1, workers=0, save_every=0,
               valid_every=0, early_stop=0, plateau_patience=0, head_warmup=0)
