@@ -100,7 +100,7 @@ class MammoCLIP(Method):
         self.text_side = TextSide(self.text_encoder, c, tokenizer)
 
     def encode(self, batch: dict) -> dict: # images (b,v,1,h,w), of which `present` (b,v) are there; tokens (b,t,L)
-        "Give `image` (b,v,d) and `text` (b,t,d), unit vectors in float32; a missing view is not encoded, its vector is 0."
+        "Give `image` (b,v,d) and `text` (b,t,d), unit rows, float32; a missing view is not encoded: its vector is 0."
         rows = batch['rows'] if 'rows' in batch else present_rows(batch['present']) if 'present' in batch else None
         image = self.embed_images(batch['images'], rows)
         text = unit(self.project_tokens(batch['tokens']['input_ids'], batch['tokens']['attention_mask']))

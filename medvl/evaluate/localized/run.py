@@ -172,7 +172,7 @@ def _attempt(task, *args): # of `run_task`
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #350d9651
 def run_localized(
-    source: Method | str | Path, # trained Method with a ResNet, name of an encoder, file of weights, or of `load_carrier`
+    source: Method | str | Path, # trained Method with a ResNet, name of an encoder, file of weights, `load_carrier`'s
     tasks: str | int | Sequence = 'all', # names, numbers, data sets: see `select_tasks`
     data: dict | None = None, # dict: name of data set -> Prepared, or folder of a prepared data set
     folder: str | Path = 'outputs/localized', # gets a folder a task, and the tables

@@ -98,7 +98,8 @@ def versions_of(
     if found is None or len(found) != count:
         raise ValueError(f'{by} needs {count} versions of each image in batch["augmented"], and there are '
                          f'{0 if found is None else len(found)}: '
-                         'give train(transform=MultiVersion(…)), and WithVersions(dataset, MultiVersion(…)) to validate')
+                         'give train(transform=MultiVersion(…)), '
+                         'and WithVersions(dataset, MultiVersion(…)) for validation')
     return list(found)
 
 # %% ../../../nbs/319_methods.parts.image.ipynb #d3a6fb0a
