@@ -255,6 +255,11 @@ def test_severity_needs_a_threshold_from_validation():
     np.testing.assert_array_equal(severity[:11], truth[:11].sum((1, 2)))
     assert np.isnan(grid[11, 0]).all() and severity[11] == truth[11, 1:].sum()
     assert np.isnan(severity_of(np.full((1, 3, 2), np.nan), t)[1]).all()
+    lungs = np.zeros((1, 24, 20), bool)
+    lungs[0, 8:, 2:9] = lungs[0, 8:, 11:18] = True
+    heat = np.zeros((1, 24, 20))
+    heat[0, 9, 4], heat[0, 22, 15] = .7, .9 # top of one lung, bottom of the other
+    np.testing.assert_allclose(zone_scores(heat, lungs)[0], [[.7, 0], [0, 0], [0, .9]])
     with pytest.raises(LeakError): choose_threshold(scored_zones(s, truth, ['a'] * 12, 'test'))
     with pytest.raises(ValueError, match=r'\(3, 2\)'): zone_scores(maps, np.ones_like(maps), lambda m, lungs: np.zeros((2, 3)))
     with pytest.raises(ValueError, match='must fit'): zone_scores(maps, maps[:, 1:], third)

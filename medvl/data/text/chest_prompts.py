@@ -13,62 +13,62 @@ from ...core.errors import DataError
 
 # %% ../../../nbs/124a_data.text.chest_prompts.ipynb #8617a44e
 CHEST_SENTENCES = '''
-chest | Atelectasis | present | There is atelectasis at the lung base.
-chest | Atelectasis | present | Bibasilar atelectasis is seen.
-chest | Atelectasis | present | Linear opacities consistent with atelectasis.
-chest | Atelectasis | present | Volume loss with subsegmental atelectasis.
-chest | Atelectasis | present | Partial collapse of the lower lobe.
-chest | Atelectasis | absent | No atelectasis.
-chest | Cardiomegaly | present | The heart is enlarged.
-chest | Cardiomegaly | present | There is mild cardiomegaly.
-chest | Cardiomegaly | present | The cardiac silhouette is enlarged.
-chest | Cardiomegaly | present | Increased heart size is noted.
-chest | Cardiomegaly | present | Moderate enlargement of the cardiac shadow.
-chest | Cardiomegaly | absent | No cardiomegaly.
-chest | Edema | present | There is pulmonary edema.
-chest | Edema | present | Interstitial edema with septal lines.
-chest | Edema | present | Findings of congestion and mild edema.
-chest | Edema | present | Perihilar haze consistent with edema.
-chest | Edema | present | Increased vascular markings from fluid overload.
-chest | Edema | absent | No edema.
-chest | Consolidation | present | There is a focal consolidation.
-chest | Consolidation | present | Airspace consolidation in the lower lobe.
-chest | Consolidation | present | Dense opacity with air bronchograms.
-chest | Consolidation | present | Patchy consolidation is seen.
-chest | Consolidation | present | Lobar consolidation is present.
-chest | Consolidation | absent | No consolidation.
-chest | Fracture | present | There is a rib fracture.
-chest | Fracture | present | An acute displaced fracture is seen.
-chest | Fracture | present | Old healed rib fractures are noted.
-chest | Fracture | present | Fracture of the clavicle.
-chest | Fracture | present | Compression fracture of a vertebral body.
-chest | Fracture | absent | No fracture.
-chest | Pleural Effusion | present | There is a pleural effusion.
-chest | Pleural Effusion | present | Blunting of the costophrenic angle by fluid.
-chest | Pleural Effusion | present | Small bilateral pleural effusions.
-chest | Pleural Effusion | present | A large layering effusion is present.
-chest | Pleural Effusion | present | Pleural fluid is seen at the lung base.
-chest | Pleural Effusion | absent | No pleural effusion.
-chest | Pneumonia | present | Findings suggest pneumonia.
-chest | Pneumonia | present | There is a lower lobe pneumonia.
-chest | Pneumonia | present | An opacity concerning for infection.
-chest | Pneumonia | present | Multifocal pneumonia is present.
-chest | Pneumonia | present | Patchy infiltrate compatible with pneumonia.
-chest | Pneumonia | absent | No pneumonia.
-chest | Pneumothorax | present | There is a pneumothorax.
-chest | Pneumothorax | present | A small apical pneumothorax is seen.
-chest | Pneumothorax | present | The pleural line is visible, without lung markings beyond it.
-chest | Pneumothorax | present | Large pneumothorax with collapse of the lung.
-chest | Pneumothorax | present | Air in the pleural space.
-chest | Pneumothorax | absent | No pneumothorax.
-unseen | COVID-19 | present | Peripheral reticular opacities on both sides.
-unseen | COVID-19 | present | Ground-glass opacities with areas of consolidation.
-unseen | COVID-19 | present | Opacities in several places, mainly in the lower zones.
-unseen | COVID-19 | present | Peripheral ground-glass opacities of the lower lungs.
-unseen | COVID-19 | present | Patchy consolidations in both lungs.
-unseen | COVID-19 | absent | No opacity or consolidation.
-two_sentences | Pneumonia | present | Findings suggesting pneumonia.
-two_sentences | Pneumonia | absent | No evidence of pneumonia.
+chest | Atelectasis | present | there is atelectasis at the lung base.
+chest | Atelectasis | present | bibasilar atelectasis is seen.
+chest | Atelectasis | present | linear opacities consistent with atelectasis.
+chest | Atelectasis | present | volume loss with subsegmental atelectasis.
+chest | Atelectasis | present | partial collapse of the lower lobe.
+chest | Atelectasis | absent | no atelectasis.
+chest | Cardiomegaly | present | the heart is enlarged.
+chest | Cardiomegaly | present | there is mild cardiomegaly.
+chest | Cardiomegaly | present | the cardiac silhouette is enlarged.
+chest | Cardiomegaly | present | increased heart size is noted.
+chest | Cardiomegaly | present | moderate enlargement of the cardiac shadow.
+chest | Cardiomegaly | absent | no cardiomegaly.
+chest | Edema | present | there is pulmonary edema.
+chest | Edema | present | interstitial edema with septal lines.
+chest | Edema | present | findings of congestion and mild edema.
+chest | Edema | present | perihilar haze consistent with edema.
+chest | Edema | present | increased vascular markings from fluid overload.
+chest | Edema | absent | no edema.
+chest | Consolidation | present | there is a focal consolidation.
+chest | Consolidation | present | airspace consolidation in the lower lobe.
+chest | Consolidation | present | dense opacity with air bronchograms.
+chest | Consolidation | present | patchy consolidation is seen.
+chest | Consolidation | present | lobar consolidation is present.
+chest | Consolidation | absent | no consolidation.
+chest | Fracture | present | there is a rib fracture.
+chest | Fracture | present | an acute displaced fracture is seen.
+chest | Fracture | present | old healed rib fractures are noted.
+chest | Fracture | present | fracture of the clavicle.
+chest | Fracture | present | compression fracture of a vertebral body.
+chest | Fracture | absent | no fracture.
+chest | Pleural Effusion | present | there is a pleural effusion.
+chest | Pleural Effusion | present | blunting of the costophrenic angle by fluid.
+chest | Pleural Effusion | present | small bilateral pleural effusions.
+chest | Pleural Effusion | present | a large layering effusion is present.
+chest | Pleural Effusion | present | pleural fluid is seen at the lung base.
+chest | Pleural Effusion | absent | no pleural effusion.
+chest | Pneumonia | present | findings suggest pneumonia.
+chest | Pneumonia | present | there is a lower lobe pneumonia.
+chest | Pneumonia | present | an opacity concerning for infection.
+chest | Pneumonia | present | multifocal pneumonia is present.
+chest | Pneumonia | present | patchy infiltrate compatible with pneumonia.
+chest | Pneumonia | absent | no pneumonia.
+chest | Pneumothorax | present | there is a pneumothorax.
+chest | Pneumothorax | present | a small apical pneumothorax is seen.
+chest | Pneumothorax | present | the pleural line is visible, without lung markings beyond it.
+chest | Pneumothorax | present | large pneumothorax with collapse of the lung.
+chest | Pneumothorax | present | air in the pleural space.
+chest | Pneumothorax | absent | no pneumothorax.
+unseen | COVID-19 | present | peripheral reticular opacities on both sides.
+unseen | COVID-19 | present | ground-glass opacities with areas of consolidation.
+unseen | COVID-19 | present | opacities in several places, mainly in the lower zones.
+unseen | COVID-19 | present | peripheral ground-glass opacities of the lower lungs.
+unseen | COVID-19 | present | patchy consolidations in both lungs.
+unseen | COVID-19 | absent | no opacity or consolidation.
+two_sentences | Pneumonia | present | findings suggesting pneumonia.
+two_sentences | Pneumonia | absent | no evidence of pneumonia.
 '''
 
 # %% ../../../nbs/124a_data.text.chest_prompts.ipynb #fa25d00e

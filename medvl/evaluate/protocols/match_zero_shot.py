@@ -17,6 +17,7 @@ from scipy.special import expit, softmax
 
 from ...core.errors import DataError, unknown_name
 from ...data.prepared import Prepared
+from ...data.releases.covid_severity import zone_maxima
 from .embeddings import Embeddings
 from .pairs import match_pairs, read_image_set, read_text_set, score_kind
 from .zero_shot import (
@@ -200,7 +201,7 @@ def _scored(answers, tasks, used, unit, how):
 def zone_scores(
     maps: np.ndarray, # (n, h, w): score maps
     lungs: np.ndarray, # (n, h, w): lung masks, 0 or 1
-    zones: Callable, # (map, lungs) -> (3, 2): a number for upper/middle/lower x left/right
+    zones: Callable = zone_maxima, # (map, lungs) -> (3, 2): a number for upper/middle/lower x left/right
 ) -> np.ndarray: # (n, 3, 2)
     """Give every zone of every image its score.
 
