@@ -63,7 +63,8 @@ class ArgumentDoc(str):
     def expandtabs(self, tabsize: SupportsIndex = 8) -> str: # columns of a tab
         "Give the docstring with a line an argument behind it."
         try: comments = signature_comments(inspect.getsource(self.of))
-        except (OSError, TypeError, SyntaxError, tokenize.TokenError): comments = {} # no source here: the docstring alone
+        except (OSError, TypeError, SyntaxError,
+                tokenize.TokenError): comments = {} # no source here: the docstring alone
         lines = [f'    {k}: {v}' for k, v in comments.items()]
         return '\n'.join([str(self).expandtabs(tabsize), *(['', *lines] if lines else [])])
 

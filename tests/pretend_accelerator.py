@@ -53,7 +53,7 @@ def _place():
     frame, outside = sys._getframe(2), None
     while frame is not None:
         file = frame.f_code.co_filename
-        if file != __file__ and file.startswith(ROOT): return f'{os.path.relpath(file, ROOT)}:{frame.f_lineno}'
+        if file != __file__ and file.startswith(ROOT) and 'site-packages' not in file: return f'{os.path.relpath(file, ROOT)}:{frame.f_lineno}'
         if outside is None and f'{os.sep}torch{os.sep}' not in file and file != __file__: outside = f'{os.path.basename(file)}:{frame.f_lineno}'
         frame = frame.f_back
     return outside or '?'

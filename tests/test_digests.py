@@ -11,7 +11,7 @@ import torch
 
 from medvl.core.paths import read_jsonl
 from medvl.data.augment.breast_versions import Augment, AugmentConfig
-from medvl.data.augment.chest_versions import PRESETS, ChestAugment, MultiView
+from medvl.data.augment.chest_versions import PRESETS, ChestAugment, MultiVersion
 from medvl.data.batch import collate
 from medvl.data.phantom.breast_exam import phantom_exam
 from medvl.data.phantom.chest_film import chest_exam
@@ -59,7 +59,7 @@ def augmented():
         out[f'breast {mode}'] = told(Augment(AugmentConfig(mode=mode, intensity=.5))(breast_batch(), 3, 1)['images'])
     for name in PRESETS:
         out[f'chest {name}'] = told(ChestAugment(name)(chest_batch(), 3, 1)['images'])
-        two = MultiView(name, 2)(chest_batch(), 3, 1)
+        two = MultiVersion(name, 2)(chest_batch(), 3, 1)
         out |= {f'chest {name} version {k}': told(x) for k, x in enumerate(two['augmented'])} | {f'chest {name} transform {k}': told(x) for k, x in enumerate(two['transforms'])}
     return out
 

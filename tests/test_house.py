@@ -80,4 +80,25 @@ def test_references_lead_to_the_paper():
     "A reader has papers and our notebooks, not the builders' notes."
     for p in (REPO/'nbs').rglob('*.ipynb'):
         for c in json.loads(p.read_text())['cells']:
-            assert not re.search(r'\bspec \d\.\d|shared/specs', ''.join(c['source'])), f'{p.name}: {c["id"]}'
+            text = ''.join(c['source'])
+            assert not re.search(r"(?i)\bspec(ification)?s?,? (section|\d)|\bLoVT spec|\bthe spec\b|\(spec[,)]|shared/specs", text), f'{p.name}: {c["id"]}'
+
+
+def public_functions(tree):
+    "Functions a reader can import: not private, not grown onto a class by `patch`."
+    grown = lambda n: any(getattr(getattr(d, 'func', d), 'id', '') == 'patch' for d in n.decorator_list)
+    return [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and not n.name.startswith('_') and not grown(n)]
+
+
+def test_names_say_what_they_do():
+    "A bare verb or noun that could mean anything is no name of a public function."
+    bare = {'look', 'put', 'judge', 'after', 'paper', 'person', 'reference', 'follow', 'claim', 'said', 'told', 'settled', 'about', 'ask', 'share', 'beside'}
+    assert not [f'{p.relative_to(PACKAGE)}: {n}' for p in MODULES for n in public_functions(ast.parse(p.read_text())) if n in bare]
+
+
+def test_an_augmented_copy_is_a_version():
+    "A view is a projection; where versions are made, asked for or compared, they are called so, in names and in words."
+    for name in ('data/augment/chest_versions', 'losses/self_supervised', 'methods/simclr', 'methods/byol', 'methods/pixelpro'):
+        tree = ast.parse((PACKAGE/f'{name}.py').read_text())
+        said = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)} | {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+        assert not [n for n in said if re.search(r'views|Views|MultiView', n)], name

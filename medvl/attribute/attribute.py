@@ -124,7 +124,8 @@ def _factor(method, images, target, level):
         vector = method.vectors[head]
     else:
         value = target.value
-        vector = value if isinstance(value, Tensor) else method.text_vector([value] if isinstance(value, str) else value)
+        vector = value if isinstance(value, Tensor) else method.text_vector([value] if isinstance(value, str)
+                                                                            else value)
         head = explainer.head_of(vector)
     maps = method.maps_of({'images': images[:, None]})
     heat = torch.einsum('bc,bchw->bhw', explainer.weights(maps, vector, head), maps)

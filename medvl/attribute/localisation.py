@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from .maps import boxes_from_map
-from ..evaluate.stats.bootstrap import BLOCK, Estimate, settled, patient_counts
+from ..evaluate.stats.bootstrap import BLOCK, Estimate, interval_or_bound, patient_counts
 
 # %% ../../nbs/601_attribute.localisation.ipynb #8371bc16
 def box_iou(
@@ -103,7 +103,7 @@ def mean_estimate(
     counts = (patient_counts(n, block, seed, min(BLOCK, n_boot - block * BLOCK))
               for block in range(-(-n_boot // BLOCK)))
     draws = np.concatenate([(sums @ c) / (sizes @ c) for c in counts] or [np.zeros(0)])
-    low, high, how, note = settled(float(values.mean()), draws, .95, n, limits=limits)
+    low, high, how, note = interval_or_bound(float(values.mean()), draws, .95, n, limits=limits)
     return Estimate(float(values.mean()), low, high, unit=unit, n=len(values), n_clusters=n, n_boot=n_boot,
                     method=how or 'percentile', note=note)
 

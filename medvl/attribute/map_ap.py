@@ -9,7 +9,7 @@ __all__ = ['map_boxes', 'map_precision']
 from collections.abc import Callable, Sequence
 import pandas as pd
 
-from .factor_protocol import FeatureMaps, drawers, scorable
+from .factor_protocol import FeatureMaps, map_drawers, scorable
 from .mammo_factor import Explainer
 from .maps import boxes_from_map
 from ..core.errors import unknown_name
@@ -34,7 +34,7 @@ def map_boxes(
     dataset: FeatureMaps, # FeatureMaps: the maps of the images
     attribute:str, # a label with boxes
     rows:list, # rows of the data to draw
-    draw: Callable, # function (row, attribute) -> heat (h,w), one of `drawers`
+    draw: Callable, # function (row, attribute) -> heat (h,w), one of `map_drawers`
     quantile:float=0.95, # share of pixels below the threshold of a box
     max_boxes:int|None=10, # of an image
 ) -> pd.DataFrame: # image_id, label, score (mean heat inside), x0, y0, x1, y1
@@ -66,7 +66,7 @@ def map_precision(
     Raises: DataError when no image has a box of an attribute; ValueError for an unknown `among`."""
     if among not in ('all', 'shown'): raise ValueError(unknown_name('choice of images', among, ('all', 'shown')))
     data, tables = dataset.data, []
-    drawn, attributes = drawers(explainer, dataset, baselines, seed, makers), attributes or dataset.attributes
+    drawn, attributes = map_drawers(explainer, dataset, baselines, seed, makers), attributes or dataset.attributes
     for method, attribute in progress([(m, a) for m in drawn for a in attributes], desc='boxes', unit='table'):
         rows, truth = _looked_at(data, attribute, among, box_labels)
         images = data.manifest.iloc[rows][['image_id', 'patient_id']]

@@ -23,10 +23,10 @@ def end_with_parent(
     _watched.add(os.getpid())
     parent = os.getppid() if parent is None else int(parent)
 
-    def look():
+    def watch():
         while os.getppid() == parent: time.sleep(period)
         os._exit(137)
-    threading.Thread(target=look, name='medvl-end-with-parent', daemon=True).start()
+    threading.Thread(target=watch, name='medvl-end-with-parent', daemon=True).start()
 
 
 def end_with_pool() -> None:

@@ -371,10 +371,10 @@ def _record_lock(handle):
 
 def _watch(owner, period=1.0):
     "End this kernel as soon as the runner that started it is gone: nobody would record what it does."
-    def look():
+    def watch():
         while is_alive(owner) is not False: time.sleep(period)
         os._exit(137)
-    threading.Thread(target=look, name='medvl-watch-runner', daemon=True).start()
+    threading.Thread(target=watch, name='medvl-watch-runner', daemon=True).start()
 
 # %% ../../nbs/008_core.run.ipynb #19453520
 @patch(Run)

@@ -143,8 +143,9 @@ def _equal_pairs(data, side, column, kind):
 # %% ../../nbs/131_data.leaks.ipynb #fef40fbe
 SEES = ('Of 40 copies of each of six collections the near-duplicate check found 98 to 100 % (95 % or more in each) of '
         'those flipped, turned, inverted, of gamma 0.5 to 2, after CLAHE, cropped or shifted by a tenth (both ways, '
-        'too), rotated by 3°, halved, as JPEG of quality 10 or marked; it found half after a crop of 20 %, a '
-        'quarter after a rotation by 10°, and does not look for excerpts or other exposures of a patient.')
+        'too), rotated by 3°, halved, as JPEG of quality 10 or marked; of 120 copies it found 92 % of mammograms as '
+        'JPEG 10 and 94 % of gamma 2; half after a crop of 20 %, a quarter after a rotation by 10°. It does not '
+        'look for excerpts or other exposures of a patient.')
 WHERE = 'nbs/benchmarks/b35_leaks.ipynb' # the counts
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'CELLS', 'CUTS', 'WINDOWS', 'cores', 'thumbnail', 'thumbnails', 'stripes', 'flat_edges', 'windows', 'Looks',
-           'turned', 'turned_image', 'Axes', 'candidates', 'meeting']
+           'turned_descriptor', 'turned_image', 'Axes', 'candidates', 'best_meeting']
 
 # %% ../../nbs/130a_data.likeness.ipynb #3154bfef
 import os
@@ -127,7 +127,7 @@ class Looks:
     def __len__(self): return len(self.whole)
 
 # %% ../../nbs/130a_data.likeness.ipynb #aa0abfc6
-def turned(
+def turned_descriptor(
     described:np.ndarray, # float32 (...,3,8,8)
     turn:int, # 0..7: 4 transposes, then 2 flips upside down, then 1 mirrors
 ) -> np.ndarray: # the descriptor of the changed image
@@ -155,7 +155,7 @@ class Axes:
         most:int=2000, # descriptors looked at
     ):
         some = described[np.unique(np.linspace(0, len(described) - 1, min(len(described), most)).astype(int))]
-        flat = np.concatenate([turned(some, t).reshape(len(some), -1) for t in range(8)])
+        flat = np.concatenate([turned_descriptor(some, t).reshape(len(some), -1) for t in range(8)])
         self.mean = flat.mean(0)
         spread, axes = np.linalg.eigh(np.cov((flat - self.mean).T))
         spread, axes = spread[::-1][:dims], axes[:, ::-1][:, :dims]
@@ -168,7 +168,7 @@ class Axes:
 
     def turns(self, described):
         "Give (n,8,windows,dims): all eight turns."
-        return np.stack([self(turned(described, t)) for t in range(8)], 1)
+        return np.stack([self(turned_descriptor(described, t)) for t in range(8)], 1)
 
 # %% ../../nbs/130a_data.likeness.ipynb #cfcf177f
 def _tile(left, right):
@@ -237,7 +237,7 @@ def candidates(
     return np.unique(np.concatenate([pairs[0], pairs[1][:, ::-1]]), axis=0)
 
 # %% ../../nbs/130a_data.likeness.ipynb #52df59f0
-def meeting(
+def best_meeting(
     left:Looks, # one side
     right:Looks, # the other
     axes:Axes, # of both

@@ -13,7 +13,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from .likeness import CUTS, SIDE, WINDOWS, Axes, Looks, candidates, cores, meeting, turned_image
+from .likeness import CUTS, SIDE, WINDOWS, Axes, Looks, candidates, cores, best_meeting, turned_image
 
 # %% ../../nbs/130b_data.overlay.ipynb #7e5bd459
 def structure(
@@ -219,10 +219,10 @@ def compare(
     if not len(left) or not len(right): return np.zeros((0, 6))
     axes = Axes(np.concatenate([looks[0].whole[:, 0], looks[1].whole[:, 0]]))
     pairs = candidates(*looks, axes, group_left, group_right, keep)
-    met, made = meeting(*looks, axes, pairs), (Structures(left), Structures(right))
+    met, made = best_meeting(*looks, axes, pairs), (Structures(left), Structures(right))
     full = np.float32([0, 0, 1, 1])
 
-    def judge(job):
+    def lay_over(job):
         (a, b), ways, best = *job, (0., 0., 1., 0)
         for inner, (_, turn, wa, wb) in enumerate(ways):
             turn, wa, wb = int(turn), int(wa), int(wb)
@@ -233,4 +233,4 @@ def compare(
                             _window(boxes[1], wb, turn), frames)
             best = max(best, (*found, turn), key=lambda f: f[0] - needed(f[1]))
         return a, b, *best
-    with ThreadPoolExecutor(cores()) as pool: return np.array(list(pool.map(judge, zip(pairs, met)))).reshape(-1, 6)
+    with ThreadPoolExecutor(cores()) as pool: return np.array(list(pool.map(lay_over, zip(pairs, met)))).reshape(-1, 6)

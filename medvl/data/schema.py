@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from ..core.errors import DataError, closest
 from ..core.paths import restored_cell
-from .cells import age_years, quoted, side_letter, told
+from .cells import age_years, quoted, side_letter, hide_names
 
 if TYPE_CHECKING: from pandera.pandas import DataFrameSchema
 
@@ -426,7 +426,7 @@ def read_list(
     try: value = ast.literal_eval(text) if len(text) < 100_000 else None
     except (ValueError, SyntaxError, MemoryError, RecursionError): value = None
     if not isinstance(value, (list, tuple)) or not all(isinstance(v, (str, int)) for v in value):
-        raise DataError(f'{told(text)!r} is no list of texts.', file=file, row=row, column=column,
+        raise DataError(f'{hide_names(text)!r} is no list of texts.', file=file, row=row, column=column,
                         fix="Write it as ['a', 'b'].")
     return [str(v) for v in value]
 
@@ -529,7 +529,7 @@ def left_out(
         # what a report says is not repeated
         said = i['detail'].rpartition(': ')[2] if stage == 'sentence' else i['detail']
         where = i['kind'] + ('' if i['row'] is None else f' (row {int(i["row"])})')
-        reason = ' '.join(filter(None, [told(i['item']) if i['item'] != i['image'] else '', said]))
+        reason = ' '.join(filter(None, [hide_names(i['item']) if i['item'] != i['image'] else '', said]))
         rows.setdefault((str(i['file']), str(i['image']), where, stage), []).append(reason)
     return pd.DataFrame([(file, image,
                           ': '.join(filter(None, [where, '; '.join(filter(None, dict.fromkeys(reasons)))])), stage)

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError, unknown_name
-from .cells import told
+from .cells import hide_names
 from .schema import SPLITS, Report, Source
 from .splits import carve_valid, small_parts, split_patients
 
@@ -28,7 +28,8 @@ def check_split(
 
     Raises: DataError naming the row, or the patients."""
     if (bad := np.flatnonzero(~split.isin([*SPLITS, '']))).size:
-        raise DataError(f'{told(split.iloc[bad[0]])!r} is no part of a split: {", ".join(SPLITS)}.', row=int(bad[0]),
+        raise DataError(f'{hide_names(split.iloc[bad[0]])!r} is no part of a split: {", ".join(SPLITS)}.',
+                        row=int(bad[0]),
                         column='split')
     parts = split[split != ''].groupby(patients[split != '']).agg(lambda s: ', '.join(sorted(set(s))))
     both = parts[parts.str.contains(',')]

@@ -92,7 +92,7 @@ class RejectionDraws:
                  tries: int = 100, # draws after which anything is accepted
                  shared: bool = True, # count the draws of the whole batch (the original); False: of each sample
                  draws: Iterable[int] | None = None, # recorded draws in order; None draws
-                 generator: torch.Generator | None = None, # for the draws; None: torch's own
+                 generator: torch.Generator | None = None, # of the CPU, for the draws; None: torch's own
                  ):
         self.tries, self.shared, self.generator, self.count = tries, shared, generator, 0
         self.draws = None if draws is None else iter(draws)
@@ -105,7 +105,7 @@ class RejectionDraws:
                  refused: torch.Tensor, # bool (b,b)
                  ) -> torch.Tensor: # column of each row's negative, int64 (b,)
         "Draw one negative a row, row after row."
-        weights, out = negative_weights(scores), []
+        weights, refused, out = negative_weights(scores).cpu(), refused.cpu(), []
         for i in range(len(scores)):
             if not self.shared: self.count = 0
             while True:

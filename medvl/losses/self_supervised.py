@@ -18,13 +18,14 @@ from ..models.heads import unit
 def nt_xent(
     z: torch.Tensor, # projections, float (n,2,d); rows of all processes
     temperature: float = 0.1, # tau, > 0
-) -> tuple[torch.Tensor, torch.Tensor]: # (loss, share of views whose partner is the nearest), two scalars
-    """Compute the normalised temperature-scaled cross-entropy over 2n views.
+) -> tuple[torch.Tensor, torch.Tensor]: # (loss, share of versions whose partner is the nearest), two scalars
+    """Compute the normalised temperature-scaled cross-entropy over 2n versions.
 
     Raises: ValueError for another shape. Source: SimCLR, equation 1."""
     if z.dim() != 3 or z.shape[1] != 2: raise ValueError(f'projections must be (n,2,d), not {tuple(z.shape)}')
-    n, views = len(z), unit(z).transpose(0, 1).flatten(0, 1)
-    logits = (views @ views.T / temperature).masked_fill(torch.eye(2 * n, dtype=torch.bool, device=z.device), -math.inf)
+    n, versions = len(z), unit(z).transpose(0, 1).flatten(0, 1)
+    itself = torch.eye(2 * n, dtype=torch.bool, device=z.device)
+    logits = (versions @ versions.T / temperature).masked_fill(itself, -math.inf)
     partner = (torch.arange(2 * n, device=z.device) + n) % (2 * n)
     return F.cross_entropy(logits, partner), (logits.argmax(1) == partner).float().mean()
 
@@ -48,12 +49,12 @@ def spread(
 
 # %% ../../nbs/254_losses.self_supervised.ipynb #78a66a23
 def cell_places(
-    transforms: torch.Tensor, # float (n,3,3): pixel of the image -> pixel of the view
-    size: Sequence[int], # (height, width) of the view, pixels
+    transforms: torch.Tensor, # float (n,3,3): pixel of the image -> pixel of the version
+    size: Sequence[int], # (height, width) of the version, pixels
     grid: Sequence[int], # (rows, columns) of the feature map
 ) -> tuple[torch.Tensor, torch.Tensor]: # centres of the cells in the image, float64 (n,rows*columns,2) x, y in pixels;
                                         # diagonal of a cell there, float64 (n,)
-    "Find where each cell of a view's feature map lies in the image."
+    "Find where each cell of a version's feature map lies in the image."
     inverse = torch.linalg.inv(transforms.double())
     steps = [torch.arange(g, device=inverse.device, dtype=torch.float64) for g in grid]
     (h, w), (ys, xs) = (s / g for s, g in zip(size, grid)), torch.meshgrid(*steps, indexing='ij')
@@ -64,12 +65,12 @@ def cell_places(
 
 
 def cell_matches(
-    transforms: torch.Tensor, # float (n,2,3,3), of both views
-    size: Sequence[int], # (height, width) of the views, pixels
+    transforms: torch.Tensor, # float (n,2,3,3), of both versions
+    size: Sequence[int], # (height, width) of the versions, pixels
     grid: Sequence[int], # (rows, columns) of the feature maps
     threshold: float = 0.7, # largest distance that counts as the same place, in diagonals of the larger cell
-) -> torch.Tensor: # bool (n,p,p): cell of the first view x cell of the second
-    "Say which cells of two views show the same place. Source: PixelPro, equation 1."
+) -> torch.Tensor: # bool (n,p,p): cell of the first version x cell of the second
+    "Say which cells of two versions show the same place. Source: PixelPro, equation 1."
     (a, da), (b, db) = (cell_places(transforms[:, v], size, grid) for v in (0, 1))
     distance = (a[:, :, None] - b[:, None]).square().sum(-1).sqrt()
     return distance < threshold * torch.maximum(da, db)[:, None, None]
@@ -83,7 +84,7 @@ def _over_images(values, # (n,), rubbish where not `some`
 def pixel_consistency(
     student: torch.Tensor, # propagated cells, float (n,2,d,p)
     teacher: torch.Tensor, # projected cells, float (n,2,d,p); gets no gradient
-    matches: torch.Tensor, # bool (n,p,p): first view x second view
+    matches: torch.Tensor, # bool (n,p,p): first version x second version
 ) -> torch.Tensor: # scalar in -2..2; 0 where no image has a match
     "Compute PixelPro's loss. Source: Xie et al., equation 4."
     y, t = F.normalize(student, dim=2), F.normalize(teacher.detach(), dim=2)

@@ -19,7 +19,7 @@ def group_rows(rows: torch.Tensor, # vectors of all sentences, report after repo
     Raises: ValueError if the counts do not add up to the rows."""
     counts = torch.as_tensor(counts).cpu() # as a list: no waiting for a device
     if int(counts.sum()) != len(rows): raise ValueError(f'{int(counts.sum())} sentences counted, {len(rows)} given')
-    real = (torch.arange(max(1, int(counts.max()))) < counts[:, None]).to(rows.device)
+    real = (torch.arange(max(1, int(counts.max()))) < counts[:, None]).to(rows.device, non_blocking=True)
     out = rows.new_zeros(*real.shape, rows.shape[-1])
     return out.masked_scatter(real[..., None], rows), real
 

@@ -147,6 +147,11 @@ CAPABILITIES = {
     'regions': '(images)',  # -> unit vectors (b,n,d), one a region
     'sentences': '(texts)',  # -> unit vectors (t,m,d), and which are real, bool (t,m)
     'attention_maps': '(images, texts)',  # -> (b,m,h',w') of each image's sentences, and which are real, bool (b,m)
+    # maps (b,t,h',w') of each word of each image's text, and the words: b lists of (word, start, end)
+    'word_maps': '(images, texts)',
+    # read images (or None: the text alone) and (text, (start, end)) for each: that stretch is hidden and filled in
+    # -> log_prob (n,) of what stood there, summed over its tokens, and guess, n texts
+    'fill_mask': '(images, texts)',
     'generate': '(images, prompt=None)',  # -> texts
     'answer': '(images, questions, candidates=None)',  # -> texts
     'enhance': '(images)',  # -> images

@@ -14,9 +14,9 @@ from torch import nn
 from ..losses.self_supervised import regression_loss, spread
 from .base import StepState, register
 from .parts.image_side import ImageConfig
-from .parts.image import ImageMethod, probe_features, two_layers, views_of, with_probe
+from .parts.image import ImageMethod, probe_features, two_layers, versions_of, with_probe
 from .parts.guards import check_samples
-from ..models.momentum import follow, momentum_at, teacher_of
+from ..models.momentum import momentum_update, momentum_at, teacher_of
 
 # %% ../../nbs/321_methods.byol.ipynb #24c8ceff
 @dataclass
@@ -52,11 +52,11 @@ class BYOL(ImageMethod):
 
     def encode(self, batch: dict) -> dict: # augmented: 2 × (b,1,1,h,w)
         "Give `prediction` and `target` (b,2,d), and what the probe says of the first version."
-        views = [self.image_side.scaled(v) for v in views_of(batch, by='BYOL')]
-        h = [self.image_encoder(v) for v in views]
+        versions = [self.image_side.scaled(v) for v in versions_of(batch, by='BYOL')]
+        h = [self.image_encoder(v) for v in versions]
         prediction = torch.stack([self.predictor(self.projector(x)) for x in h], 1)
         with torch.no_grad():
-            target = torch.stack([self.teacher['projector'](self.teacher['image_encoder'](v)) for v in views], 1)
+            target = torch.stack([self.teacher['projector'](self.teacher['image_encoder'](v)) for v in versions], 1)
         check_samples(batch, prediction, module=self)
         return {'prediction': prediction, 'target': target, **probe_features(self, h[0])}
 
@@ -69,7 +69,7 @@ class BYOL(ImageMethod):
     def after_step(self, features: dict, batch: dict, state: StepState) -> None:
         "Let the teacher follow."
         c = self.config
-        follow(self.teacher, self.student, momentum_at(state.progress, c.momentum, c.momentum_schedule))
+        momentum_update(self.teacher, self.student, momentum_at(state.progress, c.momentum, c.momentum_schedule))
 
     def renew_unsaved(self) -> None:
         "Begin again with a teacher that equals the student: saved models have none."

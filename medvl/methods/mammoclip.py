@@ -100,7 +100,7 @@ class MammoCLIP(Method):
         self.text_side = TextSide(self.text_encoder, c, tokenizer)
 
     def encode(self, batch: dict) -> dict: # images (b,v,1,h,w), of which `present` (b,v) are there; tokens (b,t,L)
-        "Give `image` (b,v,d) and `text` (b,t,d), unit vectors in float32; a missing view is not encoded, its vector is 0."
+        "Give `image` (b,v,d) and `text` (b,t,d), unit rows, float32; a missing view is not encoded: its vector is 0."
         rows = batch['rows'] if 'rows' in batch else present_rows(batch['present']) if 'present' in batch else None
         image = self.embed_images(batch['images'], rows)
         text = unit(self.project_tokens(batch['tokens']['input_ids'], batch['tokens']['attention_mask']))
@@ -125,37 +125,6 @@ class MammoCLIP(Method):
     @torch.no_grad()
     def after_step(self, features: dict, batch: dict, state: StepState) -> None:
         if self.config.limit_scale: self.logit_scale.clamp_(max=SCALE_LIMIT)
-
-    # what evaluation asks
-    def image_features(self, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
-        "Give the pooled features, (b,f), averaged over the views that are there."
-        return self.image_side.pooled(images, present)
-    def feature_maps(self, images: torch.Tensor, level: int = -1) -> torch.Tensor:
-        "Give the map of one scale, (b·v,c,h',w')."
-        return self.image_side.maps(images, level)
-
-    def encode_image(self,
-                     images: torch.Tensor, # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
-                     present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
-                     views: list | None = None, # b lists of v words; Mammo-CLIP reads all views alike
-                     ) -> torch.Tensor:
-        "Give a unit vector a sample, float32 (b,d); the views that are there are averaged."
-        e = self.embed_images(images, None if present is None else present_rows(present))
-        return e if e.dim() == 2 else unit(mean_views(e, present))
-
-    def project_text(self, texts: list, batch_size: int = 64) -> torch.Tensor: # list of str
-        "Give the projected, not normalised vectors of sentences, (b,d)."
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        if self.config.lower_case: texts = [t.lower() for t in texts]
-        rows = tokenise(self.tokenizer, texts, self.text_side.limit)
-        parts = [self.project_tokens(*map(torch.from_numpy,
-                                          pad_tokens(rows[i:i + batch_size], self.tokenizer.pad_token_id or 0)))
-                 for i in range(0, len(rows), batch_size)]
-        return torch.cat(parts) if parts else torch.zeros(0, self.config.dim, device=self.device)
-
-    def encode_text(self, texts: list, batch_size: int = 64) -> torch.Tensor: # list of str
-        "Give a unit vector a sentence, float32 (b,d)."
-        return unit(self.project_text(texts, batch_size))
 
     # how it is stored
     @property
@@ -211,6 +180,29 @@ def embed_images(self: MammoCLIP,
     run = lambda x: unit(self.project_image(self.image_encoder(self.image_side.scaled(x))))
     return over_views(run, images, rows) if images.dim() == 5 else run(images)
 
+# %% ../../nbs/310_methods.mammoclip.ipynb #31a0b1c4
+@patch(MammoCLIP)
+def image_features(self: MammoCLIP, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+    "Give the pooled features, (b,f), averaged over the views that are there."
+    return self.image_side.pooled(images, present)
+
+
+@patch(MammoCLIP)
+def feature_maps(self: MammoCLIP, images: torch.Tensor, level: int = -1) -> torch.Tensor:
+    "Give the map of one scale, (b·v,c,h',w')."
+    return self.image_side.maps(images, level)
+
+
+@patch(MammoCLIP)
+def encode_image(self: MammoCLIP,
+                 images: torch.Tensor, # (b,1,h,w) or (b,v,1,h,w), uint8 or float 0..255
+                 present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
+                 views: list | None = None, # b lists of v words; Mammo-CLIP reads all views alike
+                 ) -> torch.Tensor:
+    "Give a unit vector a sample, float32 (b,d); the views that are there are averaged."
+    e = self.embed_images(images, None if present is None else present_rows(present))
+    return e if e.dim() == 2 else unit(mean_views(e, present))
+
 # %% ../../nbs/310_methods.mammoclip.ipynb #3573d972
 @patch(MammoCLIP)
 def project_tokens(self: MammoCLIP, input_ids: torch.Tensor,
@@ -222,6 +214,24 @@ def project_tokens(self: MammoCLIP, input_ids: torch.Tensor,
         rows, back = torch.unique(torch.cat([ids, mask], 1), dim=0, return_inverse=True)
         ids, mask = rows.split(ids.shape[1], 1)
     return self.text_projection(self.text_encoder(ids, mask))[back].unflatten(0, input_ids.shape[:-1])
+
+# %% ../../nbs/310_methods.mammoclip.ipynb #31a0b1c5
+@patch(MammoCLIP)
+def project_text(self: MammoCLIP, texts: list, batch_size: int = 64) -> torch.Tensor: # list of str
+    "Give the projected, not normalised vectors of sentences, (b,d)."
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if self.config.lower_case: texts = [t.lower() for t in texts]
+    rows = tokenise(self.tokenizer, texts, self.text_side.limit)
+    parts = [self.project_tokens(*map(torch.from_numpy,
+                                      pad_tokens(rows[i:i + batch_size], self.tokenizer.pad_token_id or 0)))
+             for i in range(0, len(rows), batch_size)]
+    return torch.cat(parts) if parts else torch.zeros(0, self.config.dim, device=self.device)
+
+
+@patch(MammoCLIP)
+def encode_text(self: MammoCLIP, texts: list, batch_size: int = 64) -> torch.Tensor: # list of str
+    "Give a unit vector a sentence, float32 (b,d)."
+    return unit(self.project_text(texts, batch_size))
 
 # %% ../../nbs/310_methods.mammoclip.ipynb #841d8abe
 RELEASED_ENCODERS = {'tf_efficientnetv2-detect': 'efficientnet-b2', 'tf_efficientnet_b5_ns-detect': 'efficientnet-b5'}

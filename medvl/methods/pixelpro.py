@@ -17,9 +17,9 @@ from ..core.errors import unknown_name
 from ..losses.self_supervised import cell_matches, pixel_consistency, pixel_contrast, regression_loss
 from .base import StepState, register
 from .parts.image_side import ImageConfig
-from .parts.image import ImageMethod, probe_features, two_layers, views_of, with_probe
+from .parts.image import ImageMethod, probe_features, two_layers, versions_of, with_probe
 from .parts.guards import check_samples
-from ..models.momentum import follow, momentum_at, teacher_of
+from ..models.momentum import momentum_update, momentum_at, teacher_of
 
 # %% ../../nbs/322_methods.pixelpro.ipynb #d0641dfd
 LEVELS, LOSSES = ('conv5', 'pool'), ('pixpro', 'pixcontrast')
@@ -64,10 +64,10 @@ class Propagation(nn.Module):
 
 # %% ../../nbs/322_methods.pixelpro.ipynb #2aa9c7c1
 def unit_places(
-    transforms: list[torch.Tensor], # list of float (b,1,3,3): pixel of the image -> pixel of the view
-    size: Sequence[int], # (height, width) of the views, pixels
-) -> torch.Tensor: # float64 (b,versions,3,3): pixel of the image -> place in a view of one by one
-    "Measure places in views instead of pixels, so that features say all that the loss needs."
+    transforms: list[torch.Tensor], # list of float (b,1,3,3): pixel of the image -> pixel of the version
+    size: Sequence[int], # (height, width) of the versions, pixels
+) -> torch.Tensor: # float64 (b,versions,3,3): pixel of the image -> place in a version of one by one
+    "Measure places in versions instead of pixels, so that features say all that the loss needs."
     h, w = size
     scale = torch.tensor([[1 / w, 0, .5 / w - .5], [0, 1 / h, .5 / h - .5], [0, 0, 1]], dtype=torch.float64)
     scale = scale.to(transforms[0].device, non_blocking=True)
@@ -112,15 +112,15 @@ class PixelPro(ImageMethod):
 
     def encode(self, batch: dict) -> dict: # augmented: 2 × (b,1,1,h,w); transforms: 2 × (b,1,3,3)
         "Give `student_cells` and `teacher_cells` (b,2,d,h',w'), `places` (b,2,3,3)."
-        views, networks = [self.image_side.scaled(v) for v in views_of(batch, by='PixelPro')], self.student
+        versions, networks = [self.image_side.scaled(v) for v in versions_of(batch, by='PixelPro')], self.student
         if 'transforms' not in batch:
             raise ValueError('PixelPro needs batch["transforms"]: where each version lies in the image')
-        found = [self._cells(networks, v) for v in views]
+        found = [self._cells(networks, v) for v in versions]
         student = torch.stack([self.propagation(cells) for cells, _ in found], 1)
         out = {'student_cells': student,
-               'places': unit_places(batch['transforms'], views[0].shape[-2:]).to(student.device)}
+               'places': unit_places(batch['transforms'], versions[0].shape[-2:]).to(student.device)}
         with torch.no_grad():
-            taught = [self._cells(self.teacher, v) for v in views]
+            taught = [self._cells(self.teacher, v) for v in versions]
             out['teacher_cells'] = torch.stack([cells for cells, _ in taught], 1)
             if self.instance: out['target'] = torch.stack([self.teacher['instance'](pooled) for _, pooled in taught], 1)
         if self.instance:
@@ -144,7 +144,7 @@ class PixelPro(ImageMethod):
     def after_step(self, features: dict, batch: dict, state: StepState) -> None:
         "Let the teacher follow."
         c = self.config
-        follow(self.teacher, self.student, momentum_at(state.progress, c.momentum, c.momentum_schedule))
+        momentum_update(self.teacher, self.student, momentum_at(state.progress, c.momentum, c.momentum_schedule))
 
     def renew_unsaved(self) -> None:
         "Begin again with a teacher that equals the student: saved models have none."

@@ -14,7 +14,7 @@ from torch import nn
 from ..losses.self_supervised import nt_xent
 from .base import StepState, register
 from .parts.image_side import ImageConfig
-from .parts.image import ImageMethod, probe_features, two_layers, views_of, with_probe
+from .parts.image import ImageMethod, probe_features, two_layers, versions_of, with_probe
 from .parts.guards import check_samples
 from ..models.heads import unit
 
@@ -44,9 +44,9 @@ class SimCLR(ImageMethod):
 
     def encode(self, batch: dict) -> dict: # augmented: 2 × (b,1,1,h,w)
         "Give `z` (b,2,d), unit vectors, and what the probe says of the first version."
-        views = [self.image_side.scaled(v) for v in views_of(batch, by='SimCLR')]
-        h = (self.image_encoder(torch.cat(views)).chunk(2) if self.config.together
-             else [self.image_encoder(v) for v in views])
+        versions = [self.image_side.scaled(v) for v in versions_of(batch, by='SimCLR')]
+        h = (self.image_encoder(torch.cat(versions)).chunk(2) if self.config.together
+             else [self.image_encoder(v) for v in versions])
         z = self.projector(torch.cat(h)).chunk(2) if self.config.together else [self.projector(x) for x in h]
         z = unit(torch.stack(list(z), 1))
         check_samples(batch, z, module=self)

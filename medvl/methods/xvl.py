@@ -38,7 +38,7 @@ from ..models.distinct import encode_distinct
 from ..models.fusion import FusionBert
 from ..models.heads import unit
 from ..models.ibot_head import Centre, IBOTHead
-from ..models.momentum import follow, teacher_of
+from ..models.momentum import momentum_update, teacher_of
 from ..models.pooling import separate_sentences
 from ..models.queue import FeatureQueue, IndexQueue, check_queue
 from ..models.scaling import scale_images
@@ -446,7 +446,7 @@ def after_step(self: XVL, features: dict, batch: dict, state: StepState) -> None
     c, f = self.config, features
     clamp_temperature(self.temperature)
     if self.late is not None: self.late.load_state_dict(self.teacher.state_dict())
-    follow(self.teacher, self.student, c.momentum, 'follow')
+    momentum_update(self.teacher, self.student, c.momentum, 'follow')
     self.image_queue.enqueue(f['image_teacher']), self.text_queue.enqueue(f['text_teacher'])
     if self.group_queue is not None:
         self.group_queue.enqueue(batch['text_group'].flatten() if 'text_group' in batch else

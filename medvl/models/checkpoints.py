@@ -18,7 +18,7 @@ import torch
 
 from ..core.errors import DataError
 from .text import package_file
-from .torch_file import StoredTensor, open_torch, plain, what_instead
+from .torch_file import StoredTensor, open_torch, plain_containers, what_instead
 
 # %% ../../nbs/210_models.checkpoints.ipynb #f14e31ce
 @dataclass
@@ -62,7 +62,7 @@ def _split(tree, part, file):
         keys = [str(k)[:40] for k in list(tree)[:8]] if isinstance(tree, dict) else type(tree).__name__
         raise DataError(f'no set of weights found under {part or PARTS}: the file holds {keys}', file=file)
     keep = lambda v: not isinstance(v, (torch.Tensor, StoredTensor)) and not _optimiser(v)
-    return dict(tree[names[0]]), plain({k: v for k, v in tree.items() if k != names[0] and keep(v)})
+    return dict(tree[names[0]]), plain_containers({k: v for k, v in tree.items() if k != names[0] and keep(v)})
 
 # %% ../../nbs/210_models.checkpoints.ipynb #63c57b82
 def _is_safetensors(path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAND_INS', 'STORAGES', 'CONTAINERS', 'ALLOWED', 'MAX_PICKLE', 'MAX_STEPS', 'MAX_COPIED', 'MAX_DEPTH', 'REFUSED',
-           'MAX_UNFOLDED', 'MAGIC', 'Inert', 'StoredTensor', 'RestrictedUnpickler', 'plain', 'TorchFile',
+           'MAX_UNFOLDED', 'MAGIC', 'Inert', 'StoredTensor', 'RestrictedUnpickler', 'plain_containers', 'TorchFile',
            'what_instead', 'open_torch']
 
 # %% ../../nbs/209a_models.torch_file.ipynb #1f24ecef
@@ -208,7 +208,7 @@ def _inside(obj):
     return {k: v for k, v in state.items() if isinstance(k, str) and not k.startswith('_')} or None
 
 
-def plain(obj: Any, _seen: dict | None = None, _depth: int = 0) -> Any: # whatever a RestrictedUnpickler gave
+def plain_containers(obj: Any, _seen: dict | None = None, _depth: int = 0) -> Any: # whatever a RestrictedUnpickler gave
     """Turn stand-ins into Python's containers and values; a class as a key becomes its name, a tensor's note its shape
     in words.
 
@@ -220,7 +220,7 @@ def plain(obj: Any, _seen: dict | None = None, _depth: int = 0) -> Any: # whatev
     if isinstance(obj, type): return obj.__name__
     if not isinstance(obj, (Inert, dict, list, tuple, set)): return obj
     seen[id(obj)] = None, 0, obj  # being turned; obj is kept, so that its id is not given away
-    deeper = lambda v: plain(v, seen, _depth + 1)
+    deeper = lambda v: plain_containers(v, seen, _depth + 1)
     if isinstance(obj, Inert): out = deeper(_inside(obj))
     elif isinstance(obj, dict): out = {deeper(k): deeper(v) for k, v in obj.items()}
     else: out = type(obj)(deeper(v) for v in obj)

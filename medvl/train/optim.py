@@ -83,14 +83,14 @@ def lr_scale(
     Raises: ValueError for an unknown schedule, with the nearest name, or without the length of an epoch where it is
     needed.
     Source: Mammo-CLIP, `LinearWarmupCosineAnnealingLR` for 'reference'; LoVT's and lightning-bolts' schedulers for
-    those by epoch; ALBEF and X-VL for 'staircase'.
+    those by epoch.
     """
     if schedule not in SCHEDULES: raise ValueError(unknown_name('schedule', schedule, SCHEDULES))
     warm = warmup_steps(warmup, total)
-    if schedule in _by_epoch and epoch_steps < 1:
+    if (schedule in _by_epoch or schedule == 'staircase') and epoch_steps < 1:
         raise ValueError(f'{schedule} needs epoch_steps, the number of optimiser steps in an epoch')
-    if schedule == 'staircase': # its warm-up goes by units, from a tenth, all within the first epoch
-        return staircase(step, epoch_steps, max(1, total // max(1, epoch_steps)), warm // UNIT, 0.1, floor)
+    if schedule == 'staircase': # warm-up in units of 100 steps, one rate an epoch (nbs/402)
+        return staircase(step, epoch_steps, max(1, total // epoch_steps), warm // UNIT, floor=floor)
     if step < warm and schedule != 'bolts_reference': return _warming(step, warm, schedule)
     if schedule == 'plateau': return 1.0
     if schedule in _by_epoch: return floor + (1 - floor) * _by_epoch[schedule](step, warm, total, epoch_steps)

@@ -65,7 +65,8 @@ class Loop:
                                         config.momentum, no_decay=config.no_decay, lr_scales=config.lr_scales)
         self.plateau = Plateau(config.plateau_factor, config.plateau_patience) if config.schedule == 'plateau' else None
         self.trainable = [p for g in self.optimizer.param_groups for p in g['params']]
-        self.clip_names, self.clip_each = (clip_groups(self.optimizer, c) for c in (config.clip_names, config.clip_each))
+        self.clip_names, self.clip_each = (clip_groups(self.optimizer, c)
+                                           for c in (config.clip_names, config.clip_each))
         self.average = Average(method, config.ema) if config.ema else None
         self.autocast, self.scaler = (autocast_of(config.precision, self.device),
                                       scaler_of(config.precision, self.device))

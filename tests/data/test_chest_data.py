@@ -20,7 +20,7 @@ from medvl.core.errors import DataError
 from medvl.core.seed import numpy_rng
 from medvl.data.augment.transform import map_points, warp
 from medvl.data.batch import collate, slice_batch, to_device
-from medvl.data.samples.chest import ChestImageDataset, ChestReportConfig, ChestReportDataset, choose_share, pixel_statistics, reference
+from medvl.data.samples.chest import ChestImageDataset, ChestReportConfig, ChestReportDataset, choose_share, pixel_statistics, reference_options
 from medvl.data.samples.dense import DenseDataset, planes_of_boxes, truth_table
 from medvl.data.sampler import EpochBatches
 from medvl.data.schema import empty
@@ -28,7 +28,7 @@ from medvl.data.text.sentences import (SentenceTokens, crop_sentences, join_sent
                                   swap_sentences)
 from medvl.data.text.sides import swap_sides
 from medvl.data.text.tokens import build_wordpiece, load_tokenizer
-from medvl.data.augment.chest_versions import PRESETS, ChestAugment, MultiView, blur, draw_version, kernel_width, tone, version_config
+from medvl.data.augment.chest_versions import PRESETS, ChestAugment, MultiVersion, blur, draw_version, kernel_width, tone, version_config
 
 quick = settings(max_examples=60, deadline=None)
 TWO = 'FINDINGS: Small left effusion. Heart size is normal. Lungs are clear otherwise.\nIMPRESSION: Left effusion.'
@@ -215,7 +215,7 @@ def test_dots_land_where_transforms_say():
     dots, image = np.array([[40, 50], [120, 90], [80, 150]]), np.zeros((200, 200), np.uint8)
     for x, y in dots: image[y, x] = 255
     batch = dict(images=torch.from_numpy(np.tile(image, (16, 1, 1, 1, 1))), index=torch.arange(16))
-    out = MultiView('pixelpro', jitter=0.0, size=150)(batch, seed=3)
+    out = MultiVersion('pixelpro', jitter=0.0, size=150)(batch, seed=3)
     seen = 0
     for images, ts in zip(out['augmented'], out['transforms']):
         assert images.shape == (16, 1, 1, 150, 150) and ts.shape == (16, 1, 3, 3) and ts.dtype == torch.float32
@@ -286,17 +286,17 @@ def test_exact_copies_and_halving():
 
 def test_keys_alone_decide():
     batch, state = batch_of(6), torch.get_rng_state()
-    whole = MultiView('byol', size=64)(batch, seed=1, epoch=3)
-    part = MultiView('byol', size=64)({**slice_batch(batch, 2, 4)}, seed=1, epoch=3)
+    whole = MultiVersion('byol', size=64)(batch, seed=1, epoch=3)
+    part = MultiVersion('byol', size=64)({**slice_batch(batch, 2, 4)}, seed=1, epoch=3)
     for k in range(2): assert torch.equal(whole['augmented'][k][2:4], part['augmented'][k]) and torch.equal(whole['transforms'][k][2:4], part['transforms'][k])
     assert not torch.equal(whole['transforms'][0], whole['transforms'][1])
     assert len({tuple(t.flatten().tolist()) for t in whole['transforms'][0]}) == 6
-    for other in (dict(seed=2, epoch=3), dict(seed=1, epoch=4)): assert not torch.equal(MultiView('byol', size=64)(batch, **other)['transforms'][0], whole['transforms'][0])
-    assert torch.equal(MultiView('byol', size=64)({**batch, 'epoch': 3}, seed=1)['transforms'][0], whole['transforms'][0])
-    one = MultiView('byol', size=64, per_batch=True)(batch, seed=1)
+    for other in (dict(seed=2, epoch=3), dict(seed=1, epoch=4)): assert not torch.equal(MultiVersion('byol', size=64)(batch, **other)['transforms'][0], whole['transforms'][0])
+    assert torch.equal(MultiVersion('byol', size=64)({**batch, 'epoch': 3}, seed=1)['transforms'][0], whole['transforms'][0])
+    one = MultiVersion('byol', size=64, per_batch=True)(batch, seed=1)
     assert (one['transforms'][0] == one['transforms'][0][0]).all() and not torch.equal(one['transforms'][0], one['transforms'][1])
     assert torch.equal(whole['images'], batch['images']) and torch.equal(state, torch.get_rng_state()) # no global generator is touched
-    three = MultiView(['lovt', 'simclr', 'none'])(batch)
+    three = MultiVersion(['lovt', 'simclr', 'none'])(batch)
     assert len(three['augmented']) == 3 and torch.equal(three['augmented'][2], batch['images'].float())
 
 
@@ -331,7 +331,7 @@ def test_masks_and_boxes_follow():
 
 
 def test_versions_in_batches():
-    batch = MultiView('simclr')(batch_of(4))
+    batch = MultiVersion('simclr')(batch_of(4))
     part = slice_batch(batch, 1, 3)
     assert [tuple(x.shape) for x in part['augmented']] == [(2, 1, 1, 96, 96)]*2 and torch.equal(part['transforms'][1], batch['transforms'][1][1:3])
     assert all(x.device.type == 'meta' for x in to_device(batch, 'meta')['augmented'])
@@ -431,7 +431,7 @@ def test_share_of_studies(tokenizer):
     half = lambda **kw: [r['sample_id'] for r in ChestReportDataset(many(), tokenizer, ChestReportConfig(fraction=0.3, **kw)).rows]
     assert len(half()) == 6 and half(fraction_by='first') == [f'p{i//2:02d}/e{i:02d}' for i in range(6)] and half() != half(seed=1)
     assert len(ChestReportDataset(many(), tokenizer, ChestReportConfig(fraction=0.3), train=False)) == 20 # validation is whole
-    assert reference().fraction_by == 'first' and reference().laterality == 'ignore' and reference().overflow == 'reference'
+    assert reference_options().fraction_by == 'first' and reference_options().laterality == 'ignore' and reference_options().overflow == 'reference'
 
 
 @pytest.mark.parametrize('workers', [1, 2])

@@ -245,3 +245,20 @@ def test_fuzz(tmp_path):
     assert wrong.xs('cut', level='damage').sum() == 0, table.to_string()
     zero = wrong.xs('zeroed', level='damage')
     assert zero.reindex(['jpeg', 'jpeg_extended', 'jpeg_lossless', 'jpegls', 'jpeg2000', 'jpeg2000_lossy', 'rle', 'png'], fill_value=0).sum() <= VARIANTS//200, table.to_string()
+
+
+def test_a_large_image_has_limits_of_time_and_memory(tmp_path):
+    "Up to 16 million pixels are read here; more go through a worker that time and memory end."
+    from medvl.data.dicom.header import Limits
+    from medvl.data.dicom.write import write_dicom
+    from medvl.data.pixels.file import LITTLE, decode_image, read_image
+    pixels = np.tile(np.arange(4100, dtype=np.uint16), (4000, 1))
+    assert pixels.size > LITTLE
+    write_dicom(tmp_path/'large.dcm', pixels, 'rle')
+    (tmp_path/'large.png').write_bytes(imagecodecs.png_encode(pixels))
+    for name in ('large.dcm', 'large.png'):
+        path = tmp_path/name
+        assert (read_image(path).pixels == decode_image(path).pixels).all()
+        for limit, said in ((Limits(seconds=.001), 'took longer than 0.001 s'), (Limits(memory_bytes=1 << 20), 'needs more'), (Limits(pixels=LITTLE), 'more than 16,000,000')):
+            with pytest.raises(DataError, match=said): read_image(path, limit)
+        assert read_image(path).shape == pixels.shape # a worker that ended is replaced

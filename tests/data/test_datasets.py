@@ -17,7 +17,7 @@ from golden import golden, sample
 from medvl.core.errors import DataError
 from medvl.data.augment.breast_versions import Augment
 from medvl.data.batch import batch_size, collate, slice_batch, to_device
-from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset, ImageDataset, breasts, choose_views, draw_texts, paper, report_texts
+from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset, ImageDataset, breasts, choose_views, draw_texts, paper_options, report_texts
 from medvl.data.text.reports import normalise
 from medvl.data.sampler import EpochBatches, epoch_order
 from medvl.data.text.sides import swap_sides
@@ -125,8 +125,8 @@ def test_texts_of_the_paper_golden():
         rows = [r for r in g['process_in'] if (r['patient_id'], r['laterality']) == key]
         reports = list(dict.fromkeys(f"FINDINGS: {r['FINDINGS'] or ''}\nIMPRESSION: {r['IMPRESSION'] or ''}" for r in rows))
         data = BreastTextDataset.__new__(BreastTextDataset)
-        data.config, data._known = paper(), {}
-        assert [data.text(*t) for t in report_texts(reports, paper())] == want[key]
+        data.config, data._known = paper_options(), {}
+        assert [data.text(*t) for t in report_texts(reports, paper_options())] == want[key]
 
 
 def test_sections_and_fallback():
@@ -152,7 +152,7 @@ def test_drawn_with_replacement_and_from_the_translation():
 def test_augmented_column(tokenizer):
     data = BreastTextDataset(fake([('p', 'L', 'CC', 'FINDINGS: no mass')], report_augmented='FINDINGS: there is no mass'), tokenizer)
     assert {tuple(data[e, 0]['text']) for e in range(20)} == {('no mass.', 'there is no mass.'), ('there is no mass.', 'no mass.')}
-    data = BreastTextDataset(fake([('p', 'L', 'CC', 'FINDINGS: No mass.\nIMPRESSION: Nothing bad is here.')], report_augmented='FINDINGS: There is no mass.'), tokenizer, paper())
+    data = BreastTextDataset(fake([('p', 'L', 'CC', 'FINDINGS: No mass.\nIMPRESSION: Nothing bad is here.')], report_augmented='FINDINGS: There is no mass.'), tokenizer, paper_options())
     texts = {t for e in range(60) for t in data[e, 0]['text']}
     assert texts == {'', 'nothing bad is here', 'there is no mass.'} # "No mass." is too short for the paper's cleaner; the translation is only lower-cased
 
@@ -276,7 +276,7 @@ def test_text_without_token_names_the_sample(tokenizer):
 
 
 def test_paper_keeps_empty_texts(tokenizer):
-    data = BreastTextDataset(fake([('a', 'L', 'CC', 'FINDINGS: there is no mass in here')]), tokenizer, paper())
+    data = BreastTextDataset(fake([('a', 'L', 'CC', 'FINDINGS: there is no mass in here')]), tokenizer, paper_options())
     texts = {t for e in range(20) for t in data[e, 0]['text']}
     assert texts == {'', 'there is no mass in here'}
     batch = data.collate([data[e, 0] for e in range(20)])
@@ -284,7 +284,7 @@ def test_paper_keeps_empty_texts(tokenizer):
 
 
 def test_paper_flips_views_apart(tokenizer):
-    data = BreastTextDataset(many(), tokenizer, paper())
+    data = BreastTextDataset(many(), tokenizer, paper_options())
     flips = torch.cat([data.collate([data[e, i] for i in range(12)])['flip'] for e in range(6)])
     assert (flips[:, 0] != flips[:, 1]).any() and all('right' not in t for e in range(6) for t in data[e, 0]['text'])
 

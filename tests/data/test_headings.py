@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from medvl.data.samples.breast import BreastTextConfig, report_texts
-from medvl.data.text.headings import SECTIONS, alike, find_headings, section_of
+from medvl.data.text.headings import SECTIONS, section_like, find_headings, section_of
 from medvl.data.releases.mimic_cxr import judge_report
 from medvl.data.text.mimic_sections import lovt_sections
 from medvl.data.text.reports import no_report, normalise, normalise_section, split_sections
@@ -108,8 +108,8 @@ def test_other_languages_are_not_english(report, sections):
 
 
 def test_alike_is_a_typing_error():
-    assert {w: alike(w) for w in ('finidngs', 'ndication', 'impresson', 'tecnique', 'comparsion')} == {'finidngs': 'findings', 'ndication': 'indication', 'impresson': 'impression', 'tecnique': 'technique', 'comparsion': 'comparison'}
-    assert not any(alike(w) for w in ('indicación', 'indicacion', 'indikation', 'conclusiones', 'résultats', 'histoire', 'comparaison', 'hallazgos', 'lungs', 'heart', 'mortality', 'plane'))
+    assert {w: section_like(w) for w in ('finidngs', 'ndication', 'impresson', 'tecnique', 'comparsion')} == {'finidngs': 'findings', 'ndication': 'indication', 'impresson': 'impression', 'tecnique': 'technique', 'comparsion': 'comparison'}
+    assert not any(section_like(w) for w in ('indicación', 'indicacion', 'indikation', 'conclusiones', 'résultats', 'histoire', 'comparaison', 'hallazgos', 'lungs', 'heart', 'mortality', 'plane'))
     assert section_of('weird') == '' and section_of('weird and findings', near=True) == ''
 
 

@@ -9,7 +9,7 @@ from test_splits import dataset
 
 from medvl.data.phantom.chest_film import chest_exam
 from medvl.data.leaks import LeakReport, check_leaks, near_pairs, stored_thumbnails
-from medvl.data.likeness import Looks, stripes, thumbnail, thumbnails, turned, turned_image, windows
+from medvl.data.likeness import Looks, stripes, thumbnail, thumbnails, turned_descriptor, turned_image, windows
 from medvl.data.phantom.breast_exam import phantom_exam
 
 
@@ -72,7 +72,7 @@ def test_strangers_and_patients(originals):
 @pytest.mark.parametrize('turn', range(8))
 def test_a_turn_permutes_the_descriptor(turn):
     image = thumbnail(breasts(1)[0])
-    np.testing.assert_allclose(windows(stripes(turned_image(image, turn)))[0], turned(windows(stripes(image))[0], turn), atol=2e-3)
+    np.testing.assert_allclose(windows(stripes(turned_image(image, turn)))[0], turned_descriptor(windows(stripes(image))[0], turn), atol=2e-3)
     np.testing.assert_allclose(stripes(255 - image), stripes(image), atol=1e-3)
 
 

@@ -9,7 +9,7 @@ import torch
 
 from medvl.core.seed import numpy_rng
 from medvl.data.augment.breast_versions import Augment, AugmentConfig
-from medvl.data.augment.chest_versions import PRESETS, ChestAugment, MultiView, transform_of
+from medvl.data.augment.chest_versions import PRESETS, ChestAugment, MultiVersion, transform_of
 from medvl.data.augment.transform import Transform, decided_flips
 from medvl.data.balanced import Balanced, Mixture
 from medvl.data.batch import slice_batch
@@ -18,7 +18,7 @@ from medvl.data.phantom.kinds import phantom_kind, phantom_kinds, prepared_phant
 from medvl.data.samples.base import Samples, read_key
 from medvl.data.samples.boxes import DetectionAugment, detection_dataset
 from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset, ImageDataset
-from medvl.data.samples.breast import paper as paper_options
+from medvl.data.samples.breast import paper_options
 from medvl.data.samples.chest import ChestImageDataset, ChestReportConfig, ChestReportDataset
 from medvl.data.samples.dense import DenseDataset
 from medvl.data.samples.findings import FindingDataset
@@ -120,16 +120,16 @@ def test_versions_turn_only_with_their_words(recipe):
     "Several versions of a sample with words are mirrored where its `flip` says so, all alike, and nowhere else."
     flip = torch.tensor([[[i % 2 == 0, False]] for i in range(6)])
     told = picture_batch(flip=flip, text=[['left']]*6)
-    for transforms in MultiView(RECIPES[recipe])(told)['transforms']: assert mirrored(transforms) == [[i % 2 == 0] for i in range(6)]
+    for transforms in MultiVersion(RECIPES[recipe])(told)['transforms']: assert mirrored(transforms) == [[i % 2 == 0] for i in range(6)]
     undecided = {k: v for k, v in told.items() if k != 'flip'}
     for entry in ('text', 'tokens', 'sentences', 'question', 'answer'):
         worded = {k: v for k, v in undecided.items() if k != 'text'} | {entry: [['left']]*6}
-        for transforms in MultiView(RECIPES[recipe])(worded)['transforms']: assert not np.any(mirrored(transforms))
+        for transforms in MultiVersion(RECIPES[recipe])(worded)['transforms']: assert not np.any(mirrored(transforms))
     assert decided_flips(told, True).tolist() == flip.tolist()
 
 
 def test_versions_without_words_draw_their_own():
-    found = MultiView('simclr')(picture_batch(40, flip=torch.zeros(40, 1, 2, dtype=torch.bool)))['transforms']
+    found = MultiVersion('simclr')(picture_batch(40, flip=torch.zeros(40, 1, 2, dtype=torch.bool)))['transforms']
     first, second = (np.ravel(mirrored(t)) for t in found)
     assert 8 < first.sum() < 32 and (first != second).any()
 
@@ -141,7 +141,7 @@ def test_words_of_a_dataset_agree_with_every_version(datasets):
         swapped = 0
         for epoch in range(4):
             batch = data.collate([data[epoch, i] for i in range(len(data))])
-            for transforms in MultiView('lovt', 2)(batch)['transforms']:
+            for transforms in MultiVersion('lovt', 2)(batch)['transforms']:
                 turned = np.array(mirrored(transforms))[:, 0]
                 upside = batch['flip'][:, 0].numpy()
                 assert (turned == (upside[:, 0] ^ upside[:, 1])).all() # a determinant tells one flip from two
@@ -158,7 +158,7 @@ def test_words_of_a_dataset_agree_with_every_version(datasets):
 
 @pytest.mark.parametrize('recipe', list(RECIPES))
 def test_draws_depend_on_seed_epoch_sample_view_and_version(recipe):
-    make, batch = MultiView(RECIPES[recipe], 2), picture_batch(4, 2)
+    make, batch = MultiVersion(RECIPES[recipe], 2), picture_batch(4, 2)
     whole = make(batch, seed=1)
     part = make(slice_batch(batch, 2, 4), seed=1)
     for a, b in zip(whole['augmented'], part['augmented']): assert a[2:].equal(b)
@@ -170,7 +170,7 @@ def test_draws_depend_on_seed_epoch_sample_view_and_version(recipe):
 def test_one_version_is_the_first_of_several():
     for recipe in RECIPES.values():
         one = transform_of(recipe)(picture_batch(), seed=3)
-        assert MultiView(recipe, 2)(picture_batch(), seed=3)['augmented'][0].equal(one['images'])
+        assert MultiVersion(recipe, 2)(picture_batch(), seed=3)['augmented'][0].equal(one['images'])
 
 
 def test_vertical_flips_reach_every_recipe():

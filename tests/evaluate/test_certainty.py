@@ -9,7 +9,7 @@ from medvl.attribute.comparison import paired_differences, paper_table
 from medvl.attribute.localisation import localisation_table, mean_estimate
 from medvl.evaluate.analysis.analyse import patient_intervals
 from medvl.evaluate.analysis.plots import plot_shared
-from medvl.evaluate.stats.bootstrap import Estimate, agreed_bound, compare, estimate, settled
+from medvl.evaluate.stats.bootstrap import Estimate, agreed_bound, compare, estimate, interval_or_bound
 from medvl.evaluate.metrics.coco import BOX
 from medvl.evaluate.metrics.froc import detection_table, froc_table, plot_froc
 from medvl.evaluate.protocols.label_efficiency import plot_label_efficiency
@@ -53,7 +53,7 @@ def test_bound_covers_the_truth_where_the_bootstrap_does_not():
     "Of samples with no event at all, drawn from a rate of 3 %: the resamples' interval never holds it, the bound nearly always."
     rng = np.random.default_rng(0)
     none = [x for x in (rng.random((400, 40)) < .03) if not x.any()]
-    ends = [settled(0., np.zeros(8), .95, 40)[:2] for _ in none]
+    ends = [interval_or_bound(0., np.zeros(8), .95, 40)[:2] for _ in none]
     assert len(none) > 50 and all(low <= .03 <= high for low, high in ends)
 
 

@@ -16,9 +16,9 @@ from localized import LABELS, evaluate, small, squares
 
 from medvl.core.errors import DataError
 from medvl.core.paths import read_jsonl
-from medvl.evaluate.localized.run import carrier, choose_lr, head_maker, read_localized
+from medvl.evaluate.localized.run import load_carrier, choose_lr, head_maker, read_localized
 from medvl.evaluate.localized.tasks import ABSENT, TASKS, select_tasks, share_rows, task_parts
-from medvl.evaluate.localized.unit import LocalizedConfig, changed, final_units, run_unit, unit_config, unit_data
+from medvl.evaluate.localized.unit import LocalizedConfig, changed_settings, final_units, run_unit, unit_config, unit_data
 from medvl.evaluate.localized.published import ABLATIONS, LOCALIZED_REMARKS, PUBLISHED_MODELS, beside_published, published_localized, ranks_among_published
 from medvl.evaluate.localized.compare import paired_differences, ranks, t_interval, verdict_of
 from medvl.evaluate.localized.taps import Taps
@@ -30,7 +30,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def source(): return carrier('resnet-tiny')
+def source(): return load_carrier('resnet-tiny')
 
 
 # ---- the tasks
@@ -99,7 +99,7 @@ def test_protocol_as_settings():
         assert (c.optimizer, c.weight_decay, c.no_decay, c.schedule, c.plateau_patience, c.plateau_factor) == ('adam', 1e-6, (), 'plateau', 3, .5)
         assert (c.plateau_monitor, c.mode, c.min_delta, c.early_stop, c.head_warmup, c.head_lr) == ('valid_loss', 'max', 1e-5, t.patience, t.head_warmup, 1e-3)
         assert (c.epochs, c.batch_size, c.valid_every) == (t.epochs, t.batch, 0)
-    assert changed(LocalizedConfig()) == '' and 'max_epochs 3' in changed(small())
+    assert changed_settings(LocalizedConfig()) == '' and 'max_epochs 3' in changed_settings(small())
 
 
 # ---- runs
@@ -170,7 +170,7 @@ def test_test_images_change_nothing_but_the_test(first, data, tmp_path):
     keep = {k: (other if k == 'test' else turned) for k in ('train', 'valid', 'test')}
     task, config = select_tasks(9)[0], small(runs=1, max_epochs=4)
     sets = {k: unit_data(task, p, config)[k] for k, p in keep.items()}
-    make = head_maker(carrier('resnet-tiny'), turned, config)
+    make = head_maker(load_carrier('resnet-tiny'), turned, config)
     unit = final_units(task, float(found.runs.lr[found.runs.task == task.key].iloc[0]), config)[0]
     result = run_unit(unit, lambda t, w: make(t, w, unit.seed), sets, tmp_path/'unit', config)
     same = found.runs[(found.runs.task == task.key) & (found.runs.run == 0)].iloc[0]

@@ -9,7 +9,7 @@ import pytest
 from medvl.core.paths import read_json
 from medvl.data.phantom.breast_prepared import prepared_phantom
 from medvl.data.prepared import write_table
-from medvl.methods.published import ABSENT, beside, is_of, published, verdict
+from medvl.methods.published import ABSENT, beside_paper, is_of, published, verdict
 from medvl.run.runner import RunFailedError, run_experiment
 
 REPO = Path(__file__).resolve().parents[2]
@@ -19,7 +19,7 @@ FOUND = pd.DataFrame({'task': ['mass'], 'metric': ['auroc'], 'value': [.6], 'low
 @pytest.mark.parametrize('sources, there', [(['vindr'], True), (['VinDr', 'vindr'], True), (['phantom'], False), (['vindr', 'phantom'], False), ([], False),
                                             (['vindrish'], False), (['CDD-CESM'], False), ([np.nan], False)])
 def test_only_the_papers_own_images(sources, there):
-    table = beside('zero-shot', sources, FOUND)
+    table = beside_paper('zero-shot', sources, FOUND)
     assert table.ours.notna().any() == there == is_of(sources, 'VinDr')
     assert (table[table.data == 'RSNA'].verdict == ABSENT).all()
     if not there: assert (table.verdict == ABSENT).all() and table[['ours', 'low', 'high']].isna().all().all()
@@ -38,7 +38,7 @@ def test_every_line_of_the_papers_tables_has_an_experiment():
     called = {}
     for path in (REPO/'nbs'/'experiments').glob('*.ipynb'):
         code = '\n'.join(''.join(c['source']) for c in json.loads(path.read_text())['cells'] if c['cell_type'] == 'code')
-        if 'beside(' in code: called[path.stem] = code
+        if 'beside_paper(' in code: called[path.stem] = code
     who = {'zero-shot': 'e20_zero_shot', 'linear probe': 'e30_linear_probe', 'fine-tuned': 'e35_finetune', 'detection': 'e45_detection', 'Mammo-FActOR': 'e40_mammo_factor'}
     for protocol in published().protocol.unique():
         name, = [e for p, e in who.items() if protocol.startswith(p)]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from medvl.attribute.localisation import map_scores
 from medvl.evaluate.stats.bootstrap import delong, estimates
-from medvl.evaluate.metrics.coco import BOX, arrange, coco_map
+from medvl.evaluate.metrics.coco import BOX, arrange_boxes, coco_map
 from medvl.evaluate.metrics.froc import detection_table, froc_curve, froc_table, reference_map
 from medvl.evaluate.localized.detection import arrange_localized, froc_value, localized_map, localized_table, marks_of
 from medvl.evaluate.metrics.curves import METRICS, Evaluator
@@ -64,7 +64,7 @@ def test_listed_is_what_pycocotools_does_and_does_depend():
                  lambda i, t: detection_table(truth, found, i, n_boot=0, ties=t).value.iloc[0]):
         assert (make(['a', 'b'], 'listed'), make(['b', 'a'], 'listed')) == pytest.approx((1, .5))
         assert make(['a', 'b'], 'together') == make(['b', 'a'], 'together') == pytest.approx(.5)
-    with pytest.raises(ValueError, match='together'): arrange(truth, found, ['a', 'b'], ties='first')
+    with pytest.raises(ValueError, match='together'): arrange_boxes(truth, found, ['a', 'b'], ties='first')
 
 
 def test_rules_agree_where_no_scores_are_equal():
@@ -109,7 +109,7 @@ def test_bootstrap_of_equal_scores_is_that_of_copied_patients():
     names, codes = np.unique(images.patient_id, return_inverse=True)
     counts = patient_counts(len(names), 0, 0, 8).astype(int)
     import medvl.evaluate.metrics.froc as froc
-    s = arrange(truth, found, images)
+    s = arrange_boxes(truth, found, images)
     hit = froc.match(s, froc.candidate_pairs(s, .5), [.5])[:, 0] >= 0
     ranked, patient, boxes_of, here = froc.ranking_of(s, 0, hit)
     draws = froc._weighted(ranked[0], patient, boxes_of, 8, 0, ends=froc.score_ends(s.score[here]))

@@ -15,7 +15,7 @@ from medvl.core.errors import DataError
 from medvl.data.batch import collate
 from medvl.data.samples.boxes import DetectionAugment, box_classes, detection_dataset, detection_subset
 from medvl.data.phantom.breast_prepared import prepared_phantom
-from medvl.evaluate.metrics.coco import BOX, arrange, candidate_pairs, coco_map, match
+from medvl.evaluate.metrics.coco import BOX, arrange_boxes, candidate_pairs, coco_map, match
 from medvl.evaluate.protocols.detector import detect, evaluate_detections, map_validation
 from medvl.evaluate.metrics.froc import detection_table, froc_table, reference_map
 from medvl.losses.detection import IGNORED, detection_loss, match_anchors
@@ -273,7 +273,7 @@ def test_froc_by_hand_and_monotone():
     truth, found, images = scene(2, labels=('mass',))
     table = froc_table(truth, found, images, rates=(0, .5, 2, 1000), n_boot=0).query("task == 'mass'").value.to_numpy()[:4]
     assert (np.diff(table) >= 0).all()
-    s = arrange(truth, found, images)
+    s = arrange_boxes(truth, found, images)
     touched = np.unique(match(s, candidate_pairs(s, .25), [.25]))
     assert table[-1] == pytest.approx((touched >= 0).sum() / len(truth))  # at any number of false marks: all that is ever hit
     strict = froc_table(truth, found, images, rates=(.5,), n_boot=0, duplicates='false').value.iloc[0]

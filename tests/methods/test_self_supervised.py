@@ -11,18 +11,18 @@ from training import contents, gradients, quiet
 from medvl.core.errors import DataError
 from medvl.core.seed import numpy_rng
 from medvl.data.batch import collate, slice_batch
-from medvl.data.augment.chest_versions import MultiView
+from medvl.data.augment.chest_versions import MultiVersion
 from medvl.data.augment.makers import new_augment
 from medvl.losses.self_supervised import cell_matches, cell_places, nt_xent, pixel_consistency, pixel_contrast, regression_loss, spread
 from medvl.methods.base import StepState, build, capabilities, evaluating, from_pretrained, save_pretrained
 from medvl.methods.byol import BYOL, BYOLConfig
 from medvl.methods.recipes import new_method, recipe
-from medvl.methods.parts.image import ImageMethod, WithViews, mean_auroc, new_image_method, two_layers
+from medvl.methods.parts.image import ImageMethod, WithVersions, mean_auroc, new_image_method, two_layers
 from medvl.methods.initialised import Initialised
 from medvl.methods.pixelpro import PixelPro, Propagation
 from medvl.methods.simclr import SimCLR
 from medvl.methods.supervised import CHEXPERT_FIVE, Supervised
-from medvl.models.momentum import follow, momentum_at, teacher_of
+from medvl.models.momentum import momentum_at, momentum_update, teacher_of
 from medvl.train.distributed import average_gradients, exchange_of, launch
 from medvl.train.gradcache import backward_batch
 from medvl.train.loop import train
@@ -57,7 +57,7 @@ def chests(n=6, **kwargs): return collate([Chests(**kwargs)[0, i] for i in range
 def prepare_of(name, dtype=torch.float64):
     "The transform of a method, in the precision of the test."
     if name not in RECIPE: return lambda batch: {**batch, 'images': batch['images'].to(dtype)}
-    multi = MultiView(RECIPE[name])
+    multi = MultiVersion(RECIPE[name])
     def prepare(batch):  # each sample alone: float32 convolutions of other batches round otherwise
         each = [multi(slice_batch(batch, i, i + 1), 0, 0) for i in range(len(batch['sample_id']))]
         return {**batch, 'augmented': [torch.cat([e['augmented'][v] for e in each]).to(dtype) for v in (0, 1)],
@@ -112,7 +112,7 @@ def test_cells_lie_where_the_matrix_says():
     "A bright pixel of the image is in the cell whose centre is nearest to it, in a crop that was really resampled."
     image = torch.zeros(1, 1, 1, 64, 64)
     image[..., 40, 24] = 255
-    multi = MultiView('pixelpro', jitter=0., blur=0.)
+    multi = MultiVersion('pixelpro', jitter=0., blur=0.)
     for index in range(6):
         views = multi({'images': image, 'index': torch.tensor([index])}, 3, 0)
         for view, t in zip(views['augmented'], views['transforms']):
@@ -268,7 +268,7 @@ def test_follow_is_its_formula():
     start = teacher.weight.clone()
     with torch.no_grad(): student.weight += 3
     for k in range(1, 4):
-        follow(teacher, student, .9)
+        momentum_update(teacher, student, .9)
         torch.testing.assert_close(teacher.weight - start, torch.full((2, 2), 3 * (1 - .9 ** k)))
     assert momentum_at(.3) == .99 and momentum_at(1., .99, 'cosine') == 1
     values = [momentum_at(k / 10, .99, 'cosine') for k in range(11)]
@@ -284,8 +284,8 @@ def fit(name, folder, seed=0, dies=None, **changes):
         return {}
     method = make(name, seed, **changes)
     settings = TrainConfig(max_steps=6, batch_size=4, chunk_size=2, lr=1e-3, warmup=1, save_every=3, valid_every=3, trackers=(), cpu=True, log_every=1)
-    multi = MultiView(RECIPE[name]) if name in RECIPE else None
-    valid = WithViews(Chests(5), multi) if multi else Chests(5)
+    multi = MultiVersion(RECIPE[name]) if name in RECIPE else None
+    valid = WithVersions(Chests(5), multi) if multi else Chests(5)
     train(method, Chests(), settings, folder, valid, multi, validate)
     return method
 

@@ -16,12 +16,12 @@ from medvl.data.text.tokens import build_wordpiece
 from medvl.evaluate.stats.selection import splits_of
 from medvl.losses.itm import RejectionDraws, likeness
 from medvl.methods.base import CAPABILITIES, StepState, capabilities, capability_problems, from_pretrained, save_pretrained
-from medvl.methods.parts.image import WithViews
+from medvl.methods.parts.image import WithVersions
 from medvl.methods.parts.pairs import weigh_attention
 from medvl.methods.recipes import new_method, recipe
 from medvl.methods.released.xvl_files import export_xvl, file_variant, open_xvl, xvl_state
 from medvl.methods.xvl import XVL
-from medvl.models.momentum import follow
+from medvl.models.momentum import momentum_update
 from medvl.train.distributed import average_gradients, exchange_of, launch
 from medvl.train.gradcache import backward_batch
 
@@ -83,7 +83,7 @@ def z(): return arrays('head_pretrain_forward.npz')
 def step23(files, z):
     "The method after its teacher followed once (the original does so before the teacher looks), features and losses."
     method = opened(files, '2023', distil_axis='sequence').method
-    follow(method.teacher, method.student, method.config.momentum)
+    momentum_update(method.teacher, method.student, method.config.momentum)
     draw = with_draws(method, z['neg_draws'])
     features = method.encode(batch_2023(z))
     losses = method.losses(features, batch_2023(z), LATE)
@@ -132,7 +132,7 @@ def test_2023_every_weight_that_learns_gets_a_gradient(step23):
 def step22(files):
     z = arrays('v2022_pretrain_forward.npz')
     method = opened(files, '2022', distil_axis='sequence', late_twin=True, prototypes=24).method
-    follow(method.teacher, method.student, method.config.momentum) # `late` stays as the file has it
+    momentum_update(method.teacher, method.student, method.config.momentum) # `late` stays as the file has it
     method.centre.value.copy_(z['center_before'][0]), method.patch_centre.value.copy_(z['center2_before'][0, 0])
     ids, mask = z['text_input_ids'], z['text_attention_mask']
     batch = {'augmented': [z[f'image_{i}'][:, None] * 255 for i in range(4)], 'hidden': [z[f'mask_{i}'].bool() for i in (0, 1)], 'sample_id': list('abc'),
@@ -261,7 +261,7 @@ class Died(Exception): pass
 def fitted(folder, chest, name, stop=None, **changes):
     from medvl.train.loop import train
     method, data, augment = made(chest, name)
-    valid = WithViews(made(chest, name, 'valid')[1], augment, 0)
+    valid = WithVersions(made(chest, name, 'valid')[1], augment, 0)
     def dies(m, state):
         if state.step >= stop: raise Died
         return {}

@@ -10,7 +10,7 @@ from medvl.losses.itm import itm_loss, likeness, matching_pairs
 from medvl.losses.sentence_search import group_rows, sentence_loss
 from medvl.losses.words import mlm_loss
 from medvl.models.ibot_head import Centre
-from medvl.models.momentum import follow
+from medvl.models.momentum import momentum_update
 
 close = lambda a, b: torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-4, atol=1e-5)
 unit = lambda x: F.normalize(x, dim=-1)
@@ -24,7 +24,7 @@ def both(make, names, weights, first=0):
 
 def after_ema(student, teacher):
     for part in teacher:
-        if not part.startswith('matching'): follow(teacher[part], student[part], .995)
+        if not part.startswith('matching'): momentum_update(teacher[part], student[part], .995)
 
 
 # -- 2023 ------------------------------------------------------------------------------------------------------------------

@@ -196,3 +196,17 @@ def test_transformers_masked_model_predicts_the_same_words():
     assert not load_fusion(ours, theirs.state_dict()).missing
     ids = torch.tensor([[2, 7, 9, 3]])
     with torch.no_grad(): close(ours.logits(ours(ids, mode='text')), theirs(ids).logits)
+
+
+@pytest.mark.parametrize('probed', [False, True])
+def test_half_precision_is_near_and_finite(bert, z, probed):
+    "bfloat16 by autocast: masks are made in the type of the scores, and gradients come back in float32."
+    from contextlib import nullcontext
+    bert.zero_grad()
+    want = bert(z['ids'], mask=z['att'], context=z['img'], context_mask=z['img_att'], causal=True).detach()
+    with torch.autocast('cpu', dtype=torch.bfloat16), attention_maps(bert) if probed else nullcontext():
+        got = bert(z['ids'], mask=z['att'], context=z['img'], context_mask=z['img_att'], causal=True)
+        got.float().square().sum().backward()
+    torch.testing.assert_close(got.float().detach(), want, rtol=.1, atol=.1)
+    grads = [p.grad for p in bert.parameters() if p.grad is not None]
+    assert grads and all(g.dtype == torch.float32 and g.isfinite().all() for g in grads)

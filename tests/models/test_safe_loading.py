@@ -23,7 +23,7 @@ from medvl.methods.classifier import Classifier, ClassifierConfig
 from medvl.methods.mammoclip import MammoCLIP, MammoCLIPConfig, released_config
 from medvl.methods.released.mammoclip_files import convert_released, released_state, stored_config
 from medvl.models.checkpoints import Checkpoint, load_weights, read_checkpoint
-from medvl.models.torch_file import MAX_DEPTH, RestrictedUnpickler, plain
+from medvl.models.torch_file import MAX_DEPTH, RestrictedUnpickler, plain_containers
 
 
 # files ---------------------------------------------------------------------------------------------------------------------------------------
@@ -128,12 +128,12 @@ def test_safetensors_are_known_by_their_beginning(tmp_path):
 
 def test_values_in_a_circle_and_too_deep():
     circle = {}; circle['x'] = [circle]
-    with pytest.raises(DataError, match='itself'): plain(circle)
+    with pytest.raises(DataError, match='itself'): plain_containers(circle)
     deep = []
     for _ in range(MAX_DEPTH + 5): deep = [deep]
-    with pytest.raises(DataError, match='deep'): plain(deep)
+    with pytest.raises(DataError, match='deep'): plain_containers(deep)
     shared = [1, 2]
-    twice = plain({'a': shared, 'b': shared})
+    twice = plain_containers({'a': shared, 'b': shared})
     assert twice == {'a': [1, 2], 'b': [1, 2]} and twice['a'] is twice['b']
 
 

@@ -5,7 +5,7 @@ import torch
 from golden import golden
 
 from medvl.core.errors import DataError
-from medvl.models.momentum import follow, teacher_of
+from medvl.models.momentum import momentum_update, teacher_of
 from medvl.models.vit import RESIZINGS, VITS, VisionTransformer, load_vit, pool_patches, resize_positions, vit_weights
 
 
@@ -171,6 +171,17 @@ def test_a_teacher_follows_a_student_that_hides_patches():
     student = small(masked=True)
     teacher = teacher_of(student)
     with torch.no_grad(): student.cls_token += 1
-    follow(teacher, student, .9)
+    momentum_update(teacher, student, .9)
     torch.testing.assert_close(teacher.cls_token, student.cls_token - .9)
     assert len(vit_weights(teacher.state_dict())[0]) == len(teacher.state_dict())
+
+
+def test_half_precision_is_near_and_finite():
+    ours, x = small(masked=True), normal(2, 1, 48, 80)
+    masked = normal(2, 3, 5, seed=1) > 0
+    want = ours.tokens(x, masked).detach()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        got, maps = ours.tokens(x, masked), ours.last_attention(x)
+        got.float().square().sum().backward()
+    torch.testing.assert_close(got.float().detach(), want, rtol=.1, atol=.1)
+    assert maps.isfinite().all() and all(p.grad.isfinite().all() and p.grad.dtype == torch.float32 for p in ours.parameters() if p.grad is not None)

@@ -159,3 +159,12 @@ def test_adam_is_torchs_with_coupled_decay():
         for model, o in ((ours, optimizer), (theirs, reference)):
             o.zero_grad(); sum((p ** 2).sum() for p in model.parameters()).backward(); o.step()
     for a, b in zip(ours.parameters(), theirs.parameters()): torch.testing.assert_close(a, b)
+
+
+def test_staircase_is_albefs():
+    "Warm-up by units of 100 steps inside the first epoch, then one value an epoch."
+    from medvl.train.staircase import staircase
+    values = [lr_scale(s, 1000, 200, 'staircase', .2, epoch_steps=250) for s in range(1000)]
+    assert values == [staircase(s, 250, 4, 2, floor=.2) for s in range(1000)]
+    assert values[0] == pytest.approx(.1) and values[100] == pytest.approx(.55) and values[200] == 1 and len(set(values[250:500])) == 1
+    with pytest.raises(ValueError, match='epoch_steps'): lr_scale(0, 10, 0, 'staircase')

@@ -14,7 +14,7 @@ from medvl.data.augment.makers import new_augment
 from medvl.data.phantom.populations import new_phantom
 from medvl.data.samples.builders import Parts, new_samples, sample_kind
 from medvl.evaluate.stats.selection import splits_of
-from medvl.methods.parts.image import WithViews
+from medvl.methods.parts.image import WithVersions
 from medvl.methods.recipes import method_names, new_method, recipe
 from medvl.train.loop import train
 from medvl.train.plan import kept_for_backward, plan
@@ -85,7 +85,7 @@ def test_every_method_can_be_planned(phantoms, name, tmp_path):
     training, valid = (new_samples(named.samples, parts, p, getattr(method, 'tokenizer', None), named.sample_options, p == 'train') for p in ('train', 'valid'))
     transform = new_augment(named.augment, named.augment_options, named.versions)
     planned = plan(method, training, TrainConfig(**{**named.train, 'batch_size': 4, 'max_steps': 3, 'cpu': True}), tmp_path/'run',
-                   WithViews(valid, transform) if named.versions > 1 else valid, transform)
+                   WithVersions(valid, transform) if named.versions > 1 else valid, transform)
     assert planned.value('activations') > 0 and planned.value('steps') == 3 and not (tmp_path/'run').exists()
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from training import Pairs, run, settings, small
 
 from medvl.core.errors import DataError
-from medvl.train.loop import judge
+from medvl.train.loop import keep_if_best
 from medvl.train.optim import Plateau
 from medvl.train.settings import FREE, TrainConfig, check_same_run, fingerprint
 from medvl.train.step import Loop, one_step
@@ -59,7 +59,7 @@ def test_a_share_that_should_rise_lowers_the_rate_as_what_it_lacks_did(values, p
     "The rates are those of `valid_auroc_missed`, so runs of before go on as they were; the memory is the same too."
     now, before = Run(plateau_monitor='valid_auroc', plateau_mode='max', plateau_patience=patience), Plateau(patience=patience)
     for value in values:
-        judge(now, {'valid_auroc': value})
+        keep_if_best(now, {'valid_auroc': value})
         assert before.see(1 - value) == now.plateau.scale
     assert now.plateau.state() == before.state()
 
@@ -74,6 +74,15 @@ def test_the_old_name_is_the_new_setting():
     with pytest.raises(DataError, match='plateau_mode'): check_same_run(stored, fingerprint(TrainConfig(schedule='plateau', plateau_monitor='valid_auroc'), Named, 'ab'))
     with pytest.raises(DataError, match='clip_names'): check_same_run(stored, fingerprint(TrainConfig(**{**new.__dict__, 'clip_names': {'a': 1.0}}), Named, 'ab'))
     assert 'clip_names' not in FREE
+
+
+def test_a_run_of_before_knows_its_augmentation():
+    "What makes versions was called MultiView when older runs began; they go on."
+    from medvl.data.augment.chest_versions import MultiVersion
+    class Named: name, config = 'toy', None
+    new = fingerprint(TrainConfig(), Named, 'ab', transform=MultiVersion('simclr'))
+    check_same_run({**new, 'transform': {'name': 'MultiView'}}, new)
+    with pytest.raises(DataError, match='transform'): check_same_run({**new, 'transform': {'name': 'Augment'}}, new)
 
 
 def test_a_dataset_says_whether_texts_may_be_empty(tmp_path):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'CROPS', 'VersionConfig', 'version_config', 'draw_window', 'draw_version', 'tone', 'kernel_width', 'blur',
-           'ChestAugment', 'MultiView', 'transform_of']
+           'ChestAugment', 'MultiVersion', 'transform_of']
 
 # %% ../../../nbs/143_data.augment.chest_versions.ipynb #8d3746cc
 from collections.abc import Sequence
@@ -135,12 +135,12 @@ def _shaped(values, images):
 
 def tone(
     images:torch.Tensor, # float32 (n,1,h,w), 0..255
-    views:list, # n Versions
+    versions:list, # n Versions
 ) -> torch.Tensor: # float32 (n,1,h,w), 0..255
     "Change brightness and contrast."
-    if all(v.factors == (1.0, 1.0) for v in views): return images
-    bright, contrast = (_shaped([v.factors[i] for v in views], images) for i in (0, 1))
-    first = _shaped([float(v.contrast_first) for v in views], images) > 0
+    if all(v.factors == (1.0, 1.0) for v in versions): return images
+    bright, contrast = (_shaped([v.factors[i] for v in versions], images) for i in (0, 1))
+    first = _shaped([float(v.contrast_first) for v in versions], images) > 0
     stretch = lambda x: (contrast*x + (1 - contrast)*x.mean((1, 2, 3), keepdim=True)).clamp(0, 255)
     brighten = lambda x: (bright*x).clamp(0, 255)
     return torch.where(first, brighten(stretch(images)), stretch(brighten(images)))
@@ -203,16 +203,16 @@ class ChestAugment(Transform):
         return blur(out, [v.sigma for v in versions], kernel_width(max(size), self.config.blur_kernel))
 
 # %% ../../../nbs/143_data.augment.chest_versions.ipynb #bf84d2b7
-class MultiView:
+class MultiVersion:
     "Makes several versions of each image: `multi(batch, seed, epoch)`."
     def __init__(self,
         # name of a preset, a VersionConfig, an AugmentConfig, or a Transform; or a list of them, one a version
         config:str|VersionConfig|AugmentConfig|Transform|list|tuple='simclr',
-        views:int=2, # versions; ignored for a list
+        versions:int=2, # how many; ignored for a list
         **changes, # fields of the configuration by name
     ):
-        each = list(config) if isinstance(config, (list, tuple)) else [config]*views
-        if len(each) < 1: raise ValueError(f'MultiView makes at least one version, not {len(each)}.')
+        each = list(config) if isinstance(config, (list, tuple)) else [config]*versions
+        if len(each) < 1: raise ValueError(f'MultiVersion makes at least one version, not {len(each)}.')
         self.makers = [transform_of(c, **changes) for c in each]
 
     def __call__(self,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import torch
 
-from .chest_versions import MultiView, VersionConfig
+from .chest_versions import MultiVersion, VersionConfig
 from .patch_masks import SHAPES, patch_masks
 from ...core.errors import unknown_name
 
@@ -49,7 +49,7 @@ class Crops:
         whole = replace(base, crop='none', affine=0.0, jitter=0.0, blur=0.0)
         each = [whole if tuple(c.first) == (1, 1) else replace(base, crop_share=c.first), replace(base, crop_share=c.second)]
         each += [replace(base, crop_share=c.local, size=c.local_size)] * (versions - 2)
-        self.versions = MultiView(each)
+        self.versions = MultiVersion(each)
 
     def hidden(self, batch:dict, seed:int, epoch:int) -> list: # of bool (b,h,w), a version each
         "Draw the hidden patches of the two large versions."

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ...core.config import check_fields, config_from_dict
 from ...core.errors import unknown_name
 from .breast_versions import Augment, AugmentConfig
-from .chest_versions import ChestAugment, MultiView, VersionConfig
+from .chest_versions import ChestAugment, MultiVersion, VersionConfig
 from .crops import Crops, CropsConfig
 
 # %% ../../../nbs/149j_data.augment.makers.ipynb #271e5a49
@@ -34,7 +34,7 @@ def _chest(options, versions):
     options = check_fields(ChestAugmentConfig, options)
     preset = options.pop('preset', 'lovt')
     if versions == 1: return ChestAugment(preset, **options)
-    out = MultiView(preset, versions, **options)
+    out = MultiVersion(preset, versions, **options)
     out.config = out.makers[0].config # all alike; a run's identity tells recipes apart by it
     return out
 

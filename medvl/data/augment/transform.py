@@ -99,9 +99,9 @@ def _halved(images, level):
     return F.avg_pool2d(images, 2**level, ceil_mode=True, count_include_pad=False) if level else images
 
 
-def _window(images, views, size, fill, level, nearest):
+def _window(images, versions, size, fill, level, nearest):
     "Cut out and resize (n,c,h,w) as drawn, from images halved `level` times."
-    inverse = np.linalg.inv(np.stack([v.matrix for v in views]))
+    inverse = np.linalg.inv(np.stack([v.matrix for v in versions]))
     step = 2.0**-level
     halve = np.array([[step, 0, 0.5*step - 0.5], [0, step, 0.5*step - 0.5], [0, 0, 1]])
     source = _halved(images.float(), level)
@@ -110,7 +110,7 @@ def _window(images, views, size, fill, level, nearest):
     grid = torch.stack([(2*x + 1)/w - 1, (2*y + 1)/h - 1], -1)
     out = F.grid_sample(source, grid, mode='nearest' if nearest else 'bilinear', padding_mode='border',
                         align_corners=False)
-    frame = np.stack([v.affine for v in views])
+    frame = np.stack([v.affine for v in versions])
     if (frame == np.eye(3)).all(): return out
     x, y = _where(np.linalg.inv(frame), size, images.device)
     inside = ((x + 1).clamp(0, 1)*(size[1] - x).clamp(0, 1)*(y + 1).clamp(0, 1)*(size[0] - y).clamp(0, 1))[:, None]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KNOWN_PHOTOMETRIC', 'RLE', 'PixelLayout', 'whole_number', 'pixel_layout', 'pixel_element', 'fragments', 'StreamInfo',
-           'stream_info', 'decode_stream', 'decode_checked', 'decode_rle', 'read_native', 'stored_values', 'settled',
-           'grey_of', 'by_pydicom', 'read_pixel_data']
+           'stream_info', 'decode_stream', 'decode_checked', 'decode_rle', 'read_native', 'stored_values',
+           'corrected_layout', 'grey_of', 'by_pydicom', 'read_pixel_data']
 
 # %% ../../../nbs/100b_data.dicom.codecs.ipynb #772a473b
 import struct
@@ -294,7 +294,7 @@ def stored_values(
     return np.minimum(raw, raw.dtype.type(top)) if lossy else raw & raw.dtype.type(top)
 
 
-def settled(
+def corrected_layout(
     raw:np.ndarray, # what the codec gave, or the file's words
     layout:PixelLayout, # as the header says
     info:StreamInfo|None, # what a compressed stream declared
@@ -360,7 +360,7 @@ def read_pixel_data(
     if layout.samples == 3:
         full = layout.photometric == 'YBR_FULL' and (length >= 0 or opened.syntax == RLE or info.codec != 'jpeg')
         return grey_of(convert_color_space(raw, 'YBR_FULL', 'RGB') if full else raw, colour, file), layout, ()
-    layout, notes = settled(raw, layout, info)
+    layout, notes = corrected_layout(raw, layout, info)
     return stored_values(raw, layout, info is not None and info.lossy), layout, notes
 
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['VALUE_TYPES', 'DEFLATED', 'EXPLICIT', 'ALLOWED', 'CODES', 'NUMBERS', 'VIEW_CODES', 'VIEWS', 'MODIFIERS',
-           'MODIFIER_CODES', 'MAGNIFIED', 'Limits', 'check_size', 'check_file_size', 'looks_like_elements', 'is_dicom',
-           'inflate', 'inflate_frame', 'OpenDicom', 'parse_header', 'peek', 'walk', 'read_file_meta_info_at',
-           'open_dicom', 'plain', 'cap_age', 'known_code', 'fits_element', 'value_of', 'header_fields', 'hash_id',
-           'view_in_text', 'view_of', 'modifiers_in_text', 'view_modifier_of', 'magnification', 'spacing_pair',
-           'spacing_of']
+           'MODIFIER_CODES', 'MAGNIFIED', 'Limits', 'TooLarge', 'check_size', 'check_file_size', 'looks_like_elements',
+           'is_dicom', 'inflate', 'inflate_frame', 'OpenDicom', 'parse_header', 'peek', 'check_ahead',
+           'read_file_meta_info_at', 'open_dicom', 'python_value', 'cap_age', 'known_code', 'fits_element', 'value_of',
+           'header_fields', 'hash_id', 'view_in_text', 'view_of', 'modifiers_in_text', 'view_modifier_of',
+           'magnification', 'spacing_pair', 'spacing_of']
 
 # %% ../../../nbs/100a_data.dicom.header.ipynb #e15e9e7c
 import hashlib
@@ -47,6 +47,10 @@ class Limits:
     seconds: float = 60.0         # wall-clock time of one file in a worker
 
 
+class TooLarge(DataError):
+    "An image of more pixels than a limit allows."
+
+
 def check_size(
     rows:int, # declared rows
     columns:int, # declared columns
@@ -55,14 +59,14 @@ def check_size(
 ) -> None:
     """Refuse sizes that are nothing or too much.
 
-    Raises: DataError."""
+    Raises: DataError; TooLarge for too much."""
     if rows < 1 or columns < 1:
         raise DataError(f'image of {rows} × {columns} pixels is empty.', file=file,
                         fix='It is a failed export: leave it out.')
     if max(rows, columns) > limits.side or rows*columns > limits.pixels:
-        raise DataError(f'image declares {rows} × {columns} pixels, more than {limits.pixels:,} or {limits.side:,} a '
-                        'side.', file=file,
-                        fix='Raise Limits.pixels or Limits.side if the file is genuine.')
+        raise TooLarge(f'image declares {rows} × {columns} pixels, more than {limits.pixels:,} or {limits.side:,} a '
+                       'side.', file=file,
+                       fix='Raise Limits.pixels or Limits.side if the file is genuine.')
 
 # %% ../../../nbs/100a_data.dicom.header.ipynb #c373af8d
 def check_file_size(
@@ -165,14 +169,14 @@ def parse_header(
     meta = FileMetaDataset()
     if head[128:132] == b'DICM': read_preamble(stream, False)
     if head[128:132] == b'DICM' or head[:2] == b'\x02\x00':
-        walk(stream, False, True, limits, lambda tag: tag >> 16 != 2, file)
+        check_ahead(stream, False, True, limits, lambda tag: tag >> 16 != 2, file)
         meta = read_file_meta_info_at(stream)
     syntax = str(meta.get('TransferSyntaxUID', ''))
     stop = lambda tag, vr, length: tag in PIXEL_TAGS
     if syntax == DEFLATED: stream = BytesIO(inflate_frame(stream.read(), limits, file))
     if not syntax: syntax = EXPLICIT if peek(stream, 6)[4:6] in VALUE_TYPES else '1.2.840.10008.1.2'
     implicit, little = syntax == '1.2.840.10008.1.2', syntax != '1.2.840.10008.1.2.2'
-    walk(stream, implicit, little, limits, lambda tag: tag in PIXEL_TAGS, file)
+    check_ahead(stream, implicit, little, limits, lambda tag: tag in PIXEL_TAGS, file)
     ds = read_dataset(stream, implicit, little, stop_when=stop)
     ds.set_original_encoding(implicit, little, ds.original_character_set or 'ISO_IR 6')
     at = stream.tell()
@@ -192,7 +196,7 @@ def peek(
     return data
 
 
-def walk(
+def check_ahead(
     stream:BinaryIO, # binary stream
     implicit:bool, # whether types are left out
     little:bool, # byte order
@@ -259,11 +263,11 @@ ALLOWED = (
         'FieldOfViewHorizontalFlip')
 
 
-def plain(
+def python_value(
     value:object, # element's value as pydicom gives it
 ) -> str|int|float|list: # str, int, float or a list of these
     """Turn pydicom's value types into plain ones."""
-    if isinstance(value, (list, pydicom.multival.MultiValue)): return [plain(v) for v in value]
+    if isinstance(value, (list, pydicom.multival.MultiValue)): return [python_value(v) for v in value]
     if isinstance(value, (bytes, bytearray)): return ''
     if isinstance(value, float): return float(value)
     return int(value) if isinstance(value, int) else str(value).strip()[:64]
@@ -277,7 +281,7 @@ def cap_age(
     if not match: return ''
     return '090Y' if match[2] == 'Y' and int(match[1]) > 89 else age.strip()
 
-
+# %% ../../../nbs/100a_data.dicom.header.ipynb #100a0b1d
 CODES = { # fields that may hold only these words
     'PresentationIntentType': ('FOR PRESENTATION', 'FOR PROCESSING'), 'PatientSex': ('M', 'F', 'O'),
     'ImageLaterality': ('L', 'R', 'B', 'U'), 'Laterality': ('L', 'R', 'B'),
@@ -326,7 +330,7 @@ def value_of(
     """Read one element; a damaged one counts as absent."""
     try: value = ds.get(name)
     except Exception: return default   # a value that breaks its own type's rules
-    return default if value is None or value == '' else plain(value)
+    return default if value is None or value == '' else python_value(value)
 
 
 def header_fields(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SIDE_NAMES', 'FINDING_TEMPLATES', 'DENSITY_TEMPLATES', 'NEGATIVES', 'BOTH_NEGATIVE', 'NEUTRAL', 'CLOSING',
            'ASSESSMENT', 'NEXT_STEP', 'OPINION', 'Sentence', 'wording', 'one_of', 'place_words', 'size_words',
-           'finding_sentence', 'impression', 'pad', 'breast_report', 'wanted_lengths', 'phantom_report_text']
+           'finding_sentence', 'impression', 'pad_section', 'breast_report', 'wanted_lengths', 'phantom_report_text']
 
 # %% ../../../nbs/151_data.phantom.breast_report.ipynb #b9208583
 import re
@@ -208,7 +208,7 @@ def impression(
     return [*out, Sentence('IMPRESSION', wording(rng, NEXT_STEP[birads]))]
 
 # %% ../../../nbs/151_data.phantom.breast_report.ipynb #241c029b
-def pad(
+def pad_section(
     rng:np.random.Generator, # generator of the report
     must:list, # of Sentence, all kept
     pool:tuple|dict, # templates of neutral remarks; of a dict they are the keys, and the values become labels
@@ -247,8 +247,8 @@ def breast_report(
     summary = impression(rng, breast, findings, birads)
     length = wanted_lengths(rng)
     first = Sentence('FINDINGS', density_text, 'density')
-    body = pad(rng, [first, *body], NEUTRAL, side, length[0])[1:]
-    summary = pad(rng, summary, CLOSING, side, length[1])
+    body = pad_section(rng, [first, *body], NEUTRAL, side, length[0])[1:]
+    summary = pad_section(rng, summary, CLOSING, side, length[1])
     return [first, *(body[i] for i in rng.permutation(len(body))), *summary]
 
 

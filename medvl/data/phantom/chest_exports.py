@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIMIC_LABELS', 'PARTS', 'EXPORTS', 'PROFILES', 'number', 'lines', 'rsna_tables', 'siim_tables', 'object_tables',
            'nih_tables', 'mimic_tables', 'statistics', 'lovt_tables', 'ChestExport', 'export_item', 'split_rows',
-           'listed', 'opened', 'export_chest_phantom']
+           'listed_images', 'is_this_export', 'export_chest_phantom']
 
 # %% ../../../nbs/159a_data.phantom.chest_exports.ipynb #dd21aa18
 import gzip
@@ -180,12 +180,12 @@ def split_rows(rows:list, name:str, seed:int) -> list:
     return [r | {'split': p} for r, p in zip(rows, parts)]
 
 
-def listed(rows:list, name:str) -> list:
+def listed_images(rows:list, name:str) -> list:
     "Keep what stands in LoVT's tables: of NIH, images with boxes and images without any finding."
     return [r for r in rows if r['boxes'] or r['labels'] == ['No Finding']] if name == 'nih' else rows
 
 
-def opened(folder:Path, settings:dict) -> bool:
+def is_this_export(folder:Path, settings:dict) -> bool:
     "Tell whether the folder holds this very export; refuse anything else."
     if not folder.exists() or not any(folder.iterdir()): return False
     there = read_json(folder/'export.json') if (folder/'export.json').is_file() else None
@@ -214,7 +214,7 @@ def export_chest_phantom(
     config, folder = ChestConfig(size=tuple(size), difficulty=difficulty, **(usual | changes)), Path(folder)
     settings = dict(name=name, n=int(n), seed=int(seed), config=config_dict(config))
     out = ChestExport(folder/'release', folder/'tables', folder/'phantom.csv')
-    if opened(folder, settings): return out
+    if is_this_export(folder, settings): return out
     with atomic_path(folder) as temporary:
         root = temporary/'release'
         root.mkdir(parents=True)
@@ -223,7 +223,7 @@ def export_chest_phantom(
         work = (joblib.delayed(item)(i, extra=dev(i)) for i in range(n))
         rows = split_rows(joblib.Parallel(n_jobs=jobs, **pool_options())(work), name, seed)
         if tables: tables(root, rows)
-        if name in LOVT_SETS: lovt_tables(temporary/'tables', name, listed(rows, name))
+        if name in LOVT_SETS: lovt_tables(temporary/'tables', name, listed_images(rows, name))
         pd.DataFrame([{k: r[k] for k in ('id', 'index', 'image_id', 'split')} for r in rows]).to_csv(
             temporary/'phantom.csv', index=False)
         write_json(temporary/'export.json', settings)

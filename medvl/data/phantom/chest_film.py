@@ -24,7 +24,7 @@ from .chest_anatomy import FINDINGS, Canvas, Chest, ChestConfig
 from .chest_anatomy import draw_chest, healthy_chest
 from .chest_lesions import chest_layer, draw_chest_findings, draw_mimics
 from .chest_report import chest_report, region_boxes, stated_labels
-from .disk import file_bytes, empty_dicom, fill_pixels, person, png, write_blocks
+from .disk import file_bytes, empty_dicom, fill_pixels, fill_person, png_bytes, write_blocks
 from .breast_report import phantom_report_text
 
 # %% ../../../nbs/158_data.phantom.chest_film.ipynb #703a11d4
@@ -87,7 +87,7 @@ def match_grey(
     used = wanted > 0
     return np.interp(rank, there[used], np.flatnonzero(used)*((high - low)/(GREY_STEPS - 1)) + low)[here]
 
-
+# %% ../../../nbs/158_data.phantom.chest_film.ipynb #1580b1c3
 def match_picture(
     picture:np.ndarray, # float (h,w): with findings
     like:np.ndarray, # float (h,w): the same without
@@ -111,7 +111,7 @@ def match_picture(
     out[inside] = match_grey(now, like[inside])
     return out
 
-
+# %% ../../../nbs/158_data.phantom.chest_film.ipynb #1580b1c5
 def chest_grey(
     rng:np.random.Generator, # generator of the display
     drawn:dict, # from healthy_chest
@@ -268,7 +268,7 @@ def chest_dicom(
     if exam.pixels.dtype != np.uint16:
         raise ValueError('chest_dicom needs 12-bit pixels; make the examination with bits=12.')
     ds = empty_dicom(DigitalXRayImageStorageForPresentation, exam.truth.image_id, exam.truth.exam_id)
-    person(exam.truth, ds)
+    fill_person(exam.truth, ds)
     ds.Modality, ds.Manufacturer, ds.BodyPartExamined, ds.InstanceNumber = 'DX', 'medvl phantom', 'CHEST', 1
     ds.ViewPosition, ds.PresentationIntentType, ds.PatientOrientation = exam.truth.view, 'FOR PRESENTATION', ['L', 'F']
     ds.ImagerPixelSpacing = ds.PixelSpacing = [f'{exam.spacing:.6f}']*2
@@ -286,9 +286,9 @@ def chest_files(
     "Make everything that one examination adds to a data set."
     exam = chest_exam(seed, i, config)
     row = chest_index(exam, '.png' if fmt == 'png' else '.dcm', labels)
-    files = {row['image_path']: png(exam.pixels) if fmt == 'png' else file_bytes(chest_dicom(exam))}
-    if row['mask_path']: files[row['mask_path']] = png(exam.bits)
-    files[row['anatomy_path']] = png((exam.lungs['R'] + 2*exam.lungs['L'] + 4*exam.heart).astype(np.uint8))
+    files = {row['image_path']: png_bytes(exam.pixels) if fmt == 'png' else file_bytes(chest_dicom(exam))}
+    if row['mask_path']: files[row['mask_path']] = png_bytes(exam.bits)
+    files[row['anatomy_path']] = png_bytes((exam.lungs['R'] + 2*exam.lungs['L'] + 4*exam.heart).astype(np.uint8))
     return {'index': [row], 'boxes': chest_boxes(exam), 'sentences': chest_sentences(exam)}, files
 
 # %% ../../../nbs/158_data.phantom.chest_film.ipynb #2e98ab2f

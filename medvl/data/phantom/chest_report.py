@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHEST_TEMPLATES', 'DEVICE_WORDS', 'SCALE_WORDS', 'NEGATIVE', 'PLACES', 'MIMIC_TEMPLATES', 'CHEST_REMARKS',
-           'CHEST_CLOSING', 'SUMMARY', 'region_boxes', 'ChestSentence', 'about', 'region_of', 'common_region',
+           'CHEST_CLOSING', 'SUMMARY', 'region_boxes', 'ChestSentence', 'sentence_about', 'region_of', 'common_region',
            'place_of', 'describe_finding', 'pair_words', 'positive_sentences', 'one_sided', 'negative_sentences',
-           'mimic_sentences', 'impression_sentences', 'fill', 'chest_report', 'stated_labels']
+           'mimic_sentences', 'impression_sentences', 'pad_with_remarks', 'chest_report', 'stated_labels']
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #56cd86b9
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 from .blocks import bounds
 from .chest_anatomy import FINDINGS, SIDE_WORDS, ZONES, Chest
 from .chest_lesions import ChestFinding
-from .breast_report import Sentence, one_of, pad, size_words, wording
+from .breast_report import Sentence, one_of, pad_section, size_words, wording
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #34d78796
 def region_boxes(
@@ -50,7 +50,7 @@ class ChestSentence(Sentence):
     region: str = ''  # name of the place, a key of region_boxes; '' none
 
 
-def about(section:str, text:str, label:str, findings:tuple|list=(), region:str='') -> ChestSentence:
+def sentence_about(section:str, text:str, label:str, findings:tuple|list=(), region:str='') -> ChestSentence:
     "Make a sentence."
     return ChestSentence(section, text, label, findings[0] if findings else -1, tuple(findings), region)
 
@@ -133,7 +133,7 @@ def describe_finding(
     place = place_of(rng, finding) if finding.zone or finding.label == 'device' else ''
     text = wording(rng, template, severity=severity, kind=kind, place=place, side=SIDE_WORDS.get(finding.side, ''),
                    size=size_words(rng, finding.size))
-    return about(section, text, finding.label, (number,), region_of(finding))
+    return sentence_about(section, text, finding.label, (number,), region_of(finding))
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #0b83f2fc
 def pair_words(rng:np.random.Generator, first:ChestFinding, second:ChestFinding) -> str:
@@ -154,11 +154,11 @@ def positive_sentences(
     out, number = [], {label: [k for k, f in enumerate(findings) if f.label == label] for label in FINDINGS}
     for label, these in number.items():
         if label == 'effusion' and len(these) == 2:
-            out.append(about('FINDINGS', pair_words(rng, *(findings[k] for k in these)), label, these,
-                             common_region([findings[k] for k in these])))
+            out.append(sentence_about('FINDINGS', pair_words(rng, *(findings[k] for k in these)), label, these,
+                                      common_region([findings[k] for k in these])))
         elif label == 'oedema' and these:
-            out.append(about('FINDINGS', describe_finding(rng, findings[these[0]], these[0]).text, label, these,
-                             'lungs'))
+            text = describe_finding(rng, findings[these[0]], these[0]).text
+            out.append(sentence_about('FINDINGS', text, label, these, 'lungs'))
         else: out += [describe_finding(rng, findings[k], k) for k in these]
     return out
 
@@ -196,7 +196,7 @@ def one_sided(rng:np.random.Generator, findings:list) -> list:
     for ill, template, place in ((airspace, clear, '{side} lung'), (water, dry, '{side} costophrenic angle')):
         if ill['R'] == ill['L'] or rng.random() < 0.4: continue
         side = 'left' if ill['R'] else 'right'
-        out.append(about('FINDINGS', wording(rng, template, side=side), 'clear', (), place.format(side=side)))
+        out.append(sentence_about('FINDINGS', wording(rng, template, side=side), 'clear', (), place.format(side=side)))
     return out
 
 
@@ -214,7 +214,7 @@ def negative_sentences(
             out.append((group, one_of(rng, NEGATIVE[group])))
             absent -= set(group)
     out += [((label,), one_of(rng, NEGATIVE[label,])) for label in FINDINGS if label in absent]
-    said = [about('FINDINGS', wording(rng, t), '|'.join(f'no_{g}' for g in group), (), PLACES[group[0]])
+    said = [sentence_about('FINDINGS', wording(rng, t), '|'.join(f'no_{g}' for g in group), (), PLACES[group[0]])
             for group, t in out]
     said += one_sided(rng, findings)
     return [said[i] for i in rng.permutation(len(said))]
@@ -236,7 +236,7 @@ def mimic_sentences(
     out = []
     for m in mimics:
         (template, place), side = MIMIC_TEMPLATES[m.kind], SIDE_WORDS.get(m.side, '')
-        out.append(about('FINDINGS', wording(rng, template, side=side), '', (), place.format(side=side)))
+        out.append(sentence_about('FINDINGS', wording(rng, template, side=side), '', (), place.format(side=side)))
     return out
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #fd77252c
@@ -294,7 +294,7 @@ def impression_sentences(
     if not [f for f in findings if f.label != 'device']:
         text = wording(rng, 'no [acute|] cardiopulmonary [process|abnormality|disease].' if rng.random() < 0.7
                        else '[normal chest|no acute abnormality].')
-        return [about('IMPRESSION', text, 'no_finding', (), 'lungs')]
+        return [sentence_about('IMPRESSION', text, 'no_finding', (), 'lungs')]
     out, done, used = [], set(), 0
     for k in rng.permutation(len(findings)):
         f = findings[k]
@@ -309,14 +309,14 @@ def impression_sentences(
                        kind=kind, place=f'{side} {f.zone} zone')
         if used + len(text) > room and out: continue
         used += len(text) + 1
-        out.append(about('IMPRESSION', text, f.label, both, common_region([findings[j] for j in both])))
+        out.append(sentence_about('IMPRESSION', text, f.label, both, common_region([findings[j] for j in both])))
     return out
 
 # %% ../../../nbs/157_data.phantom.chest_report.ipynb #8f4a3899
-def fill(rng:np.random.Generator, must:list, pool:dict, view:str, wanted:tuple) -> list:
+def pad_with_remarks(rng:np.random.Generator, must:list, pool:dict, view:str, wanted:tuple) -> list:
     "Pad a section with remarks, which carry the name of their place."
-    return [s if isinstance(s, ChestSentence) else about(s.section, s.text, '', (), s.label)
-            for s in pad(rng, must, pool, view, wanted, (60, 4, 60))]
+    return [s if isinstance(s, ChestSentence) else sentence_about(s.section, s.text, '', (), s.label)
+            for s in pad_section(rng, must, pool, view, wanted, (60, 4, 60))]
 
 
 def chest_report(
@@ -331,12 +331,12 @@ def chest_report(
     body = positive_sentences(rng, findings) + mimic_sentences(rng, mimics)
     for s in negative_sentences(rng, findings, p_stated):
         if sum(len(t.text) + 1 for t in body) + len(s.text) < characters - 105: body.append(s)
-    first = about('FINDINGS', wording(rng, '[frontal|] {view} [view|radiograph|projection] of the chest.', view=view),
-                  '', (), 'chest')
+    opening = wording(rng, '[frontal|] {view} [view|radiograph|projection] of the chest.', view=view)
+    first = sentence_about('FINDINGS', opening, '', (), 'chest')
     wanted = (round(characters/rng.uniform(33, 45)), characters, characters/rng.uniform(5.6, 6.7))
-    body = fill(rng, [first, *body], CHEST_REMARKS, view, wanted)[1:]
-    summary = fill(rng, impression_sentences(rng, findings, closing - 30), CHEST_CLOSING, view,
-                   (4, closing, closing/6.6))
+    body = pad_with_remarks(rng, [first, *body], CHEST_REMARKS, view, wanted)[1:]
+    summary = pad_with_remarks(rng, impression_sentences(rng, findings, closing - 30), CHEST_CLOSING, view,
+                               (4, closing, closing/6.6))
     return [first, *(body[i] for i in rng.permutation(len(body))), *summary]
 
 

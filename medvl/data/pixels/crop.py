@@ -42,7 +42,7 @@ def minmax_table(
     """Tabulate the min-max scaling of an image, truncated.
 
     Raises: DataError for a constant image.
-    Source: Mammo-CLIP's preparation (spec, section 1.1, steps 3 and 4)."""
+    Source: Mammo-CLIP's preparation (published code)."""
     if high <= low:
         raise DataError(f'the image is constant (value {low}).', fix='It is blank or a failed export: leave it out.')
     info = np.iinfo(dtype)
@@ -56,7 +56,7 @@ def run_lengths(
 ) -> np.ndarray: # int64 (n,): length of each position's run, as the rule counts it
     """Give each position the length of the run it lies in.
 
-    Source: Mammo-CLIP's preparation (spec, section 1.1, step 5)."""
+    Source: Mammo-CLIP's preparation (published code)."""
     on = np.asarray(on, bool)
     n, index = len(on), np.arange(len(on))
     left = np.maximum.accumulate(np.where(on, 0, index))
@@ -120,7 +120,7 @@ def paper_crop(
 ) -> tuple[tuple, tuple]: # runs of rows, runs of columns
     """Find the breast by Mammo-CLIP's rule.
 
-    Source: spec, section 1.1, step 5."""
+    Source: Mammo-CLIP's preparation (published code)."""
     columns = kept_runs(lines_on(pixels[central(pixels.shape[0])], table, 0, dark))
     part = take_runs(pixels, ((0, pixels.shape[0]),), columns)
     middle = part[:, central(part.shape[1])]

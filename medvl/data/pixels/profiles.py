@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROFILES', 'ACCEPTABLE', 'Profile', 'get_profile', 'along', 'back_along', 'Placement', 'check_boxes', 'surviving',
            'place_mask', 'equal_table', 'as_stored', 'grey_table', 'fit', 'Preprocessed', 'locate', 'resized',
-           'check_accept', 'from_raw', 'set_aside', 'preprocess']
+           'pad_resize', 'equalised_last', 'check_accept', 'from_raw', 'set_aside', 'preprocess']
 
 # %% ../../../nbs/102a_data.pixels.profiles.ipynb #237fa9b9
 from dataclasses import dataclass, replace
@@ -27,9 +27,10 @@ class Profile:
     version: int = 1
     border: int = 0            # pixels cut off all round before anything else
     crop: str = 'none'         # 'paper' (Mammo-CLIP's rule), 'breast' (largest bright region) or 'none'
-    # 'minmax' (truncated), 'voi' (DICOM's display chain), 'keep' (8-bit values as they are) or 'equalise'
+    # 'minmax' (truncated), 'voi' (DICOM's display chain), 'keep' (8-bit values as they are), 'equalise', or
+    # 'equalise_last' (resized bilinearly, then min-max, then equalised)
     grey: str = 'minmax'
-    aspect: str = 'stretch'    # 'stretch' to the size or 'pad' with black
+    aspect: str = 'stretch'    # 'stretch' to the size, 'pad' with black, or 'pad_floor' (the short side rounded down)
     side: str = 'chest'        # where padding goes: 'chest' = away from the chest wall, 'centre' = both sides
     dtype: str = 'uint8'       # 'uint8' or 'uint16'
     size: tuple = (1520, 912)  # default height and width of the output
@@ -43,7 +44,9 @@ PROFILES = {p.name: p for p in (
     Profile('letterbox_v1', grey='keep', aspect='pad', side='centre'),
     Profile('lovt_v1', grey='keep', aspect='pad', side='centre', size=(224, 224)), # LoVT's RSNA and MIMIC
     # its COVID Rural, SIIM, Object-CXR and NIH
-    Profile('lovt_equalised_v1', grey='equalise', aspect='pad', side='centre', size=(224, 224)))}
+    Profile('lovt_equalised_v1', grey='equalise', aspect='pad', side='centre', size=(224, 224)),
+    Profile('xvl_v1', grey='keep', aspect='pad_floor', side='centre', size=(512, 512)), # as GLoRIA's
+    Profile('chexzero_equalised_v1', grey='equalise_last', size=(320, 320)))} # what `cxr.h5` holds
 
 # %% ../../../nbs/102a_data.pixels.profiles.ipynb #b1f74332
 def get_profile(
@@ -55,11 +58,14 @@ def get_profile(
     if not isinstance(profile, Profile):
         if profile not in PROFILES: raise ValueError(unknown_name('profile', profile, PROFILES))
         return PROFILES[profile]
-    for name, allowed in (('crop', ('none', 'paper', 'breast')), ('grey', ('minmax', 'voi', 'keep', 'equalise')),
-                          ('aspect', ('stretch', 'pad')),
+    for name, allowed in (('crop', ('none', 'paper', 'breast')),
+                          ('grey', ('minmax', 'voi', 'keep', 'equalise', 'equalise_last')),
+                          ('aspect', ('stretch', 'pad', 'pad_floor')),
                           ('side', ('chest', 'centre')), ('dtype', ('uint8', 'uint16'))):
         if getattr(profile, name) not in allowed:
             raise ValueError(unknown_name(f'profile {name}', getattr(profile, name), allowed))
+    if profile.grey == 'equalise_last' and (profile.dtype, profile.aspect) != ('uint8', 'stretch'):
+        raise ValueError("a profile that equalises last has 256 greys and no padding: dtype='uint8', aspect='stretch'.")
     return profile
 
 # %% ../../../nbs/102a_data.pixels.profiles.ipynb #f8aa2f2b
@@ -178,7 +184,7 @@ def equal_table(
 ) -> np.ndarray: # output of each value, lowest value of the type first
     """Tabulate histogram equalisation, truncated.
 
-    Source: LoVT's preparation of four of its five data sets (spec, section 2.6); bins as scikit-image's
+    Source: LoVT's preparation of four of its five data sets (its published code); bins as scikit-image's
     `equalize_hist`."""
     info, low, high = np.iinfo(pixels.dtype), int(pixels.min()), int(pixels.max())
     counts = np.bincount(pixels.ravel().astype(np.int64) - low, minlength=high - low + 1)[::-1 if invert else 1]
@@ -216,7 +222,7 @@ def grey_table(
     if image.pixels.min() == image.pixels.max():
         minmax_table(int(image.pixels[0, 0]), int(image.pixels[0, 0]), image.pixels.dtype)
     if profile.grey == 'voi': return (brightness(image)[0]*top + 0.5).astype(profile.dtype)
-    if profile.grey == 'equalise': return equal_table(image.pixels, invert, top)
+    if profile.grey in ('equalise', 'equalise_last'): return equal_table(image.pixels, invert, top)
     low, high = (int(image.pixels.min()), int(image.pixels.max())) if profile.crop == 'paper' else image_range(image)
     table = minmax_table(low, high, image.pixels.dtype, invert, top)
     if profile.grey == 'minmax' or image.pixels.dtype != np.uint8 or profile.dtype != 'uint8': return table
@@ -232,7 +238,10 @@ def fit(
     """Place a crop in the output."""
     if profile.aspect == 'stretch': return tuple(size), (0, 0)
     zoom = min(size[0]/crop[0], size[1]/crop[1])
-    inner = tuple(min(s, max(1, round(c*zoom))) for c, s in zip(crop, size))
+    if profile.aspect == 'pad': inner = tuple(min(s, max(1, round(c*zoom))) for c, s in zip(crop, size))
+    else: # the side that sets the zoom is filled, the other is rounded down, by the original's order of operations
+        filled = int(size[0]/crop[0] > size[1]/crop[1])
+        inner = tuple(s if k == filled else min(s, max(1, int(c*zoom))) for k, (c, s) in enumerate(zip(crop, size)))
     spare = size[1] - inner[1]
     left = {'left': 0, 'right': spare}.get(side if profile.side == 'chest' else '', spare//2)
     return inner, ((size[0] - inner[0])//2, left)
@@ -288,6 +297,38 @@ def resized(
     pixels = np.zeros(size, crop.dtype)
     pixels[offset[0]:offset[0] + inner[0], offset[1]:offset[1] + inner[1]] = small
     return pixels
+
+# %% ../../../nbs/102a_data.pixels.profiles.ipynb #bc197541
+def pad_resize(
+    pixels:np.ndarray, # (h,w) of uint8, uint16, int16 or float32, e.g. a row of `cxr.h5`
+    size:int=512, # of both sides of the output
+) -> np.ndarray: # (size,size) of the same type
+    """Resize an array as `xvl_v1` does.
+
+    Raises: DataError when nothing can be seen in it; ValueError for another shape; TypeError for another type."""
+    pixels, profile = np.asarray(pixels), PROFILES['xvl_v1']
+    if pixels.ndim != 2: raise ValueError(f'pixels must be (height, width), not {pixels.shape}')
+    if str(pixels.dtype) not in ('uint8', 'uint16', 'int16', 'float32'):
+        raise TypeError(f'pixels must be uint8, uint16, int16 or float32, not {pixels.dtype}')
+    if not np.isfinite(pixels).all(): raise DataError('the image holds values that are no numbers.',
+                                                      fix='It is a failed export: leave it out.')
+    inner, offset = fit(pixels.shape, (size, size), profile, '')
+    return resized(np.ascontiguousarray(pixels), inner, offset, (size, size), profile)
+
+# %% ../../../nbs/102a_data.pixels.profiles.ipynb #6054e2b7
+def equalised_last(
+    image:StoredImage, # cut out
+    size:tuple, # (height, width) of the output
+) -> np.ndarray: # (H,W) uint8
+    """Resize, scale and equalise, in this order.
+
+    Raises: DataError when the small image is constant.
+    Source: preparation of CheXzero's and Medical X-VL's `cxr.h5` (their published code)."""
+    raw = image.pixels.clip(*image_range(image)).astype(np.int16 if image.pixels.dtype == np.int8
+                                                        else image.pixels.dtype)
+    small = cv2.resize(raw, size[::-1], interpolation=cv2.INTER_LINEAR)
+    table = minmax_table(int(small.min()), int(small.max()), small.dtype, image.photometric == 'MONOCHROME1')
+    return cv2.equalizeHist(apply_table(small, table))
 
 # %% ../../../nbs/102a_data.pixels.profiles.ipynb #9a5caeb3
 ACCEPTABLE = ('raw', 'special_views', 'odd_pictures')
@@ -364,6 +405,8 @@ def preprocess(
     scale = tuple(i/c for i, c in zip(inner, crop.shape))
     place = Placement(*(tuple((s + b, e + b) for s, e in runs) for runs in (rows, columns)), scale, offset, size)
     mapped, spacing = place.boxes(boxes), image.spacing and tuple(s/z for s, z in zip(image.spacing, scale))
-    return Preprocessed(resized(crop, inner, offset, size, profile), mapped, surviving(boxes, mapped, scale),
+    pixels = (equalised_last(replace(inner_image, pixels=take_runs(inner_image.pixels, rows, columns)), size)
+              if profile.grey == 'equalise_last' else resized(crop, inner, offset, size, profile))
+    return Preprocessed(pixels, mapped, surviving(boxes, mapped, scale),
                         None if mask is None else place_mask(mask, place, inner),
                         place.window, spacing, side, place, profile.name, picture_trouble(crop), image.notes)

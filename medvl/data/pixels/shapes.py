@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike
 
 from ...core.errors import DataError
 from ...core.paths import atomic_path, digest
-from ..cells import quoted, told
+from ..cells import quoted, hide_names
 from ..schema import BOXES, Report, empty
 
 # %% ../../../nbs/180_data.pixels.shapes.ipynb #2c52cf94
@@ -110,7 +110,8 @@ def release_boxes(
             why = ('is no number' if not np.isfinite(box).all() else 'is inside out' if not (box[:2] < box[2:]).all()
                    else f'lies outside the image of {width} × {height}')
             report.add('image with a wrong box', image, int(row), f'{file}: the box '
-                       f'{" ".join(t if _is_number(t) else told(t) for t in map(str, text))} {why}', 'image left out')
+                       f'{" ".join(t if _is_number(t) else hide_names(t) for t in map(str, text))} {why}',
+                       'image left out')
             bad.add(image)
         else:
             if (x0, y0, x1, y1) != tuple(box):

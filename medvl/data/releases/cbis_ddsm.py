@@ -15,7 +15,7 @@ import pandas as pd
 
 from ...core.errors import DataError
 from ...core.progress import progress
-from ..cells import birads_category, density_letter, told
+from ..cells import birads_category, density_letter, hide_names
 from .folder import pathology_labels
 from ..pixels.file import read_image
 from .release import Part, Release, find_files, find_table, read_headers, read_table
@@ -148,7 +148,7 @@ def _report_rows(lesions, groups, first, words, report):
         for film in differ.index[differ[column]]:
             report.add(f'rows disagree: {column}', film, int(first.row[film]), '', 'first row used')
     for i in np.flatnonzero(~words.isin(_WORST)):
-        report.add('pathology not understood', lesions.film[i], int(lesions.row[i]), told(lesions.pathology[i]),
+        report.add('pathology not understood', lesions.film[i], int(lesions.row[i]), hide_names(lesions.pathology[i]),
                    'not stated')
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError
-from ..cells import age_years, birads_category, density_letter, told
+from ..cells import age_years, birads_category, density_letter, hide_names
 from .folder import pathology_labels, rewrite_column
 from .release import Part, Release, find_files, find_table, read_table
 from ..schema import BOXES, Report, Source, empty
@@ -144,7 +144,7 @@ def cesm_records(
         report.add('image is absent', name[i], int(i), '', 'set aside in preparation')
     kind, side = df.Type.str.upper().map(KINDS).fillna(''), df.Side.str[:1].str.upper()
     for i in np.flatnonzero(kind == ''):
-        report.add('unknown kind of image', name[i], int(i), told(df.Type[i]), 'left out')
+        report.add('unknown kind of image', name[i], int(i), hide_names(df.Type[i]), 'left out')
     said = [texts.get(p, {}).get((k, s), ('', '')) for p, k, s in zip(patient, kind, side)]
     birads = df.BIRADS.str.replace(r'\.0$', '', regex=True)
     out = pd.DataFrame({

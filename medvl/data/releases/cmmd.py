@@ -13,7 +13,7 @@ import pandas as pd
 
 from ...core.errors import DataError
 from ...core.progress import progress
-from ..cells import age_years, told
+from ..cells import age_years, hide_names
 from .folder import pathology_labels
 from .release import Part, Release, find_files, find_table, read_headers, read_table
 from ..schema import Report, Source, empty
@@ -99,13 +99,13 @@ def _labels(out, row, report):
     "Add the labels and the counts."
     out, kind = pathology_labels(out, report), row.abnormality.str.lower().str.strip()
     for value in sorted(set(kind) - {'mass', 'calcification', 'both', ''}):
-        report.add('unknown abnormality', told(value), None, '', 'not stated')
+        report.add('unknown abnormality', hide_names(value), None, '', 'not stated')
     for name in ('mass', 'calcification'):
         out[f'label_{name}'] = kind.map({name: 1., 'both': 1.,
                                          {'mass': 'calcification', 'calcification': 'mass'}[name]: 0.}).astype(float)
     subtype = row.subtype.str.lower().str.strip()
     for value in sorted(set(subtype) - {s.lower() for s in SUBTYPES} - {''}):
-        report.add('unknown subtype', told(value), None, '', 'not stated')
+        report.add('unknown subtype', hide_names(value), None, '', 'not stated')
     stated = subtype.isin([s.lower() for s in SUBTYPES])
     for name in SUBTYPES:
         out[f'label_subtype_{label_name(name).replace("-", "_")}'] = (subtype == name.lower()).astype(float).where(

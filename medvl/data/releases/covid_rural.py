@@ -115,7 +115,7 @@ def read_covid_rural(
     """Read COVID Rural.
 
     Raises: DataError when no image is there.
-    Source: LoVT spec, section 2.6."""
+    Source: Müller et al., ECCV 2022, and its published code."""
     root, report, derived = Path(root), Report('COVID Rural'), Derived(root, derived)
     files = {Path(p).stem: p for p in find_files(root, ('jpgs/*.jpg', 'jpgs/*.jpeg', 'jpgs/*.png'), report)}
     masks = {Path(p).stem: p for p in find_files(root, ('pngs_masks/*.png',), report)}

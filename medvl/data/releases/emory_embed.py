@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..cells import age_years, density_letter, most_suspicious, told
+from ..cells import age_years, density_letter, most_suspicious, hide_names
 from .release import Part, Release, find_table, read_table
-from .rsna_breast import whole
+from .rsna_breast import whole_text
 from ..schema import BOXES, Report, Source, empty
 from .vindr import require
 
@@ -63,7 +63,7 @@ def pathology_of(
     report:Report, # gets the issues
 ) -> pd.Series: # worst severity 0 to 5 (6 alone: 6), index (empi_anon, acc_anon, side)
     "Assign results of pathology to breasts."
-    level = pd.to_numeric(whole(df.path_severity), errors='coerce')
+    level = pd.to_numeric(whole_text(df.path_severity), errors='coerce')
     side = df.bside.str.upper().where(df.bside.str.upper().isin(['L', 'R']), df.side.str.upper())
     lost = level.notna() & ~side.isin(['L', 'R'])
     for i in np.flatnonzero(lost):
@@ -83,13 +83,13 @@ def embed_breasts(
     df = df.assign(**dict.fromkeys(absent, ''))
     unknown = ~df.asses.str.upper().isin([*ASSESSMENT, ''])
     for value, n in df.asses[unknown].value_counts().items():
-        report.add('unknown assessment', told(value), None, f'{n} rows', 'not stated')
+        report.add('unknown assessment', hide_names(value), None, f'{n} rows', 'not stated')
     level, rows = pathology_of(df, report), both_sides(df)
     keys = [rows.empi_anon, rows.acc_anon, rows.side]
     out = pd.DataFrame({
         'birads': rows.asses.str.upper().map(ASSESSMENT).fillna('').groupby(keys).agg(
             lambda s: most_suspicious(list(s))),
-        'density': whole(rows.tissueden).map(density_letter).groupby(keys).agg(
+        'density': whole_text(rows.tissueden).map(density_letter).groupby(keys).agg(
             lambda s: s[s != ''].unique()[0] if s[s != ''].nunique() == 1 else ''),
         'age': rows.age_at_study.map(age_years).astype(float).groupby(keys).first()})
     shape, calc = rows.massshape.str.upper(), (rows.calcfind != '') | (rows.calcdistri != '')
@@ -124,7 +124,7 @@ def roi_boxes(
     for i, image, text, level in zip(meta.index, meta.image_id, meta.ROI_coords, levels):
         rois, marks = read_rois(text), re.findall(r'\d+', level)
         if rois is None:
-            report.add('regions cannot be read', image, int(i), told(text), 'left out')
+            report.add('regions cannot be read', image, int(i), hide_names(text), 'left out')
             continue
         for n, roi in enumerate(rois):
             if match == 'primary' and (marks[n:n+1] or ['1']) != ['1']: continue
@@ -142,10 +142,10 @@ def file_records(
 ) -> pd.DataFrame: # rows to keep, with image_path and image_id
     "Choose files and find their paths."
     plain = lambda s: re.sub(r'[^a-z0-9]', '', str(s).lower())
-    kind, spot = meta.FinalImageType.map(plain), whole(meta.spot_mag) == '1'
+    kind, spot = meta.FinalImageType.map(plain), whole_text(meta.spot_mag) == '1'
     wanted = kind.isin([plain(k) for k in kinds])
     for value, n in meta.FinalImageType[~wanted].value_counts().items():
-        report.add('other kind of image', told(value), None, f'{n} files', 'left out')
+        report.add('other kind of image', hide_names(value), None, f'{n} files', 'left out')
     if not special and (n := int((wanted & spot).sum())):
         report.add('spot or magnification view', '', None, f'{n} files', 'left out')
     out = meta[wanted & (special | ~spot)].reset_index(drop=True)

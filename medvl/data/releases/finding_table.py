@@ -14,7 +14,7 @@ import pandas as pd
 
 from ...core.errors import DataError, closest, unknown_name
 from ...core.paths import write_csv
-from ..cells import quoted, told
+from ..cells import quoted, hide_names
 from ..text.prompts import FINDINGS, NORMAL
 from ..schema import Report, read_csv
 from .vindr import label_name, read_vindr
@@ -146,7 +146,7 @@ def read_lists(
     lists = [_flat([g] if isinstance(g, str) else g, file, row, column) for g in groups]
     for f in (f for g in lists for f in g):
         if f not in (*FINDINGS, NORMAL):
-            raise DataError(unknown_name('finding', f if closest(f, FINDINGS) else told(f), (*FINDINGS, NORMAL)),
+            raise DataError(unknown_name('finding', f if closest(f, FINDINGS) else hide_names(f), (*FINDINGS, NORMAL)),
                             file=file, row=row, column=column)
     here = set(lists[0] + lists[1])
     clean = [*lists[:2], *([f for f in g if f not in here] for g in lists[2:])]

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError
-from ..cells import birads_category, density_letter, plain_cell, quoted, side_letter, told
+from ..cells import birads_category, density_letter, plain_cell, quoted, side_letter, hide_names
 from ..prepare.plan import why_not
 from ..schema import ALIASES, Report, Source, alike_ids, check_columns, empty, read_csv, sort_out
 
@@ -32,11 +32,13 @@ def rewrite_column(
     plain, name = cells.map(plain_cell), cells.name
     code = plain.str.replace(r'^(?:BI-?RADS|DENSITY|ACR)[ :]*', '', regex=True).str.replace(r'\.0$', '', regex=True)
     lost, changed = (out == '') & (plain != ''), (out != '') & (out != code)
-    for i in np.flatnonzero(lost): report.add(f'{name} not certain', name, int(i), told(cells.iloc[i]), 'not stated')
-    for i in np.flatnonzero(changed): report.add(f'{name} rewritten', name, int(i), told(cells.iloc[i]), out.iloc[i])
+    for i in np.flatnonzero(lost):
+        report.add(f'{name} not certain', name, int(i), hide_names(cells.iloc[i]), 'not stated')
+    for i in np.flatnonzero(changed):
+        report.add(f'{name} rewritten', name, int(i), hide_names(cells.iloc[i]), out.iloc[i])
     for word, where in (('rewritten', changed), ('not certain: not stated', lost)):
         if not where.any(): continue
-        some = '; '.join(f'row {i}: {told(cells.iloc[i])!r}' + (f' is {out.iloc[i]}' if out.iloc[i] else '')
+        some = '; '.join(f'row {i}: {hide_names(cells.iloc[i])!r}' + (f' is {out.iloc[i]}' if out.iloc[i] else '')
                          for i in np.flatnonzero(where)[:4])
         report.remarks.append(f'{name}: {int(where.sum())} cells {word} ({some}{" …" if where.sum() > 4 else ""}).')
     return out
@@ -103,10 +105,10 @@ def pathology_labels(
     words = records.pathology.str.lower().str.strip()
     odd = ~words.isin([*_PATHOLOGY, ''])
     for i in np.flatnonzero(odd):
-        report.add('pathology not understood', 'pathology', int(i), told(words.iloc[i]), 'not stated')
+        report.add('pathology not understood', 'pathology', int(i), hide_names(words.iloc[i]), 'not stated')
     if odd.any():
         report.remarks.append(f'pathology: {int(odd.sum())} cells not understood: not stated (first in row '
-                              f'{int(np.flatnonzero(odd)[0])}: {told(words[odd].iloc[0])!r}). Words that count: '
+                              f'{int(np.flatnonzero(odd)[0])}: {hide_names(words[odd].iloc[0])!r}). Words that count: '
                               f'{", ".join(_PATHOLOGY)}.')
     records = records.assign(pathology=records.pathology.where(~odd, ''))
     for i, name in enumerate(('label_malignant', 'label_abnormal')):

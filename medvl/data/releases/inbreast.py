@@ -16,7 +16,7 @@ from xml.parsers.expat import ExpatError
 import numpy as np
 import pandas as pd
 
-from ..cells import age_years, birads_category, density_letter, told
+from ..cells import age_years, birads_category, density_letter, hide_names
 from .folder import rewrite_column
 from .release import Part, Release, find_files, find_table, read_table
 from ..schema import BOXES, Report, Source, empty
@@ -68,7 +68,8 @@ def read_regions(
     out = []
     for roi, p in zip(rois, points):
         label = REGIONS.get(str(roi.get('Name', '')).strip().lower())
-        if label is None: report.add('region without a known name', name, None, told(roi.get('Name', '')), 'left out')
+        if label is None:
+            report.add('region without a known name', name, None, hide_names(roi.get('Name', '')), 'left out')
         elif roi.get('NumberOfPoints', len(p)) != len(p):
             report.add('points are missing', name, None, f'{roi["NumberOfPoints"]} announced, {len(p)} there',
                        'used as it is')

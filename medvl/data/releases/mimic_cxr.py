@@ -15,7 +15,7 @@ import pandas as pd
 
 from ...core.errors import DataError, unknown_name
 from .chexpert_labels import read_labels
-from ..cells import told
+from ..cells import hide_names
 from ..text.mimic_sections import SPECIAL_STUDIES, find_sections, lovt_sections
 from .release import Part, Release, find_files, read_table
 from ..text.reports import split_sentences
@@ -133,7 +133,7 @@ def read_mimic_cxr(
 
     Raises: DataError for missing tables or columns, when no image or no report is there; ValueError for unknown
         options.
-    Source: LoVT spec, section 1.1."""
+    Source: Müller et al., ECCV 2022, and its published code."""
     for word, value, known in (('text', text, ('required', 'optional', 'none')), ('special', special, ('drop', 'keep')),
                                ('labels', labels, ('chexpert', 'negbio', 'none'))):
         if value not in known: raise ValueError(unknown_name(f'value of {word}', value, known))
@@ -178,7 +178,7 @@ def _images(root, views, report):
     for i in meta.index[meta.dicom_id.duplicated()]:
         report.add('image listed twice', meta.dicom_id[i], int(i), '', 'first row used')
     for i in split.index[~split.split.str.lower().isin(list(_PARTS))]:
-        report.add('unknown split', split.dicom_id[i], int(i), told(split.split[i]), 'image left out')
+        report.add('unknown split', split.dicom_id[i], int(i), hide_names(split.split[i]), 'image left out')
     part = split.split.str.lower().map(_PARTS).set_axis(split.dicom_id)
     meta = meta.drop_duplicates('dicom_id').assign(split=lambda t: t.dicom_id.map(part[~part.index.duplicated()]))
     for i in meta.index[~meta.dicom_id.isin(part.index)]:

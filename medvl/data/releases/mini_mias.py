@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError
-from ..cells import told
+from ..cells import hide_names
 from .folder import pathology_labels
 from .release import Part, Release, find_files, read_headers
 from ..schema import BOXES, Report, Source, empty
@@ -51,7 +51,7 @@ def read_truth(
         if not words or not re.fullmatch(r'mdb\d{3}', words[0]): continue
         film, tissue, kind, severity, *place = [*words, '', ''][:max(len(words), 4)]
         if tissue not in TISSUE or kind not in CLASSES or severity not in ('B', 'M', ''):
-            report.add('line not understood', film, i, told(line), 'left out')
+            report.add('line not understood', film, i, hide_names(line), 'left out')
             continue
         numbers = [float(w) for w in place if re.fullmatch(r'\d+', w)]
         if kind != 'NORM' and len(numbers) != 3:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError, unknown_name
-from ..cells import age_years, told
+from ..cells import age_years, hide_names
 from .release import Part, Release, find_files, find_table, read_headers, read_table
 from ..schema import Report, Source, empty
 from ..pixels.shapes import Derived, box_masks, chest_view, on_disk, release_boxes
@@ -54,7 +54,7 @@ def read_nih_boxes(
                         fix='It should begin with Image Index,Finding Label,Bbox [x,y,w,h].')
     label = df.iloc[:, 1].map(finding_name)
     for i in np.flatnonzero(~label.isin(NIH_CLASSES)):
-        report.add('unknown finding', df.iloc[i, 0], int(i), told(df.iloc[i, 1]), 'box left out')
+        report.add('unknown finding', df.iloc[i, 0], int(i), hide_names(df.iloc[i, 1]), 'box left out')
     n = df.iloc[:, 2:6].apply(pd.to_numeric, errors='coerce').to_numpy(float)
     table = pd.DataFrame({'image_id': df.iloc[:, 0].map(lambda p: Path(p).stem), 'label': label, 'x0': n[:, 0],
                           'y0': n[:, 1], 'x1': n[:, 0] + n[:, 2], 'y1': n[:, 1] + n[:, 3], 'row': range(len(df))})
@@ -77,10 +77,10 @@ def read_entries(
     df = require(read_table(path), _ENTRY, path)
     found = df['Finding Labels'].str.split('|').map(lambda words: {finding_name(w) for w in words})
     for word in sorted(set().union(*found) - set(NIH_LABELS) - {'no_finding'}):
-        report.add('unknown finding', told(word), None, path.name, 'left out')
+        report.add('unknown finding', hide_names(word), None, path.name, 'left out')
     age = df['Patient Age'].map(age_years).astype(float)
     for i in np.flatnonzero((age > 120).to_numpy()):
-        report.add('impossible age', df['Image Index'][i], int(i), told(df['Patient Age'][i]), 'unknown')
+        report.add('impossible age', df['Image Index'][i], int(i), hide_names(df['Patient Age'][i]), 'unknown')
     out = pd.DataFrame({
         'patient_id': df['Patient ID'].map(lambda p: f'{int(p):08d}' if p.isdigit() else p),
         'view': df['View Position'], 'age': age.where(age <= 120), 'sex': df['Patient Gender'],
@@ -98,7 +98,7 @@ def read_nih_cxr(
 
     Raises: DataError for a missing table or column, or when no image is there; ValueError for an unknown choice of
         images.
-    Source: LoVT spec, section 2.6."""
+    Source: Müller et al., ECCV 2022, and its published code."""
     if images not in ('boxed', 'boxed_and_normal', 'all'):
         raise ValueError(unknown_name('choice of images', images, ('boxed', 'boxed_and_normal', 'all')))
     root, report, derived = Path(root), Report('NIH ChestX-ray'), Derived(root, derived)

@@ -14,7 +14,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from ...core.errors import DataError
-from ..cells import told
+from ..cells import hide_names
 from .release import Part, Release, find_files, find_table, read_headers, read_table
 from ..schema import Report, Source, empty
 from ..pixels.shapes import Derived, box_mask, ellipse_mask, on_disk, polygon_mask, release_boxes
@@ -47,11 +47,13 @@ def read_annotation(
         words = item.split()
         where = dict(file=file, row=row, column='annotation')
         if words[0] not in ('0', '1', '2') or not all(re.fullmatch(r'-?\d+(\.\d+)?', w) for w in words):
-            raise DataError(f'{told(item, 40)!r} is no outline.', **where, fix='An outline is `0 x1 y1 x2 y2`, `1 x1 '
+            raise DataError(f'{hide_names(item, 40)!r} is no outline.', **where,
+                            fix='An outline is `0 x1 y1 x2 y2`, `1 x1 '
                             'y1 x2 y2` or `2 x1 y1 … xn yn`.')
         points = np.array(words[1:], float)
         if len(points) % 2 or (len(points) != 4 if words[0] != '2' else len(points) < 6):
-            raise DataError(f'{told(item, 40)!r} has {len(points)} numbers.', **where, fix='A box and an ellipse have '
+            raise DataError(f'{hide_names(item, 40)!r} has {len(points)} numbers.', **where,
+                            fix='A box and an ellipse have '
                             '4 numbers, a polygon 6 or more, in pairs.')
         out.append((('box', 'ellipse', 'polygon')[int(words[0])], points.reshape(-1, 2)))
     return out
@@ -96,7 +98,7 @@ def read_object_cxr(
     """Read Object-CXR.
 
     Raises: DataError for a missing train.csv or column, or when no image is there.
-    Source: README of the challenge; LoVT spec, sections 2.6 and 6."""
+    Source: README of the challenge; Müller et al., ECCV 2022, and its published code."""
     root, report, derived = Path(root), Report('Object-CXR' + (' (legacy)' if legacy else '')), Derived(root, derived)
     df = _read_rows(root, report)
     found = find_files(root, ('*.jpg', '*.jpeg'), report)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError
-from ..cells import told
+from ..cells import hide_names
 from .release import Part, Release, find_files, find_table, read_headers, read_table
 from ..schema import Report, Source, empty
 from ..pixels.shapes import Derived, box_masks, chest_view, on_disk, release_boxes
@@ -50,8 +50,9 @@ def read_boxes(
     edges = ['x', 'y', 'width', 'height']
     value, boxed, bad = pd.to_numeric(df.Target, errors='coerce'), (df[edges] != '').all(axis=1), set()
     for i in np.flatnonzero(~value.isin([0, 1]) | ((value == 1) != boxed) | ((df[edges] != '').any(axis=1) & ~boxed)):
-        report.add('row contradicts itself', df.patientId[i], int(i), f'{path.name}: Target {told(df.Target[i])!r} '
-                   f'with the box {told(" ".join(df.loc[i, edges])) or "empty"}', 'image left out')
+        report.add('row contradicts itself', df.patientId[i], int(i),
+                   f'{path.name}: Target {hide_names(df.Target[i])!r} '
+                   f'with the box {hide_names(" ".join(df.loc[i, edges])) or "empty"}', 'image left out')
         bad.add(df.patientId[i])
     both = value.groupby(df.patientId).nunique()
     for image in sorted(set(both.index[both > 1]) - bad):
@@ -71,7 +72,7 @@ def read_rsna_pneumonia(
     """Read RSNA Pneumonia.
 
     Raises: DataError for a missing table or column, or when no image is there.
-    Source: LoVT spec, section 2.6."""
+    Source: Müller et al., ECCV 2022, and its published code."""
     root, report, derived = Path(root), Report('RSNA Pneumonia'), Derived(root, derived)
     path = find_table(root, 'stage_2_train_labels', 'stage_1_train_labels')
     table, names, bad = read_boxes(path, report)
@@ -102,5 +103,5 @@ def _read_classes(root, report):
     df = require(read_table(path), _CLASSES, path).drop_duplicates('patientId')
     odd = df[~df['class'].isin(['Normal', 'Lung Opacity', 'No Lung Opacity / Not Normal'])]
     for i, image, value in zip(odd.index, odd.patientId, odd['class']):
-        report.add('unknown class', image, int(i), told(value), 'not stated')
+        report.add('unknown class', image, int(i), hide_names(value), 'not stated')
     return {p: float(c == 'Normal') for p, c in zip(df.patientId, df['class']) if p not in set(odd.patientId)}

@@ -78,7 +78,7 @@ def read_siim(
     """Read SIIM-ACR Pneumothorax.
 
     Raises: DataError for a missing table or column, or when no image is there.
-    Source: LoVT spec, section 2.6."""
+    Source: Müller et al., ECCV 2022, and its published code."""
     root, report, derived = Path(root), Report('SIIM-ACR Pneumothorax'), Derived(root, derived)
     path = find_table(root, 'stage_2_train', 'train-rle', 'train-rle-stage_2', 'train_rle')
     df = require(read_table(path), _COLUMNS, path).assign(row=lambda t: range(len(t)))

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError, closest, unknown_name
-from ..cells import birads_category, density_letter, quoted, told
+from ..cells import birads_category, density_letter, quoted, hide_names
 from ..prepared import Prepared
 from .folder import rewrite_column
 from ..schema import BOXES, Report, Source, empty, read_csv, read_list
@@ -71,7 +71,8 @@ def read_findings(
         for name in found or ():
             if name not in (*FINDINGS, NO_FINDING):
                 report.add('unknown finding', df.image_id[row], row,
-                           unknown_name('finding', name if closest(name, FINDINGS) else told(name), FINDINGS)[:120],
+                           unknown_name('finding', name if closest(name, FINDINGS) else hide_names(name),
+                                        FINDINGS)[:120],
                            'name left out')
         names.append(None if found is None else [n for n in found if n in (*FINDINGS, NO_FINDING)])
     df['names'] = names

@@ -77,8 +77,9 @@ def _mixture(parts, part, tokenizer, options, train):
     if not parts.told: return labels
     typed = _of(BreastTextConfig, {**options, 'bucket': False})
     texts = BreastTextDataset(parts.told[part], tokenizer, typed, train=train, cache=parts.cache)
-    shares = None if c.balance == 'paper' else (1 - c.labels_share, c.labels_share)
-    return Mixture({'reports': texts, 'labels': labels}, shares, c.seed)
+    both = {'reports': texts, 'labels': labels}
+    if not train: return Mixture(both) # validation sees each sample once, whatever the shares
+    return Mixture(both, None if c.balance == 'paper' else (1 - c.labels_share, c.labels_share), c.seed)
 
 # %% ../../../nbs/149i_data.samples.builders.ipynb #a1c8b9a9
 def _report_texts(parts, options): return list(parts.parts['train'].manifest.report)

@@ -51,7 +51,7 @@ def find_sections(
 ) -> list: # of (name, text as it stands, position of its first character)
     """Cut a report as the MIMIC section tool does.
 
-    Source: Johnson et al., MIMIC-CXR code, zenodo 3539363; LoVT spec, section 1.2."""
+    Source: Johnson et al., MIMIC-CXR code, zenodo 3539363; Müller et al., ECCV 2022, and its published code."""
     text = as_text(text)
     head = _HEADING.search(text)
     out = [('preamble', text[:head.start(1)], 0)] if head else [('full report', text, 0)]

@@ -20,7 +20,7 @@ from ...core.progress import progress
 from ...data.batch import to_device
 from .alignment import (SampleNumbers, attention_statistics, global_alignment, local_alignment,
                                                modality_distance, retrieval_of)
-from ..stats.bootstrap import BLOCK, patient_counts, settled
+from ..stats.bootstrap import BLOCK, patient_counts, interval_or_bound
 from .spread import GlobalSpread, LocalSpread
 from ...losses.local import grid_distances
 from ...methods.base import Method, capabilities, evaluating, require
@@ -115,8 +115,8 @@ def _quantiles(draws, people, tails): # (n_boot,k): (2,k); NaN for columns of fe
 def _bounded(low, high, mean, draws, people, level, shares):
     "Replace the ends of columns whose resamples all agree, in place."
     for k in np.flatnonzero((people > 1) & (high - low <= 1e-9)):
-        low[k], high[k], *_ = settled(mean[k], draws[:, k], level, people[k],
-                                      limits=(0., 1.) if shares is not None and shares[k] else None)
+        low[k], high[k], *_ = interval_or_bound(mean[k], draws[:, k], level, people[k],
+                                                limits=(0., 1.) if shares is not None and shares[k] else None)
 
 # %% ../../../nbs/552_evaluate.analysis.analyse.ipynb #80feb588
 _GLOBAL, _LOCAL = ('image_features', 'text_features', 'images', 'texts'), (

@@ -18,7 +18,8 @@ import pandas as pd
 
 from ...core.errors import DataError
 from ..stats.bootstrap import BLOCK, patient_counts
-from ..metrics.coco import (BOX, Scene, average_from_counts, arrange, ranking_precision, candidate_pairs,
+from ..metrics.coco import (BOX, Scene, average_from_counts, arrange_boxes, ranking_precision,
+                                          candidate_pairs,
                                          match, score_ends)
 from ..protocols.detector import OUTCOME
 from ..metrics.froc import RATES, class_mean, recall_points, ranking_of, box_estimate
@@ -37,10 +38,10 @@ def arrange_localized(truth: pd.DataFrame, # DataFrame image_id, label, x0, y0, 
                       images: pd.DataFrame | Sequence, # DataFrame image_id, patient_id: all images, or a list of ids
                       labels: Sequence[str] | None = None, # classes; None: all that occur
                       plus_one: bool = True, # one pixel more on every side, as the original
-                      ties:str='together', # equal scores, as in `arrange`; 'listed': as the original
+                      ties:str='together', # equal scores, as in `arrange_boxes`; 'listed': as the original
                       ) -> Scene: # Scene; all detections are kept
-    "Sort truth and detections into arrays. Raises: as `arrange`."
-    scene = arrange(truth, found, images, labels, 10**9, ties)
+    "Sort truth and detections into arrays. Raises: as `arrange_boxes`."
+    scene = arrange_boxes(truth, found, images, labels, 10**9, ties)
     longer = np.array([0., 0., 1., 1.]) if plus_one else 0.
     return replace(scene, boxes=scene.boxes + longer, found=scene.found + longer)
 
@@ -188,7 +189,7 @@ def localized_table(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFra
                     rates: Sequence[float] = RATES, # of fROC
                     n_boot: int = 1000, # resamples of patients
                     seed: int = 0, # of the draws
-                    ties:str='together', # equal scores, as in `arrange`
+                    ties:str='together', # equal scores, as in `arrange_boxes`
                     # DataFrame task (class; 'mean' over classes), metric, value, low, high, unit, n, n_positive
                     # (true boxes), patients …
                     ) -> pd.DataFrame:

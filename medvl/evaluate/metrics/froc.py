@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import unknown_name
-from ..stats.bootstrap import BLOCK, Estimate, settled, patient_counts
-from .coco import (BOX, THRESHOLDS, Scene, arrange, average_from_counts, candidate_pairs, match,
+from ..stats.bootstrap import BLOCK, Estimate, interval_or_bound, patient_counts
+from .coco import (BOX, THRESHOLDS, Scene, arrange_boxes, average_from_counts, candidate_pairs,
+                                          match,
                                          ranking_precision, score_ends)
 from ...show.style import PALETTE, figure
 
@@ -64,27 +65,27 @@ def box_estimate(value: float, draws: np.ndarray, scene: Scene, n_boxes: int, la
                  n_boot=len(draws))
     if np.isnan(value): return Estimate(np.nan, np.nan, np.nan, **facts, note='no true box of this class')
     failed, limits = int(np.isnan(draws).sum()), (0., 1.) if share or value == 0 else None
-    low, high, how, note = settled(float(value), draws, level, scene.patients, _behind(scene, labels), limits)
+    low, high, how, note = interval_or_bound(float(value), draws, level, scene.patients, _behind(scene, labels), limits)
     notes = [f'{failed} of {len(draws)} resamples had no true box'] * (failed > 0) + [note] * (note != '')
     return Estimate(float(value), low, high, **facts, method=how or 'percentile', n_failed=failed,
                     note='; '.join(notes))
 
 # %% ../../../nbs/535a_evaluate.metrics.froc.ipynb #1288dc69
 def detection_table(truth: pd.DataFrame, found: pd.DataFrame,
-                    images: pd.DataFrame, # tables as in `arrange`; images with patient_id
+                    images: pd.DataFrame, # tables as in `arrange_boxes`; images with patient_id
                     labels: Sequence[str] | None = None, # classes
                     thresholds: Sequence[float] = (.5,), # overlaps reported one by one
                     coco: bool = True, # and COCO's average over .5, .55 … .95
                     max_detections: int = 100, # of a class in an image
                     n_boot: int = 1000, # resamples of patients
                     seed: int = 0, # of the draws
-                    ties:str='together', # equal scores, as in `arrange`
+                    ties:str='together', # equal scores, as in `arrange_boxes`
                     # DataFrame task, metric, value, low, high, unit, n, n_positive (true boxes), patients …; task
                     # 'mean' last
                     ) -> pd.DataFrame:
     "Estimate average precision of every class and their mean, with intervals."
     wanted = np.unique([*thresholds, *(THRESHOLDS if coco else ())])
-    scene = arrange(truth, found, images, labels, max_detections, ties)
+    scene = arrange_boxes(truth, found, images, labels, max_detections, ties)
     hit = match(scene, candidate_pairs(scene, wanted.min()), wanted)[:, 0] >= 0
     metrics = {f'AP{100 * t:g}': np.flatnonzero(np.isclose(wanted, t)) for t in thresholds}
     if coco: metrics['AP'] = np.flatnonzero(np.isclose(wanted[:, None], THRESHOLDS).any(1))
@@ -151,7 +152,7 @@ def _prepare(scene, k, hit, counts):
 
 # %% ../../../nbs/535a_evaluate.metrics.froc.ipynb #37925c5a
 def froc_table(truth: pd.DataFrame, found: pd.DataFrame,
-               images: pd.DataFrame, # tables as in `arrange`; images with patient_id
+               images: pd.DataFrame, # tables as in `arrange_boxes`; images with patient_id
                labels: Sequence[str] | None = None, # classes
                rates: Sequence[float] = RATES, # false marks an image
                overlap: float = .25, # from which a mark hits (criterion 'iou')
@@ -163,7 +164,7 @@ def froc_table(truth: pd.DataFrame, found: pd.DataFrame,
                # all classes together
                ) -> pd.DataFrame:
     "Estimate sensitivity at given numbers of false marks an image, with intervals."
-    scene, rows = arrange(truth, found, images, labels, max_detections), []
+    scene, rows = arrange_boxes(truth, found, images, labels, max_detections), []
     overlap = .5 if criterion == 'centre' else overlap
     hit, counts = _marks(scene, overlap, criterion, duplicates)
     for k, name in [*enumerate(scene.labels), (None, 'all')]:
@@ -187,7 +188,7 @@ def froc_curve(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFrame, l
                overlap: float = .25, criterion: str = 'iou', duplicates: str = 'ignore',
                max_detections: int = 100) -> pd.DataFrame:
     "Give every point of the FROC curves: DataFrame task, threshold, false_marks (an image), sensitivity."
-    scene, out = arrange(truth, found, images, labels, max_detections), []
+    scene, out = arrange_boxes(truth, found, images, labels, max_detections), []
     hit, counts = _marks(scene, .5 if criterion == 'centre' else overlap, criterion, duplicates)
     for k, name in [*enumerate(scene.labels), (None, 'all')]:
         ends, right, _, boxes_of, _, score = _prepare(scene, k, hit, counts)
@@ -219,12 +220,13 @@ def plot_froc(curve: pd.DataFrame, # DataFrame of `froc_curve`
     return fig
 
 # %% ../../../nbs/535a_evaluate.metrics.froc.ipynb #d630b492
-def reference_map(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFrame | Sequence, # tables as in `arrange`
+def reference_map(truth: pd.DataFrame, found: pd.DataFrame,
+                  images: pd.DataFrame | Sequence, # tables as in `arrange_boxes`
                   labels: Sequence[str] | None = None, # classes
                   score: float = .05, # detections score more
                   overlap: float = .5, # from which a detection is right
                   top: int = 100, # detections of an image
-                  # equal scores, as in `arrange`; 'listed': as the original's code, whose numbers depend on the order
+                  # equal scores, as in `arrange_boxes`; 'listed': the original's, whose numbers depend on the order
                   ties:str='together',
                   # Series: average precision of each class (0 for a class without a true box, as there), and 'mean'
                   ) -> pd.Series:
@@ -233,7 +235,7 @@ def reference_map(truth: pd.DataFrame, found: pd.DataFrame, images: pd.DataFrame
     keys = ['score'] if ties == 'listed' else ['score', 'label', *BOX]
     rank = found.sort_values(keys, ascending=[False] + [True] * (len(keys) - 1),
                              kind='stable').groupby('image_id').cumcount()
-    scene = arrange(truth, found[rank.reindex(found.index) < top], images, labels, top, ties)
+    scene = arrange_boxes(truth, found[rank.reindex(found.index) < top], images, labels, top, ties)
     each, other, size = candidate_pairs(scene, 0)
     order = np.lexsort((other, -size, each))
     who, first = np.unique(each[order], return_index=True)

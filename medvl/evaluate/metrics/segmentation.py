@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...core.errors import DataError, unknown_name
 from ...core.progress import progress
-from ..stats.bootstrap import BLOCK, Estimate, settled, patient_counts
+from ..stats.bootstrap import BLOCK, Estimate, interval_or_bound, patient_counts
 from .rank import ratio
 from ...losses.segmentation import check_masks
 from ...methods.base import Method, evaluating, require
@@ -184,7 +184,7 @@ def _estimate(value, draws, positive, facts, people):
     "One number with its interval; `people` show the class."
     if np.isnan(value): return Estimate(np.nan, np.nan, np.nan, n_positive=positive, **facts, note='no positive pixel')
     failed = int(np.isnan(draws).sum())
-    low, high, how, note = settled(float(value), draws, facts['level'], facts['n_clusters'], int(people))
+    low, high, how, note = interval_or_bound(float(value), draws, facts['level'], facts['n_clusters'], int(people))
     notes = [f'{failed} of {len(draws)} resamples had no positive pixel'] * (failed > 0) + [note] * (note != '')
     return Estimate(float(value), low, high, n_positive=positive, n_failed=failed, note='; '.join(notes),
                     method=how or 'percentile', **facts)

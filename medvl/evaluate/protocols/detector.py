@@ -18,7 +18,7 @@ import torch
 from ...core.progress import progress
 from ...data.prepared import Prepared
 from ...data.samples.boxes import true_boxes
-from ..metrics.coco import BOX, arrange, candidate_pairs, coco_map, match
+from ..metrics.coco import BOX, arrange_boxes, candidate_pairs, coco_map, match
 from ..metrics.froc import detection_table, froc_curve, froc_table, reference_map
 from ...methods.base import Method, require
 from ...show.exam import draw_view
@@ -104,7 +104,7 @@ def map_validation(prepared: Prepared, # Prepared: validation patients
     "Make the callable that scores a detector on validation patients during training."
     truth, images = true_boxes(prepared, classes)
     if merge: truth, classes = truth.assign(label='finding'), ('finding',)
-    arrange(truth, truth.assign(score=1.), images, list(classes))  # stops now if there is nothing to find
+    arrange_boxes(truth, truth.assign(score=1.), images, list(classes))  # stops now if there is nothing to find
 
     def validate(method, state):
         mean = coco_map(truth, detect(method, prepared, batch_size), images, list(classes)).loc['mean']
@@ -122,7 +122,7 @@ def outcomes(result: DetectionResult, # DetectionResult
              ) -> pd.DataFrame:
     "Say for each box what became of it."
     shown = result.found[result.found.score > score]
-    scene = arrange(result.truth, shown, result.images, sorted({*result.truth.label, *result.found.label}))
+    scene = arrange_boxes(result.truth, shown, result.images, sorted({*result.truth.label, *result.found.label}))
     matched = match(scene, candidate_pairs(scene, overlap), [overlap])[0, 0]
     name = lambda group: (np.array(scene.labels, object)[scene.label_of(group)],
                           result.images.image_id.to_numpy()[group % scene.n_images])

@@ -18,7 +18,7 @@ import torch
 from ...data.histogram import histogram_table
 from ...data.prepared import Prepared
 from ...data.splits import fraction_patients
-from ..stats.bootstrap import estimate_of, exact_values, settled, resample
+from ..stats.bootstrap import estimate_of, exact_values, interval_or_bound, resample
 from .linear_probe import CS, fit_subset, fit_plan, score_probe, targets_of
 from ..metrics.curves import METRICS, Evaluator
 from .embeddings import Embeddings
@@ -130,8 +130,8 @@ def _curve(table, found, level):
             if not fits: out.append({**base, 'mean': np.nan}); continue
             values, ev = np.array([v for v, _, _ in fits]), fits[0][2]
             mean = float(values.mean())
-            low, high, *_ = settled(mean, np.mean([d for _, d, _ in fits], axis=0), level, ev.n_stated_groups,
-                                    ev.patients_behind(j))
+            low, high, *_ = interval_or_bound(mean, np.mean([d for _, d, _ in fits], axis=0), level, ev.n_stated_groups,
+                                              ev.patients_behind(j))
             out.append({**base, 'mean': mean, 'least': values.min(), 'most': values.max(),
                         'sd': values.std(ddof=1) if len(values) > 1 else np.nan, 'low': low, 'high': high})
     columns = ['task', 'metric', 'fraction', 'train_patients', 'mean', 'least', 'most', 'sd', 'low', 'high',

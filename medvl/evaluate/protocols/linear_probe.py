@@ -232,7 +232,8 @@ def linear_probe(
     # strengths; None or 'balanced'; metric on validation
     Cs: Sequence[float] = CS, class_weight: str | None = None, choose_by: str = 'auroc',
     # of `embed`
-    embeddings: Embeddings | None = None, folder: str | Path | None = None, batch_size: int = 16, precision: str = 'fp32',
+    embeddings: Embeddings | None = None, folder: str | Path | None = None, batch_size: int = 16,
+                 precision: str = 'fp32',
     # of the tables
     metrics: Sequence[str] = METRICS_BINARY, by: Sequence[str] | None = None, n_boot: int = 2000, level: float = .95,
     seed: int = 0,

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from ...core.errors import unknown_name
-from .bootstrap import estimates, settled, resample
+from .bootstrap import estimates, interval_or_bound, resample
 from ..metrics.curves import Evaluator, metric_of
 from .scored import Scored
 
@@ -57,7 +57,7 @@ def _differences(scored, masks, metric, n_boot, level, seed):
         d = values[2 * i] - values[2 * i + 1]
         people, behind = (min(f(e) for e in evs[2 * i:2 * i + 2])
                           for f in (lambda e: e.n_stated_groups, lambda e: e.patients_behind(0)))
-        out[g] = (d, *settled(d, draws[2 * i] - draws[2 * i + 1], level, people, behind, (-1, 1))[:2])
+        out[g] = (d, *interval_or_bound(d, draws[2 * i] - draws[2 * i + 1], level, people, behind, (-1, 1))[:2])
     return out
 
 # %% ../../../nbs/502_evaluate.stats.subgroups.ipynb #f3b3d26d

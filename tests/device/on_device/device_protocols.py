@@ -16,7 +16,7 @@ from medvl.attribute.sanity import cascade, stages_of
 from medvl.attribute.sentence_maps import map_kinds, sentence_maps
 from medvl.attribute.similarity import similarity_map, text_vector
 from medvl.evaluate.analysis.analyse import analyse
-from medvl.evaluate.localized.run import carrier
+from medvl.evaluate.localized.run import load_carrier
 from medvl.evaluate.protocols.classification import Validator, classification, predict_images
 from medvl.evaluate.protocols.detector import detect, map_validation
 from medvl.evaluate.protocols.embeddings import embed
@@ -113,7 +113,7 @@ def test_localized(tmp_path, monkeypatch, task):
     "Frozen and fine-tuned heads, boxes and masks: chosen, judged and cached, as the loop trains them on the device."
     train_on_device(monkeypatch)
     found = squares(tmp_path/'squares')
-    with Accelerator(): out = evaluate(tmp_path/'out', task, {'covid_rural': found, 'rsna': found}, carrier('resnet-tiny').to(DEVICE), runs=1, max_lrs=1)
+    with Accelerator(): out = evaluate(tmp_path/'out', task, {'covid_rural': found, 'rsna': found}, load_carrier('resnet-tiny').to(DEVICE), runs=1, max_lrs=1)
     assert len(out.done) == 1 and np.isfinite(out.runs.value).all(), out.results.to_dict('records')
 
 

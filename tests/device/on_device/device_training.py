@@ -51,7 +51,7 @@ def test_the_device_counts_what_a_gpu_waits_for():
             accelerator.forget()
             wait()
             assert sum(accelerator.waits.values()) == 1
-            assert next(iter(accelerator.waits)).startswith('tests/device/test_device_training.py:')
+            assert next(iter(accelerator.waits)).startswith('tests/device/on_device/device_training.py:')
         accelerator.forget()
         x[x > 2] = 0; x * 2; torch.where(x > 0, x, 0); torch.ones(2).to(DEVICE, non_blocking=True); x.sum()
         assert not accelerator.waits
