@@ -197,9 +197,10 @@ class XVL(PairMethod):
         return self.vocabulary.tokenizer
 
     def train(self, mode: bool = True) -> 'XVL':
-        "Change the mode; the teacher stays in evaluation."
+        "Change the mode; the teacher stays in evaluation, but its BatchNorm reads the batch, as BYOL's does."
         super().train(mode)
-        for twin in filter(None, (self.teacher, self.late)): twin.eval()
+        for twin in filter(None, (self.teacher, self.late)):
+            for m in twin.modules(): m.training = mode and isinstance(m, nn.modules.batchnorm._BatchNorm)
         return self
 
     def renew_unsaved(self) -> None:
@@ -446,7 +447,7 @@ def after_step(self: XVL, features: dict, batch: dict, state: StepState) -> None
     c, f = self.config, features
     clamp_temperature(self.temperature)
     if self.late is not None: self.late.load_state_dict(self.teacher.state_dict())
-    momentum_update(self.teacher, self.student, c.momentum, 'follow')
+    momentum_update(self.teacher, self.student, c.momentum)
     self.image_queue.enqueue(f['image_teacher']), self.text_queue.enqueue(f['text_teacher'])
     if self.group_queue is not None:
         self.group_queue.enqueue(batch['text_group'].flatten() if 'text_group' in batch else
