@@ -45,7 +45,7 @@ def medvl(*args, outputs, wait=True, **kwargs):
     return process.returncode, out, err
 
 
-def until(condition, seconds=20):
+def until(condition, seconds=60):
     "Wait for a condition."
     end = time.monotonic() + seconds
     while time.monotonic() < end:
