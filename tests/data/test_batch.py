@@ -28,7 +28,7 @@ def same(a, b):
 
 def test_every_field_says_what_it_is():
     assert all(f.dtype is None or f.dtype == 'tokens' or isinstance(f.dtype, torch.dtype) for f in FIELDS.values())
-    assert {'images', 'augmented', 'masks', 'taps', 'maps'} == set(PIXELS) - {'test-scan'} and {'augmented', 'transforms'} == set(VERSIONS)
+    assert {'images', 'augmented', 'masks', 'taps', 'maps'} == set(PIXELS) - {'test-scan'} and {'augmented', 'transforms', 'hidden'} == set(VERSIONS)
     assert STACKED['labels'] == STACKED['targets'] == torch.float32 and STACKED['present'] == torch.bool and 'tokens' not in STACKED
 
 

@@ -6,6 +6,7 @@
 __all__ = ['TokenImageConfig', 'new_token_encoder', 'TokenGrid', 'new_token_grid', 'image_tokens']
 
 # %% ../../../nbs/326a_methods.parts.image_tokens.ipynb #3c8a385a
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,7 +47,10 @@ def new_token_encoder(
         if masked:
             raise ValueError(f'image_encoder={c.image_encoder!r} has no patches that could be hidden: take a ViT '
                              f'({", ".join(VITS)})')
-        return build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing)
+        encoder = build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing)
+        for stage in range(int(c.image_stage[-1]), 5) if re.fullmatch('conv[2-4]', c.image_stage) else ():
+            getattr(encoder, f'layer{stage}').requires_grad_(False) # what lies behind the stage that is read never learns
+        return encoder
     vit = VisionTransformer(c.image_encoder, tuple(c.image_size), c.image_patch, c.image_channels, c.image_width,
                             c.image_depth, c.image_heads, c.drop_path, masked, c.image_resizing)
     vit.checkpointing = c.image_checkpointing

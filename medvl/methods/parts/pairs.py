@@ -154,7 +154,7 @@ class PairMethod(Method):
         text = self.read_texts(tokens)
         return self.reader.logits(self.reader.fuse(text['states'], text['words'], images['tokens']))
 
-    def word_maps(self, images: torch.Tensor, # (b,1|3,h,w) or (b,1,1|3,h,w)
+    def token_maps(self, images: torch.Tensor, # (b,1|3,h,w) or (b,1,1|3,h,w)
                   texts: list | dict, # one text an image, see `read_texts`
                   how: str = 'attention', # one of MAPS
                   layer: int | None = None, # looking layer, 0-based; None: the configuration's
@@ -182,16 +182,16 @@ class PairMethod(Method):
                 gradient, = torch.autograd.grad(loss, attention)
         return weigh_attention(attention.detach(), gradient).unflatten(2, read['grid']), text
 
-    def attention_maps(self, images: torch.Tensor, texts: list, # as in `word_maps`
+    def attention_maps(self, images: torch.Tensor, texts: list, # as in `token_maps`
                        over: str = 'sentences', # a map of each of the 'sentences', or of the 'words' (tokens)
                        how: str = 'attention', # one of MAPS
-                       layer: int | None = None, # see `word_maps`
+                       layer: int | None = None, # see `token_maps`
                        ) -> tuple: # (b,m,h',w'), and which are real, bool (b,m)
         """Give what each sentence or each word looks at; maps of 'attention' sum to 1.
 
         Raises: ValueError for another choice."""
         if over not in ('sentences', 'words'): raise ValueError(unknown_name('unit of maps', over, ('sentences', 'words')))
-        maps, text = self.word_maps(images, texts, how, layer)
+        maps, text = self.token_maps(images, texts, how, layer)
         if over == 'words': maps, real = maps[:, 1:], text['words'][:, 1:].bool() # not [CLS]
         else:
             member = F.one_hot(text['sentence'], int(text['sentence'].max()) + 1)[..., 1:].to(maps.dtype) # (b,L,m)
