@@ -168,7 +168,8 @@ def attribute(method: Method, # any system, trained
     way, target = EXPLANATIONS[how], target_of(method, target)
     if target.kind not in way.targets:
         able = [k for k, e in EXPLANATIONS.items() if target.kind in e.targets]
-        raise ValueError(f'how={how!r} explains {" and ".join(way.targets)}, not {target.kind} ({TARGETS[target.kind]}). '
+        raise ValueError(f'how={how!r} explains {" and ".join(way.targets)}, not {target.kind} '
+                         f'({TARGETS[target.kind]}). '
                          + (f'These do: {", ".join(able)}.' if able else 'No way explains that yet.'))
     images = torch.as_tensor(image)
     if images.ndim not in (2, 3, 4) or images.ndim > 2 and images.shape[:-2].numel() != 1:

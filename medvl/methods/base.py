@@ -323,7 +323,8 @@ def leads_outside(folder: Path, # of a saved method
     inside = lambda name: (folder / name / CONFIG).is_file()
     text, out = config.get('text_encoder', ''), []
     named = text in CONFIGURATIONS or text in WHEELS
-    if config.get('image_encoder', '') not in ('', *EFFICIENTNETS, *RESNETS, *UNETS, *VITS) and not inside('image_encoder'):
+    known = ('', *EFFICIENTNETS, *RESNETS, *UNETS, *VITS)
+    if config.get('image_encoder', '') not in known and not inside('image_encoder'):
         out.append('image_encoder')
     if text and not named and not inside('text_encoder'): out.append('text_encoder')
     if text and not named and not config.get('tokenizer') and not (folder / 'tokenizer').is_dir():

@@ -103,7 +103,7 @@ def _named(method, name):
 
 # %% ../../nbs/300b_methods.recipes.ipynb #161bb9dd
 def method_names() -> list[str]: # sorted
-    "List every method that has recipes, of this package and of others; a package that fails to import is told and left."
+    "List every method that has recipes, of all packages; one that fails to import is told and left."
     found = []
     for name, module in method_modules().items():
         try: recipes_there = getattr(import_module(module), 'RECIPES', None)

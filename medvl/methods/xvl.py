@@ -282,7 +282,8 @@ def encode(self: XVL, batch: dict) -> dict: # augmented: versions of (b,1,1,h,w)
             extra['sentences'], extra['real'] = self.sentence_vectors(old, ids, mask, sentence)
             check_sentences(batch, extra['real'].bool())
     out = {'image': unit(self.image_projection(image[:, 0])), 'text': unit(self.text_projection(text[:, 0])),
-           'image_tokens': image, 'text_tokens': self.padded(text), 'words': F.pad(mask, (0, self.width - mask.shape[1]))}
+           'image_tokens': image, 'text_tokens': self.padded(text),
+           'words': F.pad(mask, (0, self.width - mask.shape[1]))}
     check_samples(batch, out['image'][:, None], out['text'][:, None], module=self)
     return {**out, **extra, **self.masked_states(batch, mask, image_old)}
 
@@ -309,7 +310,8 @@ def two_views(self: XVL, views: list, hidden: list | None, text: torch.Tensor, t
               mask: torch.Tensor, old: nn.ModuleDict) -> tuple: # student's and teacher's tokens of version 0, features
     "Show two large versions to both and small ones to the student; give the logits that iBOT compares."
     b, large = len(text), torch.cat(views[:2])
-    if hidden is None: hidden = [torch.zeros(b, *self.grid_of(v), dtype=torch.bool, device=self.device) for v in views[:2]]
+    if hidden is None:
+        hidden = [torch.zeros(b, *self.grid_of(v), dtype=torch.bool, device=self.device) for v in views[:2]]
     hidden = torch.cat([h.to(self.device) for h in hidden])
     apart = lambda x: x.unflatten(0, (-1, b)).transpose(0, 1)
     def logits(networks, tokens, text):
@@ -389,7 +391,8 @@ def match_losses(self: XVL, f: dict, scores: dict, batch: dict, state: StepState
     at, ai = torch.cat([right, right.roll(1)]), right.repeat(2)
     odds = sum(z[:, 1] - z[:, 0] for z in self.judged(f['text_tokens'][at, :words], f['words'][at, :words],
                                                       f['image_tokens'][ai])).float()
-    return out | {'itm_auroc': mean_auroc(odds[:, None], (torch.arange(len(at)) < len(right)).float()[:, None].to(odds.device))}
+    own = (torch.arange(len(at)) < len(right)).float()[:, None].to(odds.device)
+    return out | {'itm_auroc': mean_auroc(odds[:, None], own)}
 
 # %% ../../nbs/327_methods.xvl.ipynb #4dc75e27
 @patch(XVL)
@@ -469,14 +472,17 @@ _PAPER = Recipe('the 2023 paper (oversight), with its slips put right; one GPU',
 _REFERENCE = dict(negatives='rejection', shared_counter=True, distil_axis='sequence')
 _PAPER_22 = Recipe('the 2022 paper (co-learning), with its slips put right; one GPU', samples='captions',
                    augment='crops', versions=10, config=dict(variant='2022', image_encoder='vit-small'),
-                   sample_options=dict(most=10), train=dict(_TRAIN, weight_decay=.02, batch_size=12, epochs=15, floor=.1,
-                                                            warmup=500, precision='fp32', valid_samples=48), own_words=True,
+                   sample_options=dict(most=10), train=dict(_TRAIN, weight_decay=.02, batch_size=12, epochs=15,
+                                                            floor=.1,
+                                                            warmup=500, precision='fp32', valid_samples=48),
+                   own_words=True,
                    augment_options=dict(first=(.8, 1.), second=(.5, 1.), affine=0.0, jitter=0.0, blur=1.0,
                                         blur_sigma=(.5, .5), hide=.3))
 _QUICK = dict(precision='fp32', warmup=.1, weight_decay=.01, floor=0.0, seed=0)
 # with dropout a random [CLS] tells noise rather than its text
 _SMALL = dict(text_encoder='tiny', text_pretrained=False, dropout=0.0, image_width=128, fusion_layers=2, fusion_heads=4,
-              fusion_hidden=256, dim=64, queue=512, max_length=64, duplicates='positives', momentum=.98, image_size=(96, 96),
+              fusion_hidden=256, dim=64, queue=512, max_length=64, duplicates='positives', momentum=.98,
+              image_size=(96, 96),
               image_mean=.5, image_std=.25)
 _SMALL_22 = dict(_SMALL, variant='2022', image_encoder='vit-tiny', image_depth=4, image_heads=4, image_channels=1,
                  text_width=128, text_layers=2, prototypes=256, head_hidden=128, head_bottleneck=64, drop_path=0.0)
@@ -506,7 +512,8 @@ RECIPES = {
     'smoke': vary(_PAPER, 'seconds, for tests: it learns nothing', size=(64, 64), train=_SMOKE_TRAIN, phantom_count=24,
                   own_words=True, config=dict(_SMALL, **_FEW, image_encoder='resnet-tiny', image_stage='conv4'),
                   sample_options=dict(max_length=64)),
-    'smoke-2022': vary(_PAPER_22, 'seconds, for tests: it learns nothing', size=(64, 64), train=_SMOKE_TRAIN, versions=3,
+    'smoke-2022': vary(_PAPER_22, 'seconds, for tests: it learns nothing', size=(64, 64), train=_SMOKE_TRAIN,
+                       versions=3,
                        phantom_count=24, config=dict(_SMALL_22, **_FEW, image_depth=2, prototypes=32),
                        augment_options=dict(_LITTLE_22, local_size=32),
                        sample_options=dict(max_length=64, sections=('impression',)))}

@@ -73,7 +73,7 @@ def gather_features(features:dict, method:Method, exchange:object) -> tuple:
 
 
 def own_samples(mine:dict, local:dict, samples:int, world:int) -> slice:
-    "Say which samples among the gathered ones are mine; slice(None) where nothing was gathered, or nobody else is there."
+    "Say which samples among the gathered ones are mine; slice(None) where nothing was gathered, or by one alone."
     for name, rows in mine.items() if world > 1 else ():
         each, rest = divmod(len(local[name]), samples)  # a feature may hold several rows a sample
         if each and not rest: return slice(rows.start // each, rows.stop // each)

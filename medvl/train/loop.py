@@ -40,7 +40,8 @@ def validated(loop:Loop) -> dict:
             found = validation_loss(loop.method, loop.valid, loop.state(), config.chunk_size or config.batch_size,
                                     config.valid_samples, config.workers, loop.moved,
                                     loop.autocast)
-        if loop.validate is not None: # in every process: those of this package share the images (`train.distributed.joined`)
+        # in every process: those of this package share the images (`train.distributed.joined`)
+        if loop.validate is not None:
             with evaluating(loop.method): found = {**found, **loop.validate(loop.method, loop.state())}
     found = {k: float(v) for k, v in from_first(found).items()}
     tests = [k for k in found if k.lower().startswith('test')]
@@ -225,7 +226,8 @@ def train(
     folder:str|Path='outputs/run', # gets metrics.jsonl, checkpoints/, tensorboard/, best/, last/
     valid:object=None, # validation samples for the validation loss
     transform:Callable|None=None, # callable(batch, seed, epoch) -> batch on the device, such as Augment; training only
-    validate:Callable|None=None, # callable(method, state) -> dict of validation metrics; called in every process, the first one's answer counts
+    # callable(method, state) -> dict of validation metrics; called in every process, the first one's answer counts
+    validate:Callable|None=None,
     resume:bool=True, # go on with the run in `folder`; False refuses a folder that holds one
 ) -> TrainResult:
     """Train a method, or go on with a run that was interrupted.

@@ -96,7 +96,8 @@ def check_config(
         if not 0 <= value < float('inf'): raise ValueError(f'{name}={value} must be a finite number, 0 or more')
     for name in ('clip_names', 'clip_each'):
         for pattern, limit in (getattr(config, name) or {}).items():
-            if not 0 < limit < float('inf'): raise ValueError(f'{name}: the norm of {pattern!r}, {limit}, must be above 0')
+            if not 0 < limit < float('inf'):
+                raise ValueError(f'{name}: the norm of {pattern!r}, {limit}, must be above 0')
     if not 0 <= config.ema < 1: raise ValueError(f'ema={config.ema} is a decay in [0, 1), such as 0.999')
     if not 0 < config.plateau_factor < 1:
         raise ValueError(f'plateau_factor={config.plateau_factor} is a factor between 0 and 1, such as 0.5')

@@ -55,7 +55,7 @@ def _encoded(method, chunk, prepare, autocast):
 # %% ../../nbs/418_train.validation.ipynb #0af6c6ab
 @contextmanager
 def drawn_alone(seed: int, device: torch.device) -> Iterator[None]:
-    "Within this context torch's global generators start from a seed; behind it they go on as if nothing had been drawn."
+    "Within this context torch's generators start from a seed; behind it they go on as if nothing had been drawn."
     with torch.random.fork_rng(devices=[device] if device.type == 'cuda' else []):
         torch.manual_seed(seed)
         yield

@@ -47,7 +47,8 @@ class Crops:
         if c.hide_shape not in SHAPES: raise ValueError(unknown_name('shape of hidden patches', c.hide_shape, SHAPES))
         base = VersionConfig(**{f.name: getattr(c, f.name) for f in fields(VersionConfig)})
         whole = replace(base, crop='none', affine=0.0, jitter=0.0, blur=0.0)
-        each = [whole if tuple(c.first) == (1, 1) else replace(base, crop_share=c.first), replace(base, crop_share=c.second)]
+        each = [whole if tuple(c.first) == (1, 1) else replace(base, crop_share=c.first),
+                replace(base, crop_share=c.second)]
         each += [replace(base, crop_share=c.local, size=c.local_size)] * (versions - 2)
         self.versions = MultiVersion(each)
 

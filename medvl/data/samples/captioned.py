@@ -33,7 +33,8 @@ class CaptionConfig:
     rules: str = 'auto' # how sections are found: 'auto', 'medvl', 'mimic' (see data.text.sentences)
     normalisation: str = 'none' # of sentences before the caption's rules: 'none', 'medvl' (see data.text.reports)
     min_words: int = 3 # words and marks that a study's sentences must have together
-    cut: str = 'sentences' # what a sentence is: 'sentences' (medvl's rules), 'full_stops' (original: 1.5 cm is cut in two)
+    # what a sentence is: 'sentences' (medvl's rules), 'full_stops' (original: 1.5 cm is cut in two)
+    cut: str = 'sentences'
     order: str = 'shuffle' # in training: 'shuffle', or 'report'
     most: int = 0 # sentences of a caption at most, chosen at random in training; 0: all (the 2022 original: 10)
     draw: str = 'epoch' # order and choice are drawn anew in every 'epoch', or 'once' (2022 original)
@@ -100,7 +101,8 @@ class CaptionTokens:
         """Give tokens and the number of each one's sentence, 1..S; 0 for [CLS], [SEP] and full stops.
 
         Raises: DataError for a caption without sentences, or a sentence without tokens."""
-        if not sentences: raise DataError('a caption without words.', row=name, fix='Leave out samples without a report.')
+        if not sentences:
+            raise DataError('a caption without words.', row=name, fix='Leave out samples without a report.')
         ids, numbers = [], []
         for i, row in enumerate(self.parts.rows(sentences, name), 1):
             ids += [row, self.stop]
@@ -122,7 +124,8 @@ class CaptionDataset(Samples):
         cache:str|Path|None=None, # folder of the token cache; None: memory only
     ):
         c = self.config = check_caption_config(config or CaptionConfig())
-        if tokenizer.mask_token_id is None: raise ValueError('The tokeniser has no [MASK], which stands for a hidden word.')
+        if tokenizer.mask_token_id is None:
+            raise ValueError('The tokeniser has no [MASK], which stands for a hidden word.')
         rows, skipped = studies(prepared, c)
         bare = [r for r in rows if not read_caption(r['sentences'], c.cut, c.max_words)]
         if bare: rows, skipped = [r for r in rows if r not in bare], {**skipped, 'no words in its caption': len(bare)}
@@ -141,7 +144,8 @@ class CaptionDataset(Samples):
     def caption(self, row:dict, flipped:bool) -> list: # of str
         "The sentences of a study's caption, for an image mirrored so."
         c = self.config
-        typed = lambda: read_caption([read_as(s, flipped, c.normalisation) for s in row['sentences']], c.cut, c.max_words)
+        typed = lambda: read_caption([read_as(s, flipped, c.normalisation) for s in row['sentences']], c.cut,
+                                     c.max_words)
         return self.once((row['sample_id'], bool(flipped)), typed)
 
     def arranged(self, sentences:list, rng:np.random.Generator) -> list:

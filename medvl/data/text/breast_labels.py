@@ -15,7 +15,8 @@ from .reports import as_text, birads_of, density_of
 
 # %% ../../../nbs/123b_data.text.breast_labels.ipynb #32a85084
 _PLACES = re.compile(r'(?P<quadrant>\b(?:upper|lower)[ -](?:outer|inner)(?: quadrant)?'
-                     r'|\b(?:upper|lower|outer|inner|medial|lateral|central) (?:breast|half|quadrant|region|aspect|portion))'
+                     r'|\b(?:upper|lower|outer|inner|medial|lateral|central)'
+                     r' (?:breast|half|quadrant|region|aspect|portion))'
                      r'|(?P<hour>\b(?:1[0-2]|[1-9])(?::[0-5]\d)?'
                      r"(?=\s?o['’]?\s?clock))|(?P<nipple>\b(?:retro|sub|peri)areolar|behind the nipple)"
                      r'|(?P<axilla>\baxill(?:a|ary)(?: tail)?)'

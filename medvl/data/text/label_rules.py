@@ -326,7 +326,8 @@ def foreign_sections(text: str, # a report
     return sections
 
 # %% ../../../nbs/123_data.text.label_rules.ipynb #082047a7
-_BIRADS_WORDS = (r'(?:kategorien?|categor(?:ie|ía|ia|ies)|klasse|clase|classe|klassifikation|clasificación|classificação'
+_BIRADS_WORDS = (r'(?:kategorien?|categor(?:ie|ía|ia|ies)|klasse|clase|classe|klassifikation|clasificación'
+                 r'|classificação'
                  r'|eindcategorie|:|-|=|\s|de|van|von)*')
 
 

@@ -47,9 +47,11 @@ def new_token_encoder(
         if masked:
             raise ValueError(f'image_encoder={c.image_encoder!r} has no patches that could be hidden: take a ViT '
                              f'({", ".join(VITS)})')
-        encoder = build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing)
+        encoder = build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None,
+                                      c.image_checkpointing)
         for stage in range(int(c.image_stage[-1]), 5) if re.fullmatch('conv[2-4]', c.image_stage) else ():
-            getattr(encoder, f'layer{stage}').requires_grad_(False) # what lies behind the stage that is read never learns
+            # what lies behind the stage that is read never learns
+            getattr(encoder, f'layer{stage}').requires_grad_(False)
         return encoder
     vit = VisionTransformer(c.image_encoder, tuple(c.image_size), c.image_patch, c.image_channels, c.image_width,
                             c.image_depth, c.image_heads, c.drop_path, masked, c.image_resizing)

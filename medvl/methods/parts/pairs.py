@@ -53,7 +53,8 @@ class PairMethod(Method):
         ids, mask, sentence = (tokens[k].flatten(0, -2) for k in ('input_ids', 'attention_mask', 'sentence'))
         limit = -(-self.vocabulary.limit // 8) * 8
         if ids.shape[1] > limit:
-            raise ValueError(f'{ids.shape[1]} tokens, but this model reads {self.vocabulary.limit}: cut the reports when '
+            raise ValueError(f'{ids.shape[1]} tokens, but this model reads {self.vocabulary.limit}: cut the reports '
+                             'when '
                              'tokenising (max_length of the samples), or set max_length of the method')
         return ids.to(self.device), mask.to(self.device), sentence
 
@@ -71,16 +72,19 @@ class PairMethod(Method):
         """Give states (t,L,f), words (which are there, int64 (t,L)), sentence (numbers (t,L)), pooled (t,f).
 
         Raises: DataError for a text without words."""
-        tokens = texts if isinstance(texts, dict) else self.vocabulary.cut([texts] if isinstance(texts, str) else list(texts))
+        said = [texts] if isinstance(texts, str) else texts
+        tokens = said if isinstance(said, dict) else self.vocabulary.cut(list(said))
         ids, mask, sentence = self.tokens_of({'tokens': tokens})
         states = self.reader.states(ids, mask)
-        return dict(states=states, words=mask, sentence=sentence.to(self.device), ids=ids, pooled=states[:, 0], weights=None)
+        return dict(states=states, words=mask, sentence=sentence.to(self.device), ids=ids, pooled=states[:, 0],
+                    weights=None)
 
     def judged(self, states: torch.Tensor, mask: torch.Tensor, image: torch.Tensor,
                ) -> list: # logits (m,2) of each judge: belongs not, belongs; the text's, in 2022 also the image's
         "Read pairs of texts (m,L,d) and images (m,p,d) together."
         out = [self.matching['text'](self.reader.fuse(states, mask, image)[:, 0])]
-        if 'image' in self.matching: out.append(self.matching['image'](self.reader.fuse(image, None, states, mask)[:, 0]))
+        if 'image' in self.matching:
+            out.append(self.matching['image'](self.reader.fuse(image, None, states, mask)[:, 0]))
         return out
 
     def image_features(self, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor: # -> (b,f)
@@ -98,7 +102,8 @@ class PairMethod(Method):
 
         Raises: ValueError for cells of an encoder whose map is not made of tokens."""
         if features.shape[-1] != self.image_projection.in_features:
-            raise ValueError(f'{features.shape[-1]} channels are no tokens of width {self.image_projection.in_features}: '
+            raise ValueError(f'{features.shape[-1]} channels are no tokens of width '
+                             f'{self.image_projection.in_features}: '
                              "read_images(images)['regions'] gives the tokens of places")
         return self.image_projection(features)
 
@@ -132,7 +137,8 @@ class PairMethod(Method):
         return unit(self.text_projection(texts['pooled']))
 
     def match(self, images: dict, texts: dict, # of `read_images` (b) and `read_texts` (t)
-              how: str = 'log_odds', # 'log_odds' that a pair belongs together, their 'probability', or the original's 'logit'
+              # 'log_odds' that a pair belongs together, their 'probability', or the original's 'logit'
+              how: str = 'log_odds',
               pairs: int = 256, # judged at once: memory, not result
               ) -> torch.Tensor: # (b,t)
         """Judge every image with every text.
@@ -166,7 +172,8 @@ class PairMethod(Method):
         if how not in MAPS: raise ValueError(unknown_name('kind of map', how, MAPS))
         layer = self.config.map_layer if layer is None else layer
         if how != 'attention' and layer == self.config.fusion_layers - 1:
-            raise ValueError(f'behind layer {layer}, the last, only [CLS] is judged: the gradient of other words is 0. Take an '
+            raise ValueError(f'behind layer {layer}, the last, only [CLS] is judged: the gradient of other words is 0. '
+                             'Take an '
                              "earlier layer, or how='attention'")
         with torch.no_grad(): read, text = self.read_images(images), self.read_texts(texts)
         if len(read['tokens']) != len(text['states']):
@@ -190,7 +197,8 @@ class PairMethod(Method):
         """Give what each sentence or each word looks at; maps of 'attention' sum to 1.
 
         Raises: ValueError for another choice."""
-        if over not in ('sentences', 'words'): raise ValueError(unknown_name('unit of maps', over, ('sentences', 'words')))
+        if over not in ('sentences', 'words'):
+            raise ValueError(unknown_name('unit of maps', over, ('sentences', 'words')))
         maps, text = self.token_maps(images, texts, how, layer)
         if over == 'words': maps, real = maps[:, 1:], text['words'][:, 1:].bool() # not [CLS]
         else:

@@ -31,7 +31,8 @@ class Reader(nn.Module):
 
     def states(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor: # int64 (n,L) each -> (n,L,d)
         "Read texts alone."
-        return self.text(input_ids, mask=mask, mode='text') if self.fusion is None else self.text.tokens(input_ids, mask)
+        if self.fusion is None: return self.text(input_ids, mask=mask, mode='text')
+        return self.text.tokens(input_ids, mask)
 
     def fuse(self, states: torch.Tensor, # that look, float (n,t,d)
              mask: torch.Tensor | None, # 1 for what is there, (n,t); None: all

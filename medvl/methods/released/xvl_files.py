@@ -45,7 +45,8 @@ def file_variant(names: Any, # names of a file
     Raises: DataError for another file."""
     for variant, mark in (('2022', 'itm_head_t.weight'), ('2023', 'itm_head.weight')):
         if mark in names: return variant
-    raise DataError('this is no checkpoint of X-VL: it has no itm_head', fix=f'Its names look like {", ".join(list(names)[:3])}.')
+    raise DataError('this is no checkpoint of X-VL: it has no itm_head',
+                    fix=f'Its names look like {", ".join(list(names)[:3])}.')
 
 
 def teachers_prefix(prefix: str) -> str:
@@ -58,25 +59,32 @@ def xvl_config(weights: dict, # name -> tensor, of a file
                ) -> XVLConfig:
     "Read the configuration of a file from its shapes."
     variant = file_variant(weights)
-    shape, seen = (lambda name: tuple(weights[name].shape)), (lambda pattern: {int(m[1]) for k in weights if (m := re.match(pattern, k))})
+
+    def shape(name): return tuple(weights[name].shape)
+    def seen(pattern): return {int(m[1]) for k in weights if (m := re.match(pattern, k))}
     vit = next(k for k, part in PARTS[variant].items() if part == 'image_encoder')
     width, side = shape(f'{vit}cls_token')[-1], math.isqrt(shape(f'{vit}pos_embed')[1] - 1)
     patch = shape(f'{vit}patch_embed.proj.weight')[-1]
     named = next((n for n, (w, _, _) in VITS.items() if w == width), 'vit-small')
     fusion = 'text_encoder.' if variant == '2022' else 'fusion_encoder.'
-    layers, looking = (seen(rf'{re.escape(fusion)}bert\.encoder\.layer\.(\d+)\.{what}') for what in ('attention', 'crossattention'))
-    found = dict(variant=variant, image_encoder=named, image_size=(side * patch,) * 2, image_patch=patch, image_width=width,
-                 image_channels=shape(f'{vit}patch_embed.proj.weight')[1], image_depth=len(seen(rf'{re.escape(vit)}blocks\.(\d+)\.')),
+    layers, looking = (seen(rf'{re.escape(fusion)}bert\.encoder\.layer\.(\d+)\.{what}')
+                       for what in ('attention', 'crossattention'))
+    found = dict(variant=variant, image_encoder=named, image_size=(side * patch,) * 2, image_patch=patch,
+                 image_width=width,
+                 image_channels=shape(f'{vit}patch_embed.proj.weight')[1],
+                 image_depth=len(seen(rf'{re.escape(vit)}blocks\.(\d+)\.')),
                  image_heads=max(1, width // 64), fusion_layers=len(looking), dim=shape('vision_proj.weight')[0],
                  fusion_hidden=shape(f'{fusion}bert.encoder.layer.{max(looking)}.intermediate.dense.weight')[0],
                  queue=shape('image_queue')[1], temperature=float(weights['temp']), text_pretrained=False,
                  vocab_size=shape(f'{fusion}bert.embeddings.word_embeddings.weight')[0])
     if variant == '2022':
-        found |= dict(text_width=shape(f'{fusion}bert.embeddings.word_embeddings.weight')[1], text_layers=len(layers - looking),
+        found |= dict(text_width=shape(f'{fusion}bert.embeddings.word_embeddings.weight')[1],
+                      text_layers=len(layers - looking),
                       prototypes=shape('head.last_layer.weight_v')[0], head_hidden=shape('head.mlp.0.weight')[0],
                       head_bottleneck=shape('head.last_layer.weight_v')[1], image_resizing='offset', text_encoder='',
                       text_positions=shape('text_encoder.bert.embeddings.position_embeddings.weight')[0],
-                      head_shared=torch.equal(weights['head.last_layer.weight_v'], weights['head.last_layer2.weight_v']))
+                      head_shared=torch.equal(weights['head.last_layer.weight_v'],
+                                              weights['head.last_layer2.weight_v']))
     return resolve(XVLConfig(**{**found, **changes}))
 
 
@@ -104,11 +112,13 @@ class OpenedXVL:
     first: int = 0 # number of the first looking layer in the file
     source: str = ''
 
-    def __str__(self): return f'{self.source}: X-VL {self.variant}; {len(self.used)} tensors used, {len(self.dead)} dead'
+    def __str__(self):
+        return f'{self.source}: X-VL {self.variant}; {len(self.used)} tensors used, {len(self.dead)} dead'
 
 
 def _part(networks, name):
-    for step in name.split('.'): networks = networks[step] if isinstance(networks, nn.ModuleDict) else getattr(networks, step)
+    for step in name.split('.'):
+        networks = networks[step] if isinstance(networks, nn.ModuleDict) else getattr(networks, step)
     return networks
 
 
@@ -137,14 +147,17 @@ def open_xvl(source: str | Path | dict, # file, or dict name -> tensor
     if variant and found != variant:
         raise DataError(f'this is a checkpoint of X-VL {found}, not {variant}', file=stored.file or None,
                         fix=f"variant='{found}', or another file.")
-    weights = Checkpoint({k: v.float() if v.is_floating_point() else v for k, v in stored.weights.items()}, file=stored.file)
+    weights = Checkpoint({k: v.float() if v.is_floating_point() else v for k, v in stored.weights.items()},
+                         file=stored.file)
     config = xvl_config(weights.weights, **changes)
     text = file_text_encoder(weights.weights, text_heads) if found == '2023' else None
     if tokenizer is not None and len(tokenizer) != config.vocab_size:
-        raise DataError(f'the tokenizer has {len(tokenizer)} tokens, the file {config.vocab_size}', file=stored.file or None,
+        raise DataError(f'the tokenizer has {len(tokenizer)} tokens, the file {config.vocab_size}',
+                        file=stored.file or None,
                         fix='Give the vocabulary that the file was trained with.')
     method = XVL(config, tokenizer, None, text)
-    first = 0 if found == '2022' else min(int(m[1]) for k in weights.weights if (m := re.match(r'fusion_encoder\.bert\.encoder\.layer\.(\d+)\.crossattention', k)))
+    looks = re.compile(r'fusion_encoder\.bert\.encoder\.layer\.(\d+)\.crossattention')
+    first = 0 if found == '2022' else min(int(m[1]) for m in map(looks.match, weights.weights) if m)
     used = {*BUFFERS}
     for prefix, part in PARTS[found].items():
         used |= _fill(_part(method, part), weights, prefix, first)
@@ -176,12 +189,16 @@ def dead_tensors(method: XVL, # of 2023
                 f'{body}embeddings.position_embeddings.weight': zeros(rows, width),
                 f'{body}embeddings.token_type_embeddings.weight': zeros(2, width),
                 **{f'{body}embeddings.LayerNorm.{k}': zeros(width) for k in ('weight', 'bias')}}
-        layer = {k: v for k, v in released_names(reader.fusion, 0, body).items() if k.startswith('layers.0.') and '.cross' not in k}
+        layer = {k: v for k, v in released_names(reader.fusion, 0, body).items() if k.startswith('layers.0.')
+                 and '.cross' not in k}
         state = reader.fusion.state_dict()
-        out |= {v.replace('.layer.0.', f'.layer.{i}.'): torch.zeros_like(state[k]) for i in range(first) for k, v in layer.items()}
+        out |= {v.replace('.layer.0.', f'.layer.{i}.'): torch.zeros_like(state[k])
+                for i in range(first) for k, v in layer.items()}
         head = f'text_encoder{m}.cls.predictions.'
-        out |= {f'{head}bias': zeros(len(words)), f'{head}decoder.weight': zeros(*words.shape), f'{head}decoder.bias': zeros(len(words)),
-                **{f'{head}transform.{part}.{k}': zeros(*((width, width) if (part, k) == ('dense', 'weight') else (width,)))
+        out |= {f'{head}bias': zeros(len(words)), f'{head}decoder.weight': zeros(*words.shape),
+                f'{head}decoder.bias': zeros(len(words)),
+                **{f'{head}transform.{part}.{k}': zeros(*((width, width) if (part, k) == ('dense', 'weight')
+                                                          else (width,)))
                    for part in ('dense', 'LayerNorm') for k in ('weight', 'bias')}}
     return out
 
@@ -213,7 +230,8 @@ def xvl_state(method: XVL, # whose image encoder is a ViT
     out.pop('visual_encoder_m.backbone.masked_embed', None) # the original's teacher has none
     if variant == '2023': out |= dead_tensors(method, first) if dead is None else dead
     elif dead: out |= dead
-    return out | {'temp': method.temperature.data, 'image_queue': method.image_queue.rows.T, 'text_queue': method.text_queue.rows.T,
+    return out | {'temp': method.temperature.data, 'image_queue': method.image_queue.rows.T,
+                  'text_queue': method.text_queue.rows.T,
                   'queue_ptr': method.image_queue.pointer}
 
 
