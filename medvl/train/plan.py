@@ -10,13 +10,14 @@ import copy
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import torch
 
+from ..core.costs import Costs
 from ..core.errors import DataError
 from ..data.batch import collate
 from ..methods.base import Method
@@ -54,24 +55,9 @@ def line_at(
     return large[1] + slope * (wanted - large[0])
 
 # %% ../../nbs/421_train.plan.ipynb #90c96667
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Costs):
     "What a run will cost, and whether this machine has it."
-    table: pd.DataFrame # what, value, unit, how it is known
-    short: list = field(default_factory=list) # sentences: what this machine lacks
-
-    def value(self,
-        what:str, # a row of the table
-    ) -> float:
-        "One number of the table."
-        return self.table.set_index('what').value[what]
-
-    def _said(self): return ' '.join(self.short) or 'This machine has enough of each.'
-
-    def __repr__(self):
-        return self.table.to_string(index=False, float_format='%.4g') + '\n' + self._said()
-    def _repr_html_(self):
-        return self.table.to_html(index=False, float_format='%.4g') + f'<p>{self._said()}</p>'
 
 # %% ../../nbs/421_train.plan.ipynb #9456b57f
 def _batch_of(loop, n):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ...core.config import check_fields, config_from_dict
-from ...core.errors import unknown_name
+from ...core.kinds import Kinds
 from .breast_versions import Augment, AugmentConfig
 from .chest_versions import ChestAugment, MultiVersion, VersionConfig
 from .crops import Crops, CropsConfig
@@ -47,9 +47,10 @@ class AugmentKind:
     build: Callable # callable(options: dict, versions: int) -> callable(batch, seed, epoch) -> batch
 
 
-_KINDS = {'breast': AugmentKind('flips as decided, affine and elastic maps, tone', AugmentConfig, _breast),
-          'chest': AugmentKind('crop, affine map, brightness and contrast, blur', ChestAugmentConfig, _chest),
-          'crops': AugmentKind('versions for a teacher and a student, small ones, hidden patches', CropsConfig, _crops)}
+_KINDS = Kinds('kind of augmentation',
+               breast=AugmentKind('flips as decided, affine and elastic maps, tone', AugmentConfig, _breast),
+               chest=AugmentKind('crop, affine map, brightness and contrast, blur', ChestAugmentConfig, _chest),
+               crops=AugmentKind('versions for a teacher and a student, small ones, hidden patches', CropsConfig, _crops))
 
 
 def augment_kind(
@@ -58,8 +59,7 @@ def augment_kind(
     """Find a kind of augmentation.
 
     Raises: ValueError with the closest name."""
-    if name not in _KINDS: raise ValueError(unknown_name('kind of augmentation', name, _KINDS))
-    return _KINDS[name]
+    return _KINDS.find(name)
 
 
 def declare_augment(
@@ -69,8 +69,7 @@ def declare_augment(
     """Add a kind of augmentation.
 
     Raises: ValueError when another kind has the name."""
-    if _KINDS.get(name, kind).about != kind.about: raise ValueError(f'augmentation {name!r} is declared already.')
-    return _KINDS.setdefault(name, kind)
+    return _KINDS.declare(name, kind)
 
 
 def new_augment(

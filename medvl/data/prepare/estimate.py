@@ -8,13 +8,14 @@ __all__ = ['ROW_MEMORY', 'ROW_DISK', 'LEAK_MEMORY', 'LEAK_IMAGE', 'LEAK_PAIR', '
 # %% ../../../nbs/115a_data.prepare.estimate.ipynb #2e5585b1
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import psutil
 
+from ...core.costs import Costs
 from ..dicom.header import Limits
 from ..pixels.profiles import Profile
 from .job import run_jobs
@@ -39,23 +40,9 @@ def leak_cost(
     return (sum(sizes)*LEAK_IMAGE + pairs*LEAK_PAIR)/3600, sum(sizes)*LEAK_MEMORY/1e9
 
 # %% ../../../nbs/115a_data.prepare.estimate.ipynb #ff84288a
-@dataclass(frozen=True)
-class Estimate:
+@dataclass(frozen=True, repr=False)
+class Estimate(Costs):
     "What a preparation will cost, and whether this machine has it."
-    table: pd.DataFrame # what, value, unit, how it is known
-    short: list = field(default_factory=list) # sentences: what this machine lacks
-
-    def value(self,
-        what:str, # a row of the table
-    ) -> float:
-        "One number of the table."
-        return self.table.set_index('what').value[what]
-
-    def _said(self): return ' '.join(self.short) or 'This machine has enough of each.'
-
-    def __repr__(self): return self.table.to_string(index=False, float_format='%.4g') + '\n' + self._said()
-
-    def _repr_html_(self): return self.table.to_html(index=False, float_format='%.4g') + f'<p>{self._said()}</p>'
 
 # %% ../../../nbs/115a_data.prepare.estimate.ipynb #ff0fe6de
 def estimate(

@@ -16,6 +16,7 @@ import pandas as pd
 
 from ...core.config import config_from_dict
 from ...core.errors import unknown_name
+from ...core.kinds import Kinds
 from ..prepared import Prepared
 from .breast import BreastTextConfig, BreastTextDataset
 from .captioned import CaptionConfig, CaptionDataset
@@ -130,17 +131,17 @@ def _chests(parts, part, tokenizer, options, train):
                              view_names=c.view_names, flip_horizontal=c.flip_horizontal, seed=c.seed, **share)
 
 # %% ../../../nbs/149i_data.samples.builders.ipynb #3b44c397
-_KINDS = {
-    'breast_reports': SampleKind('views of a breast and texts of its report', BreastTextConfig, _reports,
+_KINDS = Kinds(
+    'kind of samples',
+    breast_reports=SampleKind('views of a breast and texts of its report', BreastTextConfig, _reports,
                                  _report_texts),
-    'breast_findings': SampleKind('views of a breast and sentences for its findings', MixtureConfig, _findings,
+    breast_findings=SampleKind('views of a breast and sentences for its findings', MixtureConfig, _findings,
                                   _finding_texts, table=_bank),
-    'mixture': SampleKind('breasts with reports and breasts with findings', MixtureConfig, _mixture, _finding_texts,
+    mixture=SampleKind('breasts with reports and breasts with findings', MixtureConfig, _mixture, _finding_texts,
                           True, _bank),
-    'chest_reports': SampleKind('an image and the sentences of its study', ChestReportConfig, _studies, _study_texts),
-    'captions': SampleKind('an image and its caption, with hidden words', CaptionConfig, _captions, _study_texts),
-    'chest_images': SampleKind('an image and its labels', ChestImageConfig, _chests),
-}
+    chest_reports=SampleKind('an image and the sentences of its study', ChestReportConfig, _studies, _study_texts),
+    captions=SampleKind('an image and its caption, with hidden words', CaptionConfig, _captions, _study_texts),
+    chest_images=SampleKind('an image and its labels', ChestImageConfig, _chests))
 
 
 def sample_kinds() -> dict[str, SampleKind]: # by name
@@ -154,8 +155,7 @@ def sample_kind(
     """Find a kind of samples.
 
     Raises: ValueError with the closest name."""
-    if name not in _KINDS: raise ValueError(unknown_name('kind of samples', name, _KINDS))
-    return _KINDS[name]
+    return _KINDS.find(name)
 
 
 def declare_samples(
@@ -165,8 +165,7 @@ def declare_samples(
     """Add a kind of samples.
 
     Raises: ValueError when another kind has the name."""
-    if _KINDS.get(name, kind).about != kind.about: raise ValueError(f'samples {name!r} are declared already.')
-    return _KINDS.setdefault(name, kind)
+    return _KINDS.declare(name, kind)
 
 # %% ../../../nbs/149i_data.samples.builders.ipynb #123a0155
 def new_samples(
