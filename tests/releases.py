@@ -2,6 +2,8 @@
 import numpy as np
 import pandas as pd
 
+from medvl.data.schema import Source, sort_out
+
 VINDR = ['study_id', 'series_id', 'image_id', 'laterality', 'view_position', 'height', 'width', 'breast_birads', 'breast_density', 'finding_categories', 'finding_birads',
          'xmin', 'ymin', 'xmax', 'ymax', 'split']
 SINGLE = ['Mass', 'Suspicious Calcification', 'Focal Asymmetry', 'Architectural Distortion', 'Skin Thickening', 'Nipple Retraction', 'Suspicious Lymph Node', 'Skin Retraction',
@@ -63,3 +65,18 @@ def rsna(seed=0):
         'invasive': (sick & (rng.random(len(df)) < .7)).astype(int), 'BIRADS': np.where(s == 2, np.nan, np.where(sick, 0, rng.choice([0, 1, 2], len(df)))),
         'implant': (rng.random(len(df)) < .03).astype(int), 'density': np.where(s == 2, None, rng.choice(list('ABCD'), len(df))), 'machine_id': rng.choice([21, 29, 48, 49], len(df)),
         'difficult_negative_case': ~sick & (rng.random(len(df)) < .14), 'fold': fold[df.p]})
+
+
+def usable(source, root=None):
+    "Every table passes the schema, boxes belong to images, and with a root every file is there."
+    assert isinstance(source, Source)
+    for kind in ('records', 'boxes'):
+        table = getattr(source, kind)
+        if len(table):
+            _, problems = sort_out(table, kind)
+            assert not len(problems), problems.head()
+    assert source.boxes.image_id.isin(source.records.image_id).all() and source.records.image_id.is_unique
+    if root is not None:
+        for column in ('image_path', 'mask_path'):
+            assert all((root/p).is_file() for p in source.records.get(column, pd.Series(dtype=object)) if p)
+    return source

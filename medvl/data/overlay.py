@@ -146,7 +146,10 @@ def best_agreement(
     return max(whole, inside, key=lambda a: a[0] - needed(a[1]))
 
 
-def _seen(x, place): return _laid(x, place), _laid(np.ones_like(x), place, cv2.INTER_NEAREST)
+_ones = lru_cache(4)(lambda shape: np.ones(shape, np.float32))
+
+
+def _seen(x, place): return _laid(x, place), _laid(_ones(x.shape), place, cv2.INTER_NEAREST)
 
 # %% ../../nbs/130b_data.overlay.ipynb #8c6504d7
 FIRST_LEAST, COARSE_LEAST = 0.6, 0.68 # agreement at 64 x 64, after each step, below which no further look follows
@@ -233,4 +236,8 @@ def compare(
                             _window(boxes[1], wb, turn), frames)
             best = max(best, (*found, turn), key=lambda f: f[0] - needed(f[1]))
         return a, b, *best
-    with ThreadPoolExecutor(cores()) as pool: return np.array(list(pool.map(lay_over, zip(pairs, met)))).reshape(-1, 6)
+    jobs = list(zip(pairs, met))
+    many = [jobs[i:i + 128] for i in range(0, len(jobs), 128)] # handing over each pair alone would cost seconds
+    with ThreadPoolExecutor(cores()) as pool:
+        judged = pool.map(lambda some: [lay_over(job) for job in some], many)
+        return np.array([row for rows in judged for row in rows]).reshape(-1, 6)

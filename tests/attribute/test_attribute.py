@@ -1,8 +1,8 @@
 """One call for every map: raw, signed, with its meta; what cannot be explained is said."""
-from dataclasses import dataclass
 
 import pytest
 import torch
+from tiny_maps import Tiny
 from torch import nn
 
 from medvl.attribute.attribute import EXPLANATIONS, TARGETS, Attribution, Explanation, Target, attribute, class_names, target_of
@@ -11,37 +11,9 @@ from medvl.attribute.mammo_factor import Explainer, MammoFactor, MammoFactorConf
 from medvl.attribute.sentence_maps import sentence_maps
 from medvl.attribute.similarity import similarity_map
 from medvl.data.text.tokens import build_wordpiece
-from medvl.methods.base import Method
 from medvl.methods.classifier import Classifier, ClassifierConfig
 from medvl.methods.lovt import LoVT, LoVTConfig
 from medvl.methods.supervised import Supervised, SupervisedConfig
-
-
-@dataclass
-class TinyConfig: channels: int = 5
-
-
-class Encoder(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.stem, self.conv, self.mix = nn.Conv2d(1, 4, 3, 2, 1), nn.Conv2d(4, channels, 3, 2, 1), nn.Linear(channels, channels)
-
-    def feature_maps(self, x, level=-1): return nn.functional.silu(self.conv(self.stem(x).tanh()))
-    def forward(self, x): return self.mix((maps := self.feature_maps(x)).amax((2, 3)) + maps.mean((2, 3)))
-
-
-class Tiny(Method):
-    config_class = TinyConfig
-
-    def __init__(self, config=None):
-        super().__init__(config)
-        torch.manual_seed(3)
-        self.image_encoder, self.image_projection, self.drop = Encoder(self.config.channels), nn.Linear(self.config.channels, 6), nn.Dropout(.5)
-
-    def feature_maps(self, images, level=-1): return self.image_encoder.feature_maps(images.float() / 255)
-    def project_image(self, features): return self.image_projection(features)
-    def encode_image(self, images, present=None, views=None): return nn.functional.normalize(self.drop(self.image_projection(self.image_encoder(images.float() / 255))), dim=1)
-    def project_text(self, texts): return torch.stack([torch.eye(6)[len(t) % 6] + .1 * torch.eye(6)[0] for t in texts])
 
 
 IMAGE = torch.rand(40, 24, generator=torch.Generator().manual_seed(0)) * 255

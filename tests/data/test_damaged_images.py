@@ -262,3 +262,13 @@ def test_a_large_image_has_limits_of_time_and_memory(tmp_path):
         for limit, said in ((Limits(seconds=.001), 'took longer than 0.001 s'), (Limits(memory_bytes=1 << 20), 'needs more'), (Limits(pixels=LITTLE), 'more than 16,000,000')):
             with pytest.raises(DataError, match=said): read_image(path, limit)
         assert read_image(path).shape == pixels.shape # a worker that ended is replaced
+
+
+def test_limits_that_were_asked_for_hold_for_a_small_image_too(tmp_path):
+    from medvl.data.dicom.header import Limits
+    from medvl.data.pixels.file import decode_image, read_image
+    path = tmp_path/'small.png'
+    path.write_bytes(imagecodecs.png_encode(np.arange(256*256, dtype=np.uint16).reshape(256, 256)))
+    assert (read_image(path, Limits(seconds=30)).pixels == decode_image(path).pixels).all()
+    with pytest.raises(DataError, match='took longer than 1e-06 s'): read_image(path, Limits(seconds=1e-6))
+    with pytest.raises(DataError, match='declares 256'): read_image(path, Limits(pixels=1000))

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from golden import golden, sample
+from releases import usable
 from releases_cxr import (
     chest,
     write_chexpert,
@@ -37,7 +38,7 @@ from medvl.data.prepare.run import prepare
 from medvl.data.pixels.profiles import PROFILES, equal_table, preprocess
 from medvl.data.releases.release import check_release
 from medvl.data.releases.rsna_pneumonia import RSNA_PNEUMONIA, read_rsna_pneumonia
-from medvl.data.schema import Source, sort_out
+from medvl.data.schema import Source
 from medvl.data.pixels.shapes import Derived, box_mask, ellipse_mask, mask_rle, polygon_mask, rle_mask
 from medvl.data.releases.siim import SIIM, read_siim
 from medvl.data.releases.localized import TASK_SETS, prepare_task, read_task_dataset
@@ -51,21 +52,6 @@ def salt(tmp_path):
     path = tmp_path/'salt.txt'
     path.write_text('a salt for tests\n')
     return path
-
-
-def usable(source, root=None):
-    "Every table passes the schema, boxes belong to images, and with a root every file is there."
-    assert isinstance(source, Source)
-    for kind in ('records', 'boxes'):
-        table = getattr(source, kind)
-        if len(table):
-            _, problems = sort_out(table, kind)
-            assert not len(problems), problems.head()
-    assert source.boxes.image_id.isin(source.records.image_id).all() and source.records.image_id.is_unique
-    if root is not None:
-        for column in ('image_path', 'mask_path'):
-            assert all((root/p).is_file() for p in source.records.get(column, pd.Series(dtype=object)) if p)
-    return source
 
 
 def kinds(source): return source.report.issues.kind.value_counts().to_dict()

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from golden import sample
 from pydicom.dataset import Dataset
+from releases import usable
 
 from medvl.core.errors import DataError
 from medvl.data.releases.cbis_ddsm import CBIS_DDSM, close_leak, read_cbis_ddsm
@@ -22,7 +23,7 @@ from medvl.data.releases.inbreast import INBREAST, read_inbreast
 from medvl.data.releases.mini_mias import MINI_MIAS, read_mini_mias, read_truth
 from medvl.data.prepare.run import prepare
 from medvl.data.releases.release import RSNA_BREAST, VINDR_MAMMO, Part, Release, check_release, find_files, find_table, fits, image_header, read_table
-from medvl.data.schema import Report, Source, sort_out
+from medvl.data.schema import Report
 
 RELEASES = (VINDR_MAMMO, RSNA_BREAST, CBIS_DDSM, INBREAST, CMMD, MINI_MIAS, CDD_CESM, EMBED)
 
@@ -38,18 +39,6 @@ def breast(side='L', height=64, width=48, dtype=np.uint16):
     y, x = np.mgrid[:height, :width]
     x = x if side == 'L' else width - 1 - x
     return (250*np.clip(1.1 - (x/(2*width))**2 - ((y - height/2)/height)**2, 0, 1)).astype(dtype)
-
-
-def usable(source):
-    "Every table of a Source passes the schema, and boxes belong to images."
-    assert isinstance(source, Source)
-    for kind in ('records', 'boxes'):
-        table = getattr(source, kind)
-        if len(table):
-            _, problems = sort_out(table, kind)
-            assert not len(problems), problems.head()
-    assert source.boxes.image_id.isin(source.records.image_id).all() and source.records.image_id.is_unique
-    return source
 
 
 def rejected(folder, stage):

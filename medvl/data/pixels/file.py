@@ -215,11 +215,14 @@ def read_image(
     limits:Limits=Limits(), # what it may cost
     colour:str='refuse', # true colour: 'refuse' or 'luma' (convert)
 ) -> StoredImage: # grey image as stored
-    """Read an image file; a large one in a worker process, within `limits.seconds` and `limits.memory_bytes`.
+    """Read an image file; a large one, and any for which time or memory were limited, in a worker process.
 
     Raises: DataError with the reason when it is no image, is damaged, exceeds a limit, or crashes its decoder."""
-    if os.environ.get('MEDVL_WORKER') or limits.pixels <= LITTLE: return decode_image(path, limits, colour)
-    try: return decode_image(path, replace(limits, pixels=LITTLE), colour)
-    except TooLarge:
-        from medvl.data.pixels.isolate import decode_isolated # it reads images by this module
-        return decode_isolated(path, limits, colour)
+    if os.environ.get('MEDVL_WORKER'): return decode_image(path, limits, colour)
+    usual, little = Limits(), min(limits.pixels, LITTLE)
+    if (limits.seconds, limits.memory_bytes) == (usual.seconds, usual.memory_bytes):
+        try: return decode_image(path, replace(limits, pixels=little), colour)
+        except TooLarge:
+            if little == limits.pixels: raise
+    from medvl.data.pixels.isolate import decode_isolated # it reads images by this module
+    return decode_isolated(path, limits, colour)
