@@ -50,7 +50,8 @@ class AugmentKind:
 _KINDS = Kinds('kind of augmentation',
                breast=AugmentKind('flips as decided, affine and elastic maps, tone', AugmentConfig, _breast),
                chest=AugmentKind('crop, affine map, brightness and contrast, blur', ChestAugmentConfig, _chest),
-               crops=AugmentKind('versions for a teacher and a student, small ones, hidden patches', CropsConfig, _crops))
+               crops=AugmentKind('versions for a teacher and a student, small ones, hidden patches', CropsConfig,
+                                 _crops))
 
 
 def augment_kind(

@@ -187,7 +187,10 @@ class Worker:
 
     def ask(self, request:dict, seconds:float) -> object:
         send(self.process.stdin.fileno(), request)
-        return receive(self.process.stdout.fileno(), time.monotonic() + seconds)
+        deadline = time.monotonic() + seconds
+        answer = receive(self.process.stdout.fileno(), deadline)
+        if time.monotonic() > deadline: raise TimeoutError # it was there before we looked, and still too late
+        return answer
 
     def stop(self) -> int:
         self.process.kill()
