@@ -21,6 +21,7 @@ from ..prepared import Prepared
 from .breast import BreastTextConfig, BreastTextDataset
 from .captioned import CaptionConfig, CaptionDataset
 from .chest import FRONTAL, ChestImageDataset, ChestReportConfig, ChestReportDataset
+from .exam import ExamConfig, ExamDataset
 from .findings import FindingConfig, FindingDataset, Mixture
 from ..text.prompts import FINDINGS, bank_counts, prompt_bank
 
@@ -121,6 +122,11 @@ def _captions(parts, part, tokenizer, options, train):
     return CaptionDataset(parts.parts[part], tokenizer, config, train=train, cache=parts.cache)
 
 
+def _exams(parts, part, tokenizer, options, train):
+    config = config_from_dict(ExamConfig, {'labels': parts.labels, **options})
+    return ExamDataset(parts.parts[part], tokenizer, config, train=train, cache=parts.cache)
+
+
 def _study_texts(parts, options): return [r for r in parts.parts['train'].manifest.report if isinstance(r, str)]
 
 
@@ -141,7 +147,8 @@ _KINDS = Kinds(
                           True, _bank),
     chest_reports=SampleKind('an image and the sentences of its study', ChestReportConfig, _studies, _study_texts),
     captions=SampleKind('an image and its caption, with hidden words', CaptionConfig, _captions, _study_texts),
-    chest_images=SampleKind('an image and its labels', ChestImageConfig, _chests))
+    chest_images=SampleKind('an image and its labels', ChestImageConfig, _chests),
+    exams=SampleKind('views of an exam, or of one breast, and its report', ExamConfig, _exams, _study_texts))
 
 
 def sample_kinds() -> dict[str, SampleKind]: # by name
