@@ -274,7 +274,7 @@ def check_present(method, batch):
     images = batch['images']
     views = images if images.shape[1] > 1 else torch.cat([images, images.flip(-1)], 1)
     here = torch.ones(views.shape[:2], dtype=torch.bool)
-    here[1::3, 0], here[2::3, 1] = False, False
+    here[1::3], here[1::3, 1], here[2::3, 1] = False, True, False # one view alone; one view missing
     if 'encode_image' in capabilities(method):
         method.eval()
         with torch.no_grad():

@@ -155,6 +155,7 @@ CAPABILITIES = {
     'generate': '(images, prompt=None)',  # -> texts
     'answer': '(images, questions, candidates=None)',  # -> texts
     'enhance': '(images)',  # -> images
+    'abnormality_maps': '(images)',  # -> (n,h,w) of each view, 0..1: large where something does not belong
     'logits': '(images)',  # -> (b,k), of the labels or classes
     'predict': '(images)',  # -> probabilities (b,k) or (b,k,h,w); boxes: one dict an image
     'predict_batch': '(batch)'}  # as `predict`, of a batch, which may bring stored maps
