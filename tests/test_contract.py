@@ -114,7 +114,8 @@ def test_missing_views_count_for_nothing(name, made):
 def each(keep): return [pytest.param(n, k, id=f'{n}-{k}') for n in method_names() for k, _ in contract.all_recipes(n) if keep(n, k)]
 
 
-IDLE = {'smoke+no_g': ('image_pool', 'text_pool', 'image_projection', 'text_projection')} # without the global loss
+IDLE = {'smoke+no_g': ('image_pool', 'text_pool', 'image_projection', 'text_projection'), # without the global loss
+        'smoke+local_only': ('views.encoder.layer4',)} # A2I2: above the stage that is read
 
 
 def real(n, k): return n in TRAINED and (k == 'small' or k.startswith('smoke+'))
