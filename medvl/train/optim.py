@@ -16,6 +16,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..core.errors import unknown_name
+from .hill import hill
 from .staircase import UNIT, staircase
 
 # %% ../../nbs/400_train.optim.ipynb #96154d3b
@@ -58,6 +59,7 @@ _by_epoch = {
     'cosine_restarts': lambda step, warm, total, epoch: 0.5 * (1 + math.cos(math.pi * ((step - warm) % epoch) / epoch)),
     'bolts_reference': lambda step, warm, total, epoch: _bolts(step // epoch, round(warm / epoch),
                                                                max(1, total // epoch)),
+    'hill': lambda step, warm, total, epoch: hill(step // epoch),
 }
 FALLING = tuple(_shapes) # schedules that need the step only, and fall after the warm-up
 SCHEDULES = (*FALLING, *_by_epoch, 'staircase', 'plateau')

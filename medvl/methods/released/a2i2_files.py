@@ -122,11 +122,10 @@ def open_a2i2(source: str | Path | dict, # a Lightning file, or dict name -> ten
     text = _text_encoder({k.removeprefix('text_encoder.model.'): v for k, v in bare.items()}, text_heads)
     decodes = any(k.startswith('img_decoder.') for k in bare)
     told = told_config(stored.extra.get('hyper_parameters', {}))
-    center = bare.get('img_decoder.decoder3.conv.weight')
+    center = bare.get('img_decoder.center.conv.weight')
     config = A2I2Config(**{**told, 'image_encoder': _resnet_name(bare, 'img_encoder_cc.model.'), 'share_views': share,
                            'text_pretrained': False, 'reconstruction_weight': float(decodes),
-                           'decoder_width': center.shape[0] / 4 / bare['img_encoder_cc.model.conv1.weight'].shape[0]
-                           if decodes else 1.0,
+                           'decoder_width': center.shape[0] / 4 / center.shape[1] if decodes else 1.0,
                            'decoder_channels': len(bare['img_decoder.final.3.bias']) if decodes else 3, **changes})
     method = A2I2(config, tokenizer, None, text)
     load_weights(method, Checkpoint(weights, file=stored.file))
