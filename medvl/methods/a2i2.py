@@ -366,7 +366,7 @@ def view_match(self: A2I2, images: dict, texts: dict, how: str = 'both', first: 
 def image_features(self: A2I2, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor: # -> (b,f)
     "Give the pooled features, averaged over the views that are there."
     images = _as_views(images)
-    return mean_views(self.views(images, None if present is None else present_rows(present))['pooled'], present)
+    return mean_views(self.views.vectors(images, None if present is None else present_rows(present)), present)
 
 
 @patch(A2I2)
@@ -388,8 +388,8 @@ def encode_image(self: A2I2, images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w
                  ) -> torch.Tensor: # (b,d)
     "Give a unit vector an exam."
     images = _as_views(images)
-    seen = self.views(images, None if present is None else present_rows(present), views)
-    return unit(mean_views(seen['image'], present))
+    pooled = self.views.vectors(images, None if present is None else present_rows(present), views)
+    return unit(mean_views(unit(self.views.global_head(pooled)), present))
 
 
 @patch(A2I2)

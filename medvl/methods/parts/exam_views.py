@@ -68,6 +68,29 @@ def stages(self: ExamViews,
 
 
 @patch(ExamViews)
+def vectors(self: ExamViews,
+            images: torch.Tensor, # (b,v,1|3,h,w), 0..255
+            rows: torch.Tensor | None = None, # int64 (n,): views that are there; None: all
+            names: list | None = None, # b lists of v words of projections
+            ) -> torch.Tensor: # pooled features (b,v,f), 0 for missing views
+    "Read the wholes alone: what attribution looks into, by the encoder's own way from map to vector."
+    flat = images.flatten(0, 1)
+    flat = flat if rows is None else flat[rows.to(flat.device)]
+    told = self.names_of(names, rows)
+    if told is None: found = self.encoder(self.side.scaled(flat))
+    else: found = self.stages(flat, told)['pooled']
+    return spread_rows(found, rows, tuple(images.shape[:2]))
+
+
+@patch(ExamViews)
+def names_of(self: ExamViews, names: list | None, rows: torch.Tensor | None) -> list | None: # n words
+    "Give the words of the views that are there, where there are two encoders to choose from."
+    if names is None or len(self.sides) == 1: return None
+    flat = [n for words in names for n in words]
+    return flat if rows is None else [flat[i] for i in rows.tolist()]
+
+
+@patch(ExamViews)
 def places(self: ExamViews, stages: dict) -> tuple: # (n,d) and (n,r,d), rows of length 1; (h',w')
     "Give the vector of each whole view and those of its places."
     maps = self.local_head(stages['conv4'])
@@ -82,10 +105,7 @@ def forward(self: ExamViews,
             ) -> dict: # image (b,v,d), regions (b,v,r,d), pooled (b,v,f): 0 for missing views; stages and grid
     "Read an exam's views."
     (b, v), flat = images.shape[:2], images.flatten(0, 1)
-    told = None
-    if names is not None and len(self.sides) > 1:
-        told = [n for words in names for n in words]
-        if rows is not None: told = [told[i] for i in rows.tolist()]
+    told = self.names_of(names, rows)
     stages = self.stages(flat if rows is None else flat[rows.to(flat.device)], told)
     image, regions, grid = self.places(stages)
     spread = lambda x: spread_rows(x, rows, (b, v))
