@@ -9,7 +9,7 @@ import pytest
 from golden import SHARED, golden
 
 TESTS = Path(__file__).resolve().parent
-SYSTEMS = ('lovt', 'mammoclip')
+SYSTEMS = ('lovt', 'mammoclip', 'a2i2')
 
 
 def names_in(path):
