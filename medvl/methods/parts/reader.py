@@ -45,9 +45,11 @@ class Reader(nn.Module):
              mask: torch.Tensor | None, # 1 for what is there, (n,t); None: all
              context: torch.Tensor, # looked at, float (n,c,d')
              context_mask: torch.Tensor | None = None, # (n,c); None: all
-             ) -> torch.Tensor: # (n,t,d)
+             only: int | None = None, # the first so many are wanted, and the others not computed; None: all
+             ) -> torch.Tensor: # (n,t,d), or (n,only,d)
         "Let states look at a context."
-        return self.fuser(states=states, mask=mask, context=context, context_mask=context_mask, mode='fusion')
+        return self.fuser(states=states, mask=mask, context=context, context_mask=context_mask, mode='fusion',
+                          only=only)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor: # (...,d) -> (...,vocabulary)
         "Predict words."
