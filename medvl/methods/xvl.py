@@ -81,7 +81,9 @@ class XVLConfig(TokenImageConfig):
     likeness_limit: float | None = None  # reports so alike are no negatives, cosine: 0.95; 2 (never)
     fallback: str = 'least_alike'  # where all reports are so alike: 'least_alike', 'unfiltered'
     distil_axis: str = 'vocab'  # softmax of distilled words over 'vocab', or 'sequence' (original)
-    negatives: str = 'masked'  # too like candidates are left out before the draw, or drawn again: 'rejection'
+    # too like candidates are left out before the draw, or drawn again: 'rejection'; 'random': left out, and the
+    # others have equal chances, however tempting
+    negatives: str = 'masked'
     shared_counter: bool = False  # of rejection: 100 draws for a whole batch (original), or for each sample
     map_layer: int | None = None  # looking layer whose attention explains: 0; 2 (the originals')
     # of 2022 alone: iBOT
@@ -119,7 +121,7 @@ def resolve(config: XVLConfig,
     c = replace(config, **{k: v for k, v in own.items() if getattr(config, k) is None})
     if config.map_layer is None: c = replace(c, map_layer=max(0, min(c.map_layer, c.fusion_layers - 2)))
     for name, known in (('in_modal', IN_MODAL), ('duplicates', ('negatives', 'positives')), ('distil_axis', AXES),
-                        ('negatives', ('masked', 'rejection')), ('fallback', FALLBACKS)):
+                        ('negatives', ('masked', 'rejection', 'random')), ('fallback', FALLBACKS)):
         if getattr(c, name) not in known: raise ValueError(unknown_name(name, getattr(c, name), known))
     if not 0 <= c.alpha <= 1: raise ValueError(f'alpha={c.alpha} must lie in 0..1')
     if not 0.001 <= c.temperature <= 0.5: raise ValueError(f'temperature={c.temperature} must lie in 0.001..0.5')
@@ -373,6 +375,7 @@ def choose_negatives(self: XVL, scores: dict, f: dict, batch: dict, state: StepS
     c, own, n = self.config, state.own, len(f['report'])
     first, alike = own.start or 0, likeness(f['report'][own], f['report'])
     t2i, i2t = (scores[k][:, :n] for k in ('t2i', 'i2t'))
+    if c.negatives == 'random': t2i, i2t = (torch.zeros_like(s) for s in (t2i, i2t))
     same = self.same_reports(batch, own)
     same = None if same is None else same[:, :n]
     if c.negatives == 'rejection':
@@ -492,12 +495,14 @@ _QUICK = dict(precision='fp32', warmup=.1, weight_decay=.01, floor=0.0, seed=0)
 _SMALL = dict(text_encoder='tiny', text_pretrained=False, dropout=0.0, image_width=128, fusion_layers=2, fusion_heads=4,
               fusion_hidden=256, dim=64, queue=64, max_length=64, duplicates='positives', momentum=.98,
               text_pool='mean', alpha=0.0, likeness_limit=2.0, align_epochs=8,
+              negatives='random',
               image_size=(96, 96),
               image_mean=.5, image_std=.25)
 _SMALL_22 = dict(_SMALL, variant='2022', image_encoder='vit-tiny', image_depth=4, image_heads=4, image_channels=1,
                  text_width=128, text_layers=2, prototypes=256, head_hidden=128, head_bottleneck=64, drop_path=0.0)
 _SMALL_22.pop('text_encoder'), _SMALL_22.pop('text_pretrained')
-_FEW = dict(queue=48, align_epochs=0, alpha=.4, likeness_limit=None, fusion_hidden=64, dim=16, image_size=(64, 64))
+_FEW = dict(queue=48, align_epochs=0, alpha=.4, likeness_limit=None, negatives='masked',
+            fusion_hidden=64, dim=16, image_size=(64, 64))
 # a temperature that learns as fast as the rest falls to .008, and the searches are learned by heart
 _SMALL_TRAIN = dict(_QUICK, batch_size=32, epochs=18, lr=3e-3, clip=5.0, lr_scales={'temperature': .1},
                     valid_samples=32, monitor='valid_itm_auroc', mode='max')
