@@ -523,7 +523,7 @@ RECIPES = {
                   sample_options=dict(max_length=64)),
     'openi': vary(_PAPER, 'hundreds of real pairs on a core; encoders of ImageNet and of general text stay as they are',
                   size=(256, 256), augment_options=dict(affine=0.0, jitter=0.0, second=(1., 1.)),
-                  train=dict(_SMALL_TRAIN, epochs=20, lr=1e-3, freeze_bn=True,
+                  train=dict(_SMALL_TRAIN, epochs=20, lr=1e-3, freeze_bn=True, clip_each=None,
                              lr_scales={'temperature': .1, 'image_encoder': 0, 'reader.text': 0}),
                   config=dict(_SMALL, text_encoder='minilm', text_pretrained=True, image_encoder='efficientnet-lite0',
                               image_pretrained=True, dropout=.1, dim=128, likeness_limit=.95, align_epochs=5,
