@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-import pandas as pd
 
 from ...core.errors import DataError, unknown_name
 from ...data.text.breast_labels import breast_labels

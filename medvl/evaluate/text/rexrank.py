@@ -23,7 +23,7 @@ REXRANK_TEXT = ('section_findings', 'section_impression', 'report')
 
 
 def read_rexrank(file: str | Path, # ReXrank's JSON
-                 ) -> pd.DataFrame: # a row a study: study_id, then its entries; absent ones are None
+                 ) -> pd.DataFrame: # a row a study: study_id, then its entries; absent ones are NA
     """Read a list of ReXrank.
 
     Raises: DataError for a file that is no such list."""
@@ -34,8 +34,9 @@ def read_rexrank(file: str | Path, # ReXrank's JSON
     if odd := [k for k, v in data.items() if not any(isinstance(v.get(n), str) for n in REXRANK_TEXT)]:
         raise DataError(f'study {odd[0]!r} has none of {", ".join(REXRANK_TEXT)}.', file=file)
     columns = list(dict.fromkeys(k for v in data.values() for k in v))
-    return pd.DataFrame([{'study_id': k, **{c: v.get(c) for c in columns}} for k, v in data.items()],
-                        columns=['study_id', *columns]).astype(object)
+    if 'study_id' in columns: raise DataError('an entry is called study_id, which is the name of the study.', file=file)
+    rows = {c: pd.Series([v.get(c, pd.NA) for v in data.values()], dtype=object) for c in columns}
+    return pd.DataFrame({'study_id': list(data), **rows})
 
 
 def write_rexrank(table: pd.DataFrame, # of `read_rexrank`
@@ -50,7 +51,9 @@ def write_rexrank(table: pd.DataFrame, # of `read_rexrank`
         table = table.assign(model_prediction=list(predictions))
     if table.study_id.duplicated().any():
         raise DataError(f'study {table.study_id[table.study_id.duplicated()].iloc[0]!r} stands there twice.')
-    data = {row.pop('study_id'): {k: v for k, v in row.items() if v is not None} for row in table.to_dict('records')}
+    columns = table.columns.drop('study_id')
+    data = {k: {c: table[c][i] for c in columns if table[c][i] is not pd.NA}
+            for i, k in zip(table.index, table.study_id)}
     Path(file).write_text(json.dumps(data, indent=4, ensure_ascii=False), 'utf-8')
     return Path(file)
 
@@ -62,14 +65,14 @@ def _radgraph(references, candidates):
 
 def _chexbert(references, candidates):
     each = importlib.import_module('f1chexbert').F1CheXbert()
-    return np.array(each(hyps=candidates, refs=references)[1], float)
+    return each(hyps=candidates, refs=references)[2]['micro avg']['f1-score']
 
 
 def _ratescore(references, candidates):
     return np.array(importlib.import_module('RaTEScore').RaTEScore().compute_score(candidates, references), float)
 
 
-EXTERNAL_METRICS = {'RadGraph F1': ('radgraph', _radgraph), 'CheXbert agreement': ('f1chexbert', _chexbert),
+EXTERNAL_METRICS = {'RadGraph F1': ('radgraph', _radgraph), 'CheXbert F1 micro-14': ('f1chexbert', _chexbert),
                     'RaTEScore': ('RaTEScore', _ratescore)}
 
 

@@ -157,7 +157,8 @@ def refuse_other_languages(references: Sequence[str], # reports
     needs = [m.name for m in metrics if m.name not in WORD_METRICS]
     odd = [(i, name) for i, t in enumerate(references) if (name := report_language(t)) != 'en'] if needs else []
     if odd: raise DataError(f'{len(odd)} references do not look English, the first is number {odd[0][0]} '
-                            f'({odd[0][1]}); {needs[0]} reads English.', fix='Choose metrics=WORD_METRICS, or translate the reports.')
+                            f'({odd[0][1]}); {needs[0]} reads English.',
+                            fix='Choose metrics=WORD_METRICS, or translate the reports.')
 
 # %% ../../../nbs/533_evaluate.text.score_reports.ipynb #1db70471
 def _estimate_of_sums(metric, counts, codes, patients, unit, n_boot, level, seed):
