@@ -133,7 +133,7 @@ def metrics_of(names: Sequence[str] | None = None, # of REPORT_METRICS; None: al
 # %% ../../../nbs/533_evaluate.text.score_reports.ipynb #b2bb4ac1
 FUNCTION_WORDS = {'en': 'the of is are and with there in to was', 'nl': 'de het een van geen en met zijn op er',
                   'de': 'der die das und kein keine mit ist im den', 'es': 'el la los las sin con se en del y',
-                  'pt': 'o os as sem com não da do em e', 'fr': 'le la les des sans avec pas est du et'}
+                  'pt': 'o os sem com não da do em e', 'fr': 'le la les des sans avec pas est du et'}
 WORD_METRICS = (*(f'BLEU-{n}' for n in range(1, 5)), 'ROUGE-L', 'CIDEr')
 
 
@@ -142,8 +142,8 @@ def report_language(text: str, # a report
     "Guess a report's language by its small words."
     letters = [c for c in text if c.isalpha()]
     if letters and sum(ord(c) > 0x24f for c in letters) > len(letters)/2: return 'other'
-    words = Counter(re.findall(r'[^\W\d_]+', text.lower()))
-    seen = {name: sum(words[w] for w in small.split()) for name, small in FUNCTION_WORDS.items()}
+    words = set(re.findall(r'[^\W\d_]+', text.lower()))
+    seen = {name: len(words & set(small.split())) for name, small in FUNCTION_WORDS.items()}
     best = max(seen, key=seen.get)
     return best if seen[best] >= 2 and seen[best] > seen['en'] else 'en'
 
