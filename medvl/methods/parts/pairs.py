@@ -96,8 +96,10 @@ class PairMethod(Method):
         return mean_views(over_views(run, images, None if present is None else present_rows(present)), present)
 
     def feature_maps(self, images: torch.Tensor, level: int | str = -1) -> torch.Tensor: # -> (b·v,c,h',w')
-        "Give a map of the image encoder."
-        return self.image_side.maps(images, level)
+        "Give the tokens of places as a map (-1), or a map of the image encoder."
+        if level != -1: return self.image_side.maps(images, level)
+        tokens, grid = image_tokens(self.image_encoder, self.image_grid, self.image_side.scaled(images))
+        return tokens[:, 1:].mT.unflatten(2, grid)
 
     def project_image(self, features: torch.Tensor) -> torch.Tensor: # (…,f) -> (…,d)
         """Project features of the whole image, or tokens of places; not normalised.
