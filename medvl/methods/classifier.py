@@ -21,7 +21,7 @@ from ..core.seed import key_of
 from ..losses.classification import UNLABELLED, classification_loss, stated
 from .base import Method, StepState, register
 from .parts.guards import check_samples
-from .parts.image_tokens import TokenImageConfig
+from .parts.image_tokens import TokenImageConfig, rest_behind
 from .parts.image_side import EfficientNetConfig, ImageSide, new_efficientnet, saved_image_encoder
 from ..models.checkpoints import LoadReport, load_weights
 from ..models.scaling import normalise_images, scale_images
@@ -38,6 +38,7 @@ class ClassifierConfig(EfficientNetConfig):
     live: bool = False  # reference: in a frozen encoder BatchNorm's statistics still
                         # move, and dropout and drop-connect stay on
     pos_weight: tuple[float, ...] = ()  # weight on the positives of each label, counted on training rows; () = 1
+    image_stage: str = ''  # of an encoder with stages: the one that is classified, such as conv4; '': its feature
     scaling: str = 'image'  # each image by its own range ('image'), or all by the same constants ('data', as X-VL)
     unlabelled: str = 'mask'  # labels that are not stated: 'mask' leaves them out;
                               # 'negative' counts them as absent (the original)
@@ -82,8 +83,9 @@ class Classifier(Method):
         check_classifier(c)
         self.image_encoder = new_efficientnet(c) if image_encoder is None else image_encoder
         self.classifier = nn.ModuleDict(
-            {'classification_head': nn.Linear(self.image_encoder.num_features, len(c.classes) or len(c.labels))})
-        self.image_encoder.requires_grad_(not c.frozen)
+            {'classification_head': nn.Linear(self.image_encoder.stage_channels[c.image_stage] if c.image_stage else
+                                              self.image_encoder.num_features, len(c.classes) or len(c.labels))})
+        rest_behind(self.image_encoder.requires_grad_(not c.frozen), c.image_stage)
         self.image_side = ImageSide(self.image_encoder, partial(SCALINGS[c.scaling], mean=c.image_mean, std=c.image_std))
 
     @property
@@ -118,7 +120,7 @@ class Classifier(Method):
 
     def image_features(self, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
         "Give the pooled features, (b,f), averaged over the views that are there."
-        return self.image_side.pooled(images, present)
+        return self.image_side.pooled(images, present, self.config.image_stage)
     def feature_maps(self, images: torch.Tensor, level: int = -1) -> torch.Tensor:
         "Give the map of one scale, (b·v,c,h',w')."
         return self.image_side.maps(images, level)
@@ -148,7 +150,7 @@ def logits(self: Classifier,
 
 # %% ../../nbs/330_methods.classifier.ipynb #2f3232b0
 IMAGE_FIELDS = ('image_encoder', 'image_pooling', 'image_mean', 'image_std', 'dropout', 'drop_connect', 'bn_momentum',
-                'padding', 'image_checkpointing', 'gem_power', 'learn_gem', 'scaling')
+                'padding', 'image_checkpointing', 'gem_power', 'learn_gem', 'scaling', 'image_stage')
 
 
 def new_classifier(

@@ -94,9 +94,10 @@ def scaled(self: ImageSide,
 def pooled(self: ImageSide,
              images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
              present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
+             stage: str = '', # of an encoder with stages: the mean of that map; '': the encoder's own feature
              ) -> torch.Tensor: # (b,f)
     "Give the encoder's pooled features; the views that are there are averaged."
-    run = lambda x: self.encoder(self.scaled(x))
+    run = lambda x: self.maps(x, stage).mean((2, 3)) if stage else self.encoder(self.scaled(x))
     if images.dim() != 5: return run(images)
     return mean_views(over_views(run, images, None if present is None else present_rows(present)), present)
 
