@@ -179,6 +179,27 @@ class VisionTransformer(nn.Module):
         "Average a map."
         return maps.mean((2, 3))
 
+    @property
+    def last(self) -> str:
+        """Give the name of its only stage, by stride.
+
+        Raises: ValueError for patches that are no power of two from 2 to 32."""
+        names = {2: 'conv1', 4: 'conv2', 8: 'conv3', 16: 'conv4', 32: 'conv5'}
+        if self.stride not in names:
+            raise ValueError(f'patches of {self.stride} pixels are no stage of a pyramid: take 2, 4, 8, 16 or 32')
+        return names[self.stride]
+
+    def stages(self, x: torch.Tensor, # images, float (n,1|channels,h,w), normalised
+               ) -> dict: # input, and one map (n,d,h',w')
+        "Give the map of the places under the name of its stage, beside the input."
+        return {'input': x, self.last: self.feature_maps(x)}
+
+    def plain_copy(self) -> 'VisionTransformer':
+        "Copy a ViT for fine-tuning: the vector for hidden patches stays behind."
+        other = VisionTransformer(**self.arguments, checkpointing=self.checkpointing)
+        other.load_state_dict({k: v for k, v in self.state_dict().items() if k != 'masked_embed'})
+        return other.to(self.cls_token.device).train(self.training)
+
 # %% ../../nbs/220_models.vit.ipynb #e61faedd
 @patch(VisionTransformer)
 def intermediate_layers(self: VisionTransformer, x: torch.Tensor, # images, float (n,1|channels,h,w)
@@ -196,33 +217,6 @@ def last_attention(self: VisionTransformer, x: torch.Tensor, # images, float (n,
     x = self.embed(x)
     for block in self.blocks[:-1]: x = block(x)
     return self.blocks[-1].attend(x, maps=True)[1]
-
-# %% ../../nbs/220_models.vit.ipynb #159cde29
-@patch(VisionTransformer, as_property=True)
-def last(self: VisionTransformer) -> str:
-    """Give the name of its only stage, by stride.
-
-    Raises: ValueError for patches that are no power of two from 2 to 32."""
-    names = {2: 'conv1', 4: 'conv2', 8: 'conv3', 16: 'conv4', 32: 'conv5'}
-    if self.stride not in names:
-        raise ValueError(f'patches of {self.stride} pixels are no stage of a pyramid: take 2, 4, 8, 16 or 32')
-    return names[self.stride]
-
-
-@patch(VisionTransformer)
-def stages(self: VisionTransformer, x: torch.Tensor, # images, float (n,1|channels,h,w), normalised
-           ) -> dict: # input, and one map (n,d,h',w')
-    "Give the map of the places under the name of its stage, beside the input."
-    return {'input': x, self.last: self.feature_maps(x)}
-
-
-@patch(VisionTransformer)
-def plain_copy(self: VisionTransformer) -> VisionTransformer:
-    "Copy a ViT for fine-tuning: the vector for hidden patches stays behind."
-    other = VisionTransformer(**self.arguments, checkpointing=self.checkpointing)
-    own = {k: v for k, v in self.state_dict().items() if k != 'masked_embed'}
-    other.load_state_dict(own)
-    return other.to(self.cls_token.device).train(self.training)
 
 # %% ../../nbs/220_models.vit.ipynb #98692b96
 HEAD_NAMES = ('head.', 'head_dist.', 'head_drop.', 'fc.', 'pre_logits.', 'pooler.', 'classifier.', 'mlp.', 'last_layer')

@@ -151,8 +151,10 @@ class PairMethod(Method):
         if how not in SCORES: raise ValueError(unknown_name('score', how, SCORES))
         b, t = len(images['tokens']), len(texts['states'])
         at, ai = torch.arange(t, device=self.device).repeat(b), torch.arange(b, device=self.device).repeat_interleave(t)
+        alone = t >= 4 and 'image' not in self.matching # an image's keys and values serve all texts
         found = []
-        for i, j in zip(ai.split(pairs), at.split(pairs)):
+        for i, j in ([(slice(k, k + 1), j) for k in range(b) for j in at[:t].split(pairs)] if alone else
+                     zip(ai.split(pairs), at.split(pairs))):
             z = torch.stack(self.judged(texts['states'][j], texts['words'][j], images['tokens'][i])).float().mean(0)
             found.append(z[:, 1] if how == 'logit' else z[:, 1] - z[:, 0])
         scores = torch.cat(found).view(b, t) if found else torch.zeros(b, t, device=self.device)
