@@ -495,3 +495,31 @@ def test_words_are_grounded_and_explained(asked, chest):
     cells = similarity_map(method, batch['images'][:2, 0], 'the heart is large')
     torch.testing.assert_close(cells, (torch.nn.functional.normalize(method.project_image(method.read_images(batch['images'][:2])['regions']), dim=-1)
                                        @ torch.nn.functional.normalize(method.project_text(['the heart is large'])[0], dim=0)).unflatten(1, (4, 4)))
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning for retrieval
+
+def test_a_trained_model_goes_on_for_retrieval(chest, tmp_path):
+    "Weights and vocabulary stay, the losses are those of the recipe, twins and queues begin anew, and weights are kept by recall on validation patients."
+    from medvl.core.config import config_from_dict
+    from medvl.evaluate.protocols.match_retrieval import retrieval_validation
+    from medvl.methods.recipes import continued
+    from medvl.train.loop import train
+    from medvl.train.settings import TrainConfig
+    for name, tuned in (('smoke', 'retrieval'), ('smoke-2022', 'retrieval-2022')):
+        method, data, augment = made(chest, name)
+        named = recipe('xvl', tuned)
+        method.image_queue.rows.fill_(.5)
+        other = continued(method, **{k: named.config[k] for k in named.tuned})
+        assert other.config.mlm_weight == 0 and other.config.duplicates == 'positives' and other.config.in_modal == 'none' and other.group_queue is not None
+        for k, v in method.student.state_dict().items(): assert torch.equal(v, other.student.state_dict()[k]), k
+        assert other.tokenizer.get_vocab() == method.tokenizer.get_vocab() and not torch.equal(other.image_queue.rows, method.image_queue.rows)
+    other = continued(made(chest)[0], **{k: recipe('xvl', 'retrieval').config[k] for k in recipe('xvl', 'retrieval').tuned})
+    settings_ = config_from_dict(TrainConfig, {**recipe('xvl', 'retrieval').train, 'batch_size': 6, 'epochs': 2, 'warmup': 1, 'valid_samples': 6, 'precision': 'fp32', 'lr': 1e-3})
+    data, augment = made(chest)[1:]
+    valid = splits_of(chest, needed=('train', 'valid'))
+    judge = retrieval_validation(valid['valid'])
+    result = train(other.train(), data, settings_, tmp_path/'run', valid=None, transform=augment, validate=judge)
+    best = from_pretrained(result.best)
+    assert result.best_value == pytest.approx(judge(best, None)['valid_recall']) and 0 <= result.best_value <= 1
+    with pytest.raises(ValueError, match='no_such'): continued(other, no_such=1)
