@@ -86,7 +86,8 @@ class Classifier(Method):
             {'classification_head': nn.Linear(self.image_encoder.stage_channels[c.image_stage] if c.image_stage else
                                               self.image_encoder.num_features, len(c.classes) or len(c.labels))})
         rest_behind(self.image_encoder.requires_grad_(not c.frozen), c.image_stage)
-        self.image_side = ImageSide(self.image_encoder, partial(SCALINGS[c.scaling], mean=c.image_mean, std=c.image_std))
+        self.image_side = ImageSide(self.image_encoder,
+                                    partial(SCALINGS[c.scaling], mean=c.image_mean, std=c.image_std))
 
     @property
     def head(self) -> nn.Module:

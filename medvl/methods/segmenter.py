@@ -117,7 +117,7 @@ def new_head(self: Segmenter, channels: dict) -> nn.Module: # dict stage -> chan
     return LinearHead(channels, k, **options)
 
 # %% ../../nbs/336_methods.segmenter.ipynb #a9db3168
-def segmenter_from(source: Method | str | Path, # trained Method with a ResNet or ViT, name of an encoder, or its weights
+def segmenter_from(source: Method | str | Path, # trained Method with a ResNet or ViT, name of an encoder, or file
                    classes: Sequence[str], # names, in the order of the masks
                    head: str = 'linear', # 'linear', 'mlp' or 'unet'
                    frozen: bool = True, # False: fine-tune the encoder

@@ -93,7 +93,7 @@ class TransformersVision(nn.Module):
 
 # %% ../../nbs/201_models.vision.ipynb #29089e9a
 def resolve_image_source(name: str | Path, # see `build_image_encoder`
-                         ) -> str | Path: # 'efficientnet', 'resnet', 'unet', 'vit', local folder (Path) or hub name (str)
+                         ) -> str | Path: # 'efficientnet', 'resnet', 'unet', 'vit', folder (Path) or hub name (str)
     "Say what an image encoder's name means."
     if name in EFFICIENTNETS: return 'efficientnet'
     if name in RESNETS: return 'resnet'

@@ -1,5 +1,4 @@
 """Heads on a vision transformer: by name, from X-VL, frozen and fine-tuned, saved, and through the localized tasks."""
-import numpy as np
 import pytest
 import torch
 from localized import evaluate, squares
@@ -87,7 +86,7 @@ def test_the_pyramid_by_hand():
     top = p.branches['conv5'][0](x)
     torch.testing.assert_close(top[0, 0, 0, 0], x[0, 0, :2, :2].max())
     with pytest.raises(ValueError, match='doublings'): SimplePyramid(4, 12, ('conv4',))
-    with pytest.raises(ValueError, match='no stage of a pyramid'): VisionTransformer('vit-tiny', 56, 14, width=32, depth=1, heads=4).last
+    with pytest.raises(ValueError, match='no stage of a pyramid'): VisionTransformer('vit-tiny', 56, 14, width=32, depth=1, heads=4).stages(torch.zeros(1, 1, 28, 28))
 
 
 @pytest.mark.parametrize('frozen', [True, False])
