@@ -494,7 +494,7 @@ _SMALL_TRAIN = dict(_QUICK, batch_size=32, epochs=22, lr=1e-3, lr_scales={'tempe
 _SMOKE_TRAIN = dict(_QUICK, batch_size=6, epochs=1, lr=1e-3, valid_samples=6)
 _LITTLE_22 = dict(first=(.8, 1.), second=(.5, 1.), local_size=48)
 
-# fine-tuning for retrieval (specification, section 5): searches with equal reports as positives, and the judge
+# fine-tuning for retrieval (the original of 2022): searches with equal reports as positives, and the judge
 _SEARCH = dict(duplicates='positives', in_modal='none', sentences=False, itm_weight=1.0, mlm_weight=0.0,
                ibot_weight=0.0)
 _SEARCH_TRAIN = dict(lr=1e-5, weight_decay=.02, batch_size=16, epochs=10, floor=.1, warmup=100, precision='fp32',
