@@ -509,6 +509,12 @@ _SMALL_TRAIN = dict(_QUICK, batch_size=32, epochs=18, lr=3e-3, clip=5.0, lr_scal
 _SMOKE_TRAIN = dict(_QUICK, batch_size=6, epochs=1, lr=1e-3, valid_samples=6)
 _LITTLE_22 = dict(first=(.8, 1.), second=(.5, 1.), local_size=48)
 
+# fine-tuning for retrieval (the original of 2022): searches with equal reports as positives, and the judge
+_SEARCH = dict(duplicates='positives', in_modal='none', sentences=False, itm_weight=1.0, mlm_weight=0.0,
+               ibot_weight=0.0)
+_SEARCH_TRAIN = dict(lr=1e-5, weight_decay=.02, batch_size=16, epochs=10, floor=.1, warmup=100, precision='fp32',
+                     valid_samples=48, clip_each={}, monitor='valid_recall', mode='max')
+
 RECIPES = {
     'paper': _PAPER,
     'reference': vary(_PAPER, "the 2023 code as it ran, on one process", config=_REFERENCE,
@@ -517,6 +523,11 @@ RECIPES = {
     'reference-2022': vary(_PAPER_22, "the 2022 code as it ran, on one process", config=dict(
         late_twin=True, reset_centres=True, negatives='rejection', distil_axis='sequence', image_resizing='offset'),
                            train=dict(schedule='staircase'), sample_options=dict(cut='full_stops', draw='once')),
+    'retrieval': vary(_PAPER, 'fine-tuning of the 2023 model for retrieval, with an index queue', tuned=tuple(_SEARCH),
+                      config=_SEARCH, train=_SEARCH_TRAIN),
+    'retrieval-2022': vary(_PAPER_22, 'fine-tuning of the 2022 model for retrieval, with an index queue', versions=2,
+                           tuned=tuple(_SEARCH), config=dict(_SEARCH, queue=49152),
+                           train=dict(_SEARCH_TRAIN, schedule='staircase')),
     'small': vary(_PAPER, 'minutes on one core, on the chest phantom', size=(96, 96), train=_SMALL_TRAIN,
                   phantom_count=2500, own_words=True,
                   config=dict(_SMALL, image_encoder='resnet-tiny', image_stage='conv4'),

@@ -65,10 +65,11 @@ class MultiHeadAttention(nn.Module):
         return self._heads(self.key(context)), self._heads(self.value(context))
 
     def forward(self, x: torch.Tensor, # states that ask, float (n,t,width)
-                k: torch.Tensor, v: torch.Tensor, # from `keys`
+                k: torch.Tensor, v: torch.Tensor, # from `keys`; of one row: all look at the same
                 seen: torch.Tensor | None = None, # which keys each query may see, bool, broadcasts to (n,heads,t,keys)
                 ) -> torch.Tensor: # (n,t,width)
         q, p = self._heads(self.query(x)), self.dropout if self.training else 0.0
+        if len(k) == 1 < len(q): k, v = (t.expand(len(q), -1, -1, -1) for t in (k, v))
         low = torch.finfo(q.dtype).min
         bias = None if seen is None else torch.zeros_like(seen, dtype=q.dtype).masked_fill(~seen, low)
         if self.probe is None: y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
