@@ -59,6 +59,7 @@ def new_word_stack(vocab_size: int = 30522, # words
                    fusion_layers: int = 4, # layers that look, above them
                    text_hidden: int = 3072, # width of the token-wise networks below
                    fusion_hidden: int = 2048, # and above
+                   fusion_heads: int | None = None, # of the looking layers of two networks; None: as below
                    context: int = 768, # channels of what is looked at
                    joined: bool = False, # one network (2022), whose hidden width is `fusion_hidden`; or two (2023)
                    head: bool = True, # predict words
@@ -69,13 +70,13 @@ def new_word_stack(vocab_size: int = 30522, # words
                    ) -> WordStack:
     "Build a stack; without layers below, the looking ones read the tokens themselves."
     if fusion_layers < 1: raise ValueError(f'fusion_layers={fusion_layers}: at least one layer must look at the context')
-    own = dict(width=width, heads=heads, dropout=dropout, positions=positions, checkpointing=checkpointing)
+    own = dict(width=width, dropout=dropout, positions=positions, checkpointing=checkpointing)
+    above = dict(own, heads=fusion_heads or heads, hidden=fusion_hidden, context=context, head=head)
     if joined or not text_layers:
-        return WordStack(FusionBert(vocab_size, layers=text_layers + fusion_layers, fusion_layer=text_layers,
-                                    hidden=fusion_hidden, context=context, head=head, **own), causal=causal)
-    text = FusionBert(vocab_size, layers=text_layers, fusion_layer=text_layers, hidden=text_hidden, **own)
-    return WordStack(FusionBert(vocab_size, layers=fusion_layers, hidden=fusion_hidden, context=context,
-                                reads='states', head=head, **own), text, causal)
+        return WordStack(FusionBert(vocab_size, layers=text_layers + fusion_layers, fusion_layer=text_layers, **above),
+                         causal=causal)
+    text = FusionBert(vocab_size, heads=heads, layers=text_layers, fusion_layer=text_layers, hidden=text_hidden, **own)
+    return WordStack(FusionBert(vocab_size, layers=fusion_layers, reads='states', **above), text, causal)
 
 # %% ../../nbs/226_models.decoder.ipynb #d5d115f0
 class Continuation:

@@ -78,12 +78,12 @@ def repeated(text: torch.Tensor, # int64 (n,t): written so far
 
 
 def next_words(logits: torch.Tensor, # of the next word, float (n,V)
-            text: torch.Tensor, # int64 (n,1+step): the first mark and what is written
-            c: SearchConfig,
-            end: int, # the end mark
-            never: Collection[int] = (), # other marks
-            given: torch.Tensor | None = None, # int64 (n,g): how the texts begin; -1: free
-            ) -> torch.Tensor: # log-probabilities, float32 (n,V), about NEVER for what may not come
+               text: torch.Tensor, # int64 (n,1+step): the first mark and what is written
+               c: SearchConfig,
+               end: int, # the end mark
+               never: Collection[int] = (), # other marks
+               given: torch.Tensor | None = None, # int64 (n,g): how the texts begin; -1: free
+               ) -> torch.Tensor: # log-probabilities, float32 (n,V), about NEVER for what may not come
     "Compare the words that may come."
     step, z = text.shape[1] - 1, logits.float()
     if c.repeat_penalty != 1:
