@@ -90,7 +90,7 @@ def next_words(logits: torch.Tensor, # of the next word, float (n,V)
         old = z.gather(1, text)
         z = z.scatter(1, text, torch.where(old > 0, old / c.repeat_penalty, old * c.repeat_penalty))
     closed = torch.zeros_like(z, dtype=torch.bool)
-    closed[:, [*never, *([end] if step < c.min_length else [])]] = True
+    for mark in (*never, *([end] if step < c.min_length else ())): closed[:, mark] = True
     if c.no_repeat: closed |= repeated(text[:, 1:], c.no_repeat, z.shape[1])
     if given is not None and step < given.shape[1]:
         word = given[:, step:step + 1]
@@ -226,14 +226,14 @@ def _standard(writer, first, end, c, never, given):
         text = longer.gather(1, which[:, :, None].expand(-1, -1, longer.shape[2])).flatten(0, 1)
         reach = sums[:, 0] / length_penalty(c.max_length, c.length_power)
         done = (score[:, -1] >= reach) | last
-        over = done.nonzero()[:, 0].tolist()
-        for i, found in zip(over, _found(aside[done], score[done].clamp(min=2 * NEVER), end) if over else ()):
+        ready = done.tolist() # the one wait of a step
+        over, going = [i for i in range(b) if ready[i]], [i for i in range(b) if not ready[i]]
+        for i, found in zip(over, _found(aside[over], score[over].clamp(min=2 * NEVER), end) if over else ()):
             out[alive[i]] = found
-        if len(over) == b: return out
+        if not going: return out
         writer.choose(rows, within=True)
         if over:
-            left = (~done).nonzero()[:, 0]
-            alive = [alive[i] for i in left.tolist()]
+            alive, left = [alive[i] for i in going], torch.tensor(going, device=device)
             each = (left[:, None] * k + torch.arange(k, device=device)).flatten()
             writer.choose(each)
             text, sums, score, aside = text[each], sums[left], score[left], aside[left]
@@ -254,16 +254,17 @@ def _reference(writer, first, end, c, never, given):
         rows = (at // vocabulary + k * torch.arange(b, device=device)[:, None]).flatten()
         text = torch.cat([text[rows], (at % vocabulary).flatten()[:, None]], 1)
         ended = (at % vocabulary) == end
-        done = ended[:, 0] | (step + 1 == c.max_length)
-        for i, (over, marks) in enumerate(zip(done.tolist(), ended.tolist())):
+        going, last = [], step + 1 == c.max_length
+        for i, marks in enumerate(ended.tolist()): # the one wait of a step where nothing ends
+            over = marks[0] or last
+            if not over: going.append(i)
             for j in range(k):
                 if over or marks[j]:
                     out[alive[i]].append(Hypothesis(tuple(text[i * k + j].tolist()), score[i, j].item(), marks[j]))
+        if not going: break
         writer.choose(rows, within=True)
-        left = (~done).nonzero()[:, 0]
-        if not len(left): break
-        if len(left) < b:
-            alive = [alive[i] for i in left.tolist()]
+        if len(going) < b:
+            alive, left = [alive[i] for i in going], torch.tensor(going, device=device)
             each = (left[:, None] * k + torch.arange(k, device=device)).flatten()
             writer.choose(each)
             text, sums, given = text[each], sums[left], None if given is None else given[each]
