@@ -16,7 +16,7 @@ from .recipes import Recipe, recipe as recipe_of, vary
 # %% ../../nbs/329_methods.writer.ipynb #517f1318
 @register
 class Writer(WritingMethod):
-    "An encoder-decoder that writes reports. Source: Park et al., 2022 and 2024 (arXiv:2208.05140), generation and correction."
+    "An encoder-decoder that writes reports. Source: Park et al., 2022 and 2024 (arXiv:2208.05140)."
     name, config_class = 'writer', WriteConfig
 
 # %% ../../nbs/329_methods.writer.ipynb #859de05f

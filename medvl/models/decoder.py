@@ -69,7 +69,7 @@ def new_word_stack(vocab_size: int = 30522, # words
                    checkpointing: bool = False, # recompute activations in the backward pass
                    ) -> WordStack:
     "Build a stack; without layers below, the looking ones read the tokens themselves."
-    if fusion_layers < 1: raise ValueError(f'fusion_layers={fusion_layers}: at least one layer must look at the context')
+    if fusion_layers < 1: raise ValueError(f'fusion_layers={fusion_layers}: at least one layer must look')
     own = dict(width=width, dropout=dropout, positions=positions, checkpointing=checkpointing)
     above = dict(own, heads=fusion_heads or heads, hidden=fusion_hidden, context=context, head=head)
     if joined or not text_layers:

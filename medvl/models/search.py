@@ -284,7 +284,7 @@ def search(writer: NextWords, # with as many rows as there are images
     return collect(stream(writer, first, end, c, never, given, keys), first, end, c.length_power)
 
 # %% ../../nbs/227_models.search.ipynb #d0e9bf2c
-def rank_texts(predict: Callable, # (tokens int64 (m,L), rows int64 (m,): of the context each goes with) -> logits (m,L,V)
+def rank_texts(predict: Callable, # (tokens int64 (m,L), rows int64 (m,) of their contexts) -> logits (m,L,V)
                rows: int, # contexts
                texts: torch.Tensor, # candidates, int64 (a,L), with first mark and end mark
                mask: torch.Tensor, # 1 for tokens, 0 for padding, (a,L)

@@ -9,8 +9,8 @@ from contract import parts_of
 
 from medvl.core.errors import DataError
 from medvl.data.batch import check_batch, collate
-from medvl.data.phantom.questions import image_truth, phantom_questions
-from medvl.data.samples.questions import FORMS, WritingConfig, WritingDataset, question_dataset, report_dataset, text_form, tidy, written
+from medvl.data.phantom.asked import image_truth, phantom_questions
+from medvl.data.samples.writing import FORMS, WritingConfig, WritingDataset, question_dataset, report_dataset, text_form, spaced, written
 from medvl.data.text.tokens import build_wordpiece
 from medvl.methods.answerer import answerer_from
 from medvl.methods.base import CAPABILITIES, StepState, from_pretrained, require, save_pretrained
@@ -61,7 +61,7 @@ def test_xvl_lends_its_layers(chest):
             torch.testing.assert_close(a.state_dict(), b.state_dict())
         torch.testing.assert_close(made.decoder.fusion.words.weight, fuser.words.weight)
         asks = writer_from(xvl, recipe='smoke', prompted=True, question_form='caption').eval()
-        text = asks.token_batch(['The heart is enlarged.', 'No effusion.', 'Clear.'], 'caption', 32)
+        text = asks.text_batch(['The heart is enlarged.', 'No effusion.', 'Clear.'], 'caption', 32)
         with torch.no_grad():
             theirs = xvl.reader.fuse(xvl.reader.states(text['input_ids'], text['attention_mask']), text['attention_mask'], xvl.read_images(images)['tokens'])
             ours = asks.context(images, text)[0]
@@ -210,7 +210,7 @@ def test_mirrored_samples_change_sides(chest):
 
 
 @pytest.mark.parametrize('text, want', [('no mass . 1 . 5 cm', 'no mass. 1.5 cm'), ('bi - rads 4 : suspicious', 'bi-rads 4: suspicious'), ('', '')])
-def test_tidy(text, want): assert tidy(text) == want
+def test_tidy(text, want): assert spaced(text) == want
 
 
 def test_forms_are_their_own_form():

@@ -48,3 +48,79 @@ def test_ranking_of_the_original(k):
     assert torch.equal(which, d[f'top{k}_ids'])
     torch.testing.assert_close(score.softmax(-1), d[f'top{k}_probs'], rtol=1e-4, atol=1e-5)
     assert not torch.equal(rank_texts(read, 4, ids, (ids != 0).long())[0], d['top6_ids'])
+
+
+def stack(form, seed=0):
+    torch.manual_seed(seed)
+    out = new_word_stack(**{**TINY, **FORMS[form]}).eval()
+    with torch.no_grad():
+        for p in out.parameters(): p += .1 * torch.randn_like(p)
+    return out
+
+
+@pytest.mark.parametrize('form', FORMS)
+@pytest.mark.parametrize('c', [SearchConfig(max_length=9), SearchConfig(max_length=9, rules='reference'), SearchConfig(beams=5, max_length=9, no_repeat=1),
+                               SearchConfig('greedy', max_length=9), SearchConfig('sample', max_length=9, seed=2)], ids=lambda c: f'{c.how}-{c.rules}-{c.beams}')
+def test_cache_and_batch_change_nothing(form, c):
+    "The same texts with and without the cache, alone and in a batch, whatever ends first."
+    model, context, mask = stack(form), torch.randn(4, 5, 24, generator=torch.Generator().manual_seed(1)), torch.tensor([[1] * 5, [1, 1, 0, 0, 0], [1] * 5, [1] * 5])
+    def run(rows, cached=True):
+        with torch.no_grad(): return search(model.start(context[rows], mask[rows], cached), torch.full((len(rows),), 2), 3, c, (0, 1, 2, 4), keys=rows)
+    whole = run([0, 1, 2, 3])
+    for found in (run([0, 1, 2, 3], False), [run([i])[0] for i in range(4)]):
+        assert [[h.tokens for h in f] for f in found] == [[h.tokens for h in f] for f in whole]
+        assert all(abs(a.score - b.score) < 1e-4 for f, g in zip(found, whole) for a, b in zip(f, g))
+
+
+class Chain:
+    "Logits by the last word."
+    def __init__(self, logits): self.logits = logits
+    def __call__(self, words): return self.logits[words]
+    def choose(self, rows, within=False): pass
+
+
+@pytest.mark.parametrize('seed', range(5))
+@pytest.mark.parametrize('power', [0., .6, 1.])
+def test_a_wide_beam_finds_the_best_text_of_all(seed, power):
+    "Every text of at most four tokens counted out."
+    logits = torch.randn(6, 6, generator=torch.Generator().manual_seed(seed)) * 2
+    logp, end, first, longest = logits.log_softmax(-1).tolist(), 3, 2, 4
+    def every(text=(first,), total=0.):
+        for w in range(6):
+            longer, t = (*text, w), total + logp[text[-1]][w]
+            if w == end or len(longer) == longest + 1: yield longer, t / ((5 + len(longer) - 1) / 6) ** power
+            else: yield from every(longer, t)
+    want = sorted(every(), key=lambda x: -x[1])[:3]
+    found = beam_search(Chain(logits), torch.tensor([first]), end, SearchConfig(beams=300, min_length=0, max_length=longest, length_power=power))[0]
+    assert [h.tokens for h in found[:3]] == [t for t, _ in want]
+    np.testing.assert_allclose([h.score for h in found[:3]], [s for _, s in want], rtol=1e-4)
+
+
+@pytest.mark.parametrize('rules', ['standard', 'reference'])
+def test_lengths_hold(rules):
+    logits = torch.zeros(8, 8)
+    logits[:, 3] = 5. # the end is always likeliest
+    for low, high in ((0, 1), (1, 3), (4, 4), (3, 9)):
+        for h in beam_search(Chain(logits), torch.tensor([2, 2]), 3, SearchConfig(rules=rules, min_length=low, max_length=high))[1]:
+            words = [t for t in h.tokens[1:] if t != 3]
+            if rules == 'standard': assert low <= len(words) <= high and len(h.tokens) - 1 <= high and h.finished == (h.tokens[-1] == 3)
+            else: assert len(h.tokens) - 1 <= high
+
+
+def test_nothing_is_said_twice():
+    logits = torch.zeros(9, 9)
+    logits[:, 5] = 9.
+    for how in ('beam', 'greedy'):
+        c = SearchConfig(how, no_repeat=2, min_length=7, max_length=7)
+        h = search(Chain(logits), torch.tensor([2]), 3, c)[0][0].tokens[1:]
+        pairs = list(zip(h, h[1:]))
+        assert len(pairs) == len(set(pairs))
+    assert repeated(torch.tensor([[5]]), 3, 9).sum() == 0
+    once = collect(stream(Chain(logits), torch.tensor([2]), 3, SearchConfig('greedy', repeat_penalty=50., min_length=5, max_length=5)), torch.tensor([2]), 3)[0][0].tokens
+    assert len(set(once[1:])) > 2
+
+
+@pytest.mark.parametrize('changes', [dict(min_length=5, max_length=4), dict(max_length=0, min_length=0), dict(beams=0), dict(how='greed'), dict(rules='paper'), dict(top_k=-1),
+                                     dict(temperature=0.), dict(top_p=1.5), dict(length_power=-1.), dict(repeat_penalty=.5), dict(no_repeat=-1)])
+def test_what_cannot_be_is_refused(changes):
+    with pytest.raises(ValueError): check_search(replace(SearchConfig(), **changes))

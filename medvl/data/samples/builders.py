@@ -131,7 +131,7 @@ def _chests(parts, part, tokenizer, options, train):
                              view_names=c.view_names, flip_horizontal=c.flip_horizontal, seed=c.seed, **share)
 
 # %% ../../../nbs/149i_data.samples.builders.ipynb #a1b2c3d5
-from .questions import (WritingConfig, question_dataset, report_dataset, report_rows, text_form)
+from .writing import (WritingConfig, question_dataset, report_dataset, report_rows, text_form)
 
 
 @dataclass
@@ -154,7 +154,7 @@ def _examination_texts(parts, options):
 
 def _asked(prepared, config):
     if config.table: return pd.read_csv(config.table, dtype=str, keep_default_na=False)
-    from medvl.data.phantom.questions import phantom_questions
+    from medvl.data.phantom.asked import phantom_questions
     return phantom_questions(prepared, seed=config.seed)
 
 

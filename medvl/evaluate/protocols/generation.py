@@ -17,7 +17,7 @@ import torch
 
 from ...core.errors import DataError
 from ...core.seed import numpy_rng
-from ...data.samples.questions import WritingDataset, text_form, tidy
+from ...data.samples.writing import WritingDataset, spaced, text_form
 from ...data.text.labels import label_report
 from .retrieval import means_table
 from ...methods.base import Method, evaluating, require
@@ -34,7 +34,7 @@ def batches_of(data: WritingDataset, # fixed samples
 
 def reference_of(data: WritingDataset, row: dict) -> str:
     "Give a row's wanted text in the form in which it is written."
-    return tidy(text_form(row['answer'], data.config.answer_form, 10_000))
+    return spaced(text_form(row['answer'], data.config.answer_form, 10_000))
 
 
 def write_reports(method: Method, # with `generate`
@@ -47,7 +47,7 @@ def write_reports(method: Method, # with `generate`
     Raises: TypeError for a method that does not write; ValueError for samples that are drawn at random."""
     require(method, 'generate', by='the protocol of written reports')
     if data.train: raise ValueError('these samples are drawn at random: make them with train=False')
-    out, config = [], data.config
+    out = []
     for rows, batch in batches_of(data, batch_size):
         more = {} if 'present' not in batch else dict(present=batch['present'], views=batch['view'])
         prompt = [text_form(r['question'], 'plain') for r in rows] if data.reads else None
@@ -80,7 +80,8 @@ def free_reports(train: WritingDataset, # whose texts are taken
     texts = [reference_of(train, r) for r in train.rows]
     common = min(Counter(texts).items(), key=lambda x: (-x[1], x[0]))[0]
     rng = numpy_rng('random reports', seed)
-    out = {'commonest report': [common] * len(test), 'random report': [texts[i] for i in rng.integers(len(texts), size=len(test))]}
+    out = {'commonest report': [common] * len(test),
+           'random report': [texts[i] for i in rng.integers(len(texts), size=len(test))]}
     if method is None: return out
     nearest = (pooled_features(method, test) @ pooled_features(method, train).T).argmax(1)
     return out | {'nearest neighbour': [texts[i] for i in nearest.tolist()]}
@@ -120,30 +121,30 @@ SCORERS: dict[str, Callable] = {'same text': same_text, 'word F1': word_f1, 'fin
 def score_written(texts: Mapping[str, list], # who wrote -> texts, one a reference
                   references: list, # wanted texts
                   patients: list | np.ndarray | pd.Series, # of each text
-                  scorers: Mapping[str, Callable] | None = None, # name -> callable(written, references) -> (n,); None: SCORERS
+                  scorers: Mapping[str, Callable] | None = None, # name -> (written, references) -> (n,); None: SCORERS
                   first: str | None = None, # whom the others are compared with; None: the first
                   n_boot: int = 2000, level: float = .95, seed: int = 0, # of the bootstrap over patients
                   ) -> pd.DataFrame: # writer, metric, value, low, high, n, patients …; and rows of differences
     """Score texts of several writers on the same references.
 
-    Raises: ValueError for lists of different lengths; DataError without references, or for a scorer that gives another number of values."""
+    Raises: ValueError for lists of different lengths; DataError without references, or for a scorer that gives
+        another number of values."""
     if not len(references): raise DataError('there is no reference to compare with', fix='Use samples with reports.')
     for name, t in texts.items():
         if len(t) != len(references): raise ValueError(f'{len(t)} texts of {name!r} for {len(references)} references')
     first, patients, rows = first or next(iter(texts)), np.asarray(patients), []
     for metric, scorer in (SCORERS if scorers is None else scorers).items():
         values = {w: np.asarray(scorer(list(t), list(references)), float) for w, t in texts.items()}
-        for w, v in values.items():
+        for v in values.values():
             if v.shape != (len(references),):
                 raise DataError(f'the scorer {metric!r} gives {v.shape} for {len(references)} texts',
                                 fix='A scorer gives one number a text.')
-        def row(v, name, bounds):
+        shown = [(w, v, (0., 1.) if np.nanmax(v, initial=0) <= 1 else None) for w, v in values.items()]
+        shown += [(f'{first} - {w}', values[first] - v, None) for w, v in values.items() if w != first]
+        for name, v, bounds in shown:
             ok = np.isfinite(v)
-            if not ok.any(): return []
+            if not ok.any(): continue
             t = means_table(v[ok, None], [metric], [np.nan], 0, patients[ok], 'report', n_boot, level, seed, bounds)
-            return [t.assign(writer=name)]
-        for w, v in values.items(): rows += row(v, w, (0., 1.) if np.nanmax(v, initial=0) <= 1 else None)
-        for w, v in values.items():
-            if w != first: rows += row(values[first] - v, f'{first} - {w}', None)
+            rows.append(t.assign(writer=name))
     out = pd.concat(rows, ignore_index=True).drop(columns=['chance', 'candidates', 'better_than_chance'])
     return out[['writer', *(c for c in out if c != 'writer')]]

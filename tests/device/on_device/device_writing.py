@@ -1,5 +1,4 @@
 """Decoding and training of what writes on the pretend accelerator: nothing on the wrong device, the CPU's texts, one wait a word."""
-import numpy as np
 import pytest
 import torch
 from contract import from_recipe, new_batch
