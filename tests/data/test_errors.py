@@ -9,7 +9,7 @@ from golden import golden, sample
 from medvl.core.errors import DataError
 from medvl.data.text.errors import (
     ERROR_KINDS, PAPER_ERRORS, SEVEN_ERRORS, ErrorGenerator, draw_error, error_table, error_words, sentence_spans, word_edits, wrong_sentence)
-from medvl.data.text.original_errors import ERROR_CODES, EXTENT_WORDS, LOCATION_WORDS, OriginalErrors, swap_blank_words
+from medvl.data.text.original_errors import EXTENT_WORDS, LOCATION_WORDS, OriginalErrors, swap_blank_words
 
 # ------------------------------------------------------------------------------------------------ the original's numbers
 
@@ -55,7 +55,7 @@ def test_openi_rows_that_depend_on_labels(openi, rows, code):
     for _ in range(20):
         make, drawn = OriginalErrors(texts, labels, probability=1.), []
         plain = make.other
-        make.other = lambda fits, plain=plain: drawn.append(plain(fits)) or drawn[-1]
+        make.other = lambda fits, plain=plain, drawn=drawn: drawn.append(plain(fits)) or drawn[-1]
         wrong = next((i for i in range(len(texts)) if make(i, code) != want[i]), None)
         if wrong is None: break
         held = [i for i in (wrong, drawn[-1]) if labels[i].startswith('held out')]
