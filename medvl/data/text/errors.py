@@ -291,7 +291,7 @@ def _mismatch(g, text, rng):
 
 _MAKERS |= dict(false_positive=_false_positive, false_negative=_false_negative, mismatch=_mismatch)
 
-# %% ../../../nbs/128a_data.text.errors.ipynb #1774f175
+# %% ../../../nbs/128a_data.text.errors.ipynb #7d4f5fe2
 def _stating(generator, text, spans):
     "Numbers of the sentences that state a finding."
     return [i for i, (a, b) in enumerate(spans) if NORMAL not in findings_in(text[a:b], generator.rules)]
@@ -331,9 +331,9 @@ def _confusion(g, text, rng):
 
 
 def _insertion(g, text, rng):
-    own = g.findings_of(text)
-    rows = [i for i, f in enumerate(g.findings) if NORMAL not in f and f - own]
-    new = _sentence_from(g, rows, rng, lambda s: not findings_in(s, g.rules) & (own | {NORMAL})) if rows else ''
+    own = findings_in(text, g.rules) | {NORMAL} # by the names of the labeller, which reads the sentences, too
+    rows = [i for i, f in enumerate(g.findings) if NORMAL not in f]
+    new = _sentence_from(g, rows, rng, lambda s: not findings_in(s, g.rules) & own) if rows else ''
     if not new: return [], 'no finding to add'
     at = [0, *(b for _, b in sentence_spans(text))][int(rng.integers(len(sentence_spans(text)) + 1))]
     return [(at, at, f' {new}' if at else f'{new} ')], ''
