@@ -54,7 +54,7 @@ def check_detector(
         raise ValueError(f'kinds={config.kinds}: name at least one, each once')
     if config.kind_weight < 0: raise ValueError(f'kind_weight={config.kind_weight} must not be negative')
 
-# %% ../../nbs/329b_methods.error_detector.ipynb #8a113690
+# %% ../../nbs/329b_methods.error_detector.ipynb #45f1c7cc
 @register
 class ErrorDetector(PairMethod):
     "X-VL fine-tuned on mistakes. Source: Park et al. (arXiv:2208.05140), error detection of the 2022 code."
@@ -85,7 +85,8 @@ class ErrorDetector(PairMethod):
         for name, p in self.reader.fuser.named_parameters(): # the layer that guesses words
             if name.startswith('head') or name.startswith('words') and self.reader.fusion is not None:
                 p.requires_grad_(False)
-        if hasattr(self.image_encoder, 'masked_embed'): self.image_encoder.masked_embed.requires_grad_(False)
+        hidden = getattr(self.image_encoder, 'masked_embed', None) # of iBOT
+        if hidden is not None: hidden.requires_grad_(False)
         if c.frozen_encoders:
             for part in (self.image_encoder, self.image_grid, self.reader.text):
                 if part is not None: part.requires_grad_(False)
@@ -116,7 +117,7 @@ class ErrorDetector(PairMethod):
         else: text, tokenizer = None, load_tokenizer(folder / 'tokenizer')
         return cls(config, tokenizer, saved_image_encoder(folder), text)
 
-# %% ../../nbs/329b_methods.error_detector.ipynb #ced5f294
+# %% ../../nbs/329b_methods.error_detector.ipynb #d1696626
 def _of_xvl(name, about, train, samples=None, **changes):
     "The networks of a recipe of X-VL, trained as a detector."
     return vary(recipe('xvl', name), about, samples='reports_with_errors', versions=1, augment='chest', keep='best',
@@ -127,7 +128,7 @@ def _only(own):
     "Take what belongs to masking and versions out of the options of X-VL."
     known = {f.name for f in fields(ErroneousConfig)}
     return Recipe(**{**asdict(own), 'sample_options': {k: v for k, v in own.sample_options.items() if k in known},
-                     'augment_options': dict(flip_horizontal=0.0)})
+                     'augment_options': dict(crop_share=(.8, 1.))})
 
 
 _MONITOR = dict(clip_each={}, monitor='valid_error_auroc', mode='max')
