@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'ErrorDetectorConfig', 'check_detector', 'ErrorDetector', 'new_error_detector']
 
-# %% ../../nbs/329b_methods.error_detector.ipynb #e0030289
+# %% ../../nbs/329b_methods.error_detector.ipynb #efd303c4
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -31,7 +31,7 @@ from .parts.image_tokens import new_token_encoder, new_token_grid
 from .parts.pairs import PairMethod
 from .parts.reader import Vocabulary
 from .parts.text_side import saved_text, with_vocabulary
-from .recipes import Recipe, new_method, recipe, vary
+from .recipes import Recipe, recipe, vary
 from .xvl import XVL, XVLConfig, new_reader, resolve
 from ..models.scaling import scale_images
 
