@@ -23,7 +23,7 @@ from .retrieval import means_table
 from ..stats.bootstrap import compare, estimates
 from ...methods.base import Method, capabilities, evaluating
 
-# %% ../../../nbs/518_evaluate.protocols.error_detection.ipynb #a8d5d3e9
+# %% ../../../nbs/518_evaluate.protocols.error_detection.ipynb #a9c22796
 Images = Prepared | torch.Tensor | np.ndarray # a data set, or pixels (n,1,h,w) or (n,h,w), uint8 or float 0..255
 
 
@@ -41,7 +41,7 @@ def _cosines(method, images, rows, texts, batch_size):
         y = torch.cat([said(distinct[k:k + 64]).double() for k in range(0, len(distinct), 64)])
     x, y = (torch.nn.functional.normalize(v, dim=-1) for v in (torch.cat(x), y))
     at = {t: k for k, t in enumerate(distinct)}
-    return (x[torch.as_tensor(rows)] * y[[at[t] for t in texts]]).sum(-1).cpu().numpy()
+    return (x[np.array(rows)] * y[[at[t] for t in texts]]).sum(-1).cpu().numpy()
 
 
 def _matches(method, images, rows, texts, batch_size):
