@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'RULES', 'NEVER', 'SearchConfig', 'check_search', 'length_penalty', 'repeated', 'next_words', 'NextWords',
-           'Hypothesis', 'draw_words', 'stream', 'collect', 'beam_search', 'search']
+           'Hypothesis', 'draw_words', 'stream', 'collect', 'beam_search', 'search', 'rank_texts']
 
 # %% ../../nbs/227_models.search.ipynb #dbba5ae1
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -281,3 +281,31 @@ def search(writer: NextWords, # with as many rows as there are images
     "Choose words by greedy, beam or sampling."
     if check_search(c).how == 'beam': return beam_search(writer, first, end, c, never, given)
     return collect(stream(writer, first, end, c, never, given, keys), first, end, c.length_power)
+
+# %% ../../nbs/227_models.search.ipynb #d0e9bf2c
+def rank_texts(predict: Callable, # (tokens int64 (m,L), rows int64 (m,): of the context each goes with) -> logits (m,L,V)
+               rows: int, # contexts
+               texts: torch.Tensor, # candidates, int64 (a,L), with first mark and end mark
+               mask: torch.Tensor, # 1 for tokens, 0 for padding, (a,L)
+               keep: int = 0, # candidates that are read to the end, by their first token; 0: all
+               first_twice: bool = False, # count the first token twice (original)
+               pairs: int = 256, # read at once: memory, not result
+               ) -> tuple: # candidates int64 (rows,k), the likeliest first, and log-probabilities (rows,k)
+    """Rank candidates by their log-probability. Source: ALBEF and X-VL, `rank_answer`.
+
+    Raises: ValueError without candidates."""
+    a, device = len(texts), texts.device
+    if not a: raise ValueError('there is no candidate to choose from')
+    every = torch.arange(rows, device=device)
+    first = predict(texts[:1, :1].expand(rows, 1), every)[:, 0].float().log_softmax(-1)[:, texts[:, 1]]
+    k = min(keep, a) if keep else a
+    start, chosen = first.topk(k) if k < a else (first, torch.arange(a, device=device).expand(rows, a))
+    total = []
+    for who, what in zip(every.repeat_interleave(k).split(pairs), chosen.flatten().split(pairs)):
+        ids, here = texts[what], mask[what]
+        log_prob = predict(ids, who)[:, :-1].float().log_softmax(-1)
+        each = log_prob.gather(2, ids[:, 1:, None])[..., 0]
+        total.append((each * here[:, 1:]).sum(1))
+    score = torch.cat(total).view(rows, k) + (start if first_twice else 0)
+    score, order = score.sort(dim=1, descending=True, stable=True)
+    return chosen.gather(1, order), score

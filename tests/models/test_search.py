@@ -8,7 +8,7 @@ import torch
 from golden import golden
 
 from medvl.models.decoder import new_word_stack
-from medvl.models.search import SearchConfig, beam_search, check_search, collect, repeated, search, stream
+from medvl.models.search import SearchConfig, beam_search, check_search, collect, rank_texts, repeated, search, stream
 
 TINY = dict(vocab_size=40, width=32, heads=4, text_layers=1, text_hidden=48, fusion_layers=2, fusion_hidden=64, context=24, positions=32, dropout=0.0)
 FORMS = {'joined': dict(joined=True), 'two': {}, 'looking': dict(text_layers=0)}
@@ -36,3 +36,15 @@ def test_beams_of_the_original(beams, low, high):
     found = beam_search(toy, torch.full((3,), int(d['bos'])), int(d['eos']), c)
     assert [[list(h.tokens) for h in f] for f in found] == wanted['ids']
     for f, scores in zip(found, wanted['scores']): np.testing.assert_allclose([h.score for h in f], scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('k', [2, 4, 6])
+def test_ranking_of_the_original(k):
+    "The first token counts twice in the original; counted once, other answers win."
+    d = {n: torch.from_numpy(v) for n, v in np.load(golden('xvl/vqa_rank_answer.npz')).items()}
+    read = lambda ids, rows: d['T'][ids] + d['question_states'][rows, :1]
+    ids = d['answer_ids']
+    which, score = rank_texts(read, 4, ids, (ids != 0).long(), keep=k, first_twice=True)
+    assert torch.equal(which, d[f'top{k}_ids'])
+    torch.testing.assert_close(score.softmax(-1), d[f'top{k}_probs'], rtol=1e-4, atol=1e-5)
+    assert not torch.equal(rank_texts(read, 4, ids, (ids != 0).long())[0], d['top6_ids'])

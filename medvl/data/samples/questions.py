@@ -97,9 +97,12 @@ class WritingDataset(Samples):
         train:bool=True, # draw at random; False: the same at every epoch
         skipped:dict|None=None, # reason -> rows left out before
         unit:str='texts', # what a row is called
+        maps:np.ndarray|None=None, # instead of pixels: maps of a frozen encoder, (rows of the store,c,h,w)
     ):
         c = self.config = check_writing(config or WritingConfig())
-        self.unit, self.tokenizer = unit, tokenizer
+        self.unit, self.tokenizer, self.maps = unit, tokenizer, maps
+        if maps is not None and (c.views > 1 or c.flip_horizontal):
+            raise ValueError('stored maps are of one image as it is: views=1, flip_horizontal=0')
         bare = [r for r in rows if not self.typed(r, 'answer', False) or not self.typed(r, 'question', False)]
         kept = [r for r in rows if r not in bare] if bare else rows
         skipped = {**(skipped or {}), **({'no words': len(bare)} if bare else {})}
@@ -136,6 +139,9 @@ class WritingDataset(Samples):
         images = row['images'][:c.views]
         spare = c.views - len(images)
         out = self.entries(epoch, index, row, images, np.array([[flip, False]] * c.views)) | self.tokens(row, flip)
+        if self.maps is not None:
+            out.pop('images')
+            out['maps'] = np.asarray(self.maps[int(images[0][0])])
         if c.views > 1:
             out['images'], out['view'] = out['images'] + [None] * spare, out['view'] + [''] * spare
             out['present'] = np.array([True] * len(images) + [False] * spare)
@@ -143,7 +149,7 @@ class WritingDataset(Samples):
 
     def decided(self) -> list:
         said = [[r['sample_id'], r['answer'], r.get('question', '')] for r in self.rows]
-        return [config_dict(self.config), self.train, digest(said)]
+        return [config_dict(self.config), self.train, digest(said), self.maps is not None]
 
 # %% ../../../nbs/149bb_data.samples.questions.ipynb #abcd215b
 def report_of(reports: list, # distinct reports of an examination
@@ -207,8 +213,9 @@ def question_dataset(prepared: Prepared, # images
                      tokenizer: Any, # a fast transformers tokeniser
                      config: WritingConfig | None = None, # options; None: answers in the form 'answer'
                      train: bool = True, # draw at random; False: the same at every epoch
+                     maps: np.ndarray | None = None, # see WritingDataset
                      ) -> WritingDataset:
     "Make samples of questions and answers."
     rows, skipped = question_rows(prepared, table)
     config = WritingConfig(answer_form='answer', answer_length=32) if config is None else config
-    return WritingDataset(prepared, rows, tokenizer, config, train, skipped, 'questions')
+    return WritingDataset(prepared, rows, tokenizer, config, train, skipped, 'questions', maps)

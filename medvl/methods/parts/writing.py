@@ -8,13 +8,13 @@ __all__ = ['SCALINGS', 'COUNTS', 'WriteConfig', 'check_write', 'search_of', 'Wri
 
 # %% ../../../nbs/326d_methods.parts.writing.ipynb #5cafbeb1
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ...core.config import config_from_dict
@@ -25,7 +25,7 @@ from ...data.batch import present_rows, words_per_view
 from ...data.samples.questions import FORMS, text_form, written
 from ...data.text.tokens import fit_tokenizer, load_tokenizer, pad_tokens, tokenise
 from ...losses.words import next_word_loss
-from ..base import CONFIG, Method, StepState, evaluating, from_pretrained
+from ..base import Method, StepState, evaluating, from_pretrained
 from .guards import check_samples
 from .image_side import ImageSide, saved_image_encoder
 from .image_tokens import TokenImageConfig, image_tokens, new_token_encoder, new_token_grid
@@ -65,6 +65,7 @@ class WriteConfig(TokenImageConfig):
     prompted: bool = False  # a text is read beside the image
     answer_layers: int = 4  # prompted: layers that write, all of which look at what was read
     see_image: bool = False  # prompted: they look at the image, too (not in X-VL)
+    blind: bool = False  # all images are read as one grey: what words alone can do, for comparison
     question_length: int = 64  # tokens of the text beside the image at most
     max_length: int = 120  # tokens of what is written at most
     question_form: str = 'question'  # form of the text that is read, see data.samples.questions
@@ -191,6 +192,7 @@ def image_context(self: WritingMethod,
                   views: list | None = None, # b lists of v names, of the configuration's `views`; None: without names
                   ) -> tuple: # tokens (b,v·p,d), and which count (b,v·p) or None
     "Read images: the tokens of all views of a sample in one row."
+    if self.config.blind: images = torch.full_like(images, 127)
     run = lambda x: image_tokens(self.image_encoder, self.image_grid, self.image_side.scaled(x))[0]
     if images.dim() == 4: images = images[:, None]
     tokens = over_views(run, images, None if present is None else present_rows(present))
@@ -203,12 +205,38 @@ def image_context(self: WritingMethod,
 
 
 @patch(WritingMethod)
-def context(self: WritingMethod, images: torch.Tensor, question: dict | None, # tokens int64 (b,L); None: no text
-            present: torch.Tensor | None = None, views: list | None = None) -> tuple: # (b,c,d), (b,c) or None
+def map_context(self: WritingMethod, maps: Sequence) -> tuple: # b arrays (c,h,w), kept of a frozen encoder
+    """Make tokens of kept maps.
+
+    Raises: ValueError for an encoder that learns, or that gives tokens."""
+    if self.image_grid is None or not self.config.frozen:
+        raise ValueError('kept maps are of a frozen encoder with maps: frozen=True, and no ViT')
+    found = torch.stack([torch.as_tensor(m) for m in maps]).to(self.device).float()
+    return self.image_grid(torch.zeros_like(found) if self.config.blind else found), None
+
+
+@patch(WritingMethod)
+def keep_maps(self: WritingMethod, images: Sequence, # n arrays (h,w), uint8
+              batch_size: int = 16, # images at once
+              ) -> np.ndarray: # float16 (n,c,h,w)
+    "Run a frozen encoder once, for samples that bring its maps."
+    out, level = [], self.image_grid.level if self.image_grid is not None else -1
+    with evaluating(self):
+        for i in range(0, len(images), batch_size):
+            x = torch.stack([torch.from_numpy(np.array(m)) for m in images[i:i + batch_size]])[:, None]
+            out.append(self.image_encoder.feature_maps(self.image_side.scaled(x), level).half().cpu().numpy())
+    return np.concatenate(out)
+
+
+@patch(WritingMethod)
+def context(self: WritingMethod, images: torch.Tensor | None, question: dict | None, # tokens int64 (b,L); None: no text
+            present: torch.Tensor | None = None, views: list | None = None,
+            maps: Sequence | None = None, # instead of images
+            ) -> tuple: # (b,c,d), (b,c) or None
     """Read what the decoder looks at: the images, or a text beside them.
 
     Raises: DataError for a method that reads a text and gets none."""
-    seen, there = self.image_context(images, present, views)
+    seen, there = self.image_context(images, present, views) if maps is None else self.map_context(maps)
     if self.reader is None: return seen, there
     if question is None:
         raise DataError(f'{self.name} reads a text beside the image, and there is none',
@@ -254,13 +282,13 @@ def word_losses_of(self: WritingMethod, ids: torch.Tensor, mask: torch.Tensor, c
 @patch(WritingMethod)
 def encode(self: WritingMethod, batch: dict) -> dict: # images (b,v,1,h,w); answer or tokens; perhaps question
     "Give the summed loss of each text's words, `word_loss` (b,), and how many were `asked` and guessed `right`."
-    images = batch['augmented'][0] if batch.get('augmented') else batch['images']
+    images = batch['augmented'][0] if batch.get('augmented') else batch.get('images')
     views = None
     if self.view_marks is not None and 'view' in batch:
         sides = words_per_view(batch, 'laterality') if 'laterality' in batch else [[''] * len(v) for v in batch['view']]
         views = [[n if n in self.config.views or not s else f'{s}-{n}' for n, s in zip(row, side)]
                  for row, side in zip(batch['view'], sides)]
-    context, there = self.context(images, batch.get('question'), batch.get('present'), views)
+    context, there = self.context(images, batch.get('question'), batch.get('present'), views, batch.get('maps'))
     loss, asked, right = self.word_losses_of(*self.wanted(batch), context, there)
     check_samples(batch, context[:, :1], loss[:, None, None], allow_empty=True, module=self)
     return {'word_loss': loss, 'asked': asked, 'right': right.to(loss.dtype)}
@@ -407,7 +435,7 @@ def _words_of(source: Method, words: str) -> tuple:
         return None, None, {}
     if reader is None:
         below = bert_below(source.text_encoder)
-        return below, None, dict(_shape(below), text_layers=len(below.layers),
+        return below, None, dict(_shape(below), joined=False, text_layers=len(below.layers),
                                  text_hidden=below.layers[0].up.out_features)
     looks = reader.fuser
     facts = dict(fusion_layers=len(looks.layers) - looks.fusion_layer, fusion_hidden=looks.layers[-1].up.out_features,
@@ -415,7 +443,7 @@ def _words_of(source: Method, words: str) -> tuple:
     if reader.fusion is None:
         return None, looks, dict(_shape(looks), **facts, text_layers=looks.fusion_layer, joined=True)
     below = bert_below(reader.text)
-    return below, looks, dict(_shape(below), **facts, text_layers=len(below.layers),
+    return below, looks, dict(_shape(below), **facts, joined=False, text_layers=len(below.layers),
                               text_hidden=below.layers[0].up.out_features)
 
 
