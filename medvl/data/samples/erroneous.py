@@ -24,7 +24,7 @@ from .chest import read_as
 from ..text.errors import (
     ERROR_KINDS, SEVEN_ERRORS, ErrorGenerator, ErrorRecord, draw_error, sentence_spans)
 
-# %% ../../../nbs/149be_data.samples.erroneous.ipynb #0cd57ff3
+# %% ../../../nbs/149be_data.samples.erroneous.ipynb #5e5e98d3
 declare('error_kind', Field(torch.int64, 'b', what='mistake of the report: 0 none, 1 the first kind …'))
 
 
@@ -37,6 +37,7 @@ class ErroneousConfig(CaptionConfig):
     reach: str = 'one' # words exchanged: 'one', or 'all' (the original)
     touched: str = 'finding' # sentences left out or confused: those stating a 'finding', or 'any' (the original)
     mask_probability: float = 0.0 # no words are hidden
+    labels: tuple|None = None # of the data, which say what a report holds; None: all; (): the labeller reads it
 
 
 class ErroneousDataset(CaptionDataset):
