@@ -54,7 +54,7 @@ def same_label_rows(
         out.append(int(others[pick]) if len(others) else -1)
     return np.array(out, int)
 
-# %% ../../../nbs/519_evaluate.protocols.image_use.ipynb #fab5248f
+# %% ../../../nbs/519_evaluate.protocols.image_use.ipynb #58f07973
 def paint_over(
     image: np.ndarray, # (h,w)
     boxes: np.ndarray, # (k,4) x0, y0, x1, y1, pixels
@@ -70,7 +70,7 @@ def paint_over(
         out[a:b, c:d] = grey if out.dtype.kind == 'f' else round(float(grey))
     return out
 
-
+# %% ../../../nbs/519_evaluate.protocols.image_use.ipynb #702c165c
 def boxes_elsewhere(
     boxes: np.ndarray, # (k,4) x0, y0, x1, y1, pixels
     shape: tuple, # (h,w)
