@@ -35,7 +35,7 @@ from .recipes import Recipe, recipe, vary
 from .xvl import XVL, XVLConfig, new_reader, resolve
 from ..models.scaling import scale_images
 
-# %% ../../nbs/329b_methods.error_detector.ipynb #72f03562
+# %% ../../nbs/329b_methods.error_detector.ipynb #af81a645
 @dataclass
 class ErrorDetectorConfig(TokenImageConfig):
     "Configuration of a detector: X-VL's networks, and the kinds of mistake."
@@ -49,6 +49,7 @@ class ErrorDetectorConfig(TokenImageConfig):
     text_width: int = XVLConfig.text_width  # of the one network of 2022
     text_layers: int = XVLConfig.text_layers  # of it, below those that look at the image
     text_positions: int = XVLConfig.text_positions  # of it: the longest text, tokens
+    text_pool: str = XVLConfig.text_pool  # what stands for a text: its state 'cls', or the 'mean' of all
     fusion_layers: int | None = XVLConfig.fusion_layers  # that look at the image: 4; 6
     fusion_heads: int = XVLConfig.fusion_heads  # of these layers
     fusion_hidden: int | None = XVLConfig.fusion_hidden  # width of their token-wise networks: 2048; 3072
@@ -79,7 +80,7 @@ def with_networks(
     found = resolve(XVLConfig(**{n: getattr(config, n) for n in shared}))
     return replace(config, **{n: getattr(found, n) for n in shared})
 
-# %% ../../nbs/329b_methods.error_detector.ipynb #66b84105
+# %% ../../nbs/329b_methods.error_detector.ipynb #2f2893fb
 @register
 class ErrorDetector(PairMethod):
     "X-VL fine-tuned on mistakes. Source: Park et al. (arXiv:2208.05140), error detection of the 2022 code."
@@ -136,10 +137,10 @@ class ErrorDetector(PairMethod):
         ids, mask, _ = self.tokens_of(batch)
         image = self.read_images((batch.get('augmented') or [batch['images']])[0])['tokens']
         states = self.reader.states(ids, mask)
-        cls = self.reader.fuse(states, mask, image)[:, 0]
+        cls = self.reader.fuse(states, mask, image, only=1)[:, 0]
         judged = self.matching['text'](cls)
         if 'image' in self.matching: judged = (judged + self.matching['image'](
-            self.reader.fuse(image, None, states, mask)[:, 0])) / 2
+            self.reader.fuse(image, None, states, mask, only=1)[:, 0])) / 2
         check_samples(batch, judged[:, None], module=self)
         return {'judged': judged.float(), **({} if self.kinds is None else {'kind': self.kinds(cls).float()})}
 
@@ -198,7 +199,7 @@ RECIPES = {
                            dict(sections=('impression',)))),
     'smoke': _only(_of_xvl('smoke', 'seconds, for tests: it learns nothing', _MONITOR, dict(sections=('impression',))))}
 
-# %% ../../nbs/329b_methods.error_detector.ipynb #d50c4848
+# %% ../../nbs/329b_methods.error_detector.ipynb #95e0638f
 @patch(ErrorDetector)
 def suspect(self: ErrorDetector, images: dict, texts: dict, # read images and read texts: pairs (n)
             ) -> torch.Tensor: # (n,k): probability of each kind, given that there is a mistake
@@ -208,7 +209,8 @@ def suspect(self: ErrorDetector, images: dict, texts: dict, # read images and re
     if self.kinds is None: raise ValueError('this detector does not tell kinds apart: its kind_weight is 0')
     if len(images['tokens']) != len(texts['states']):
         raise ValueError(f'{len(images["tokens"])} images and {len(texts["states"])} texts: one text an image')
-    return self.kinds(self.reader.fuse(texts['states'], texts['words'], images['tokens'])[:, 0]).softmax(-1)
+    cls = self.reader.fuse(texts['states'], texts['words'], images['tokens'], only=1)[:, 0]
+    return self.kinds(cls).softmax(-1)
 
 # %% ../../nbs/329b_methods.error_detector.ipynb #5c72b686
 def new_error_detector(
