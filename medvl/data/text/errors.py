@@ -206,7 +206,7 @@ def wrong_sentence(
     hit = [i for i, (start, stop) in enumerate(sentence_spans(record.text)) if a < stop and b > start]
     return hit[0] if len(hit) == 1 else -1
 
-# %% ../../../nbs/128a_data.text.errors.ipynb #1437de92
+# %% ../../../nbs/128a_data.text.errors.ipynb #e205c052
 NORMAL = 'No Finding'
 
 
@@ -243,12 +243,23 @@ class ErrorGenerator:
         self.words, self.reach, self.sentences, self.seed = error_words(words), reach, sentences, seed
         given = findings if findings is not None else [findings_in(t, self.rules) for t in self.corpus]
         self.findings = [frozenset(f) or frozenset({NORMAL}) for f in given]
-        self.known = dict(zip(self.corpus, self.findings))
+        self.known, self.read = dict(zip(self.corpus, self.findings)), {}
+        self.plain = [pre_caption(t, 10**6) for t in self.corpus]
+
+    def stated_in(self, text: str) -> frozenset:
+        "Give what the labeller reads in a report or a sentence; each is read once."
+        if text not in self.read: self.read[text] = findings_in(text, self.rules)
+        return self.read[text]
+
+    def sentences_of(self, text: str) -> list: # of (start, stop)
+        "Give the sentences of a report; each is cut once."
+        key = 'sentences', text
+        if key not in self.read: self.read[key] = sentence_spans(text)
+        return self.read[key]
 
     def findings_of(self, text: str) -> frozenset:
         "Give the findings of a report: those given with the corpus, else the labeller's."
-        if text not in self.known: self.known[text] = findings_in(text, self.rules)
-        return self.known[text]
+        return self.known.get(text) or self.stated_in(text)
 
     def __call__(self,
         text: str, # a report
@@ -266,10 +277,11 @@ class ErrorGenerator:
 
 _MAKERS: dict[str, Callable] = {} # kind -> function(generator, text, rng) -> edits, and a note where there are none
 
-# %% ../../../nbs/128a_data.text.errors.ipynb #27fbf856
+# %% ../../../nbs/128a_data.text.errors.ipynb #fcd00d3e
 def _another(generator, text, rng, fits, what):
     "Edits that replace the whole report by one whose findings fit."
-    rows = [i for i, f in enumerate(generator.findings) if fits(f) and not says_the_same(generator.corpus[i], text)]
+    own = pre_caption(text, 10**6)
+    rows = [i for i, f in enumerate(generator.findings) if fits(f) and generator.plain[i] != own]
     if not rows: return [], f'no {what} in the corpus'
     return [(0, len(text), generator.corpus[rows[int(rng.integers(len(rows)))]])], ''
 
@@ -291,15 +303,15 @@ def _mismatch(g, text, rng):
 
 _MAKERS |= dict(false_positive=_false_positive, false_negative=_false_negative, mismatch=_mismatch)
 
-# %% ../../../nbs/128a_data.text.errors.ipynb #7d4f5fe2
+# %% ../../../nbs/128a_data.text.errors.ipynb #3ef4a83d
 def _stating(generator, text, spans):
     "Numbers of the sentences that state a finding."
-    return [i for i, (a, b) in enumerate(spans) if NORMAL not in findings_in(text[a:b], generator.rules)]
+    return [i for i, (a, b) in enumerate(spans) if NORMAL not in generator.stated_in(text[a:b])]
 
 
 def _touched(generator, text, rng):
     "The sentence that is touched, and all spans; None where there is none."
-    spans = sentence_spans(text)
+    spans = generator.sentences_of(text)
     rows = list(range(len(spans))) if generator.sentences == 'any' else _stating(generator, text, spans)
     return (rows[int(rng.integers(len(rows)))] if rows else None), spans
 
@@ -315,7 +327,7 @@ def _omission(g, text, rng):
 def _sentence_from(g, rows, rng, fits):
     "A sentence of the corpus rows that fits; '' where there is none."
     for i in rng.permutation(rows):
-        said = [s for s in split_sentences(g.corpus[i]) if fits(s)]
+        said = [s for a, b in g.sentences_of(g.corpus[i]) if fits(s := g.corpus[i][a:b])]
         if said: return said[int(rng.integers(len(said)))]
     return ''
 
@@ -324,18 +336,19 @@ def _confusion(g, text, rng):
     own = g.findings_of(text)
     if NORMAL in own: return [], 'the report is normal: no finding to confuse'
     rows = [i for i, f in enumerate(g.findings) if not f & own]
-    states = lambda s: g.sentences == 'any' or NORMAL not in findings_in(s, g.rules)
+    states = lambda s: g.sentences == 'any' or NORMAL not in g.stated_in(s)
     (i, spans), new = _touched(g, text, rng), _sentence_from(g, rows, rng, states) if rows else ''
     if i is None or not new: return [], 'no sentence to take from a report without a finding in common'
     return [(*spans[i], new)], ''
 
 
 def _insertion(g, text, rng):
-    own = findings_in(text, g.rules) | {NORMAL} # by the names of the labeller, which reads the sentences, too
+    own = g.stated_in(text) | {NORMAL} # by the names of the labeller, which reads the sentences, too
     rows = [i for i, f in enumerate(g.findings) if NORMAL not in f]
-    new = _sentence_from(g, rows, rng, lambda s: not findings_in(s, g.rules) & own) if rows else ''
+    new = _sentence_from(g, rows, rng, lambda s: not g.stated_in(s) & own) if rows else ''
     if not new: return [], 'no finding to add'
-    at = [0, *(b for _, b in sentence_spans(text))][int(rng.integers(len(sentence_spans(text)) + 1))]
+    ends = [0, *(b for _, b in g.sentences_of(text))]
+    at = ends[int(rng.integers(len(ends)))]
     return [(at, at, f' {new}' if at else f'{new} ')], ''
 
 
