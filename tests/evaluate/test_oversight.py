@@ -239,3 +239,11 @@ def test_on_a_prepared_phantom(tmp_path):
     part = prepared_chest_phantom(tmp_path/'p', n=12, size=(64, 64))
     use = image_use([retrieval_task(Planted(), part.manifest.report.tolist())], part, n_boot=20)
     assert set(use.table.shown) <= set(SHOWN) and (use.table.patients <= 12).all()
+
+
+def test_sentences_without_words_are_not_asked(films):
+    "The 1. of a list has nothing that could be wrong."
+    asked = []
+    def ask(images, rows, texts): asked.extend(texts); return np.zeros(len(texts))
+    doubts, = sentence_doubts(ask, pixels(films), [0], ['No mass. 12. Left effusion.'])
+    assert asked == ['No mass.', 'Left effusion.'] and doubts.tolist() == [0., -np.inf, 0.]

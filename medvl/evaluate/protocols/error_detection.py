@@ -6,7 +6,7 @@
 __all__ = ['Images', 'AGAINST', 'SENTENCE_RULES', 'pair_fits', 'text_detector', 'check_error_table', 'ErrorDetection',
            'error_detection', 'sentence_doubts', 'wrong_sentences']
 
-# %% ../../../nbs/518_evaluate.protocols.error_detection.ipynb #e94d67e3
+# %% ../../../nbs/518_evaluate.protocols.error_detection.ipynb #5ef9b4c4
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +16,7 @@ import torch
 
 from ...core.errors import DataError, unknown_name
 from ...data.prepared import Prepared
+from ...data.text.captions import pre_caption
 from ...data.text.errors import sentence_spans
 from .embeddings import device_of
 from .pairs import read_image_set, rows_of, score_kind
@@ -177,7 +178,7 @@ def error_detection(
                              high=d.difference.high, p_value=d.p_value, patients=d.difference.n_clusters))
     return ErrorDetection(pd.DataFrame(rows), pd.DataFrame(gaps), scores)
 
-# %% ../../../nbs/518_evaluate.protocols.error_detection.ipynb #d4024d15
+# %% ../../../nbs/518_evaluate.protocols.error_detection.ipynb #d1ac9a00
 SENTENCE_RULES = ('alone', 'without')
 
 
@@ -187,7 +188,7 @@ def sentence_doubts(
     rows: Sequence[int], # (m,) image of each report
     texts: Sequence[str], # (m,) reports
     how: str = 'alone', # of SENTENCE_RULES
-) -> list: # m arrays: the doubt about each sentence, larger is worse; a report of one sentence 'without' it: 0
+) -> list: # m arrays: the doubt about each sentence, larger is worse; of one without words -inf; of one 'without' it 0
     """Doubt the sentences of reports.
 
     Raises: ValueError for an unknown rule."""
@@ -195,10 +196,13 @@ def sentence_doubts(
     spans = [sentence_spans(t) for t in texts]
     if how == 'alone': parts = [[t[a:b] for a, b in s] for t, s in zip(texts, spans)]
     else: parts = [[' '.join(t[:a].split() + t[b:].split()) or t for a, b in s] for t, s in zip(texts, spans)]
-    which = np.repeat(np.asarray(rows), [len(p) for p in parts])
-    fits = np.asarray(detector(images, which, [x for p in parts for x in p]), float)
+    which, flat = np.repeat(np.asarray(rows), [len(p) for p in parts]), [x for p in parts for x in p]
+    asked = np.array([len(pre_caption(x).strip(' .')) > 2 for x in flat], bool) # not the 1. of a list
+    fits = np.full(len(flat), np.inf)
+    fits[asked] = np.asarray(detector(images, which[asked], [x for x, a in zip(flat, asked) if a]), float)
     cut = np.split(fits, np.cumsum([len(p) for p in parts])[:-1])
-    return [-f for f in cut] if how == 'alone' else [f - f.mean() if len(f) > 1 else 0 * f for f in cut]
+    if how == 'alone': return [-f for f in cut]
+    return [f - f.mean() if len(f) > 1 and np.isfinite(f).all() else 0 * np.nan_to_num(f) for f in cut]
 
 # %% ../../../nbs/518_evaluate.protocols.error_detection.ipynb #3cab1e6c
 def wrong_sentences(
