@@ -311,3 +311,11 @@ def test_scores_of_absent_packages_are_said():
 
 def test_breast_reports():
     assert breast_attribute_f1(BREAST, BREAST) == 1 > max(breast_attribute_f1(BREAST, t) for t in BREAST_ERRORS.values())
+
+
+def test_a_decoder_that_repeats_itself_is_scored_in_time():
+    import time
+    start = time.process_time()
+    for text in ('effusion '*1500, 'pulmonary '*1500, 'no '*3000, 'a'*10000): assert 0 <= finding_score(CHEST, text) < 1
+    assert time.process_time() - start < 20
+    assert [f.name for f in report_findings('Effusion, CT is recommended, cardiomegaly.')] == ['effusion', 'cardiomegaly']

@@ -66,9 +66,9 @@ KIN = {('consolidation', 'pneumonia'): .9, ('consolidation', 'opacity'): .8, ('p
         ('sternotomy', 'valve'): .4, ('sternotomy', 'surgical clips'): .6,
         ('orthopaedic hardware', 'surgical clips'): .4}
 _INFECTION = re.compile(r'fever|cough|infect|pneumonia|sepsis|leuko', re.I)
-_STOP = set('the a an is are was were of in on at to with and or no not there has have been be it this that '
-            'which as by for from seen noted identified present evidence consistent likely may represent compatible demonstrates '
-            'shows appears again within'.split())
+_STOP = set('the a an is are was were of in on at to with and or no not there has have been be it this that which '
+            'as by for from seen noted identified present evidence consistent likely may represent compatible '
+            'demonstrates shows appears again within'.split())
 
 
 def content_stems(text: str, # a sentence or more

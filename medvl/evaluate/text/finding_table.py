@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['REPORT_FINDINGS', 'SIGNIFICANCE', 'DEGREES', 'ZONES', 'CHANGES', 'WHICH_SIDE', 'LATERAL', 'ZONED', 'DEVICES', 'LUNG',
-           'Finding', 'finding_pattern', 'finding_sentences', 'stated_status', 'attribute_words', 'sentence_findings',
-           'report_findings']
+           'LONGEST_SENTENCE', 'Finding', 'finding_pattern', 'finding_sentences', 'stated_status', 'attribute_words',
+           'sentence_findings', 'report_findings']
 
-# %% ../../../nbs/532a_evaluate.text.finding_table.ipynb #795421bf
+# %% ../../../nbs/532a_evaluate.text.finding_table.ipynb #26081adb
 import re
+import textwrap
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -239,11 +240,14 @@ def finding_pattern(table: str = REPORT_FINDINGS, # rows `significance | group |
 _HISTORY = re.compile(r'^\W*(?:the )?(?:patient|indication|history|clinical|comparison|technique'
                       r'|exam(?:ination)?)\b(?! (?:is|has been) (?:rotated|intubated|status))|history of'
                       r'|years?[- ]old|presents? with|compared (?:to|with) the [^,]*$', re.I)
-_ADVICE = re.compile(r'[^,;]*\b(?:recommend\w*|advised|warranted|correlat\w+|follow-?up)\b[^,;]*', re.I)
+_ADVICE = re.compile(r'\b(?:recommend\w*|advised|warranted|correlat\w+|follow-?up)\b', re.I)
 _MOVE = re.compile(r'retract|reposition|withdraw|advanc', re.I)
 _NEXT = re.compile(r'(?:,|\band\b)\s+(?:and |but |with )?(?:(?:a|an|the|there|is)\s+)?(?:small|mild|moderate|large'
                    r'|trace|tiny|stable|unchanged|new|left|right|bilateral|minimal|heart|cardiac|lungs?|aorta'
                    r'|persistent)\b', re.I)
+
+
+LONGEST_SENTENCE = 1000 # characters; what a model repeats without end is read in pieces
 
 
 def finding_sentences(text: str, # a report
@@ -251,8 +255,11 @@ def finding_sentences(text: str, # a report
     "Cut a report into sentences that can hold findings."
     text, kept = re.sub(r'\s*\n\s*(?=[a-z0-9(])', ' ', text), []
     for m in re.finditer(r'(?:[^.!?\n]|\.(?=\d))+', text):
-        s = m[0].strip()
-        if s and not _HISTORY.search(s): kept.append(s if _MOVE.search(s) else _ADVICE.sub(' ', s))
+        for s in [m[0].strip()] if len(m[0]) <= LONGEST_SENTENCE else textwrap.wrap(m[0], LONGEST_SENTENCE):
+            if not s or _HISTORY.search(s): continue
+            if _ADVICE.search(s) and not _MOVE.search(s):
+                s = ''.join(' ' if _ADVICE.search(part) else part for part in re.split(r'([,;])', s))
+            kept.append(s)
     return kept
 
 
