@@ -62,7 +62,7 @@ def without_weights(name, key):
     there = given.get('text_encoder', knows['text_encoder'].default if 'text_encoder' in knows else '')
     changes = {k: False for k in ('image_pretrained', 'text_pretrained') if k in knows}
     if there and there not in CONFIGURATIONS: changes['text_encoder'] = 'bert-base-clinical-config'
-    with torch.device('meta'): return new_method(name, key, **({'tokenizer': words} if there else {}), **changes)
+    with torch.device('meta'): return new_method(name, key, **({'tokenizer': words} if there or dict(all_recipes(name))[key].own_words else {}), **changes)
 
 
 def new_case(folder, name):
