@@ -6,9 +6,9 @@
 __all__ = ['RELEVANCES', 'OTHER_BREASTS', 'RANGES', 'MATCHES', 'ABLATIONS', 'RECIPES', 'A2I2Config', 'reference_options',
            'check_a2i2', 'A2I2']
 
-# %% ../../nbs/350_methods.a2i2.ipynb #85919eb7
+# %% ../../nbs/350_methods.a2i2.ipynb #16d47395
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from ..losses.region_words import (AGGREGATIONS, exam_loss, exam_similarity, glo
 from .base import Method, StepState, register
 from .parts.exam_views import ExamViewConfig, ExamViews, spread_rows
 from .parts.guards import check_samples
-from .parts.image_side import saved_image_encoder
+from .parts.image_side import EfficientNetConfig, saved_image_encoder
 from .parts.report_words import WordConfig, WordReader
 from .parts.text_side import TextSide, saved_text, with_vocabulary
 from ..models.guided_filter import remove_veil
@@ -44,8 +44,11 @@ RELEVANCES, OTHER_BREASTS, RANGES = ('symmetric', 'reference'), ('negative', 'le
 
 
 @dataclass
-class A2I2Config(ExamViewConfig, WordConfig):
+class A2I2Config(ExamViewConfig, WordConfig, EfficientNetConfig):
     "Configuration of A²I²; the defaults are the paper's."
+    image_encoder: str = 'resnet-50'  # resnet-18 …, an EfficientNet, or another encoder with stages
+    image_mean: float = 0.5  # pixels become -1..1
+    image_std: float = 0.5
     attention_temperature: float = 4.0  # tau 1, of words over regions
     word_temperature: float = 5.0  # tau 2, over the words of a report
     scale: float = 10.0  # tau 3, multiplies every similarity
@@ -154,97 +157,266 @@ class A2I2(Method):
         text, tokenizer = saved_text(folder, config)
         return cls(config, tokenizer, saved_image_encoder(folder), text)
 
-# %% ../../nbs/350_methods.a2i2.ipynb #4c89deee
-@patch(A2I2)
-def decoded(self: A2I2, images: torch.Tensor, stages: dict, rows: torch.Tensor | None, present: torch.Tensor,
-            airlight: torch.Tensor | None) -> torch.Tensor: # (b,v,2)
-    "Compare each view that is there with what the decoder makes of it: reconstruction and roughness."
-    c, (b, v) = self.config, images.shape[:2]
-    x = images.to(self.device).float() / 255
-    if c.pixel_range == '-1..1': x = 2 * x - 1
-    air = c.airlight
-    if air == 'border': air = border_airlight(x, present)
-    if air == 'exam':
-        given = torch.full((b,), float('nan')) if airlight is None else airlight
-        air = given.to(x.device).nan_to_num(nan=1.0).view(b, 1, 1, 1, 1)
-    pick = lambda y: y.flatten(0, 1) if rows is None else y.flatten(0, 1)[rows.to(y.device)]
-    if isinstance(air, torch.Tensor): air = pick(air.expand(b, v, 1, 1, 1))
-    maps, clean = self.views.decoder(stages)
-    return spread_rows(torch.stack(reconstruction_terms(maps, clean, pick(x), air, c.smooth_box), -1), rows, (b, v))
+    def decoded(self, images: torch.Tensor, stages: dict, rows: torch.Tensor | None, present: torch.Tensor,
+                airlight: torch.Tensor | None) -> torch.Tensor: # (b,v,2)
+        "Compare each view that is there with what the decoder makes of it: reconstruction and roughness."
+        c, (b, v) = self.config, images.shape[:2]
+        x = images.to(self.device).float() / 255
+        if c.pixel_range == '-1..1': x = 2 * x - 1
+        air = c.airlight
+        if air == 'border': air = border_airlight(x, present)
+        if air == 'exam':
+            given = torch.full((b,), float('nan')) if airlight is None else airlight
+            air = given.to(x.device).nan_to_num(nan=1.0).view(b, 1, 1, 1, 1)
+        pick = lambda y: y.flatten(0, 1) if rows is None else y.flatten(0, 1)[rows.to(y.device)]
+        if isinstance(air, torch.Tensor): air = pick(air.expand(b, v, 1, 1, 1))
+        maps, clean = self.views.decoder(stages)
+        return spread_rows(torch.stack(reconstruction_terms(maps, clean, pick(x), air, c.smooth_box), -1), rows, (b, v))
 
+    def encode(self, batch: dict) -> dict: # images (b,v,1,h,w), present and rows; view, laterality; tokens (b,1,L)
+        "Give vectors of views, places, words and reports, and the decoder's two terms of every view."
+        images, c = batch['images'], self.config
+        b, v = images.shape[:2]
+        rows = batch['rows'] if 'rows' in batch else present_rows(batch['present']) if 'present' in batch else None
+        present = batch['present'] if 'present' in batch else torch.ones(b, v, dtype=torch.bool)
+        present = present.to(self.device)
+        seen = self.views(images, rows, batch.get('view'))
+        out = {'image': seen['image'], 'regions': seen['regions'], 'here': present.long()}
+        if self.reads_text:
+            ids, mask = self.tokens_of(batch)
+            text = self.reader.read(ids, mask)
+            out |= {'words': text['words'], 'counted': text['counted'].long(), 'vector': text['vector']}
+        check_samples(batch, out['image'], out['vector'][:, None] if self.reads_text else None, module=self)
+        if c.reconstruction_weight:
+            out['terms'] = self.decoded(images, seen['stages'], rows, present, batch.get('airlight'))
+        return {**out, **{k: x.to(self.device, non_blocking=True) for k, x in self.told(batch).items()}}
 
-@patch(A2I2)
-def encode(self: A2I2, batch: dict) -> dict: # images (b,v,1,h,w), present and rows; view, laterality; tokens (b,1,L)
-    "Give vectors of views, places, words and reports, and the decoder's two terms of every view."
-    images, c = batch['images'], self.config
-    b, v = images.shape[:2]
-    rows = batch['rows'] if 'rows' in batch else present_rows(batch['present']) if 'present' in batch else None
-    present = batch['present'] if 'present' in batch else torch.ones(b, v, dtype=torch.bool)
-    present = present.to(self.device)
-    seen = self.views(images, rows, batch.get('view'))
-    out = {'image': seen['image'], 'regions': seen['regions'], 'here': present.long()}
-    if self.reads_text:
-        ids, mask = self.tokens_of(batch)
-        text = self.reader.read(ids, mask)
-        out |= {'words': text['words'], 'counted': text['counted'].long(), 'vector': text['vector']}
-    check_samples(batch, out['image'], out['vector'][:, None] if self.reads_text else None, module=self)
-    if c.reconstruction_weight:
-        out['terms'] = self.decoded(images, seen['stages'], rows, present, batch.get('airlight'))
-    return {**out, **{k: x.to(self.device, non_blocking=True) for k, x in self.told(batch).items()}}
+    def tokens_of(self, batch: dict) -> tuple: # input_ids, attention_mask (b,L)
+        """Give the tokens of the reports.
 
-# %% ../../nbs/350_methods.a2i2.ipynb #e8f86c14
-@patch(A2I2)
-def tokens_of(self: A2I2, batch: dict) -> tuple: # input_ids, attention_mask (b,L)
-    """Give the tokens of the reports.
+        Raises: DataError for exams without a report; ValueError for several texts an exam."""
+        if 'tokens' not in batch:
+            raise DataError('exams without a report: '
+                            f'{", ".join(map(str, list(batch.get("sample_id", ()))[:4])) or "the whole batch"}',
+                            fix="Use samples with reports: new_samples('exams', …).")
+        ids, mask = (batch['tokens'][k] for k in ('input_ids', 'attention_mask'))
+        if ids.dim() == 3 and ids.shape[1] != 1:
+            raise ValueError(f'A²I² reads one report an exam, not {ids.shape[1]} texts')
+        return ids.flatten(0, -2).to(self.device), mask.flatten(0, -2).to(self.device)
 
-    Raises: DataError for exams without a report; ValueError for several texts an exam."""
-    if 'tokens' not in batch:
-        raise DataError('exams without a report: '
-                        f'{", ".join(map(str, list(batch.get("sample_id", ()))[:4])) or "the whole batch"}',
-                        fix="Use samples with reports: new_samples('exams', …).")
-    ids, mask = (batch['tokens'][k] for k in ('input_ids', 'attention_mask'))
-    if ids.dim() == 3 and ids.shape[1] != 1:
-        raise ValueError(f'A²I² reads one report an exam, not {ids.shape[1]} texts')
-    return ids.flatten(0, -2).to(self.device), mask.flatten(0, -2).to(self.device)
+    def told(self, batch: dict) -> dict: # int64: breasts (b,2,2), patient (b,1), keyword_ids (b,k)
+        """Say which views are of one breast, whose they are, and which keywords there are.
 
+        Raises: ValueError for intra_weight without words of views, or for too many keywords."""
+        b, c, out = len(batch['images']), self.config, {}
+        if c.intra_weight:
+            if 'view' not in batch or 'laterality' not in batch:
+                raise ValueError('the views of a breast are found by the words `view` and `laterality` of the batch; it '
+                                 'has none: set intra_weight=0, or give them')
+            out['breasts'] = breast_columns([list(v) for v in batch['view']], words_per_view(batch))
+            names = batch.get('patient_id') or batch.get('sample_id') or list(range(b))
+            out['patient'] = torch.tensor([[text_number([str(n)])] for n in names])
+        if c.rank_weight:
+            ids = batch.get('keyword_ids')
+            if ids is None: ids = word_numbers(batch['keywords']) if 'keywords' in batch else torch.zeros(b, 1).long()
+            if ids.shape[1] > c.most_keywords:
+                raise ValueError(f'{ids.shape[1]} keywords, but most_keywords={c.most_keywords}: raise it')
+            out['keyword_ids'] = torch.nn.functional.pad(ids, (0, c.most_keywords - ids.shape[1]))
+        return out
 
-@patch(A2I2)
-def told(self: A2I2, batch: dict) -> dict: # int64: breasts (b,2,2), patient (b,1), keyword_ids (b,k)
-    """Say which views are of one breast, whose they are, and which keywords there are.
+    def similarities(self, f: dict) -> dict: # features, of all processes -> 'global', 'local': (b,b)
+        "Give the similarities of all exams with all reports, averaged over the views that are there."
+        c, here, out = self.config, f['here'].bool(), {}
+        if c.global_weight or c.rank_weight:
+            out['global'] = exam_similarity(global_similarity(f['image'], f['vector'], c.scale), here)
+        if c.local_weight or c.rank_weight:
+            counted = f['counted'].bool()
+            width = max(1, int(counted.sum(1).max()))
+            S = local_similarity(f['regions'].flatten(0, 1), f['words'][:, :width], counted[:, :width],
+                                 (c.attention_temperature, c.word_temperature, c.scale), c.aggregation)
+            out['local'] = exam_similarity(S.unflatten(0, here.shape), here)
+        return out
 
-    Raises: ValueError for intra_weight without words of views, or for too many keywords."""
-    b, c, out = len(batch['images']), self.config, {}
-    if c.intra_weight:
-        if 'view' not in batch or 'laterality' not in batch:
-            raise ValueError('the views of a breast are found by the words `view` and `laterality` of the batch; it '
-                             'has none: set intra_weight=0, or give them')
-        out['breasts'] = breast_columns([list(v) for v in batch['view']], words_per_view(batch))
-        names = batch.get('patient_id') or batch.get('sample_id') or list(range(b))
-        out['patient'] = torch.tensor([[text_number([str(n)])] for n in names])
-    if c.rank_weight:
-        ids = batch.get('keyword_ids')
-        if ids is None: ids = word_numbers(batch['keywords']) if 'keywords' in batch else torch.zeros(b, 1).long()
-        if ids.shape[1] > c.most_keywords:
-            raise ValueError(f'{ids.shape[1]} keywords, but most_keywords={c.most_keywords}: raise it')
-        out['keyword_ids'] = torch.nn.functional.pad(ids, (0, c.most_keywords - ids.shape[1]))
-    return out
+    def losses(self, features: dict, batch: dict, state: StepState) -> dict:
+        "Give the weighted sum under `loss`, and its terms."
+        c, f, total, out = self.config, features, 0.0, {}
+        found = self.similarities(f) if self.reads_text else {}
+        group = batch.get('text_group')
+        same = None if group is None or c.duplicates == 'negatives' else shared_reports(group.to(self.device))
+        for name, weight in (('global', c.global_weight), ('local', c.local_weight)):
+            if not weight: continue
+            out[f'{name}_i2t'], out[f'{name}_t2i'] = exam_loss(found[name], same, 'negatives' if same is None
+                                                               else c.duplicates)
+            total = total + weight * (out[f'{name}_i2t'] + out[f'{name}_t2i'])
+        if c.rank_weight: out['rank'] = self.rank_losses(found, f, state)
+        if c.intra_weight: out['intra'] = self.intra_losses(f)
+        if c.reconstruction_weight:
+            out['reconstruction'], out['roughness'] = (view_mean(x, f['here'].bool()) for x in f['terms'].unbind(-1))
+        weights = {'rank': c.rank_weight, 'intra': c.intra_weight, 'reconstruction': c.reconstruction_weight,
+                   'roughness': c.reconstruction_weight * c.smooth_weight}
+        total = total + sum(w * out[k] for k, w in weights.items() if k in out)
+        out = {'loss': total, **out}
+        return out if self.training or not found else out | self.watched(found, out)
 
-# %% ../../nbs/350_methods.a2i2.ipynb #dd0efb5a
-@patch(A2I2)
-def similarities(self: A2I2, f: dict) -> dict: # features, of all processes -> 'global', 'local': (b,b)
-    "Give the similarities of all exams with all reports, averaged over the views that are there."
-    c, here, out = self.config, f['here'].bool(), {}
-    if c.global_weight or c.rank_weight:
-        out['global'] = exam_similarity(global_similarity(f['image'], f['vector'], c.scale), here)
-    if c.local_weight or c.rank_weight:
-        counted = f['counted'].bool()
-        width = max(1, int(counted.sum(1).max()))
-        S = local_similarity(f['regions'].flatten(0, 1), f['words'][:, :width], counted[:, :width],
-                             (c.attention_temperature, c.word_temperature, c.scale), c.aggregation)
-        out['local'] = exam_similarity(S.unflatten(0, here.shape), here)
-    return out
+    def watched(self, found: dict, out: dict) -> dict:
+        "Say how often exams find their reports, and what the searches gain over a guess."
+        extra = {f'{k}_top1': top_k_accuracy(s.detach()) for k, s in found.items()}
+        for k, s in found.items():
+            if f'{k}_i2t' not in out: continue
+            extra[f'{k}_gain'] = math.log(len(s)) - (out[f'{k}_i2t'] + out[f'{k}_t2i']).detach() / 2
+        return extra
 
+    def read_images(self,
+                    images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
+                    present: torch.Tensor | None = None, # bool (b,v); None: all are there
+                    views: list | None = None, # b lists of v words, for two encoders
+                    ) -> dict:
+        """Give image (b,v,d), places (b,v,r,d), here bool (b,v), and the grid (h',w'). Of one view a sample also
+        regions (b,r,d) and pooled (b,d), in the space of the words."""
+        images = _as_views(images)
+        rows = None if present is None else present_rows(present)
+        seen = self.views(images, rows, views)
+        here = torch.ones(images.shape[:2], dtype=torch.bool) if present is None else present
+        out = dict(image=seen['image'], places=seen['regions'], here=here.to(self.device), grid=seen['grid'],
+                   pooled=mean_views(seen['image'], present), weights=None)
+        return {**out, 'regions': seen['regions'][:, 0]} if images.shape[1] == 1 else out
 
+    def read_texts(self, texts: list | dict, # texts, or lists of sentences; or their tokens, int64 (t,L) or (t,1,L)
+                   ) -> dict:
+        """Give words (t,W,d), which count (t,W), and pooled, the vector of each text (t,d).
+
+        Raises: DataError for a text without words."""
+        if isinstance(texts, dict): ids, mask = self.tokens_of({'tokens': texts})
+        else: ids, mask, _ = self.reader.cut(_joined([texts] if isinstance(texts, str) else texts))
+        text = self.reader.read(ids.to(self.device), mask.to(self.device))
+        return dict(words=text['words'], counted=text['counted'], pooled=text['vector'], weights=None)
+
+    def match(self, images: dict, texts: dict, # of `read_images` (b) and `read_texts` (t)
+              how: str = 'both', # of MATCHES
+              first: int = 0, # word that counts first: 0 is [CLS], as in training; the original asks from 1
+              ) -> torch.Tensor: # (b,t)
+        """Say how well each exam and each text fit, averaged over the views that are there.
+
+        Raises: ValueError for another way."""
+        scores = self.view_match(images, texts, how, first)
+        return exam_similarity(scores, images['here'])
+
+    def view_match(self, images: dict, texts: dict, how: str = 'both', first: int = 0) -> torch.Tensor: # (b,v,t)
+        "Say how well each view and each text fit; see `match`."
+        if how not in MATCHES: raise ValueError(unknown_name('way of matching', how, MATCHES))
+        c, found = self.config, []
+        if how != 'local': found.append(global_similarity(images['image'], texts['pooled'], 1.0))
+        if how != 'global':
+            S = local_similarity(images['places'].flatten(0, 1), texts['words'][:, first:], texts['counted'][:, first:],
+                                 (c.attention_temperature, c.word_temperature, 1.0), 'max')
+            found.append(S.unflatten(0, images['here'].shape))
+        return sum(found) / len(found)
+
+    def image_features(self, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor: # -> (b,f)
+        "Give the pooled features, averaged over the views that are there."
+        images = _as_views(images)
+        return mean_views(self.views.vectors(images, None if present is None else present_rows(present)), present)
+
+    def feature_maps(self, images: torch.Tensor, level: int | str = -1) -> torch.Tensor: # -> (b·v,c,h',w')
+        "Give a map of the encoder (of CC, where there are two)."
+        return self.image_side.maps(images, level)
+
+    def project_image(self, features: torch.Tensor) -> torch.Tensor: # (…,f) -> (…,d)
+        "Project pooled features, or cells of the last map; not normalised."
+        return self.views.global_head(features)
+
+    def encode_image(self, images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
+                     present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
+                     views: list | None = None, # b lists of v words, for two encoders
+                     ) -> torch.Tensor: # (b,d)
+        "Give a unit vector an exam."
+        images = _as_views(images)
+        pooled = self.views.vectors(images, None if present is None else present_rows(present), views)
+        return unit(mean_views(unit(self.views.global_head(pooled)), present))
+
+    def project_text(self, texts: list, batch_size: int = 64) -> torch.Tensor: # of str, or of lists of sentences
+        "Give the vectors of texts, not normalised, (t,d)."
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        parts = [self.read_texts(texts[i:i + batch_size])['pooled'] for i in range(0, len(texts), batch_size)]
+        return torch.cat(parts) if parts else torch.zeros(0, self.text_encoder.num_features, device=self.device)
+
+    def encode_text(self, texts: list, batch_size: int = 64) -> torch.Tensor: # of str, or of lists of sentences
+        "Give a unit vector a text, (t,d)."
+        return unit(self.project_text(texts, batch_size))
+
+    def image_vectors(self, images: dict) -> torch.Tensor: # of `read_images`; `pooled` (b,d) or (b,n,d) -> unit
+        "Give unit vectors of read images, or of their places."
+        return unit(images['pooled'])
+
+    def text_vectors(self, texts: dict) -> torch.Tensor: # of `read_texts` -> (t,d)
+        "Give unit vectors of read texts."
+        return unit(texts['pooled'])
+
+    def word_maps(self, images: torch.Tensor, # (b,1|3,h,w) or (b,1,1|3,h,w)
+                  texts: list, # one an image
+                  ) -> tuple: # maps (b,t,h',w'), each sums to 1; b lists of (word, start, end)
+        """Give what each word looks at.
+
+        Raises: ValueError for another number of texts than of images; DataError for a text without words."""
+        texts = _joined(texts)
+        read = self.read_images(images)
+        if len(texts) != len(read['image']) or 'regions' not in read:
+            raise ValueError(f'{len(texts)} texts for {len(read["image"])} images: one text an image, one view a '
+                             'sample')
+        ids, mask, words = self.reader.cut(texts)
+        text = self.reader.read(ids.to(self.device), mask.to(self.device))
+        width = max(1, max(map(len, words)))
+        counted = text['counted'][:, :width + 1]
+        attention, _ = word_attention(read['regions'], text['words'][:, :width + 1].to(read['regions'].dtype), counted,
+                                      self.config.attention_temperature)
+        return attention[:, 1:].unflatten(2, read['grid']), words # without [CLS]
+
+    def attention_maps(self, images: torch.Tensor, texts: list, # one text, or list of sentences, an image
+                       ) -> tuple: # (b,m,h',w'), each sums to 1, and which are real, bool (b,m)
+        "Give what each sentence looks at: the mean over its words."
+        sentences = [split_sentences(t) or [t] if isinstance(t, str) else list(t) for t in texts]
+        maps, words = self.word_maps(images, [' '.join(s) for s in sentences])
+        most = max(map(len, sentences))
+        out, real = maps.new_zeros(len(maps), most, *maps.shape[2:]), torch.zeros(len(maps), most, dtype=torch.bool)
+        for i, (said, found) in enumerate(zip(sentences, words)):
+            start = 0
+            for j, s in enumerate(said):
+                own = [k for k, (_, a, b) in enumerate(found) if a < start + len(s) and b > start]
+                if own: out[i, j], real[i, j] = maps[i, own].mean(0), True
+                start += len(s) + 1
+        return out, real.to(out.device)
+
+    def decode(self, images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w)
+               ) -> tuple: # M (n,1,h,w) and Y (n,c,h,w), 0..1, n = b or b·v
+        """Draw the map and the clean image.
+
+        Raises: ValueError for a model without a decoder."""
+        if self.views.decoder is None:
+            raise ValueError('this model was built without a decoder: train one with reconstruction_weight above 0')
+        flat = images.flatten(0, -4)
+        return self.views.decoder(self.views.stages(flat))
+
+    def abnormality_maps(self, images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w)
+                         ) -> torch.Tensor: # (n,h,w), 0..1: large where something does not belong
+        "Give 1 - M."
+        return 1 - self.decode(images)[0][:, 0].float()
+
+    def enhance(self, images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
+                radius: int | None = None, # of the guided filter, pixels; None: 50 of 512, scaled with the longer side
+                eps: float = 1e-4, # its ridge
+                ) -> torch.Tensor: # float32 0..255, as the images
+        "Take the veil away from images."
+        maps, _ = self.decode(images)
+        low = -1.0 if self.config.pixel_range == '-1..1' else 0.0
+        x = images.flatten(0, -4).to(maps.device).float() / 255 * (1 - low) + low
+        air = self.config.airlight
+        if air == 'border': air = border_airlight(x[:, None])[:, 0]
+        if air == 'exam': air = 1.0
+        radius = max(1, round(50 / 512 * max(x.shape[-2:]))) if radius is None else radius
+        clean, _ = remove_veil(x, maps.float(), air, radius, eps)
+        return ((clean - low) / (1 - low)).clamp(0, 1).mul(255).view(images.shape)
+
+# %% ../../nbs/350_methods.a2i2.ipynb #d506f5f0
 @patch(A2I2)
 def rank_losses(self: A2I2, found: dict, f: dict, state: StepState) -> torch.Tensor:
     "Rank the similarities by shared keywords."
@@ -265,232 +437,17 @@ def intra_losses(self: A2I2, f: dict) -> torch.Tensor:
     return sum(intra_loss(*breast_vectors(f[k], columns)[:2], there, patients, self.config.scale)
                for k in ('image', 'regions'))
 
-
-@patch(A2I2)
-def losses(self: A2I2, features: dict, batch: dict, state: StepState) -> dict:
-    "Give the weighted sum under `loss`, and its terms."
-    c, f, total, out = self.config, features, 0.0, {}
-    found = self.similarities(f) if self.reads_text else {}
-    group = batch.get('text_group')
-    same = None if group is None or c.duplicates == 'negatives' else shared_reports(group.to(self.device))
-    for name, weight in (('global', c.global_weight), ('local', c.local_weight)):
-        if not weight: continue
-        out[f'{name}_i2t'], out[f'{name}_t2i'] = exam_loss(found[name], same, 'negatives' if same is None
-                                                           else c.duplicates)
-        total = total + weight * (out[f'{name}_i2t'] + out[f'{name}_t2i'])
-    if c.rank_weight: out['rank'] = self.rank_losses(found, f, state)
-    if c.intra_weight: out['intra'] = self.intra_losses(f)
-    if c.reconstruction_weight:
-        out['reconstruction'], out['roughness'] = (view_mean(x, f['here'].bool()) for x in f['terms'].unbind(-1))
-    weights = {'rank': c.rank_weight, 'intra': c.intra_weight, 'reconstruction': c.reconstruction_weight,
-               'roughness': c.reconstruction_weight * c.smooth_weight}
-    total = total + sum(w * out[k] for k, w in weights.items() if k in out)
-    out = {'loss': total, **out}
-    return out if self.training or not found else out | self.watched(found, out)
-
-
-@patch(A2I2)
-def watched(self: A2I2, found: dict, out: dict) -> dict:
-    "Say how often exams find their reports, and what the searches gain over a guess."
-    extra = {f'{k}_top1': top_k_accuracy(s.detach()) for k, s in found.items()}
-    for k, s in found.items():
-        if f'{k}_i2t' in out: extra[f'{k}_gain'] = math.log(len(s)) - (out[f'{k}_i2t'] + out[f'{k}_t2i']).detach() / 2
-    return extra
-
-# %% ../../nbs/350_methods.a2i2.ipynb #f364b5ee
+# %% ../../nbs/350_methods.a2i2.ipynb #0ce62f22
 def _as_views(images): # (b,c,h,w) -> (b,1,c,h,w)
     return images.unsqueeze(1) if images.dim() == 4 else images
 
 
-@patch(A2I2)
-def read_images(self: A2I2,
-                images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
-                present: torch.Tensor | None = None, # bool (b,v); None: all are there
-                views: list | None = None, # b lists of v words, for two encoders
-                ) -> dict:
-    """Give image (b,v,d), places (b,v,r,d), here bool (b,v), and the grid (h',w'). Of one view a sample also regions
-    (b,r,d) and pooled (b,d), in the space of the words."""
-    images = _as_views(images)
-    rows = None if present is None else present_rows(present)
-    seen = self.views(images, rows, views)
-    here = torch.ones(images.shape[:2], dtype=torch.bool) if present is None else present
-    out = dict(image=seen['image'], places=seen['regions'], here=here.to(self.device), grid=seen['grid'],
-               pooled=mean_views(seen['image'], present), weights=None)
-    return {**out, 'regions': seen['regions'][:, 0]} if images.shape[1] == 1 else out
-
-
-@patch(A2I2)
-def read_texts(self: A2I2, texts: list | dict, # texts, or lists of sentences; or their tokens, int64 (t,L) or (t,1,L)
-               ) -> dict:
-    """Give words (t,W,d), which count (t,W), and pooled, the vector of each text (t,d).
-
-    Raises: DataError for a text without words."""
-    if isinstance(texts, dict): ids, mask = self.tokens_of({'tokens': texts})
-    else: ids, mask, _ = self.reader.cut(_joined([texts] if isinstance(texts, str) else texts))
-    text = self.reader.read(ids.to(self.device), mask.to(self.device))
-    return dict(words=text['words'], counted=text['counted'], pooled=text['vector'], weights=None)
-
-
 def _joined(texts): return [t if isinstance(t, str) else ' '.join(t) for t in texts]
 
-# %% ../../nbs/350_methods.a2i2.ipynb #154b382c
+# %% ../../nbs/350_methods.a2i2.ipynb #9128854a
 MATCHES = ('both', 'global', 'local')
 
-
-@patch(A2I2)
-def match(self: A2I2, images: dict, texts: dict, # of `read_images` (b) and `read_texts` (t)
-          how: str = 'both', # of MATCHES
-          first: int = 0, # word that counts first: 0 is [CLS], as in training; the original's zero-shot leaves it out
-          ) -> torch.Tensor: # (b,t)
-    """Say how well each exam and each text fit, averaged over the views that are there.
-
-    Raises: ValueError for another way."""
-    scores = self.view_match(images, texts, how, first)
-    return exam_similarity(scores, images['here'])
-
-
-@patch(A2I2)
-def view_match(self: A2I2, images: dict, texts: dict, how: str = 'both', first: int = 0) -> torch.Tensor: # (b,v,t)
-    "Say how well each view and each text fit; see `match`."
-    if how not in MATCHES: raise ValueError(unknown_name('way of matching', how, MATCHES))
-    c, found = self.config, []
-    if how != 'local': found.append(global_similarity(images['image'], texts['pooled'], 1.0))
-    if how != 'global':
-        S = local_similarity(images['places'].flatten(0, 1), texts['words'][:, first:], texts['counted'][:, first:],
-                             (c.attention_temperature, c.word_temperature, 1.0), 'max')
-        found.append(S.unflatten(0, images['here'].shape))
-    return sum(found) / len(found)
-
-# %% ../../nbs/350_methods.a2i2.ipynb #55cf5c23
-@patch(A2I2)
-def image_features(self: A2I2, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor: # -> (b,f)
-    "Give the pooled features, averaged over the views that are there."
-    images = _as_views(images)
-    return mean_views(self.views.vectors(images, None if present is None else present_rows(present)), present)
-
-
-@patch(A2I2)
-def feature_maps(self: A2I2, images: torch.Tensor, level: int | str = -1) -> torch.Tensor: # -> (b·v,c,h',w')
-    "Give a map of the encoder (of CC, where there are two)."
-    return self.image_side.maps(images, level)
-
-
-@patch(A2I2)
-def project_image(self: A2I2, features: torch.Tensor) -> torch.Tensor: # (…,f) -> (…,d)
-    "Project pooled features, or cells of the last map; not normalised."
-    return self.views.global_head(features)
-
-
-@patch(A2I2)
-def encode_image(self: A2I2, images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
-                 present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
-                 views: list | None = None, # b lists of v words, for two encoders
-                 ) -> torch.Tensor: # (b,d)
-    "Give a unit vector an exam."
-    images = _as_views(images)
-    pooled = self.views.vectors(images, None if present is None else present_rows(present), views)
-    return unit(mean_views(unit(self.views.global_head(pooled)), present))
-
-
-@patch(A2I2)
-def project_text(self: A2I2, texts: list, batch_size: int = 64) -> torch.Tensor: # of str, or of lists of sentences
-    "Give the vectors of texts, not normalised, (t,d)."
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    parts = [self.read_texts(texts[i:i + batch_size])['pooled'] for i in range(0, len(texts), batch_size)]
-    return torch.cat(parts) if parts else torch.zeros(0, self.text_encoder.num_features, device=self.device)
-
-
-@patch(A2I2)
-def encode_text(self: A2I2, texts: list, batch_size: int = 64) -> torch.Tensor: # of str, or of lists of sentences
-    "Give a unit vector a text, (t,d)."
-    return unit(self.project_text(texts, batch_size))
-
-
-@patch(A2I2)
-def image_vectors(self: A2I2, images: dict) -> torch.Tensor: # of `read_images`; `pooled` (b,d) or (b,n,d) -> unit
-    "Give unit vectors of read images, or of their places."
-    return unit(images['pooled'])
-
-
-@patch(A2I2)
-def text_vectors(self: A2I2, texts: dict) -> torch.Tensor: # of `read_texts` -> (t,d)
-    "Give unit vectors of read texts."
-    return unit(texts['pooled'])
-
-# %% ../../nbs/350_methods.a2i2.ipynb #df35ae09
-@patch(A2I2)
-def word_maps(self: A2I2, images: torch.Tensor, # (b,1|3,h,w) or (b,1,1|3,h,w)
-              texts: list, # one an image
-              ) -> tuple: # maps (b,t,h',w'), each sums to 1; b lists of (word, start, end)
-    """Give what each word looks at.
-
-    Raises: ValueError for another number of texts than of images; DataError for a text without words."""
-    texts = _joined(texts)
-    read = self.read_images(images)
-    if len(texts) != len(read['image']) or 'regions' not in read:
-        raise ValueError(f'{len(texts)} texts for {len(read["image"])} images: one text an image, one view a sample')
-    ids, mask, words = self.reader.cut(texts)
-    text = self.reader.read(ids.to(self.device), mask.to(self.device))
-    width = max(1, max(map(len, words)))
-    counted = text['counted'][:, :width + 1]
-    attention, _ = word_attention(read['regions'], text['words'][:, :width + 1].to(read['regions'].dtype), counted,
-                                  self.config.attention_temperature)
-    return attention[:, 1:].unflatten(2, read['grid']), words # without [CLS]
-
-
-@patch(A2I2)
-def attention_maps(self: A2I2, images: torch.Tensor, texts: list, # one text, or list of sentences, an image
-                   ) -> tuple: # (b,m,h',w'), each sums to 1, and which are real, bool (b,m)
-    "Give what each sentence looks at: the mean over its words."
-    sentences = [split_sentences(t) or [t] if isinstance(t, str) else list(t) for t in texts]
-    maps, words = self.word_maps(images, [' '.join(s) for s in sentences])
-    most = max(map(len, sentences))
-    out, real = maps.new_zeros(len(maps), most, *maps.shape[2:]), torch.zeros(len(maps), most, dtype=torch.bool)
-    for i, (said, found) in enumerate(zip(sentences, words)):
-        start = 0
-        for j, s in enumerate(said):
-            own = [k for k, (_, a, b) in enumerate(found) if a < start + len(s) and b > start]
-            if own: out[i, j], real[i, j] = maps[i, own].mean(0), True
-            start += len(s) + 1
-    return out, real.to(out.device)
-
-# %% ../../nbs/350_methods.a2i2.ipynb #8ba03600
-@patch(A2I2)
-def decode(self: A2I2, images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w)
-           ) -> tuple: # M (n,1,h,w) and Y (n,c,h,w), 0..1, n = b or b·v
-    """Draw the map and the clean image.
-
-    Raises: ValueError for a model without a decoder."""
-    if self.views.decoder is None:
-        raise ValueError('this model was built without a decoder: train one with reconstruction_weight above 0')
-    flat = images.flatten(0, -4)
-    return self.views.decoder(self.views.stages(flat))
-
-
-@patch(A2I2)
-def abnormality_maps(self: A2I2, images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w)
-                     ) -> torch.Tensor: # (n,h,w), 0..1: large where something does not belong
-    "Give 1 - M."
-    return 1 - self.decode(images)[0][:, 0].float()
-
-
-@patch(A2I2)
-def enhance(self: A2I2, images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
-            radius: int | None = None, # of the guided filter, pixels; None: 50 of 512, scaled with the longer side
-            eps: float = 1e-4, # its ridge
-            ) -> torch.Tensor: # float32 0..255, as the images
-    "Take the veil away from images."
-    maps, _ = self.decode(images)
-    low = -1.0 if self.config.pixel_range == '-1..1' else 0.0
-    x = images.flatten(0, -4).to(maps.device).float() / 255 * (1 - low) + low
-    air = self.config.airlight
-    if air == 'border': air = border_airlight(x[:, None])[:, 0]
-    if air == 'exam': air = 1.0
-    radius = max(1, round(50 / 512 * max(x.shape[-2:]))) if radius is None else radius
-    clean, _ = remove_veil(x, maps.float(), air, radius, eps)
-    return ((clean - low) / (1 - low)).clamp(0, 1).mul(255).view(images.shape)
-
-# %% ../../nbs/350_methods.a2i2.ipynb #ebfbb08f
+# %% ../../nbs/350_methods.a2i2.ipynb #b124a4f7
 from .recipes import Recipe, vary
 
 _NO = {'inter': dict(global_weight=0.0, local_weight=0.0), 'rank': dict(rank_weight=0.0),
