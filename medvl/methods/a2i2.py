@@ -211,8 +211,8 @@ class A2I2(Method):
         b, c, out = len(batch['images']), self.config, {}
         if c.intra_weight:
             if 'view' not in batch or 'laterality' not in batch:
-                raise ValueError('the views of a breast are found by the words `view` and `laterality` of the batch; it '
-                                 'has none: set intra_weight=0, or give them')
+                raise ValueError('the views of a breast are found by the words `view` and `laterality` of the batch; '
+                                 'it has none: set intra_weight=0, or give them')
             out['breasts'] = breast_columns([list(v) for v in batch['view']], words_per_view(batch))
             names = batch.get('patient_id') or batch.get('sample_id') or list(range(b))
             out['patient'] = torch.tensor([[text_number([str(n)])] for n in names])
