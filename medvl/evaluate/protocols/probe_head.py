@@ -128,7 +128,7 @@ def train_head(
             nn.utils.clip_grad_norm_(head.parameters(), c.clip)
             optimiser.step()
             step += 1
-            losses.append(float(loss))
+            losses.append(loss.item())
         value = macro_auroc(np.asarray(valid[1]).astype(int), head.probabilities(valid[0]))
         history.append(dict(epoch=epoch, loss=float(np.mean(losses)), valid_auroc=value))
         if kept is None or value > best:
