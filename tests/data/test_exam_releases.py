@@ -2,7 +2,6 @@
 import numpy as np
 import pandas as pd
 import pytest
-from pydicom.dataset import Dataset
 from golden import sample
 from releases import VINDR, usable
 
