@@ -73,6 +73,8 @@ RECORDS = {
     'fold': Column('int', False, 'fold number, where the data set fixes it; -1 none', low=-1),
     'spacing_y': Column('float', False, 'mm per pixel, down', low=1e-6, high=10),
     'spacing_x': Column('float', False, 'mm per pixel, across', low=1e-6, high=10),
+    'keywords': Column('text', False, 'words that sum up the exam, with blanks between'),
+    'airlight': Column('float', False, 'grey of the background, 0 to 1 (A2I2)'),
 }
 
 # %% ../../nbs/110_data.schema.ipynb #c0e879d9
@@ -120,6 +122,8 @@ MANIFEST = {
     'view_modifier': Column('text', False, "what makes the view special, from the file's header: magnification, spot "
                                            "compression …; '' for a plain one"),
     'notes': Column('text', False, "what contradicts itself in the file's header, and how it was read; '' nothing"),
+    'keywords': Column('text', False, 'words that sum up the exam, with blanks between, where the data set has them'),
+    'airlight': Column('float', False, 'grey of the background, where the data set has it'),
 }
 TABLES = {'records': RECORDS, 'boxes': BOXES, 'sentences': SENTENCES, 'manifest': MANIFEST}
 

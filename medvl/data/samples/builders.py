@@ -21,6 +21,7 @@ from ..prepared import Prepared
 from .breast import BreastTextConfig, BreastTextDataset
 from .captioned import CaptionConfig, CaptionDataset
 from .chest import FRONTAL, ChestImageDataset, ChestReportConfig, ChestReportDataset
+from .exam import ExamConfig, ExamDataset
 from .findings import FindingConfig, FindingDataset, Mixture
 from ..text.prompts import FINDINGS, bank_counts, prompt_bank
 
@@ -121,6 +122,11 @@ def _captions(parts, part, tokenizer, options, train):
     return CaptionDataset(parts.parts[part], tokenizer, config, train=train, cache=parts.cache)
 
 
+def _exams(parts, part, tokenizer, options, train):
+    config = config_from_dict(ExamConfig, {'labels': parts.labels, **options})
+    return ExamDataset(parts.parts[part], tokenizer, config, train=train, cache=parts.cache)
+
+
 def _study_texts(parts, options): return [r for r in parts.parts['train'].manifest.report if isinstance(r, str)]
 
 
@@ -183,7 +189,8 @@ _KINDS = Kinds(
     chest_images=SampleKind('an image and its labels', ChestImageConfig, _chests),
     examinations=SampleKind('all images of an examination and its report, to be written', WritingConfig, _examinations,
                             _examination_texts),
-    questions=SampleKind('an image, a question and its answer', QuestionConfig, _questions, _question_texts))
+    questions=SampleKind('an image, a question and its answer', QuestionConfig, _questions, _question_texts),
+    exams=SampleKind('views of an exam, or of one breast, and its report', ExamConfig, _exams, _study_texts))
 
 
 def sample_kinds() -> dict[str, SampleKind]: # by name
