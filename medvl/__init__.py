@@ -40,6 +40,7 @@ _PACKAGES = {
     'data.phantom': 'Images and reports whose truth is known.',
     'data.releases': 'Public data sets, one module each.',
     'evaluate.metrics': 'What a number is.',
+    'evaluate.text': 'What a written report is worth.',
     'evaluate.stats': 'How sure a number is.',
     'evaluate.protocols': 'How a model is asked.',
     'evaluate.localized': 'The localized downstream tasks on chest radiographs.',

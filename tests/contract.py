@@ -119,7 +119,8 @@ def check_signatures(method):
 def check_losses(method, batch, idle=()):
     "Named scalars that are finite; their gradient reaches every part that is trained; `idle`: parts that a recipe leaves out."
     stirred(method).train().zero_grad()
-    features, losses = forward(method, batch)
+    late = getattr(method.config, 'align_epochs', 0) # before it, X-VL reads nothing together
+    features, losses = forward(method, {**batch, 'epoch': late} if late else batch, StepState(epoch=late))
     assert 'loss' in losses, "no 'loss'"
     scalars = {k: v for k, v in losses.items() if isinstance(v, torch.Tensor)}
     assert all(v.dim() == 0 for v in scalars.values()) and torch.isfinite(losses['loss']), f'not finite: {losses}'

@@ -89,17 +89,17 @@ def check_names(names: Iterable[str], # of a batch
 
 # %% ../../nbs/145_data.batch.ipynb #5fd4c2c4
 def _stack(name, values, samples):
-    shapes, field = {np.shape(v) for v in values}, FIELDS[name]
+    field, values = FIELDS[name], [np.asarray(v) for v in values]
+    shapes = {v.shape for v in values}
     if len(shapes) > 1 and field.pad is not None and len({len(s) for s in shapes}) == 1:
-        size = np.max([np.shape(v) for v in values], 0)
-        fill = lambda v: [(0, int(n) - m) for n, m in zip(size, np.shape(v))]
-        values, shapes = [np.pad(np.asarray(v), fill(v), constant_values=field.pad) for v in values], {tuple(size)}
+        size = np.max([v.shape for v in values], 0)
+        fill = lambda v: [(0, int(n) - m) for n, m in zip(size, v.shape)]
+        values, shapes = [np.pad(v, fill(v), constant_values=field.pad) for v in values], {tuple(size)}
     if len(shapes) > 1:
-        odd = next(s['sample_id'] for s, v in zip(samples, values) if np.shape(v) != np.shape(values[0]))
+        odd = next(s['sample_id'] for s, v in zip(samples, values) if v.shape != values[0].shape)
         raise ValueError(
             f'{name} of sample {odd} has another shape than the first ({sorted(shapes)}); a batch needs one shape.')
-    return (torch.as_tensor(np.stack(values), dtype=field.dtype) if np.ndim(values[0])
-            else torch.tensor(values, dtype=field.dtype))
+    return torch.as_tensor(np.stack(values), dtype=field.dtype)
 
 
 def _pad_batch(rows, pad):
@@ -124,6 +124,7 @@ def present_rows(
 def _check_views(samples):
     "Refuse images that are missing where they should be there, and samples without any view."
     for s in samples:
+        if 'present' not in s and len(s['images']) and not any(image is None for image in s['images']): continue
         here = s.get('present', np.ones(len(s['images']), bool))
         if len(here) != len(s['images']) or not np.any(here):
             raise ValueError(f'sample {s["sample_id"]} has {len(s["images"])} images and present={list(here)}: one '
@@ -170,13 +171,13 @@ def collate(
     Raises: ValueError when there is no sample, an entry is not declared, shapes differ, or a sample lacks what others
     have."""
     if not samples: raise ValueError('A batch needs at least one sample.')
-    names = dict.fromkeys(name for s in samples for name in s)
+    names = dict.fromkeys(samples[0])
+    if any(s.keys() != names.keys() for s in samples):
+        names |= dict.fromkeys(name for s in samples for name in s)
+        check_names(names)
+        name, bare = next((name, s['sample_id']) for name in names for s in samples if name not in s)
+        raise ValueError(f'sample {bare} has no {name}, others of its batch have: a batch holds one kind of sample.')
     check_names(names)
-    for name in names:
-        bare = [s['sample_id'] for s in samples if name not in s]
-        if bare:
-            raise ValueError(
-                f'sample {bare[0]} has no {name}, others of its batch have: a batch holds one kind of sample.')
     batch = {name: _entry(name, samples, pad) for name in names}
     return {**batch, 'rows': present_rows(batch['present'])} if 'present' in batch else batch
 

@@ -102,9 +102,11 @@ class FusionLayer(nn.Module):
                 context: torch.Tensor | None = None, # what is looked at, float (n,c,context)
                 context_seen: torch.Tensor | None = None, # bool (n,1,1,c)
                 cache: KeyValueCache | None = None, layer: int = 0, # what was computed before, and this layer's number
-                ) -> torch.Tensor: # (n,t,width)
+                only: int | None = None, # the first so many states are wanted; None: all
+                ) -> torch.Tensor: # (n,t,width), or (n,only,width)
         k, v = self.attention.keys(x)
         if cache is not None: k, v = cache.grow(layer, k, v)
+        x = x[:, :only]
         x = self.attention_norm(x + self.dropout(self.attention(x, k, v, seen)))
         if self.cross is not None:
             if cache is None: k, v = self.cross.keys(context)
@@ -190,7 +192,8 @@ def forward(self: FusionBert, input_ids: torch.Tensor | None = None, # tokens, i
             mode: str = 'multi_modal', # one of MODES
             causal: bool = False, # hide the words to come
             cache: KeyValueCache | None = None, # of the words before these; grows
-            ) -> torch.Tensor: # states, (n,t,width)
+            only: int | None = None, # the first so many states are wanted, of a pass that is not causal; None: all
+            ) -> torch.Tensor: # states, (n,t,width), or (n,only,width)
     """Run the layers of a mode.
 
     Raises: ValueError for an unknown mode, one without layers, or layers that have nothing to look at."""
@@ -207,7 +210,8 @@ def forward(self: FusionBert, input_ids: torch.Tensor | None = None, # tokens, i
     context_seen = None if context_mask is None else context_mask[:, None, None].bool()
     for i in range(first, stop):
         looked = context[(i - self.fusion_layer) % len(context)] if isinstance(context, (list, tuple)) else context
-        run = lambda x, layer=self.layers[i], looked=looked, i=i: layer(x, seen, looked, context_seen, cache, i)
+        run = lambda x, layer=self.layers[i], looked=looked, i=i: layer(
+            x, seen, looked, context_seen, cache, i, only if i == stop - 1 else None)
         recompute = self.checkpointing and self.training and cache is None
         x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
     return x

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core.seed import key_of
+from ..core.seed import seed_torch
 from ..data.batch import batch_size, join, slice_batch, without_pixels
 from ..methods.base import Method, StepState
 
@@ -26,7 +26,7 @@ def seed_chunk(
     chunk:int=0, # which chunk of the micro-batch
 ) -> None:
     "Seed torch's global generators for one chunk of one step."
-    torch.manual_seed(key_of(state.seed, 'step', state.step, state.rank, micro, chunk))
+    seed_torch(state.seed, 'step', state.step, state.rank, micro, chunk)
 
 
 def seed_losses(
@@ -34,7 +34,7 @@ def seed_losses(
     micro:int=0, # which micro-batch of the step
 ) -> None:
     "Seed torch's global generators for the losses of one batch, whatever the encoding has drawn before."
-    torch.manual_seed(key_of(state.seed, 'losses', state.step, state.rank, micro))
+    seed_torch(state.seed, 'losses', state.step, state.rank, micro)
 
 # %% ../../nbs/405_train.gradcache.ipynb #07d43b53
 @contextmanager

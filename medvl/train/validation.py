@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import DataError
-from ..core.seed import key_of
+from ..core.seed import key_of, seed_torch
 from ..data.batch import batch_size as rows_of, join, without_pixels
 from ..methods.base import Method, StepState, evaluating
 from .checks import broken_rows, check_rows, names_of, not_finite
@@ -102,7 +102,7 @@ def _by_batch(method, dataset, state, batch_size, samples, workers, prepare, aut
             for a in range(0, len(block), batch_size)]
     mine = [keys[i] for i, in own_batches(len(keys), 1)]
     def compute():
-        torch.manual_seed(key_of(state.seed, 'valid'))
+        seed_torch(state.seed, 'valid')
         with evaluating(method):
             return [pair for chunk in make_loader(dataset, mine, workers)
                     for pair in _block_losses(method, [_encoded(method, chunk, prepare, autocast)], state, autocast)]
@@ -127,7 +127,7 @@ def validation_loss(
         mine = np.array_split(block, exchange.world)[exchange.rank]
         plan.append([[(0, int(i)) for i in mine[a:a + batch_size]] for a in range(0, len(mine), batch_size)])
     loader, found = iter(make_loader(dataset, [keys for chunks in plan for keys in chunks], workers)), []
-    torch.manual_seed(key_of(state.seed, 'valid'))
+    seed_torch(state.seed, 'valid')
     with evaluating(method):
         for chunks in plan:
             parts = [_encoded(method, next(loader), prepare, autocast) for _ in chunks]

@@ -107,3 +107,15 @@ def test_atomic_folder_error_leaves_nothing(tmp_path):
     with pytest.raises(RuntimeError), atomic_path(tmp_path/'run') as t:
         t.mkdir(); (t/'x').write_text('1'); raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_seeding_leaves_nothing_behind():
+    "`torch.manual_seed` queues a traceback for every device that is not there; a training seeds at every step."
+    import torch
+    from medvl.core.seed import key_of, seed_torch
+    before = len(torch.cuda._queued_calls)
+    for step in range(50): seed_torch(3, 'step', step)
+    assert len(torch.cuda._queued_calls) == before
+    drawn = torch.rand(5)
+    torch.manual_seed(key_of(3, 'step', 49))
+    assert torch.equal(drawn, torch.rand(5))

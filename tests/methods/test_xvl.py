@@ -434,3 +434,29 @@ def test_recipes_of_the_originals_schedule():
         assert t['schedule'] == 'staircase' and t['warmup'] == units * 100
         for step in (0, 99, 100, 650, 700, 1500, 3000):
             assert lr_scale(step, t['epochs'] * 700, t['warmup'], t['schedule'], t['floor'], 700) == staircase(step, 700, t['epochs'], units, .1, t['floor'])
+
+
+# ------------------------------------------------------------------------------------------------ small ones
+
+@pytest.mark.parametrize('variant', SMOKES)
+def test_what_stands_for_a_text(chest, variant):
+    first, batch = a_batch(chest, variant, text_pool='cls')
+    mean, _ = a_batch(chest, variant, text_pool='mean')
+    mean.load_state_dict(first.state_dict())
+    with torch.no_grad(): a, b = (m.eval().read_texts(['the heart is large', 'no effusion']) for m in (first, mean))
+    words = b['words'][..., None].float()
+    assert torch.equal(a['states'][:, 1:], b['states'][:, 1:])
+    close((a['states'] * words).sum(1) / words.sum(1), b['pooled'])
+    with pytest.raises(ValueError, match='stands for a text'): a_batch(chest, variant, text_pool='first')
+
+
+def test_searches_come_first(chest):
+    method, batch = a_batch(chest, align_epochs=2)
+    def terms(epoch):
+        given = {**batch, 'epoch': epoch}
+        return set(method.losses(method.encode(given), given, StepState(epoch=epoch, epoch_steps=1)))
+    method.train()
+    early, later = terms(1), terms(2)
+    assert later - early == {'itm', 'itm_accuracy', 'mlm'} and 'itc' in early
+    method.eval()
+    with torch.no_grad(): assert {'itm_auroc', 'mlm'} <= terms(0) # validation tells all terms from the beginning

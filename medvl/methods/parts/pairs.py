@@ -82,9 +82,9 @@ class PairMethod(Method):
     def judged(self, states: torch.Tensor, mask: torch.Tensor, image: torch.Tensor,
                ) -> list: # logits (m,2) of each judge: belongs not, belongs; the text's, in 2022 also the image's
         "Read pairs of texts (m,L,d) and images (m,p,d) together."
-        out = [self.matching['text'](self.reader.fuse(states, mask, image)[:, 0])]
+        out = [self.matching['text'](self.reader.fuse(states, mask, image, only=1)[:, 0])]
         if 'image' in self.matching:
-            out.append(self.matching['image'](self.reader.fuse(image, None, states, mask)[:, 0]))
+            out.append(self.matching['image'](self.reader.fuse(image, None, states, mask, only=1)[:, 0]))
         return out
 
     def image_features(self, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor: # -> (b,f)
