@@ -1,4 +1,4 @@
-"""No golden file of LoVT, Mammo-CLIP or X-VL lies unread: every one is named by a test, and holds what its manifest says."""
+"""No golden file of LoVT, Mammo-CLIP, X-VL or A2I2 lies unread: every one is named by a test, and holds what its manifest says."""
 import ast
 import json
 import re

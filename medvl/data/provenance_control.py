@@ -91,7 +91,8 @@ def clue_table(
         for path, side in zip(m.image_path, m.laterality):
             try: rows.append(file_clues(Path(root)/path, side == 'R'))
             except (DataError, OSError): rows.append(None)
-        if absent := sum(r is None for r in rows): warnings.warn(f'{absent} files cannot be read: left out.')
+        if absent := sum(r is None for r in rows):
+            warnings.warn(f'{absent} files cannot be read: left out.', stacklevel=2)
         m, rows = m[[r is not None for r in rows]], [r for r in rows if r is not None]
     keep = ['patient_id', *(c for c in ('source',) if c in m), *(c for c in m if c.startswith('label_'))]
     clues = pd.DataFrame(np.array(rows).reshape(-1, len(names)), columns=names)
@@ -145,13 +146,15 @@ def provenance_control(
     Raises: ValueError for an unknown label or group; DataError without labels."""
     table = clue_table(data) if isinstance(data, Prepared) else data
     known = [c[6:] for c in table if c.startswith('label_')]
-    if not known: raise DataError('there is no label to predict: no column label_*.', fix='Prepare the data with labels.')
+    if not known:
+        raise DataError('there is no label to predict: no column label_*.', fix='Prepare the data with labels.')
     for name in labels or ():
         if name not in known: raise ValueError(unknown_name('label', name, known))
     for name in groups:
         if name not in CLUE_GROUPS: raise ValueError(unknown_name('group of clues', name, CLUE_GROUPS))
     several = 'source' in table and table.source.nunique() > 1
-    asked = [(n, g) for n in labels or known for g in groups if _group(table, g).shape[1] and (several or g != 'origin')]
+    asked = [(n, g) for n in labels or known for g in groups
+             if _group(table, g).shape[1] and (several or g != 'origin')]
     level = 1 - 2*family/max(len(asked), 1)
     rows = [_clue_row(table, n, g, dict(n_boot=n_boot, seed=seed), folds, level) for n, g in asked]
     return pd.DataFrame(rows, columns=PROVENANCE_COLUMNS)
@@ -211,6 +214,6 @@ def provenance_facts(
     if manifest.source.nunique() < 2 or not any(c.startswith('label_') for c in manifest): return []
     table = provenance_control(Prepared(Path('.'), {}, images, None, manifest, empty('boxes'), empty('sentences')),
                                n_boot=n_boot)
-    if table.fires.any(): warnings.warn(f'{provenance_line(table)}.')
+    if table.fires.any(): warnings.warn(f'{provenance_line(table)}.', stacklevel=2)
     return [{k: None if isinstance(v, float) and v != v else round(v, 4) if isinstance(v, float) else v
              for k, v in row.items()} for row in table.to_dict('records')]

@@ -25,9 +25,8 @@ def border_airlight(images: torch.Tensor, # (b,v,c,h,w) in 0..1
                     ) -> torch.Tensor: # (b,1,1,1,1)
     "Give each exam the median of its border pixels, averaged over the views that are there."
     x = images.mean(2)
-    inner = torch.zeros(x.shape[-2:], dtype=torch.bool, device=x.device)
-    inner[width:-width, width:-width] = True
-    middle = x[..., ~inner].median(-1).values
+    sides = (x[..., :width, :], x[..., -width:, :], x[..., width:-width, :width], x[..., width:-width, -width:])
+    middle = torch.cat([s.flatten(-2) for s in sides], -1).median(-1).values
     here = torch.ones_like(middle, dtype=torch.bool) if present is None else present.to(x.device)
     value = torch.where(here, middle, 0).sum(1) / here.sum(1).clamp(min=1)
     return value[:, None, None, None, None]

@@ -4,7 +4,7 @@ import pytest
 from medvl.data.batch import check_batch
 from medvl.data.phantom.chest_prepared import prepared_chest_phantom
 from medvl.data.samples.erroneous import ErroneousConfig, ErroneousDataset, correction_rows
-from medvl.data.samples.questions import WritingConfig, WritingDataset
+from medvl.data.samples.writing import WritingConfig, WritingDataset
 from medvl.data.text.tokens import build_wordpiece
 
 

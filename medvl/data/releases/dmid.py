@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError
-from ..cells import birads_category, density_letter, hide_names
+from ..cells import birads_category, hide_names
 from .folder import pathology_labels
 from .release import Part, Release, find_files, find_table, read_headers, read_table
 from ..schema import BOXES, Report, Source, empty
@@ -32,14 +32,13 @@ DMID = Release(
     Part('IMG*.png', 'masks exported as PNG, in a folder whose name says mask', needed=False),
     Part('Img*.txt', 'reports, one an image', 510, needed=False, known="users' descriptions")),
     'medvl.data.releases.dmid.read_dmid')
-DMID
 
 # %% ../../../nbs/173_data.releases.dmid.ipynb #412f5461
 _NAMES = {'image': r'im(?:a?ge?)?[ _]*(?:ref|no|number|name|id)?\b.*', 'view': r'view.*|position.*',
           'tissue': r'(?:background|tissue|density|breast density).*', 'kind': r'(?:abnormality|type|lesion).*',
           'severity': r'(?:class|severity|pathology).*', 'x': r'x.*', 'y': r'y.*', 'radius': r'radius.*|r\b.*'}
-KINDS_OF_LESION = {'CALC': 'calcification', 'CIRC': 'mass', 'SPIC': 'mass', 'MISC': 'mass', 'ARCH': 'architectural_distortion',
-                   'ASYM': 'asymmetry'}
+KINDS_OF_LESION = {'CALC': 'calcification', 'CIRC': 'mass', 'SPIC': 'mass', 'MISC': 'mass',
+                   'ARCH': 'architectural_distortion', 'ASYM': 'asymmetry'}
 
 
 def lesion_table(
@@ -107,36 +106,42 @@ def read_dmid(
     name_of = lambda p: 'IMG' + m[1].zfill(3) if (m := re.search(r'(\d+)$', Path(p).stem)) else ''
     found = find_files(root, ('img*.dcm', 'img*.png', 'img*.jpg'), report)
     masks = {name_of(p): p for p in found if is_mask(p)}
-    images = {name_of(p): p for p in sorted((p for p in found if not is_mask(p)), key=lambda p: p.lower().endswith('.dcm'))}
+    pictures = sorted((p for p in found if not is_mask(p)), key=lambda p: p.lower().endswith('.dcm'))
+    images = {name_of(p): p for p in pictures} # DICOM where there are both
     if not images: raise DataError('no image IMG….dcm, .png or .jpg is in the folder.', file=str(root),
                                    fix='Unpack DICOM Images.zip; TIFF files are not read here.')
-    texts = {name_of(p): (root/p).read_text('utf-8', errors='replace').strip() for p in find_files(root, ('img*.txt',), report)}
+    texts = {name_of(p): (root/p).read_text('utf-8', errors='replace').strip()
+             for p in find_files(root, ('img*.txt',), report)}
     heads = {name_of(p): h for p, h in read_headers(root, images.values(), report).items()}
     people = {i: h['patient'] for i, h in heads.items()}
     named = len(set(people.values()) - {''}) > 1
     if not named:
-        report.remarks.append('no patient is named: every image counts as its own patient, though neighbouring numbers may '
-                              'be one woman. A split by these ids is not safe.')
+        report.remarks.append('no patient is named: every image counts as its own patient, though neighbouring '
+                              'numbers may be one woman. A split by these ids is not safe.')
     first, rows = table.drop_duplicates('image').set_index('image'), []
     for i in sorted(set(first.index) - {''} - set(images)): report.add('image is absent', i, None, '', 'left out')
-    for i in sorted(set(images) - set(first.index)): report.add('image not in the table', i, None, images[i], 'left out')
+    for i in sorted(set(images) - set(first.index)):
+        report.add('image not in the table', i, None, images[i], 'left out')
     for i in sorted(set(images) & set(first.index)):
         mine, text = table[table.image == i], texts.get(i, '')
         side, view = view_of_words(first.view[i])
         head = heads.get(i, {})
         side, view = side or head.get('laterality', ''), view or head.get('view', '')
-        if not side or not view: report.add('no side or view', i, None, hide_names(first.view[i]), 'set aside in preparation')
+        if not side or not view:
+            report.add('no side or view', i, None, hide_names(first.view[i]), 'set aside in preparation')
         classes = {c.upper()[:1] for c in mine.severity}
         pathology = 'malignant' if 'M' in classes else 'benign' if 'B' in classes else 'normal'
         said = birads_category(' and '.join(birads_of(text))) if birads_of(text) else ''
         who = f'dmid_{people[i]}' if named and people.get(i) else f'dmid_{i}'
-        kinds = {KINDS_OF_LESION[k] for words in mine.kind for k in re.split(r'[+/, ]+', words.upper()) if k in KINDS_OF_LESION}
+        kinds = {KINDS_OF_LESION[k] for words in mine.kind for k in re.split(r'[+/, ]+', words.upper())
+                 if k in KINDS_OF_LESION}
         rows.append(dict(image_path=images[i], image_id=i, patient_id=who, exam_id=who, laterality=side, view=view,
                          source='dmid', density=density_of(text) or '', birads=said, pathology=pathology,
                          report_text=text, mask_path=masks.get(i, ''),
-                         **{f'label_{k}': float(k in kinds) for k in ('mass', 'calcification', 'architectural_distortion',
-                                                                      'asymmetry')}))
-    if not rows: raise DataError('no image of the table is in the folder.', file=str(root), fix='Give the whole release.')
+                         **{f'label_{k}': float(k in kinds) for k in (
+                             'mass', 'calcification', 'architectural_distortion', 'asymmetry')}))
+    if not rows:
+        raise DataError('no image of the table is in the folder.', file=str(root), fix='Give the whole release.')
     out = pathology_labels(pd.DataFrame(rows), report)
     sizes = {i: (h['height'], h['width']) for i, h in heads.items()}
     boxes = _boxes(table[table.image.isin(out.image_id)].reset_index(drop=True), sizes, report)

@@ -90,7 +90,8 @@ def read_exam_table(
                         file=str(root), fix='Give the folder that File_path is relative to, and the suffix.')
     out = pd.DataFrame(rows)
     out = out.drop(columns=[c for c, name in (('keywords', 'keyword'), ('airlight', 'ato')) if name not in df])
-    report.counts = dict(exams=len(df) - empty_exams, images=len(out), without_report=int((cell('conclusie') == '').sum()),
+    report.counts = dict(exams=len(df) - empty_exams, images=len(out),
+                         without_report=int((cell('conclusie') == '').sum()),
                          exams_without_all_views=int((out.groupby('exam_id').size() < len(views)).sum()))
     return Source(out, empty('boxes'), empty('sentences'), report)
 
@@ -128,9 +129,10 @@ def read_image_table(
         if mask and (label[i] == 0 or why_not(root/mask)): mask = '' # the original uses masks of sick breasts only
         path = f'{name}{suffix}' if not why_not(root/f'{name}{suffix}') else files[stem]
         patient = stem.upper().split('_LEFT')[0].split('_RIGHT')[0].split('_L_')[0].split('_R_')[0]
-        rows.append(dict(image_path=path, image_id=stem, patient_id=patient, exam_id=patient, laterality=side, view=view,
-                         source=source, split=split[i], label_malignant=label[i], mask_path=mask))
-    if not rows: raise DataError(f'none of {len(df)} images is there.', file=str(root), fix='Give the folder of the images.')
+        rows.append(dict(image_path=path, image_id=stem, patient_id=patient, exam_id=patient, laterality=side,
+                         view=view, source=source, split=split[i], label_malignant=label[i], mask_path=mask))
+    if not rows:
+        raise DataError(f'none of {len(df)} images is there.', file=str(root), fix='Give the folder of the images.')
     out = pd.DataFrame(rows)
     report.counts = dict(images=len(out), patients=out.patient_id.nunique(), masks=int((out.mask_path != '').sum()))
     return Source(out, empty('boxes'), empty('sentences'), report)

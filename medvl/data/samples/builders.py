@@ -187,10 +187,10 @@ _KINDS = Kinds(
     chest_reports=SampleKind('an image and the sentences of its study', ChestReportConfig, _studies, _study_texts),
     captions=SampleKind('an image and its caption, with hidden words', CaptionConfig, _captions, _study_texts),
     chest_images=SampleKind('an image and its labels', ChestImageConfig, _chests),
-    exams=SampleKind('views of an exam, or of one breast, and its report', ExamConfig, _exams, _study_texts),
     examinations=SampleKind('all images of an examination and its report, to be written', WritingConfig, _examinations,
                             _examination_texts),
-    questions=SampleKind('an image, a question and its answer', QuestionConfig, _questions, _question_texts))
+    questions=SampleKind('an image, a question and its answer', QuestionConfig, _questions, _question_texts),
+    exams=SampleKind('views of an exam, or of one breast, and its report', ExamConfig, _exams, _study_texts))
 
 
 def sample_kinds() -> dict[str, SampleKind]: # by name

@@ -98,7 +98,7 @@ def bench_metrics(
     n_boot:int=1000, # resamples
     level:float=.95, # of the intervals
     seed:int=42, # of the resampling
-) -> pd.DataFrame: # metric, value, row_low, row_high, low, high (patients), exams, patients, positives of the last class
+) -> pd.DataFrame: # metric, value, row_low, row_high, low, high (of patients), exams, patients, positives (last class)
     """Judge exams, with the interval over rows beside the interval over patients.
 
     Raises: ValueError for an unknown metric."""
@@ -116,6 +116,6 @@ def bench_metrics(
         limit[word] = [np.quantile(c[np.isfinite(c)], [(1 - level)/2, (1 + level)/2]) if np.isfinite(c).any()
                        else (np.nan, np.nan) for c in known.T]
     out = [dict(metric=m, value=BENCH_METRICS[m](y, p), row_low=limit['rows'][j][0], row_high=limit['rows'][j][1],
-                low=limit['patients'][j][0], high=limit['patients'][j][1], exams=len(table), patients=int(who.max() + 1),
-                positives=int((y == p.shape[1] - 1).sum())) for j, m in enumerate(metrics)]
+                low=limit['patients'][j][0], high=limit['patients'][j][1], exams=len(table),
+                patients=int(who.max() + 1), positives=int((y == p.shape[1] - 1).sum())) for j, m in enumerate(metrics)]
     return pd.DataFrame(out)

@@ -8,23 +8,21 @@ __all__ = ['ExamViewConfig', 'ExamViews', 'spread_rows']
 # %% ../../../nbs/349_methods.parts.exam_views.ipynb #f3c54c48
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from ...core.patch import patch
-from .image_side import EfficientNetConfig, ImageSide, new_efficientnet
+from .image_side import ImageSide, new_efficientnet
 from ...models.heads import unit
 from ...models.scaling import scale_images
 from ...models.shuffle_decoder import ShuffleDecoder, image_stage_channels, image_stages
 
-# %% ../../../nbs/349_methods.parts.exam_views.ipynb #1847c289
+# %% ../../../nbs/349_methods.parts.exam_views.ipynb #b785d8ac
 @dataclass
-class ExamViewConfig(EfficientNetConfig):
-    "What a method's configuration says of its views; the defaults are A²I²'s."
-    image_encoder: str = 'resnet-50'  # resnet-18 …, an EfficientNet, or another encoder with stages
-    image_mean: float = 0.5  # pixels become -1..1
-    image_std: float = 0.5
+class ExamViewConfig:
+    "What a method's configuration says of its views, beside its encoder (`EfficientNetConfig`); A²I²'s defaults."
     share_views: bool = True  # one encoder; False: one for MLO, one for all others (original)
     decoder_width: float = 1.0  # factor of the trunk's widths
     decoder_channels: int = 3  # of the enhanced image: 3 (original: grey repeated), 1
@@ -33,7 +31,7 @@ class ExamViewConfig(EfficientNetConfig):
 class ExamViews(nn.Module):
     "Encoder or encoders, heads, and the decoder, of an exam's views."
     def __init__(self,
-                 config: ExamViewConfig,
+                 config: Any, # an ExamViewConfig that is an EfficientNetConfig too
                  dim: int, # of the shared space
                  decodes: bool = True, # build the decoder
                  encoder: nn.Module | None = None, # a module to use instead of building one by name

@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['WordConfig', 'WordReader']
 
-# %% ../../../nbs/348_methods.parts.report_words.ipynb #4b156737
+# %% ../../../nbs/348_methods.parts.report_words.ipynb #9517bb30
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from ...core.errors import DataError
 from ...core.patch import patch
 from ...data.text.tokens import tokenise
 from .text_side import TextSide
