@@ -25,6 +25,7 @@ from medvl.models.text import CONFIGURATIONS
 from medvl.train.distributed import average_gradients, exchange_of
 from medvl.train.gradcache import backward_batch, check_chunks
 from medvl.train.loop import train
+from medvl.train.lr_range import lr_range_test
 from medvl.train.settings import TrainConfig
 
 TRAINED = [n for n in method_names() if recipe(n, 'smoke').train is not None]
@@ -248,6 +249,23 @@ def check_resumed(make, data, transform, folder):
     killed_run(partial(make, 0), data, transform, folder/'cut')
     train_small(partial(make, 1), data, transform, folder/'cut', 3)
     check_same_end(folder/'whole', folder/'cut')
+
+
+def check_lr_range(method, data, transform):
+    "A range test trains, and leaves weights, queues, twins, gradients, modes and generators as they were."
+    stirred(method)
+    held = {**dict(method.named_parameters()), **dict(method.named_buffers())}
+    before, modes, draws = copy.deepcopy({k: v.detach() for k, v in held.items()}), [m.training for m in method.modules()], torch.get_rng_state()
+    settings = TrainConfig(epochs=50, batch_size=3, weight_decay=0., cpu=True)
+    batch = new_batch(data, transform, 3)
+    with torch.random.fork_rng(), torch.no_grad(): said = forward(method, batch)[1]
+    found = lr_range_test(method, data, settings, transform, low=1e-5, high=1e-3, points=4, stop=1e9)
+    assert len(found.table) == 4 and found.table.loss.nunique() > 1, found.table
+    now = {**dict(method.named_parameters()), **dict(method.named_buffers())}
+    same(before, {k: v.detach() for k, v in now.items()}, 'the range test left')
+    assert all(now[k] is held[k] for k in held), 'a tensor was exchanged'
+    assert modes == [m.training for m in method.modules()] and torch.equal(draws, torch.get_rng_state()) and not gradients(method)
+    with torch.no_grad(): same(said, forward(method, batch)[1], 'what it says after a range test')
 
 
 def part_gradient(method, batch):
