@@ -80,6 +80,15 @@ class BertPretraining(Method):
         pair = next_sentence_loss(whole, batch['pair'].to(self.device))
         return {'loss': mlm + c.pair_weight * pair, 'mlm': mlm.detach(), 'pair': pair.detach(), 'guessed': right}
 
+    def save_assets(self, folder: Path) -> BertPretrainingConfig:
+        if self.tokenizer is not None: self.tokenizer.save_pretrained(Path(folder)/'tokenizer')
+        return self.config
+
+    @classmethod
+    def from_assets(cls, config: BertPretrainingConfig, folder: Path) -> 'BertPretraining':
+        there = Path(folder)/'tokenizer'
+        return cls(config, load_tokenizer(there) if there.is_dir() else None)
+
 
 def _check(ids, segments, config):
     "Refuse what no embedding has, where that costs nothing: on the CPU."
@@ -91,23 +100,13 @@ def _check(ids, segments, config):
 
 # %% ../../nbs/360_methods.bert_pretraining.ipynb #42c2b9cc
 @patch(BertPretraining)
-def save_assets(self: BertPretraining, folder: Path) -> BertPretrainingConfig:
-    if self.tokenizer is not None: self.tokenizer.save_pretrained(Path(folder)/'tokenizer')
-    return self.config
-
-
-@patch(BertPretraining, cls_method=True)
-def from_assets(cls: BertPretraining, config: BertPretrainingConfig, folder: Path) -> BertPretraining:
-    there = Path(folder)/'tokenizer'
-    return cls(config, load_tokenizer(there) if there.is_dir() else None)
-
-
-@patch(BertPretraining)
 def save_encoder(self: BertPretraining,
                  folder: str | Path, # new folder
                  ) -> Path:
     "Write body and tokenizer as a folder that other methods take as `text_encoder`."
-    folder = Path(folder)
-    self.network.bert.save_pretrained(folder)
+    from transformers import BertModel
+    folder, body = Path(folder), BertModel(self.network.config, add_pooling_layer=False) # the pooler asked another question
+    body.load_state_dict({k: v for k, v in self.network.bert.state_dict().items() if not k.startswith('pooler.')})
+    body.save_pretrained(folder)
     if self.tokenizer is not None: self.tokenizer.save_pretrained(folder)
     return folder

@@ -78,7 +78,13 @@ class MaskedSequences:
                 'masked': [read], 'word_labels': asked[None], 'segments': np.asarray(found['segments'])[None],
                 'pair': found['pair']}
 
-    def collate(self, samples:list) -> dict: return collate(samples)
+    def collate(self, samples:list) -> dict:
+        "Make a batch; labels and segments are as wide as the tokens, which are padded to a multiple of 8."
+        batch = collate(samples)
+        wide = batch['masked']['input_ids'].shape[-1]
+        padded = {k: torch.nn.functional.pad(batch[k], (0, wide - batch[k].shape[-1]), value=fill)
+                  for k, fill in (('word_labels', -100), ('segments', 0))}
+        return {**batch, **padded}
 
 # %% ../../../nbs/149m_data.samples.text_pairs.ipynb #a502ced8
 def report_pair(
