@@ -10,7 +10,7 @@ import contract
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import ALL, FACTOR, HEADS, TRAINED, from_recipe, new_batch, new_case
+from contract import ALL, BERT, FACTOR, HEADS, TRAINED, from_recipe, new_batch, new_case
 from torch import nn
 from training import Pairs, Small
 
@@ -24,7 +24,7 @@ from medvl.methods.recipes import method_names, recipe
 from medvl.train.distributed import launch
 from medvl.train.settings import TrainConfig, check_config
 
-STEPS = [*TRAINED, *HEADS, FACTOR] # what is trained; `initialised` is not
+STEPS = [*TRAINED, *HEADS, FACTOR, BERT] # what is trained; `initialised` is not
 ONE_LOSS = {'byol', 'simclr', 'supervised', 'classifier', 'segmenter', 'unet', FACTOR} # their loss has no parts: what stands beside it are other numbers
 
 

@@ -6,11 +6,13 @@
 __all__ = ['ORIGINAL', 'SIZES', 'BertPretrainingConfig', 'BertPretraining']
 
 # %% ../../nbs/360_methods.bert_pretraining.ipynb #523e7039
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from ..core.errors import DataError
 from ..core.patch import patch
@@ -69,11 +71,15 @@ class BertPretraining(Method):
         out = self.network.bert(input_ids=ids, attention_mask=mask, token_type_ids=segments)
         return {'words': out.last_hidden_state, **({'whole': out.pooler_output} if self.config.pair else {})}
 
+    def answers(self, features: dict) -> tuple: # of `encode`
+        "Give the logits of every token (b,L,V), and those of the pair (b,2) or None."
+        if not self.config.pair: return self.network.cls(features['words']), None
+        return self.network.cls(features['words'], features['whole'])
+
     def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give `loss`, `mlm` and `pair`, and the share of hidden words that were guessed."
         labels, c = batch['word_labels'].flatten(0, 1).to(self.device), self.config
-        if c.pair: words, whole = self.network.cls(features['words'], features['whole'])
-        else: words = self.network.cls(features['words'])
+        words, whole = self.answers(features)
         mlm = mlm_loss(words, labels)
         with torch.no_grad(): right = ((words.argmax(-1) == labels).sum() / (labels != -100).sum().clamp(min=1)).float()
         if not c.pair: return {'loss': mlm, 'mlm': mlm.detach(), 'guessed': right}
@@ -104,9 +110,12 @@ def save_encoder(self: BertPretraining,
                  folder: str | Path, # new folder
                  ) -> Path:
     "Write body and tokenizer as a folder that other methods take as `text_encoder`."
-    from transformers import BertModel
-    folder, body = Path(folder), BertModel(self.network.config, add_pooling_layer=False) # the pooler asked another question
-    body.load_state_dict({k: v for k, v in self.network.bert.state_dict().items() if not k.startswith('pooler.')})
-    body.save_pretrained(folder)
+    folder, config = Path(folder), copy.deepcopy(self.network.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    config.architectures = ['BertModel']
+    config.save_pretrained(folder)
+    body = {k: v.detach().cpu().contiguous() for k, v in self.network.bert.state_dict().items()
+            if not k.startswith('pooler.')} # the pooler asked another question
+    save_file(body, str(folder/'model.safetensors'), metadata={'format': 'pt'})
     if self.tokenizer is not None: self.tokenizer.save_pretrained(folder)
     return folder
