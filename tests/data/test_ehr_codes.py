@@ -7,9 +7,10 @@ import pytest
 from golden import golden, sample
 
 from medvl.core.errors import DataError
-from medvl.data.releases.ehr_codes import (CodedPatient, CodeSequences, CodeVocabulary, SPECIAL_CODES, read_ehr_pickle, read_mimic_codes, read_omop_codes, reference_ehr_sample)
+from medvl.data.releases.ehr_codes import (CodedPatient, CodeSequences, CodeVocabulary, SPECIAL_CODES, read_mimic_codes, read_omop_codes, reference_ehr_sample)
 from medvl.data.samples.text_pairs import MaskConfig, TextPairs, mask_block, report_pair
 from medvl.data.text.tokens import build_wordpiece
+from medvl.models.ehr_pickle import read_ehr_pickle
 
 
 def patient_of(row):
