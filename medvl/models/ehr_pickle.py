@@ -20,7 +20,8 @@ def read_ehr_pickle(
 
     Raises: DataError naming the file, and the patient where one is wrong."""
     path = Path(path)
-    if path.stat().st_size > MAX_PICKLE: raise DataError(f'more than {MAX_PICKLE >> 20} MiB', file=path, fix='Split it.')
+    if path.stat().st_size > MAX_PICKLE:
+        raise DataError(f'more than {MAX_PICKLE >> 20} MiB', file=path, fix='Split it.')
     try:
         with open(path, 'rb') as f: rows = RestrictedUnpickler(f).load()
     except Exception as e: # whatever a damaged or hostile pickle makes the reader raise
@@ -31,7 +32,9 @@ def read_ehr_pickle(
 
 def _patient(row, path, i):
     numbers = lambda v: isinstance(v, list) and all(isinstance(n, (int, float)) and n == n for n in v)
-    if not (isinstance(row, list) and len(row) == 5 and all(map(numbers, row[1:])) and isinstance(row[0], list) and row[0]):
+    if not (isinstance(row, list) and len(row) == 5 and all(map(numbers, row[1:]))
+            and isinstance(row[0], list) and row[0]):
         raise DataError('not [[id], [stays], [gaps], [codes], [visits]] of numbers', file=path, row=i)
-    try: return CodedPatient(str(row[0][0]), tuple(row[1]), tuple(int(c) for c in row[3]), tuple(int(v) for v in row[4]))
+    codes, visits = (tuple(int(n) for n in v) for v in row[3:])
+    try: return CodedPatient(str(row[0][0]), tuple(row[1]), codes, visits)
     except DataError as e: raise DataError(e.message, file=path, row=i) from e

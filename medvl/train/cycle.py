@@ -22,8 +22,8 @@ def one_cycle(step: int, # optimiser steps already done, 0-based
     Raises: ValueError for a share outside 0..1, or where the rise or the fall has no two steps."""
     up = share * total - 1
     if not 0 < share < 1 or not 0 < up < total - 1:
-        raise ValueError(f'one cycle: a share of {share:g} of {total} steps: it must lie in 0..1, and both the rise and '
-                         'the fall need more than one step')
+        raise ValueError(f'one cycle: a share of {share:g} of {total} steps: it must lie in 0..1, and both the rise '
+                         'and the fall need more than one step')
     if step <= up: return _between(ends[0], ends[1], step / up)
     return _between(ends[1], ends[2], min(1., (step - up) / (total - 1 - up)))
 

@@ -25,7 +25,8 @@ from .distributed import (anywhere_on, average_gradients, average_statistics, ex
 from .feed import RunBatches
 from .gradcache import backward_batch
 from .machine import autocast_of, make_accelerator, scaler_of
-from .optim import Plateau, clip_gradients, clip_groups, lr_scale, make_optimizer, set_lr, set_momentum, warmup_steps
+from .optim import (Plateau, clip_gradients, clip_groups, lr_scale, make_optimizer, set_lr, set_momentum,
+                               warmup_steps)
 from .settings import TrainConfig, check_config
 
 # %% ../../nbs/419a_train.step.ipynb #d0e0a001

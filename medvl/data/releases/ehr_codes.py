@@ -34,8 +34,9 @@ class CodedPatient:
     visits: tuple # number of the visit of each code, from 1, never falling
 
     def __post_init__(self):
+        n, told = len(self.visits), len(self.codes)
         wrong = ('no codes' if not self.codes else 'no visits' if not self.stays
-                 else f'{len(self.visits)} visit numbers for {len(self.codes)} codes' if len(self.visits) != len(self.codes)
+                 else f'{n} visit numbers for {told} codes' if n != told
                  else 'visit numbers that fall' if any(b < a for a, b in zip(self.visits, self.visits[1:]))
                  else 'a visit number below 1' if self.visits[0] < 1 else '')
         if wrong: raise DataError(f'patient {self.patient_id} has {wrong}')
@@ -47,7 +48,8 @@ class CodedPatient:
 OMOP = {'condition': ('condition_occurrence', 'condition_concept_id', 'condition_start_date'),
         'procedure': ('procedure_occurrence', 'procedure_concept_id', 'procedure_date'),
         'drug': ('drug_exposure', 'drug_concept_id', 'drug_exposure_start_date')}
-MIMIC = {'diagnosis': ('DIAGNOSES_ICD', 'icd9_code', 'seq_num'), 'procedure': ('PROCEDURES_ICD', 'icd9_code', 'seq_num'),
+MIMIC = {'diagnosis': ('DIAGNOSES_ICD', 'icd9_code', 'seq_num'),
+         'procedure': ('PROCEDURES_ICD', 'icd9_code', 'seq_num'),
          'drug': ('PRESCRIPTIONS', 'drug', 'startdate')}
 
 
@@ -68,8 +70,8 @@ def _patients(visits, codes):
     visits = visits.dropna(subset=['begin']).sort_values(['person', 'begin'], kind='stable')
     by_visit, out = {v: list(g.word) for v, g in codes.sort_values('when', kind='stable').groupby('visit')}, []
     for person, rows in visits.groupby('person', sort=True):
-        told = [(n, w) for n, v in enumerate(rows.visit, 1) for w in by_visit.get(v, ())]
-        if told: out.append(CodedPatient(str(person), tuple(rows.days), tuple(w for _, w in told), tuple(n for n, _ in told)))
+        told = [(w, n) for n, v in enumerate(rows.visit, 1) for w in by_visit.get(v, ())]
+        if told: out.append(CodedPatient(str(person), tuple(rows.days), *map(tuple, zip(*told))))
     return out
 
 
@@ -78,7 +80,8 @@ def _read(folder, visits, names, tables, link):
     if found is None: raise DataError(f'no {visits}.csv here', file=folder)
     found.columns = ['person', 'visit', 'begin', 'end']
     parts = [t.set_axis(['visit', 'word', 'when'], axis=1).assign(word=lambda t, kind=kind: kind + ' ' + t.word)
-             for kind, (name, code, when) in tables.items() if (t := _table(folder, name, (link, code, when))) is not None]
+             for kind, (name, code, when) in tables.items()
+             if (t := _table(folder, name, (link, code, when))) is not None]
     if not parts: raise DataError(f'no table of codes here: {", ".join(t[0] for t in tables.values())}', file=folder)
     return _patients(found, pd.concat(parts))
 
@@ -117,7 +120,8 @@ class CodeVocabulary:
     ) -> np.ndarray: # int64
         "Give the ids of codes. Raises: DataError naming an unknown code, if strict."
         lost = next((c for c in codes if str(c) not in self.index), None)
-        if strict and lost is not None: raise DataError(f'code {lost!r} of patient {who or "?"} is not in the vocabulary')
+        if strict and lost is not None:
+            raise DataError(f'code {lost!r} of patient {who or "?"} is not in the vocabulary')
         return np.array([self.index.get(str(c), 1) for c in codes], dtype=np.int64)
 
 # %% ../../../nbs/190_data.releases.ehr_codes.ipynb #564dd214
@@ -143,7 +147,8 @@ class CodeSequences(MaskedSequences):
             if v != visit: ids.append(3); segments.append(min(visit, self.visits - 1))
             ids.append(int(code)); segments.append(min(v, self.visits - 1))
             visit = v
-        return np.array([*ids, 3])[:self.config.max_length], np.array([*segments, segments[-1]])[:self.config.max_length]
+        most = self.config.max_length
+        return np.array([*ids, 3])[:most], np.array([*segments, segments[-1]])[:most]
 
     def __len__(self): return len(self.patients)
 
@@ -164,7 +169,7 @@ def reference_ehr_sample(
     vocab_size:int=84840, # random ids are below it
     probability:float=0.15, # of a code to be chosen
     mask_id:int=103, # hides a code (and is one)
-) -> dict[str, torch.Tensor]: # input_ids, labels, attention_mask, token_type_ids, selected: int64 (length,); long_stay (1,)
+) -> dict[str, torch.Tensor]: # input_ids, labels, attention_mask, token_type_ids, selected (length,); long_stay (1,)
     "Make a sample of the original. Source: selfsupervised-training-ehr, its data sets."
     def padded(values): return torch.tensor((list(values) + [0] * length)[:length])
     n, g = min(len(patient.codes), length), torch.Generator().manual_seed(seed)

@@ -114,7 +114,7 @@ class TextPairs(MaskedSequences):
             a, b = report_pair(text)
             if a.strip() and b.strip(): self.rows.append((str(sample), str(patient), *map(self.ids, (a, b))))
         if len({tuple(r[3]) for r in self.rows}) < 2:
-            raise DataError(f'{len(self.rows)} reports in two parts: at least two with different second parts are needed')
+            raise DataError(f'{len(self.rows)} reports in two parts: at least two that differ are needed')
 
     def ids(self, text:str) -> list: return self.tokenizer(text, add_special_tokens=False)['input_ids']
     def __len__(self): return len(self.rows)
@@ -131,4 +131,5 @@ class TextPairs(MaskedSequences):
         segments = [0] * (len(first) + 2) + [1] * (len(second) + 1)
         return dict(ids=np.array(ids), segments=np.array(segments), pair=pair, sample_id=sample, patient_id=patient)
 
-    def digest(self) -> str: return digest(['TextPairs', config_dict(self.config), self.train, self.vocab_size, self.rows])
+    def digest(self) -> str:
+        return digest(['TextPairs', config_dict(self.config), self.train, self.vocab_size, self.rows])

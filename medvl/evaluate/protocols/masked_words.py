@@ -19,7 +19,8 @@ from ...methods.base import Method, evaluating
 def _counted(log_p, labels):
     "Sums over the asked positions: log_p (m,V), labels (m,) -> asked, loss, top1, top5."
     top = log_p.topk(min(5, log_p.shape[1]), 1).indices == labels[:, None]
-    return (len(labels), -log_p.gather(1, labels[:, None]).sum().item(), top[:, 0].sum().item(), top.any(1).sum().item())
+    return (len(labels), -log_p.gather(1, labels[:, None]).sum().item(),
+            top[:, 0].sum().item(), top.any(1).sum().item())
 
 
 def masked_word_counts(
@@ -34,7 +35,8 @@ def masked_word_counts(
             batch = data.collate([data[0, i] for i in range(start, min(start + batch_size, len(data)))])
             words, whole = method.answers(method.encode(batch))
             log_p, whole = words.double().log_softmax(-1).cpu(), None if whole is None else whole.cpu()
-            for i, (patient, labels, pair) in enumerate(zip(batch['patient_id'], batch['word_labels'][:, 0], batch['pair'])):
+            known = zip(batch['patient_id'], batch['word_labels'][:, 0], batch['pair'])
+            for i, (patient, labels, pair) in enumerate(known):
                 asked = labels != -100
                 told = whole is not None and int(pair) != -100
                 rows.append((patient, *_counted(log_p[i][asked], labels[asked]), int(told),
@@ -65,9 +67,11 @@ def masked_word_table(
     seed:int=0, # of the resamples
 ) -> pd.DataFrame: # metric, value, low, high, unit, n, patients
     "Give loss, perplexity, top-1, top-5 and the share of pairs that were told, with 95 % intervals."
-    if not len(counts) or not counts.asked.sum(): raise DataError('no word was asked for', fix='Look at the masking probability.')
+    if not len(counts) or not counts.asked.sum():
+        raise DataError('no word was asked for', fix='Look at the masking probability.')
     sums = counts.groupby('patient').sum()
-    drawn = np.concatenate([patient_counts(len(sums), b, seed) for b in range(-(-max(n_boot, 1) // BLOCK))], 1)[:, :n_boot]
+    blocks = range(-(-max(n_boot, 1) // BLOCK))
+    drawn = np.concatenate([patient_counts(len(sums), b, seed) for b in blocks], 1)[:, :n_boot]
     rows = []
     for name, top, below, f in (('loss', 'loss', 'asked', lambda x: x), ('perplexity', 'loss', 'asked', np.exp),
                                 ('top1', 'top1', 'asked', lambda x: x), ('top5', 'top5', 'asked', lambda x: x),
