@@ -20,7 +20,7 @@ STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt 2>/dev/nu
 $(STAMP):
 	$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else 'medvl needs Python 3.11 to 3.13; set PYTHON=...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,samples,pretrained,cluster,oracles]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,samples,pretrained,hdf5,cluster,oracles]"
 	rm -f $(VENV)/.installed-*
 	touch $@
 install: $(STAMP)

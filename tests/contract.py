@@ -64,7 +64,7 @@ def without_weights(name, key):
     there = given.get('text_encoder', knows['text_encoder'].default if 'text_encoder' in knows else '')
     changes = {k: False for k in ('image_pretrained', 'text_pretrained') if k in knows}
     if there and there not in CONFIGURATIONS: changes['text_encoder'] = 'bert-base-clinical-config'
-    with torch.device('meta'): return new_method(name, key, **({'tokenizer': words} if there else {}), **changes)
+    with torch.device('meta'): return new_method(name, key, **({'tokenizer': words} if there or dict(all_recipes(name))[key].own_words else {}), **changes)
 
 
 def new_case(folder, name):
@@ -133,7 +133,8 @@ def check_signatures(method):
 def check_losses(method, batch, idle=()):
     "Named scalars that are finite; their gradient reaches every part that is trained; `idle`: parts that a recipe leaves out."
     stirred(method).train().zero_grad()
-    features, losses = forward(method, batch)
+    late = getattr(method.config, 'align_epochs', 0) # before it, X-VL reads nothing together
+    features, losses = forward(method, {**batch, 'epoch': late} if late else batch, StepState(epoch=late))
     assert 'loss' in losses, "no 'loss'"
     scalars = {k: v for k, v in losses.items() if isinstance(v, torch.Tensor)}
     assert all(v.dim() == 0 for v in scalars.values()) and torch.isfinite(losses['loss']), f'not finite: {losses}'

@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from .gradcam import KINDS, map_gradients, sentence_score
+from .grounding import map_of_span
 from .mammo_factor import Explainer, MammoFactor
 from .sentence_maps import sentence_maps
 from .similarity import similarity_map
 from ..core.errors import unknown_name
+from ..data.text.sentences import word_spans
 from ..methods.base import Method, capabilities, require
 
 # %% ../../nbs/630_attribute.attribute.ipynb #b284cddc
 TARGETS = {'sentence': 'how near the image is to a text', 'class': 'one output of a classifier',
-           'word': 'a word of a generated report', 'age': 'a predicted number', 'box': 'a found box',
+           'word': 'a word of a report', 'age': 'a predicted number', 'box': 'a found box',
            'answer': 'a token of an answer'}
 
 
@@ -132,7 +134,23 @@ def _factor(method, images, target, level):
     return heat[0], {'head': method.attributes[head]}
 
 
+def _word_way(kind):
+    "Cross-attention of a word of a report, or that times the gradient of the match."
+    def draw(method, images, target, level, report=None):
+        require(method, 'word_maps', by=f'the {kind} of a word')
+        text = str(target.value if report is None else report)
+        maps, words = method.word_maps(images, [text], kind, None if level == -1 else level)
+        place = next((s for s in word_spans(text) if s[0].lower() == str(target.value).lower()), None)
+        if place is None: raise ValueError(f'{target.value!r} is no word of this report')
+        heat = map_of_span(maps[0].cpu(), words[0], *place[1:])
+        if heat is None: raise ValueError(f'{target.value!r} lies behind what the method reads of this report')
+        return torch.as_tensor(heat), {'report': text}
+    return draw
+
+
 EXPLANATIONS |= {
+    'word_attention': Explanation(_word_way('attention'), ('word',), 'attention weight', signed=False),
+    'word_gradcam': Explanation(_word_way('gradcam'), ('word',), 'attention times gradient', signed=False),
     'similarity': Explanation(_similarity, ('sentence',), 'cosine'),
     'attention': Explanation(_sentence_way('attention'), ('sentence',), 'attention weight', signed=False),
     'aligned': Explanation(_sentence_way('cosine'), ('sentence',), 'cosine'),

@@ -15,17 +15,20 @@ from torch import Tensor, nn
 from .similarity import text_vector
 from ..core.errors import unknown_name
 from ..methods.base import Method
+from ..models.vit import VisionTransformer
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #637e5aa6
 @contextlib.contextmanager
 def caught(
     method: Method, # Method
-    layer: nn.Module | str | None = None, # module, or its dotted name; None: the encoder's last map
+    layer: nn.Module | str | None = None, # module, or its dotted name; None: the encoder's last map, or what a ViT's
+                                          # last attention looks at
 ) -> Iterator[list]:
     """Catch a map during a forward pass and make it a leaf that collects gradients.
 
     Raises: ValueError for a layer that the method does not have."""
-    found = []
+    found, encoder = [], getattr(method, 'image_encoder', None)
+    if layer is None and isinstance(encoder, VisionTransformer): layer = encoder.blocks[-1].norm1
     def leaf(maps):
         found.append(maps.detach().requires_grad_())
         return found[-1]
@@ -89,12 +92,23 @@ def map_gradients(
             raise ValueError(f'the embedding does not pass through this map once, but {len(found)} times: name '
                              'another layer')
         maps, values = found[-1], torch.stack([s(embeddings) for s in scores], 1)
-        if maps.ndim != 4: raise ValueError(f'a map is (b,c,h,w); this layer gives {tuple(maps.shape)}')
+        place = _places(method, images)
+        if maps.ndim != 4 and not (maps.ndim == 3 and place is not None):
+            raise ValueError(f'a map is (b,c,h,w); this layer gives {tuple(maps.shape)}')
         if not values.requires_grad: raise ValueError('the score does not depend on this map: name another layer')
         sums = values.sum(0)
         gradients = [torch.autograd.grad(sums[j], maps, retain_graph=j + 1 < len(scores))[0]
                      for j in range(len(scores))]
+    if maps.ndim == 3: maps, gradients = place(maps), [place(g) for g in gradients]
     return maps.detach(), torch.stack(gradients, 1), values.detach()
+
+
+def _places(method, images):
+    "What makes a map of a ViT's tokens, the class token left out; None: the encoder is no ViT."
+    encoder = getattr(method, 'image_encoder', None)
+    if not isinstance(encoder, VisionTransformer): return None
+    grid = tuple(s // encoder.stride for s in images.shape[-2:])
+    return lambda tokens: tokens[:, 1:].mT.unflatten(2, grid)
 
 # %% ../../nbs/620_attribute.gradcam.ipynb #d81ea8d8
 def _plus_plus(maps, g):

@@ -23,8 +23,8 @@ from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
 from ..core.seed import numpy_rng
 from ..data.prepared import Prepared
+from ..data.text.sentences import word_spans
 from ..evaluate.protocols.embeddings import device_of
-from ..evaluate.protocols.word_probe import word_spans
 from ..methods.base import Method, evaluating, require
 
 # %% ../../nbs/624_attribute.grounding.ipynb #3260940a

@@ -150,7 +150,7 @@ CAPABILITIES = {
     # maps (b,t,h',w') of each word of each image's text, and the words: b lists of (word, start, end)
     'word_maps': '(images, texts)',
     # read images (or None: the text alone) and (text, (start, end)) for each: that stretch is hidden and filled in
-    # -> log_prob (n,) of what stood there, summed over its tokens, and guess, n texts
+    # -> log_prob (n,) of what stood there, summed over its tokens, and guess, n texts (None: it does not read that far)
     'fill_mask': '(images, texts)',
     'generate': '(images, prompt=None)',  # -> texts
     'answer': '(images, questions, candidates=None)',  # -> texts

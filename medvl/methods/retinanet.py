@@ -20,12 +20,16 @@ from ..core.errors import DataError, unknown_name
 from ..core.patch import patch
 from ..losses.detection import EMPTY, detection_loss
 from .base import Method, StepState, register
-from ..models.scaling import normalise_images
+from .classifier import SCALINGS
+from .parts.image_side import save_vit, saved_image_encoder
+from .parts.image_tokens import TokenImageConfig
 from ..models.boxes import RATIOS, SCALES, anchor_grid
 from ..models.checkpoints import load_weights
 from ..models.detector import TAPS, Head, Pyramid, encoder_taps, init_detector, select_boxes, tap_channels
 from ..models.efficientnet import EFFICIENTNETS, EfficientNet
+from ..models.simple_pyramid import SimplePyramid
 from ..models.vision import build_image_encoder
+from ..models.vit import VITS, VisionTransformer
 
 # %% ../../nbs/335_methods.retinanet.ipynb #87fc5d4b
 FREEZE = ('none', 'encoder', 'weights')
@@ -36,11 +40,12 @@ class RetinaNetConfig:
     "Configuration of the detector."
     classes: tuple[str, ...] = ('mass', 'suspicious_calcification')  # findings, in the order of the outputs
     merge: bool = False  # all listed findings count as one class, 'finding'
-    image_encoder: str = 'efficientnet-b2'  # efficientnet-b0 … b7, -lite0, -tiny
+    image_encoder: str = 'efficientnet-b2'  # efficientnet-b0 … b7, -lite0, -tiny; vit-tiny, -small, -base, -large
     image_weights: str = ''  # file of encoder weights; `detector_from` takes them from a trained method instead
     image_pretrained: bool = False  # load the weights that ship with the name (lite0)
     padding: str = 'clip'  # static paddings: 'clip' (as pre-trained) or 'detector' (the original's detector)
-    taps: str = 'reference'  # maps of the encoder: 'reference' (strides 16, 32, 32) or 'strides' (8, 16, 32)
+    taps: str = 'reference'  # maps of the encoder: 'reference' (strides 16, 32, 32) or 'strides' (8, 16, 32;
+                             # always so for a ViT)
     freeze: str = 'none'  # 'none'; 'encoder': nothing of it moves, BatchNorm neither;
                           # 'weights': BatchNorm moves (the original)
     freeze_bn: bool = False  # fine-tuning with fixed BatchNorm statistics of the encoder, for small batches
@@ -66,6 +71,7 @@ class RetinaNetConfig:
     image_checkpointing: bool = False  # recompute the encoder's activations
     image_mean: float = 0.3089279  # of min-max scaled images
     image_std: float = 0.25053555408335154  # of min-max scaled images
+    scaling: str = 'image'  # each image by its own range ('image'), or all by the same constants ('data', as X-VL)
 
 
 REFERENCE = dict(padding='detector', taps='reference', height=512, width=512, empty='skip', force=False, clamped=True,
@@ -82,7 +88,7 @@ def reference_config(frozen: bool = False, # the original's --freeze_backbone
 def _check(c):
     "Refuse options that do not exist."
     for name, options in (('taps', TAPS), ('freeze', FREEZE), ('empty', EMPTY), ('padding', ('clip', 'detector')),
-                          ('image_encoder', tuple(EFFICIENTNETS))):
+                          ('scaling', SCALINGS), ('image_encoder', (*EFFICIENTNETS, *VITS))):
         if getattr(c, name) not in options: raise ValueError(unknown_name(name, getattr(c, name), options))
     if not c.classes or len(set(c.classes)) != len(c.classes):
         raise ValueError(f'classes must be names, each once, not {c.classes}')
@@ -93,20 +99,26 @@ def _check(c):
 
 @register
 class RetinaNet(Method):
-    "RetinaNet on an EfficientNet. Source: Lin et al., ICCV 2017; Ghosh et al., MICCAI 2024."
+    "RetinaNet on an EfficientNet or a ViT. Source: Lin et al., ICCV 2017; Ghosh et al., MICCAI 2024."
     name, config_class, chunkable = 'retinanet', RetinaNetConfig, True
     keeps = ('images',) # anchors are laid out for their size
 
     def __init__(self,
                  config: RetinaNetConfig | None = None,
-                 image_encoder: nn.Module | None = None, # an EfficientNet to use instead of building one by name
+                 image_encoder: nn.Module | None = None, # an EfficientNet or ViT to use instead of building one by name
                  ):
         super().__init__(config)
         c = self.config
         _check(c)
         self.names = ('finding',) if c.merge else tuple(c.classes)
         self.image_encoder = self._encoder() if image_encoder is None else image_encoder
-        self.pyramid = Pyramid(tap_channels(self.image_encoder, c.taps), c.pyramid_width, c.taps == 'reference')
+        vit = isinstance(self.image_encoder, VisionTransformer)
+        self.scales = None # what makes three maps of a ViT's one
+        if vit:
+            self.scales = SimplePyramid(self.image_encoder.num_features, self.image_encoder.stride,
+                                        ('conv3', 'conv4', 'conv5'), c.pyramid_width)
+        channels = (c.pyramid_width,) * 3 if vit else tap_channels(self.image_encoder, c.taps)
+        self.pyramid = Pyramid(channels, c.pyramid_width, c.taps == 'reference' and not vit)
         self.regression = Head(4, c.pyramid_width, c.head_width, len(RATIOS) * len(SCALES))
         self.classification = Head(len(self.names), c.pyramid_width, c.head_width, len(RATIOS) * len(SCALES))
         init_detector(self.pyramid, self.regression, self.classification)
@@ -115,6 +127,9 @@ class RetinaNet(Method):
 
     def _encoder(self):
         c = self.config
+        if c.image_encoder in VITS:
+            return build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None,
+                                       c.image_checkpointing)
         return build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing,
                                    padding=c.padding, drop_connect=c.drop_connect, bn_momentum=c.bn_momentum)
 
@@ -129,7 +144,13 @@ class RetinaNet(Method):
 
     def save_assets(self, folder: Path) -> RetinaNetConfig:
         "Local paths do not leave this machine; the weights are stored with the method."
+        save_vit(self.image_encoder, folder)
         return replace(self.config, image_weights='', image_pretrained=False)
+
+    @classmethod
+    def from_assets(cls, config: RetinaNetConfig, folder: Path) -> 'RetinaNet':
+        "Rebuild the detector, weights aside, from a stored folder."
+        return cls(config, saved_image_encoder(folder))
 
     def encode(self, batch: dict) -> dict: # images (b,v,1,h,w)
         "Give `scores` (b·v,a,k), logits, and `deltas` (b·v,a,4)."
@@ -172,7 +193,7 @@ def prepare(self: RetinaNet, images: torch.Tensor) -> tuple: # (b,1,h,w) or (b,v
     c, x = self.config, images.flatten(0, -4).to(self.device)
     if c.height:
         x = F.interpolate(x.float(), size=(c.height, c.width), mode='bilinear', antialias=True, align_corners=False)
-    x, (h, w) = normalise_images(x, c.image_mean, c.image_std), x.shape[-2:]
+    x, (h, w) = SCALINGS[c.scaling](x, c.image_mean, c.image_std), x.shape[-2:]
     return F.pad(x, (0, -w % 32, 0, -h % 32), value=-c.image_mean / c.image_std), (h, w)
 
 
@@ -181,7 +202,9 @@ def answers(self: RetinaNet, images: torch.Tensor) -> tuple[torch.Tensor, torch.
     "Give logits (b·v,a,k) and deltas (b·v,a,4)."
     x, _ = self.prepare(images)
     with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.freeze == 'none'):
-        maps = encoder_taps(self.image_encoder, x, self.config.taps)
+        maps = (self.image_encoder.feature_maps(x) if self.scales is not None else
+                encoder_taps(self.image_encoder, x, self.config.taps))
+    if self.scales is not None: maps = self.scales(maps).values()
     levels = self.pyramid(*maps)
     return self.classification(levels).float(), self.regression(levels).float()
 
@@ -220,23 +243,24 @@ def truth(self: RetinaNet,
     return boxes, labels
 
 # %% ../../nbs/335_methods.retinanet.ipynb #95f9b8cf
-def detector_from(method: Method, # a Method with an EfficientNet `image_encoder`
+def detector_from(method: Method, # a Method with an EfficientNet or ViT `image_encoder`
                   classes: Sequence[str], # findings
                   **changes, # fields of RetinaNetConfig
                   ) -> RetinaNet:
     """Put a detector on a trained encoder.
 
-    Raises: TypeError if the encoder is no EfficientNet."""
-    encoder, old = method.image_encoder, method.config
-    if not isinstance(encoder, EfficientNet):
-        raise TypeError(f'a detector needs an EfficientNet encoder, not {type(encoder).__name__}')
-    facts = dict(image_encoder=encoder.name, image_mean=old.image_mean, image_std=old.image_std, padding=old.padding,
-                 classes=tuple(classes),
-                 drop_connect=old.drop_connect, bn_momentum=old.bn_momentum)
+    Raises: TypeError if the encoder is neither an EfficientNet nor a ViT."""
+    encoder, old, vit = method.image_encoder, method.config, isinstance(method.image_encoder, VisionTransformer)
+    if not isinstance(encoder, (EfficientNet, VisionTransformer)):
+        raise TypeError(f'a detector needs an EfficientNet or ViT encoder, not {type(encoder).__name__}')
+    facts = dict(image_encoder=encoder.name, image_mean=old.image_mean, image_std=old.image_std, classes=tuple(classes),
+                 scaling='data' if isinstance(old, TokenImageConfig) else getattr(old, 'scaling', 'image'))
+    if not vit: facts |= dict(padding=old.padding, drop_connect=old.drop_connect, bn_momentum=old.bn_momentum)
     config = RetinaNetConfig(**{**facts, **changes})
     if config.image_encoder != encoder.name:
         raise ValueError(f'the encoder is {encoder.name}, not {config.image_encoder}')
-    fresh = RetinaNet(replace(config, image_weights='', image_pretrained=False))
+    fresh = RetinaNet(replace(config, image_weights='', image_pretrained=False), encoder.plain_copy() if vit else None)
+    if vit: return fresh.to(method.device)
     load_weights(fresh.image_encoder, copy.deepcopy(encoder.state_dict()), ignore=('_fc.',))
     return fresh.to(method.device)
 

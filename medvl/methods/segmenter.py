@@ -18,7 +18,7 @@ from ..core.errors import DataError, unknown_name
 from ..core.patch import patch
 from ..losses.segmentation import LOSSES, OVER, check_masks, segmentation_loss
 from .base import Method, StepState, evaluating, register
-from .parts.dense import DenseMethod, dense_from, size_of
+from .parts.dense import DenseMethod, dense_from, size_of, stage_read
 from ..models.unet import LinearHead, MLPHead, UNet
 
 # %% ../../nbs/336_methods.segmenter.ipynb #75f49407
@@ -40,10 +40,11 @@ class SegmenterConfig:
     dice_smooth: float = 0.0  # pixels; above 0, false positives cost something where there is nothing to find
     pos_weight: tuple[float, ...] = ()  # of cross-entropy, on the positives of each class; () = 1
     gamma: float = 2.0  # of the focal loss
-    image_encoder: str = 'resnet-50'  # name of a ResNet, or unet
+    image_encoder: str = 'resnet-50'  # name of a ResNet, unet, or name of a ViT
     image_weights: str = ''  # file of encoder weights, torchvision's names
     image_pretrained: bool = False  # load weights that belong to the name
     image_checkpointing: bool = False  # recompute the encoder's activations
+    pyramid_width: int = 256  # of a ViT: channels of the pyramid that is made of its one map
     image_mean: float = 0.5  # of pixels, 0..1 scale: the data set's own
     image_std: float = 0.25  # of pixels, 0..1 scale
     # what the original's head can do and none of its tasks asks for; its own key behind each
@@ -116,7 +117,7 @@ def new_head(self: Segmenter, channels: dict) -> nn.Module: # dict stage -> chan
     return LinearHead(channels, k, **options)
 
 # %% ../../nbs/336_methods.segmenter.ipynb #a9db3168
-def segmenter_from(source: Method | str | Path, # trained Method with a ResNet, name of an encoder, or file of weights
+def segmenter_from(source: Method | str | Path, # trained Method with a ResNet or ViT, name of an encoder, or file
                    classes: Sequence[str], # names, in the order of the masks
                    head: str = 'linear', # 'linear', 'mlp' or 'unet'
                    frozen: bool = True, # False: fine-tune the encoder
@@ -126,4 +127,5 @@ def segmenter_from(source: Method | str | Path, # trained Method with a ResNet, 
                    ) -> Segmenter:
     "Put a segmentation head on an encoder. Raises: as `dense_from`."
     classes = (classes,) if isinstance(classes, str) else tuple(classes)
+    if head != 'unet' and 'stage' not in changes and (stage := stage_read(source)) != 'conv5': changes['stage'] = stage
     return dense_from(Segmenter, source, seed, prefix, classes=classes, head=head, frozen=frozen, **changes)

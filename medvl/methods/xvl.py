@@ -60,6 +60,7 @@ class XVLConfig(TokenImageConfig):
     text_width: int = 384  # of the one network of 2022
     text_layers: int = 6  # of it, below those that look at the image
     text_positions: int = 512  # of it: the longest text, tokens
+    text_pool: str = 'cls'  # what stands for a text: its state 'cls', or the 'mean' of all (see parts.reader)
     fusion_layers: int | None = None  # that look at the image: 4; 6
     fusion_heads: int = 12  # of these layers
     fusion_hidden: int | None = None  # width of their token-wise networks: 2048; 3072
@@ -73,13 +74,16 @@ class XVLConfig(TokenImageConfig):
     in_modal: str | None = None  # searches within a modality: 'hard' targets; 'distilled'; or 'none'
     sentences: bool | None = None  # the image searches each sentence of its report: True; False
     duplicates: str = 'negatives'  # equal reports: 'negatives' (paper) or 'positives' of each other
+    align_epochs: int = 0  # first epochs of training with searches alone, before anything is read together
     itc_weight: float = 1.0  # of the mean of all searches
     itm_weight: float | None = None  # of the judgement: 2; 1
     mlm_weight: float = 1.0  # of hidden words
     likeness_limit: float | None = None  # reports so alike are no negatives, cosine: 0.95; 2 (never)
     fallback: str = 'least_alike'  # where all reports are so alike: 'least_alike', 'unfiltered'
     distil_axis: str = 'vocab'  # softmax of distilled words over 'vocab', or 'sequence' (original)
-    negatives: str = 'masked'  # too like candidates are left out before the draw, or drawn again: 'rejection'
+    # too like candidates are left out before the draw, or drawn again: 'rejection'; 'random': left out, and the
+    # others have equal chances, however tempting
+    negatives: str = 'masked'
     shared_counter: bool = False  # of rejection: 100 draws for a whole batch (original), or for each sample
     map_layer: int | None = None  # looking layer whose attention explains: 0; 2 (the originals')
     # of 2022 alone: iBOT
@@ -117,7 +121,7 @@ def resolve(config: XVLConfig,
     c = replace(config, **{k: v for k, v in own.items() if getattr(config, k) is None})
     if config.map_layer is None: c = replace(c, map_layer=max(0, min(c.map_layer, c.fusion_layers - 2)))
     for name, known in (('in_modal', IN_MODAL), ('duplicates', ('negatives', 'positives')), ('distil_axis', AXES),
-                        ('negatives', ('masked', 'rejection')), ('fallback', FALLBACKS)):
+                        ('negatives', ('masked', 'rejection', 'random')), ('fallback', FALLBACKS)):
         if getattr(c, name) not in known: raise ValueError(unknown_name(name, getattr(c, name), known))
     if not 0 <= c.alpha <= 1: raise ValueError(f'alpha={c.alpha} must lie in 0..1')
     if not 0.001 <= c.temperature <= 0.5: raise ValueError(f'temperature={c.temperature} must lie in 0.001..0.5')
@@ -139,14 +143,14 @@ def new_reader(c: XVLConfig, # resolved
             raise ValueError(f'image tokens of width {image_width} cannot enter a network of width {c.text_width}: set '
                              'text_width or image_width')
         return Reader(FusionBert(c.vocab_size or 12667, c.text_width, layers=c.text_layers + c.fusion_layers,
-                                 fusion_layer=c.text_layers, positions=c.text_positions, **layers))
+                                 fusion_layer=c.text_layers, positions=c.text_positions, **layers), pool=c.text_pool)
     text = text_encoder or open_text_encoder(c.text_encoder, 'bos', c.text_pretrained, c.vocab_size,
                                              c.text_checkpointing)[0]
     if text_encoder is None and not c.text_pretrained: # nobody else has said how much
         for m in text.modules():
             if isinstance(m, nn.Dropout): m.p = c.dropout
     return Reader(text, FusionBert(text.text_encoder.config.vocab_size, text.num_features, layers=c.fusion_layers,
-                                   reads='states', **layers))
+                                   reads='states', **layers), c.text_pool)
 
 # %% ../../nbs/327_methods.xvl.ipynb #6f12d897
 @register
@@ -289,11 +293,17 @@ def encode(self: XVL, batch: dict) -> dict: # augmented: versions of (b,1,1,h,w)
 
 # %% ../../nbs/327_methods.xvl.ipynb #a4cb7f3e
 @patch(XVL)
+def aligns(self: XVL, epoch: int) -> bool:
+    "Say whether this is training's first part, in which nothing is read together."
+    return self.training and epoch < self.config.align_epochs
+
+
+@patch(XVL)
 def masked_states(self: XVL, batch: dict, mask: torch.Tensor, image_teacher: torch.Tensor) -> dict:
     """Read the reports with hidden words, as student and teacher.
 
     Raises: ValueError for samples without hidden words."""
-    if not self.config.mlm_weight: return {}
+    if not self.config.mlm_weight or self.aligns(batch.get('epoch', 0)): return {}
     if 'masked' not in batch or 'word_labels' not in batch:
         raise ValueError("this method guesses hidden words, and the batch has none: take samples='captions', or set "
                          'mlm_weight=0')
@@ -365,6 +375,7 @@ def choose_negatives(self: XVL, scores: dict, f: dict, batch: dict, state: StepS
     c, own, n = self.config, state.own, len(f['report'])
     first, alike = own.start or 0, likeness(f['report'][own], f['report'])
     t2i, i2t = (scores[k][:, :n] for k in ('t2i', 'i2t'))
+    if c.negatives == 'random': t2i, i2t = (torch.zeros_like(s) for s in (t2i, i2t))
     same = self.same_reports(batch, own)
     same = None if same is None else same[:, :n]
     if c.negatives == 'rejection':
@@ -438,8 +449,9 @@ def losses(self: XVL, features: dict, batch: dict, state: StepState) -> dict:
     if self.training: check_queue(c.queue, len(f['image_teacher']))
     alpha = alpha_at(state.step, state.epoch_steps, c.alpha, c.alpha_epochs)
     out, scores = self.search_losses(f, batch, state, alpha)
-    if c.itm_weight: out |= self.match_losses(f, scores, batch, state)
-    if c.mlm_weight: out |= self.word_loss(f, state, alpha)
+    together = not self.aligns(state.epoch)
+    if c.itm_weight and together: out |= self.match_losses(f, scores, batch, state)
+    if c.mlm_weight and together: out |= self.word_loss(f, state, alpha)
     if self.head is not None: out |= self.image_loss(f, state)
     weights = {'itc': c.itc_weight, 'itm': c.itm_weight, 'mlm': c.mlm_weight, 'ibot': c.ibot_weight}
     loss = sum(w * out[k] for k, w in weights.items() if k in out)
@@ -481,18 +493,27 @@ _PAPER_22 = Recipe('the 2022 paper (co-learning), with its slips put right; one 
 _QUICK = dict(precision='fp32', warmup=.1, weight_decay=.01, floor=0.0, seed=0)
 # with dropout a random [CLS] tells noise rather than its text
 _SMALL = dict(text_encoder='tiny', text_pretrained=False, dropout=0.0, image_width=128, fusion_layers=2, fusion_heads=4,
-              fusion_hidden=256, dim=64, queue=512, max_length=64, duplicates='positives', momentum=.98,
+              fusion_hidden=256, dim=64, queue=64, max_length=64, duplicates='positives', momentum=.98,
+              text_pool='mean', alpha=0.0, likeness_limit=2.0, align_epochs=8,
+              negatives='random',
               image_size=(96, 96),
               image_mean=.5, image_std=.25)
 _SMALL_22 = dict(_SMALL, variant='2022', image_encoder='vit-tiny', image_depth=4, image_heads=4, image_channels=1,
                  text_width=128, text_layers=2, prototypes=256, head_hidden=128, head_bottleneck=64, drop_path=0.0)
 _SMALL_22.pop('text_encoder'), _SMALL_22.pop('text_pretrained')
-_FEW = dict(queue=48, fusion_hidden=64, dim=16, image_size=(64, 64))
+_FEW = dict(queue=48, align_epochs=0, alpha=.4, likeness_limit=None, negatives='masked',
+            fusion_hidden=64, dim=16, image_size=(64, 64))
 # a temperature that learns as fast as the rest falls to .008, and the searches are learned by heart
-_SMALL_TRAIN = dict(_QUICK, batch_size=32, epochs=22, lr=1e-3, lr_scales={'temperature': .1},
+_SMALL_TRAIN = dict(_QUICK, batch_size=32, epochs=18, lr=3e-3, clip=5.0, lr_scales={'temperature': .1},
                     valid_samples=32, monitor='valid_itm_auroc', mode='max')
 _SMOKE_TRAIN = dict(_QUICK, batch_size=6, epochs=1, lr=1e-3, valid_samples=6)
 _LITTLE_22 = dict(first=(.8, 1.), second=(.5, 1.), local_size=48)
+
+# fine-tuning for retrieval (the original of 2022): searches with equal reports as positives, and the judge
+_SEARCH = dict(duplicates='positives', in_modal='none', sentences=False, itm_weight=1.0, mlm_weight=0.0,
+               ibot_weight=0.0)
+_SEARCH_TRAIN = dict(lr=1e-5, weight_decay=.02, batch_size=16, epochs=10, floor=.1, warmup=100, precision='fp32',
+                     valid_samples=48, clip_each={}, monitor='valid_recall', mode='max')
 
 RECIPES = {
     'paper': _PAPER,
@@ -502,10 +523,23 @@ RECIPES = {
     'reference-2022': vary(_PAPER_22, "the 2022 code as it ran, on one process", config=dict(
         late_twin=True, reset_centres=True, negatives='rejection', distil_axis='sequence', image_resizing='offset'),
                            train=dict(schedule='staircase'), sample_options=dict(cut='full_stops', draw='once')),
+    'retrieval': vary(_PAPER, 'fine-tuning of the 2023 model for retrieval, with an index queue', tuned=tuple(_SEARCH),
+                      config=_SEARCH, train=_SEARCH_TRAIN),
+    'retrieval-2022': vary(_PAPER_22, 'fine-tuning of the 2022 model for retrieval, with an index queue', versions=2,
+                           tuned=tuple(_SEARCH), config=dict(_SEARCH, queue=49152),
+                           train=dict(_SEARCH_TRAIN, schedule='staircase')),
     'small': vary(_PAPER, 'minutes on one core, on the chest phantom', size=(96, 96), train=_SMALL_TRAIN,
                   phantom_count=2500, own_words=True,
                   config=dict(_SMALL, image_encoder='resnet-tiny', image_stage='conv4'),
                   sample_options=dict(max_length=64)),
+    'openi': vary(_PAPER, 'hundreds of real pairs on a core; encoders of ImageNet and of general text stay as they are',
+                  size=(256, 256), augment_options=dict(affine=0.0, jitter=0.0, second=(1., 1.)),
+                  train=dict(_SMALL_TRAIN, epochs=20, lr=1e-3, freeze_bn=True, clip_each=None,
+                             lr_scales={'temperature': .1, 'image_encoder': 0, 'reader.text': 0}),
+                  config=dict(_SMALL, text_encoder='minilm', text_pretrained=True, image_encoder='efficientnet-lite0',
+                              image_pretrained=True, dropout=.1, dim=128, likeness_limit=.95, align_epochs=5,
+                              image_size=(256, 256), image_mean=.498, image_std=.502),
+                  sample_options=dict(max_length=48, sections=('findings', 'impression'), order='report')),
     'small-2022': vary(_PAPER_22, 'half an hour on one core, on the chest phantom', size=(96, 96), versions=4,
                        train=_SMALL_TRAIN, phantom_count=2500, config=_SMALL_22, augment_options=_LITTLE_22,
                        sample_options=dict(max_length=64, sections=('impression',))),

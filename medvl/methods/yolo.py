@@ -37,10 +37,11 @@ class YoloConfig:
     score_threshold: float = 0.2  # boxes that are reported are at least this confident
     overlap: float = 0.4  # of boxes of a class that drop each other
     top: int = 100  # most boxes an image; 0: all (the original)
-    image_encoder: str = 'resnet-50'  # name of a ResNet
+    image_encoder: str = 'resnet-50'  # name of a ResNet or a ViT
     image_weights: str = ''  # file of encoder weights, torchvision's names
     image_pretrained: bool = False  # load weights that belong to the name
     image_checkpointing: bool = False  # recompute the encoder's activations
+    pyramid_width: int = 256  # of a ViT: channels of the pyramid that is made of its one map
     image_mean: float = 0.5  # of pixels, 0..1 scale: the data set's own
     image_std: float = 0.25  # of pixels, 0..1 scale
 
@@ -125,7 +126,7 @@ def marked_boxes(self: Yolo,
     return boxes, labels
 
 # %% ../../nbs/337_methods.yolo.ipynb #9800930d
-def yolo_from(source: Method | str | Path, # trained Method with a ResNet, name of an encoder, or file of weights
+def yolo_from(source: Method | str | Path, # trained Method with a ResNet or ViT, name of an encoder, or its weights
               classes: Sequence[str], # findings
               frozen: bool = True, # False: fine-tune the encoder
               seed: int = 0, # of the head

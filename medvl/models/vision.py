@@ -18,6 +18,7 @@ from .efficientnet import EFFICIENTNETS, EfficientNet
 from .resnet import RESNETS, ResNet, load_resnet
 from .text import load_transformer
 from .unet import UNETS, PlainUNet
+from .vit import VITS, VisionTransformer, load_vit
 
 # %% ../../nbs/201_models.vision.ipynb #b751f875
 def tokens_to_map(tokens: torch.Tensor, # (n,t,d)
@@ -92,37 +93,42 @@ class TransformersVision(nn.Module):
 
 # %% ../../nbs/201_models.vision.ipynb #29089e9a
 def resolve_image_source(name: str | Path, # see `build_image_encoder`
-                         ) -> str | Path: # 'efficientnet', 'resnet', 'unet', local folder (Path) or hub name (str)
+                         ) -> str | Path: # 'efficientnet', 'resnet', 'unet', 'vit', folder (Path) or hub name (str)
     "Say what an image encoder's name means."
     if name in EFFICIENTNETS: return 'efficientnet'
     if name in RESNETS: return 'resnet'
     if name in UNETS: return 'unet'
+    if name in VITS: return 'vit'
     if Path(name).expanduser().is_dir(): return Path(name).expanduser()
     if str(name).count('/') == 1 and not str(name).startswith(('.', '/', '~')): return str(name)
-    raise ValueError(unknown_name('image encoder', name, [*EFFICIENTNETS, *RESNETS, *UNETS])
+    raise ValueError(unknown_name('image encoder', name, [*EFFICIENTNETS, *RESNETS, *UNETS, *VITS])
                      + ' Or a hub name (owner/name), or a folder with config.json.')
 
 
 def build_image_encoder(name: str | Path = 'efficientnet-b2', # efficientnet-b0 … b7, -lite0, -tiny; resnet-18, -34,
-                                                              # -50, -101, -152, -tiny; unet, unet-tiny; hub name;
-                                                              # local folder
+                                                              # -50, -101, -152, -tiny; unet, unet-tiny; vit-tiny,
+                                                              # -small, -base, -large; hub name; local folder
                         pretrained: bool = False, # load the weights that belong to the name
-                        weights: str | Path | None = None, # file of weights for an EfficientNet or (torchvision's
-                                                           # names) a ResNet; a classifier in it is left out
+                        weights: str | Path | None = None, # file of weights for an EfficientNet, (torchvision's
+                                                           # names) a ResNet, or a ViT of iBOT, DINO, timm or
+                                                           # transformers; a classifier in it is left out
                         checkpointing: bool = False, # recompute activations in the backward pass
                         pooling: str = 'auto', # for transformers backbones
                         **options, # for EfficientNet: padding, dropout, drop_connect, bn_momentum; for ResNet:
-                                   # zero_init, bn_momentum; for both: gem, learn_gem
+                                   # zero_init, bn_momentum; for both: gem, learn_gem; for ViT:
+                                   # image_size, patch, width, depth, heads, drop_path …
                         ) -> nn.Module: # module with forward, feature_maps, pool, num_features
     """Build an image encoder.
 
     Raises: ValueError for an unknown name; DataError if pretrained weights are not in reach."""
     source = resolve_image_source(name)
-    if source not in ('efficientnet', 'resnet', 'unet'):
+    if source not in ('efficientnet', 'resnet', 'unet', 'vit'):
         return TransformersVision(load_transformer(source, pretrained), pooling, checkpointing)
-    kind = {'efficientnet': EfficientNet, 'resnet': ResNet, 'unet': PlainUNet}[source]
+    kind = {'efficientnet': EfficientNet, 'resnet': ResNet, 'unet': PlainUNet,
+            'vit': VisionTransformer}[source]
     encoder = kind(name, checkpointing=checkpointing, **options)
     if weights and source == 'resnet': load_resnet(encoder, weights)
+    elif weights and source == 'vit': load_vit(encoder, weights)
     elif weights: load_weights(encoder, weights, ignore=('_fc.',))
     elif pretrained and name in PACKAGED: load_packaged(encoder, name)
     elif pretrained:

@@ -116,7 +116,9 @@ class VisionTransformer(nn.Module):
         if resizing not in RESIZINGS: raise ValueError(unknown_name('way of resizing positions', resizing, RESIZINGS))
         d, blocks, h = (given or usual for given, usual in zip((width, depth, heads), VITS[name]))
         sides = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
-        self.grid, self.stride, self.channels = tuple(s // patch for s in sides), patch, channels
+        self.name, self.grid, self.stride, self.channels = name, tuple(s // patch for s in sides), patch, channels
+        self.arguments = dict(name=name, image_size=sides, patch=patch, channels=channels, width=d, depth=blocks,
+                              heads=h, drop_path=drop_path, resizing=resizing)
         if not all(self.grid): raise ValueError(f'images of {sides[0]}×{sides[1]} pixels hold no patch of {patch}')
         self.num_features, self.resizing, self.checkpointing = d, resizing, checkpointing
         self.cls_token = nn.Parameter(torch.zeros(1, 1, d))
@@ -176,6 +178,27 @@ class VisionTransformer(nn.Module):
     def pool(self, maps: torch.Tensor) -> torch.Tensor: # (n,d,h,w) -> (n,d)
         "Average a map."
         return maps.mean((2, 3))
+
+    @property
+    def last(self) -> str:
+        """Give the name of its only stage, by stride.
+
+        Raises: ValueError for patches that are no power of two from 2 to 32."""
+        names = {2: 'conv1', 4: 'conv2', 8: 'conv3', 16: 'conv4', 32: 'conv5'}
+        if self.stride not in names:
+            raise ValueError(f'patches of {self.stride} pixels are no stage of a pyramid: take 2, 4, 8, 16 or 32')
+        return names[self.stride]
+
+    def stages(self, x: torch.Tensor, # images, float (n,1|channels,h,w), normalised
+               ) -> dict: # input, and one map (n,d,h',w')
+        "Give the map of the places under the name of its stage, beside the input."
+        return {'input': x, self.last: self.feature_maps(x)}
+
+    def plain_copy(self) -> 'VisionTransformer':
+        "Copy a ViT for fine-tuning: the vector for hidden patches stays behind."
+        other = VisionTransformer(**self.arguments, checkpointing=self.checkpointing)
+        other.load_state_dict({k: v for k, v in self.state_dict().items() if k != 'masked_embed'})
+        return other.to(self.cls_token.device).train(self.training)
 
 # %% ../../nbs/220_models.vit.ipynb #e61faedd
 @patch(VisionTransformer)

@@ -17,7 +17,9 @@ from medvl.core.errors import DataError
 from medvl.data.releases.cbis_ddsm import CBIS_DDSM, close_leak, read_cbis_ddsm
 from medvl.data.releases.cdd_cesm import CDD_CESM, docx_text, read_cdd_cesm, shape_box, split_report
 from medvl.data.releases.cmmd import CMMD, read_cmmd
+from medvl.data.releases.csaw_cc import CSAW_CC
 from medvl.data.dicom.write import write_dicom
+from medvl.data.releases.dmid import DMID
 from medvl.data.releases.emory_embed import EMBED, read_embed, read_rois
 from medvl.data.releases.inbreast import INBREAST, read_inbreast
 from medvl.data.releases.mini_mias import MINI_MIAS, read_mini_mias, read_truth
@@ -25,7 +27,7 @@ from medvl.data.prepare.run import prepare
 from medvl.data.releases.release import RSNA_BREAST, VINDR_MAMMO, Part, Release, check_release, find_files, find_table, fits, image_header, read_table
 from medvl.data.schema import Report
 
-RELEASES = (VINDR_MAMMO, RSNA_BREAST, CBIS_DDSM, INBREAST, CMMD, MINI_MIAS, CDD_CESM, EMBED)
+RELEASES = (VINDR_MAMMO, RSNA_BREAST, CBIS_DDSM, INBREAST, CMMD, MINI_MIAS, CDD_CESM, EMBED, DMID, CSAW_CC)
 
 
 @pytest.fixture

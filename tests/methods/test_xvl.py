@@ -434,3 +434,116 @@ def test_recipes_of_the_originals_schedule():
         assert t['schedule'] == 'staircase' and t['warmup'] == units * 100
         for step in (0, 99, 100, 650, 700, 1500, 3000):
             assert lr_scale(step, t['epochs'] * 700, t['warmup'], t['schedule'], t['floor'], 700) == staircase(step, 700, t['epochs'], units, .1, t['floor'])
+
+
+# ------------------------------------------------------------------------------------------------ small ones
+
+@pytest.mark.parametrize('variant', SMOKES)
+def test_what_stands_for_a_text(chest, variant):
+    first, batch = a_batch(chest, variant, text_pool='cls')
+    mean, _ = a_batch(chest, variant, text_pool='mean')
+    mean.load_state_dict(first.state_dict())
+    with torch.no_grad(): a, b = (m.eval().read_texts(['the heart is large', 'no effusion']) for m in (first, mean))
+    words = b['words'][..., None].float()
+    assert torch.equal(a['states'][:, 1:], b['states'][:, 1:])
+    close((a['states'] * words).sum(1) / words.sum(1), b['pooled'])
+    with pytest.raises(ValueError, match='stands for a text'): a_batch(chest, variant, text_pool='first')
+
+
+def test_searches_come_first(chest):
+    method, batch = a_batch(chest, align_epochs=2)
+    def terms(epoch):
+        given = {**batch, 'epoch': epoch}
+        return set(method.losses(method.encode(given), given, StepState(epoch=epoch, epoch_steps=1)))
+    method.train()
+    early, later = terms(1), terms(2)
+    assert later - early == {'itm', 'itm_accuracy', 'mlm'} and 'itc' in early
+    method.eval()
+    with torch.no_grad(): assert {'itm_auroc', 'mlm'} <= terms(0) # validation tells all terms from the beginning
+# ------------------------------------------------------------------------------------------------ words of a report
+
+def test_every_word_has_the_map_of_its_tokens(asked):
+    "A map a word as it was typed; the mean over its tokens, whatever stands between; words that are not read have none."
+    method, batch = asked
+    images, texts = batch['images'][:2], ['The HEART is normal, (no effusion).  Lungs: clear!', 'No mass.']
+    for how in ('attention', 'gradcam'):
+        maps, words = method.word_maps(images, texts, how)
+        assert [[w for w, *_ in ws] for ws in words] == [['The', 'HEART', 'is', 'normal', 'no', 'effusion', 'Lungs', 'clear'], ['No', 'mass']]
+        assert all(t[a:b] == w for t, ws in zip(texts, words) for w, a, b in ws) and maps.shape[:2] == (2, 8) and not maps[1, 2:].any()
+        of_tokens, text = method.token_maps(images, texts, how)
+        ids = method.tokenizer.convert_ids_to_tokens(text['ids'][0])
+        at = [k for k, s in enumerate(method.vocabulary.spans(texts[0])) if s == words[0][1][1:]] or [k for k, s in enumerate(method.vocabulary.spans(texts[0])) if s and s[0] >= 4 and s[1] <= 9]
+        mean = of_tokens[0, at].mean(0)
+        torch.testing.assert_close(maps[0, 1], mean / mean.sum() if how == 'attention' else mean, rtol=1e-4, atol=1e-8)
+        assert ''.join(ids[k].removeprefix('##') for k in at) in ('heart', '[UNK]')
+    long = 'The lungs are clear and nothing is seen. ' * 20 + 'Effusion.'
+    assert len(method.word_maps(images[:1], [long])[1][0]) < 65
+
+
+def test_hidden_words_are_filled_in_with_and_without_the_image(asked):
+    "log_prob is that of the tokens, all hidden at once; the probe of every protocol runs on it."
+    from medvl.evaluate.protocols.word_probe import probe_words, word_table
+    method, batch = asked
+    text = 'The heart is normal. No effusion.'
+    read = method.read_images(batch['images'][:1])
+    found = method.fill_mask(read, [(text, (4, 9))])
+    tokens = method.vocabulary.cut([text])
+    at = [k for k, s in enumerate(method.vocabulary.spans(text)) if s and 4 <= s[0] < 9]
+    ids = tokens['input_ids'].clone()
+    tokens['input_ids'][0, at] = method.tokenizer.mask_token_id
+    said = method.word_logits(read, tokens)[0].log_softmax(-1)
+    torch.testing.assert_close(found['log_prob'][0], sum(said[k, ids[0, k]] for k in at))
+    alone = method.fill_mask(None, [(text, (4, 9))] * 2)
+    assert len(alone['guess']) == 2 and alone['log_prob'][0] == alone['log_prob'][1] != found['log_prob'][0]
+    lost = method.fill_mask(None, [('The lungs are clear. ' * 40, (800, 805))])
+    assert lost['guess'] == [None] and lost['log_prob'].isnan().all()
+    probe = probe_words(method, batch['images'][:3, 0], [text, 'The lungs are clear. ' * 40, 'No mass.'], ['a', 'b', 'c'])
+    assert probe.groupby('seen').size().nunique() == 1 and (probe.row == 1).sum() < 3 * 160 and probe.guess.notna().all()
+    assert len(word_table(probe, n_boot=32))
+
+
+def test_words_are_grounded_and_explained(asked, chest):
+    from medvl.attribute.attribute import Target, attribute
+    from medvl.attribute.grounding import ground_words
+    from medvl.attribute.similarity import similarity_map
+    method, batch = asked
+    scores = ground_words(method, chest, limit=3)
+    assert {'word', 'another word', 'centre'} <= set(scores.map_of)
+    for how in ('word_attention', 'word_gradcam'):
+        a = attribute(method, batch['images'][0, 0, 0], Target('word', 'heart'), how, report='The heart is normal.')
+        assert a.map.shape == (4, 4) and (a.map >= 0).all() and a.map.any()
+    with pytest.raises(ValueError, match='no word of this report'): attribute(method, batch['images'][0, 0, 0], Target('word', 'lung'), 'word_attention', report='No mass.')
+    with pytest.raises(ValueError, match='lies behind'): attribute(method, batch['images'][0, 0, 0], Target('word', 'last'), 'word_attention', report='The heart is normal. ' * 40 + 'Last.')
+    by_gradient = attribute(method, batch['images'][0, 0, 0], 'the heart is large', 'gradcam')
+    assert by_gradient.map.abs().max() > 0 and by_gradient.map.ndim == 2
+    cells = similarity_map(method, batch['images'][:2, 0], 'the heart is large')
+    torch.testing.assert_close(cells, (torch.nn.functional.normalize(method.project_image(method.read_images(batch['images'][:2])['regions']), dim=-1)
+                                       @ torch.nn.functional.normalize(method.project_text(['the heart is large'])[0], dim=0)).unflatten(1, (4, 4)))
+
+
+# ------------------------------------------------------------------------------------------------ fine-tuning for retrieval
+
+def test_a_trained_model_goes_on_for_retrieval(chest, tmp_path):
+    "Weights and vocabulary stay, the losses are those of the recipe, twins and queues begin anew, and weights are kept by recall on validation patients."
+    from medvl.core.config import config_from_dict
+    from medvl.evaluate.protocols.match_retrieval import retrieval_validation
+    from medvl.methods.recipes import continued
+    from medvl.train.loop import train
+    from medvl.train.settings import TrainConfig
+    for name, tuned in (('smoke', 'retrieval'), ('smoke-2022', 'retrieval-2022')):
+        method, data, augment = made(chest, name)
+        named = recipe('xvl', tuned)
+        method.image_queue.rows.fill_(.5)
+        other = continued(method, **{k: named.config[k] for k in named.tuned})
+        assert other.config.mlm_weight == 0 and other.config.duplicates == 'positives' and other.config.in_modal == 'none' and other.group_queue is not None
+        for k, v in method.student.state_dict().items(): assert torch.equal(v, other.student.state_dict()[k]), k
+        assert other.tokenizer.get_vocab() == method.tokenizer.get_vocab() and not torch.equal(other.image_queue.rows, method.image_queue.rows)
+    other = continued(made(chest)[0], **{k: recipe('xvl', 'retrieval').config[k] for k in recipe('xvl', 'retrieval').tuned})
+    settings_ = config_from_dict(TrainConfig, {**recipe('xvl', 'retrieval').train, 'batch_size': 6, 'epochs': 2, 'warmup': 1, 'valid_samples': 6, 'precision': 'fp32', 'lr': 1e-3})
+    data, augment = made(chest)[1:]
+    valid = splits_of(chest, needed=('train', 'valid'))
+    judge = retrieval_validation(valid['valid'])
+    result = train(other.train(), data, settings_, tmp_path/'run', valid=None, transform=augment, validate=judge)
+    best = from_pretrained(result.best)
+    assert result.best_value == pytest.approx(judge(best, None)['valid_recall']) and 0 <= result.best_value <= 1
+    with pytest.raises(ValueError, match='no_such'): continued(other, no_such=1)

@@ -46,6 +46,7 @@ PROFILES = {p.name: p for p in (
     # its COVID Rural, SIIM, Object-CXR and NIH
     Profile('lovt_equalised_v1', grey='equalise', aspect='pad', side='centre', size=(224, 224)),
     Profile('xvl_v1', grey='keep', aspect='pad_floor', side='centre', size=(512, 512)), # as GLoRIA's
+    Profile('a2i2_v1', grey='keep', aspect='pad_floor', side='centre', size=(512, 512)), # the same rule
     Profile('chexzero_equalised_v1', grey='equalise_last', size=(320, 320)))} # what `cxr.h5` holds
 
 # %% ../../../nbs/102a_data.pixels.profiles.ipynb #b1f74332

@@ -33,6 +33,7 @@ from ...core.seed import numpy_rng
 from ..cells import KNOWN_WORDS, OLDEST
 from ..dicom.header import Limits, hash_id
 from ..histogram import histogram_facts
+from ..provenance_control import provenance_facts
 from .plan import Plan, fingerprint, make_plan, plan_jobs, project_salt
 from ..prepared import Prepared, open_prepared, write_table
 from ..pixels.profiles import Profile, check_accept, fit
@@ -166,6 +167,8 @@ def make_manifest(
     for name in ('density', 'birads', 'pathology', 'split'): out[name] = text(name)
     for name in ('view_modifier', 'notes'): out[name] = found[name].fillna('') if name in found else ''
     out['fold'] = r.fold.fillna(-1).astype(int) if 'fold' in r else -1
+    for name in ('keywords', 'airlight'): # of exams; columns that only some data sets have
+        if name in r: out[name] = r[name]
     return out.assign(**{c: r[c] for c in r if c.startswith('label_')})
 
 # %% ../../../nbs/115_data.prepare.run.ipynb #42ea358f
@@ -409,8 +412,10 @@ def finish(
     write_json(folder/'provenance.json', provenance())
     some = whole_patients(manifest, HISTOGRAM_IMAGES)
     told = histogram_facts(ImageStore.open(folder/'images'), some) # what grey values alone say of each label
+    clues = provenance_facts(ImageStore.open(folder/'images'), some) # and borders and origin, where sources are mixed
     write_json(folder/'dataset.json', make_info(plan, manifest, rejects, salt, digests, report, rows)
-               | {'histogram': told} | ({'histogram_images': len(some)} if len(some) < len(manifest) else {}))
+               | {'histogram': told} | ({'provenance_control': clues} if clues else {})
+               | ({'histogram_images': len(some)} if len(some) < len(manifest) else {}))
 
 
 HISTOGRAM_IMAGES = 20_000 # of a larger data set not more are read again for the histogram's facts

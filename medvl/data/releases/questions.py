@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VQA_RAD', 'SLAKE', 'QUESTION_COLUMNS', 'Questions', 'read_question_rows', 'keep_test_apart', 'read_vqa_rad',
-           'read_slake']
+           'read_slake', 'question_records']
 
 # %% ../../../nbs/189i_data.releases.questions.ipynb #ebb75203
 import json
@@ -199,3 +199,16 @@ def read_slake(
         question=spoken.question, answer=spoken.answer, closed=spoken.answer_type.str.upper() == 'CLOSED',
         kind=spoken.content_type.str.lower(), phrase='', split=spoken.split))
     return _finish(table, by, organs, files, str(root), len(t), report)
+
+# %% ../../../nbs/189i_data.releases.questions.ipynb #b1b2c3d5
+def question_records(
+    table:pd.DataFrame, # of `read_vqa_rad` or `read_slake`, with images on disk
+    source:str='questions', # name of the data set
+) -> pd.DataFrame: # records for medvl.data.prepare.run.prepare, one row an image
+    """List the images that questions are about.
+
+    Raises: DataError where no image is on disk."""
+    t = table[table.image_path != ''].drop_duplicates('image_id')
+    if not len(t): raise DataError('no image of these questions is on disk.', column='image_path')
+    return pd.DataFrame(dict(image_path=t.image_path, patient_id=t.patient_id, laterality='', view='FRONTAL',
+                             image_id=t.image_id, id_from='table', source=source)).reset_index(drop=True)

@@ -32,7 +32,7 @@ from ...methods.yolo import yolo_from
 
 # %% ../../../nbs/546b_evaluate.localized.run.ipynb #7449dbec
 def load_carrier(
-    source: Method | str | Path, # trained Method with a ResNet `image_encoder`, name of an encoder, or file of weights
+    source: Method | str | Path, # trained Method with a ResNet or ViT, name of an encoder, or file of weights
     seed:int=0, # of an encoder that is only named
     prefix:str='', # of the weights in a file
     **changes, # image_encoder of a file, image_mean, image_std
@@ -51,7 +51,8 @@ def head_maker(
     facts = {k: own[k] for k in ('image_mean', 'image_std') if k in own}
 
     def make(task, head_warmup=0, seed=0):
-        options = dict(facts, frozen=task.frozen, head_warmup=head_warmup, seed=seed)
+        options = dict(facts, frozen=task.frozen, head_warmup=head_warmup, seed=seed,
+                       pyramid_width=max(4, round(256 * config.width))) # of a ViT
         if task.head == 'yolo': return yolo_from(source, task.classes, width=config.width, **options)
         return segmenter_from(source, task.classes, task.head, width=config.width, **options)
     return make

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['POSITIVES', 'OWN', 'SIDES_ASKED', 'positives_of', 'unit_labels', 'PairScores', 'needed_pairs', 'rank_pairs',
            'batchwise_hits', 'MatchRetrievalResult', 'match_retrieval', 'unit_matches', 'exclusive_rows',
-           'class_precision', 'score_gallery', 'class_retrieval', 'same_side_retrieval']
+           'class_precision', 'score_gallery', 'class_retrieval', 'same_side_retrieval', 'retrieval_validation']
 
 # %% ../../../nbs/513_evaluate.protocols.match_retrieval.ipynb #c68cac22
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -393,3 +393,19 @@ def same_side_retrieval(
     tables = [recall_table(ranks[ok].astype(int), count[ok], int(among.sum(1).max()), patients[ok], ks, **o),
               class_precision(s[ok], np.asarray(keys)[ok], keys, patients[ok], ks, among[ok], **o)]
     return pd.concat(tables, ignore_index=True).assign(task=f'{side} to {side}', split=split or 'test')
+
+# %% ../../../nbs/513_evaluate.protocols.match_retrieval.ipynb #9f3eb38e
+def retrieval_validation(
+    prepared: Prepared, # validation images with reports
+    score: str = 'cosine', # or 'match': the first by cosine put in order
+    top: int = 10, # candidates that the match orders
+    ks: Sequence[int] = (1, 5, 10), # cut-offs
+    **options, # of `match_retrieval`: unit, positives, own, sections …
+) -> Callable: # callable(method, state) -> {'valid_recall', 'valid_recall@k' of each k}
+    "Make the judge that chooses weights by retrieval on validation patients."
+    def validate(method, state):
+        found = match_retrieval(method, prepared, score, top, None, ks=ks, batch=0, n_boot=16, check=False, **options)
+        mean = {k: float(found.table.value[found.table.metric == f'recall@{k}'].mean()) for k in ks}
+        return {'valid_recall': float(np.mean(list(mean.values()))),
+                **{f'valid_recall@{k}': v for k, v in mean.items()}}
+    return validate

@@ -196,7 +196,7 @@ def _assert_not_alike(parts):
 def without_duplicates(
     parts: dict,    # split -> Prepared, all of one folder
     order: tuple|list = ('train', 'valid', 'test'), # of a pair, the image of the split named first is taken out
-) -> tuple: # split -> Prepared without them; DataFrame of what was set aside: image_id, split, of, in_split, kind, detail
+) -> tuple: # split -> Prepared without them; table of what was set aside: image_id, split, of, in_split, kind, detail
     """Take images out whose double (the same pixels, or nearly the same picture) stands in another split.
 
     Patients in two splits are not mended here: `assert_apart` refuses them. Raises: ValueError for parts of several

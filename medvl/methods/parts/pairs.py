@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from ...core.errors import DataError, unknown_name
+from ...core.patch import patch
 from ...data.batch import present_rows
+from ...data.text.sentences import word_spans
 from ..base import Method
 from .image_tokens import image_tokens
 from ...models.fusion import attention_maps as recorded_attention
@@ -82,9 +84,9 @@ class PairMethod(Method):
     def judged(self, states: torch.Tensor, mask: torch.Tensor, image: torch.Tensor,
                ) -> list: # logits (m,2) of each judge: belongs not, belongs; the text's, in 2022 also the image's
         "Read pairs of texts (m,L,d) and images (m,p,d) together."
-        out = [self.matching['text'](self.reader.fuse(states, mask, image)[:, 0])]
+        out = [self.matching['text'](self.reader.fuse(states, mask, image, only=1)[:, 0])]
         if 'image' in self.matching:
-            out.append(self.matching['image'](self.reader.fuse(image, None, states, mask)[:, 0]))
+            out.append(self.matching['image'](self.reader.fuse(image, None, states, mask, only=1)[:, 0]))
         return out
 
     def image_features(self, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor: # -> (b,f)
@@ -94,8 +96,10 @@ class PairMethod(Method):
         return mean_views(over_views(run, images, None if present is None else present_rows(present)), present)
 
     def feature_maps(self, images: torch.Tensor, level: int | str = -1) -> torch.Tensor: # -> (b·v,c,h',w')
-        "Give a map of the image encoder."
-        return self.image_side.maps(images, level)
+        "Give the tokens of places as a map (-1), or a map of the image encoder."
+        if level != -1: return self.image_side.maps(images, level)
+        tokens, grid = image_tokens(self.image_encoder, self.image_grid, self.image_side.scaled(images))
+        return tokens[:, 1:].mT.unflatten(2, grid)
 
     def project_image(self, features: torch.Tensor) -> torch.Tensor: # (…,f) -> (…,d)
         """Project features of the whole image, or tokens of places; not normalised.
@@ -147,8 +151,10 @@ class PairMethod(Method):
         if how not in SCORES: raise ValueError(unknown_name('score', how, SCORES))
         b, t = len(images['tokens']), len(texts['states'])
         at, ai = torch.arange(t, device=self.device).repeat(b), torch.arange(b, device=self.device).repeat_interleave(t)
+        alone = t >= 4 and 'image' not in self.matching # an image's keys and values serve all texts
         found = []
-        for i, j in zip(ai.split(pairs), at.split(pairs)):
+        for i, j in ([(slice(k, k + 1), j) for k in range(b) for j in at[:t].split(pairs)] if alone else
+                     zip(ai.split(pairs), at.split(pairs))):
             z = torch.stack(self.judged(texts['states'][j], texts['words'][j], images['tokens'][i])).float().mean(0)
             found.append(z[:, 1] if how == 'logit' else z[:, 1] - z[:, 0])
         scores = torch.cat(found).view(b, t) if found else torch.zeros(b, t, device=self.device)
@@ -207,3 +213,57 @@ class PairMethod(Method):
             maps = torch.einsum('blm,blhw->bmhw', member / member.sum(1, keepdim=True).clamp(min=1), maps)
         if how == 'attention': maps = maps / maps.sum((2, 3), keepdim=True).clamp(min=1e-12)
         return maps * real[..., None, None], real
+
+# %% ../../../nbs/326c_methods.parts.pairs.ipynb #84afed39
+@patch(PairMethod)
+def word_maps(self: PairMethod,
+              images: torch.Tensor, # (b,1|3,h,w) or (b,1,1|3,h,w)
+              texts: list, # of str, one an image
+              how: str = 'attention', # one of MAPS
+              layer: int | None = None, # see `token_maps`
+              ) -> tuple: # maps float (b,t,h',w'), zeros behind a text's last word; b lists of (word, start, end)
+    """Give a map of each word that is read; maps of 'attention' sum to 1.
+
+    Raises: as `token_maps`."""
+    maps, _ = self.token_maps(images, texts, how, layer)
+    found, out = [], []
+    for of_tokens, text in zip(maps, texts):
+        spans = [s or (0, 0) for s in self.vocabulary.spans(text)]
+        hit = {w: [k for k, (a, b) in enumerate(spans) if a < w[2] and b > w[1]] for w in word_spans(text)}
+        found.append([w for w in hit if hit[w]])
+        out.append([of_tokens[hit[w]].mean(0) for w in found[-1]])
+    blank = torch.zeros_like(maps[0, 0])
+    most = max(1, max(map(len, out), default=1))
+    maps = torch.stack([torch.stack(m + [blank] * (most - len(m))) for m in out])
+    if how == 'attention': maps = maps / maps.sum((2, 3), keepdim=True).clamp(min=1e-12)
+    return maps, found
+
+
+@patch(PairMethod)
+def fill_mask(self: PairMethod,
+              images: dict | None, # of `read_images`, n of them; None: the text alone
+              texts: list, # n pairs (text, (start, end)): characters that are hidden
+              ) -> dict: # log_prob float (n,) of what stood there, summed over its tokens; guess: n texts
+    """Hide a stretch of each text and fill it in; log_prob NaN and guess None for one that is not read.
+
+    Raises: ValueError for other numbers of images and texts, or a tokenizer without [MASK]."""
+    n, tokenizer = len(texts), self.vocabulary.tokenizer
+    if images is not None and len(images['tokens']) != n:
+        raise ValueError(f'{len(images["tokens"])} images and {n} texts: one image a text')
+    if tokenizer.mask_token_id is None: raise ValueError('the tokenizer has no [MASK], which stands for a hidden word')
+    tokens = self.vocabulary.cut([t for t, _ in texts])
+    spans = [self.vocabulary.spans(t) for t, _ in texts]
+    hidden = torch.zeros_like(tokens['input_ids'], dtype=torch.bool)
+    for i, (_, (start, end)) in enumerate(texts):
+        for k, s in enumerate(spans[i]): hidden[i, k] = s is not None and s[0] < end and s[1] > start
+    ids = tokens['input_ids'].to(self.device)
+    if images is None:
+        width = self.image_projection.in_features
+        images = {'tokens': torch.zeros(n, 1, width, device=self.device, dtype=self.image_projection.weight.dtype)}
+    masked = tokens['input_ids'].masked_fill(hidden, tokenizer.mask_token_id)
+    said = self.word_logits(images, {**tokens, 'input_ids': masked}).float().log_softmax(-1)
+    hidden, there = hidden.to(self.device), hidden.any(1)
+    each = said.gather(2, ids[..., None])[..., 0].masked_fill(~hidden, 0).sum(1)
+    best = [said[i][hidden[i]].argmax(-1).tolist() for i in range(n)]
+    return dict(log_prob=each.masked_fill(~there.to(self.device), float('nan')),
+                guess=[tokenizer.decode(b) if b else None for b in best])

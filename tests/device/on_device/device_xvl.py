@@ -78,3 +78,46 @@ def test_what_is_not_part_of_a_step_runs_there_too():
         assert RejectionDraws(shared=False, generator=torch.Generator().manual_seed(0))(torch.zeros(4, 4, device=DEVICE), torch.zeros(4, 4, device=DEVICE) > 0).shape == (4,)
         s = torch.zeros(2, 1, 4, 4, device=DEVICE)
         assert combo_loss(s, (s + 1 > 0).float(), dict.fromkeys(MASK_TERMS, 1.))['loss'].item() > 0
+
+
+def test_pairs_words_and_hidden_words_are_the_cpus():
+    "Judgement of all pairs, maps of words, hidden words with and without the image, and self-attention: nothing on the wrong device."
+    from medvl.attribute.self_attention import head_maps
+    from medvl.methods.recipes import new_method
+    said, images = ['The heart is large.', 'No effusion.', 'No mass is seen.', 'Normal lungs.'], torch.randint(0, 256, (3, 1, 64, 64), generator=torch.Generator().manual_seed(0)).float()
+    spans = [(said[0], (4, 9)), (said[1], (3, 11)), (said[2], (3, 7))]
+
+    def answers(method, x):
+        read = method.read_images(x)
+        out = {'match': method.match(read, method.read_texts(said)), 'attention': method.word_maps(x, said[:3])[0], 'gradcam': method.word_maps(x, said[:3], 'gradcam')[0],
+               'hidden': method.fill_mask(read, spans)['log_prob'], 'alone': method.fill_mask(None, spans)['log_prob'], 'map': method.feature_maps(x)}
+        return out if method.image_grid is not None else {**out, 'heads': head_maps(method, x)}
+    for name in ('smoke', 'smoke-2022'):
+        method = new_method('xvl', name, said).eval().requires_grad_(False)
+        want = answers(method, images)
+        with Accelerator():
+            moved = new_method('xvl', name, said).eval().requires_grad_(False).to(DEVICE)
+            got = {k: v.cpu() for k, v in answers(moved, images.to(DEVICE)).items()}
+        for k in want: torch.testing.assert_close(got[k], want[k], rtol=1e-3, atol=1e-5)
+
+
+def test_heads_on_a_vit_train_on_the_device_as_on_the_cpu():
+    from medvl.methods.base import StepState
+    from medvl.methods.recipes import new_method
+    from medvl.methods.retinanet import detector_from
+    from medvl.methods.segmenter import segmenter_from
+    from medvl.methods.yolo import yolo_from
+    g = torch.Generator().manual_seed(0)
+    batch = {'images': torch.randint(0, 256, (2, 1, 1, 64, 64), generator=g).float(), 'masks': (torch.rand(2, 1, 64, 64, generator=g) > .8).byte(), 'sample_id': ['a', 'b'],
+             'boxes': [[[[8., 8., 40., 40.]]], [[[20., 10., 60., 50.]]]], 'box_labels': [[['x']], [['x']]]}
+    makers = (lambda r: segmenter_from(r, 'x', 'unet', frozen=False, pyramid_width=8, width=.1), lambda r: yolo_from(r, 'x', frozen=False, pyramid_width=8, width=.1),
+              lambda r: detector_from(r, ('x',), pyramid_width=8, head_width=8))
+    for make in makers:
+        want = make(new_method('xvl', 'smoke-2022', ['a mass is seen'])).train()
+        loss = want(batch, StepState())['loss']
+        loss.backward()
+        with Accelerator():
+            moved = make(new_method('xvl', 'smoke-2022', ['a mass is seen'])).to(DEVICE).train()
+            there = moved({**batch, 'images': batch['images'].to(DEVICE)}, StepState())['loss']
+            there.backward()
+            assert abs(there.item() - loss.item()) < 1e-3 * abs(loss.item()) and moved.image_encoder.cls_token.grad is not None
