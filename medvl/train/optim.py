@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..core.errors import unknown_name
 from .adamw_reference import ReferenceAdamW
-from .cycle import cycle_momentum, falling_steps, one_cycle
+from .cycle import falling_steps, one_cycle
 from .staircase import UNIT, staircase
 
 # %% ../../nbs/400_train.optim.ipynb #96154d3b
