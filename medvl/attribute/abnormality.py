@@ -142,7 +142,7 @@ def draw_abnormality(image: np.ndarray, # (h,w), 0..255
                      boxes: Sequence | None = None, # true boxes (n,4)
                      ) -> plt.Figure:
     "Draw what the decoder says of an image."
-    fig, axes = figure(1, 5, width=9, height=9 / 5 * image.shape[0] / image.shape[1] + .3)
+    fig, axes = figure(1, 5, width=7.5, height=7.5 / 5 * image.shape[0] / image.shape[1] + .3)
     shown = torch.from_numpy(np.stack([image, enhanced]).astype(np.float32)) / 255
     panels = {'image': image, '1 - M': None, f'1 - M ≥ {threshold:.2f}': None, 'enhanced': enhanced,
               'taken away': difference(shown[0], shown[1]).mul(255).numpy()}
