@@ -35,7 +35,7 @@ def contrast(seed=0):
 @pytest.mark.parametrize('name', [m for m in method_names() if recipe(m, 'smoke').train is not None])
 def test_every_method_says_what_it_needs(name):
     method = new_method(name, 'smoke', TEXTS)
-    contrastive = name in ('mammoclip', 'lovt', 'clip', 'convirt', 'simclr', 'xvl')
+    contrastive = name in ('mammoclip', 'lovt', 'clip', 'convirt', 'simclr', 'xvl', 'a2i2')
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter('always')
         if contrastive:
