@@ -23,7 +23,7 @@ from ...data.text.captions import pre_caption
 from ...data.text.chest_prompts import CHEST_QUESTIONS, read_sentences
 from ...data.text.errors import sentence_spans
 from ...data.text.label_rules import LabelRules, label_rules
-from ...data.text.labels import label_report, mentions
+from ...data.text.labels import label_report, mentions, side_of
 from ...data.text.prompts import prompt_bank
 from ...data.text.sides import swap_sides
 from .embeddings import device_of
@@ -31,6 +31,7 @@ from .error_detection import pair_fits
 from .pairs import score_kind
 from ..stats.selection import Threshold
 from ...methods.base import Method, capabilities, evaluating
+from ...methods.parts.image_text import ImageTextMethod
 from ...show.exam import draw_view
 from ...show.style import figure
 from ...show.words import beside_html, draw_word_maps, marked_html
@@ -69,17 +70,20 @@ def has_words(
     sentence: str, # as typed
 ) -> bool: # not so the "1." of a list, or "--"
     "Tell whether a sentence says anything."
-    return len(re.sub(r'[\W\d_]', '', pre_caption(sentence))) > 1
+    said = pre_caption(sentence).strip(' .') # shorter ones are no sentences to X-VL
+    return len(said) > 2 and re.search(r'[^\W\d_]', said) is not None
 
 # %% ../../../nbs/518b_evaluate.protocols.sentence_check.ipynb #f491285a
 def stated_findings(
     sentence: str, # of a report
     rules: LabelRules, # of the labeller
-) -> tuple: # {(finding, is it there, side)}; does it say that all is normal
+) -> tuple: # {(finding, is it there, side)}; does it say that all is normal, and on which sides: None, '', left, right
     "Read what a sentence states."
     found = {(m.name, m.status != 'absent', m.side if m.side in ('left', 'right') else '')
              for m in mentions(sentence, rules) if m.name != 'Support Devices'}
-    return frozenset(found), not found and label_report(sentence, rules)['No Finding'] == 'present'
+    if found or label_report(sentence, rules)['No Finding'] != 'present': return frozenset(found), None
+    side = side_of(sentence, 0, 0)
+    return frozenset(), side if side in ('left', 'right') else ''
 
 
 def contradicts(
@@ -87,8 +91,10 @@ def contradicts(
 ) -> bool:
     "Tell whether one sentence says what the other denies."
     (a, a_normal), (b, b_normal) = one, other
-    if a_normal or b_normal: return any(there for _, there, _ in (b if a_normal else a))
-    return any(x == y and p != q and (not s or not t or s == t) for x, p, s in a for y, q, t in b)
+    near = lambda s, t: not s or not t or s == t
+    if a_normal is not None: return any(there and near(a_normal, s) for _, there, s in b)
+    if b_normal is not None: return any(there and near(b_normal, s) for _, there, s in a)
+    return any(x == y and p != q and near(s, t) for x, p, s in a for y, q, t in b)
 
 
 def rival_sentences(
@@ -170,7 +176,9 @@ def check_score(
 
     Raises: TypeError for a method that cannot, naming what can; ValueError for an unknown score."""
     can = set(capabilities(method))
-    if score is None: score = 'match' if {'match', 'read_images', 'read_texts'} <= can else 'cosine'
+    if score is None: # where the match is no more than a cosine, it is called one
+        score = ('match' if {'match', 'read_images', 'read_texts'} <= can and not isinstance(method, ImageTextMethod)
+                 else 'cosine')
     elif score_kind(method, score, 'a check'): return score
     if score == 'cosine' and not ('encode_image' in can and {'encode_text', 'project_text'} & can):
         raise TypeError(f'{type(method).__name__} cannot say how well a sentence fits an image. What reads both can: '
