@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 import medvl
 from medvl.api import Model, Written
 from medvl.core.errors import DataError
-from medvl.evaluate.protocols.sentence_check import candidate_sentences, check_sentences, contradicts, rival_sentences, stated_findings
+from medvl.evaluate.protocols.sentence_check import candidate_sentences, check_sentences, contradicts, rival_sentences, sentence_claims
 from medvl.evaluate.stats.selection import Threshold
 from medvl.data.text.label_rules import label_rules
 from medvl.methods.base import Method
@@ -49,7 +49,7 @@ def test_the_wrong_side_is_doubted_and_the_right_one_offered():
 
 
 def test_contradictions_are_of_one_finding_and_one_side():
-    read = lambda t: stated_findings(t, label_rules('chest'))
+    read = lambda t: sentence_claims(t, label_rules('chest'))
     no = lambda a, b: contradicts(read(a), read(b)) or contradicts(read(b), read(a))
     assert no('Left effusion.', 'No effusion.') and no('Possible effusion.', 'No pleural effusion.')
     assert no('Left effusion.', 'No left effusion.') and not no('Left effusion.', 'No right effusion.')
