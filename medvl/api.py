@@ -310,21 +310,22 @@ def report(
 
     Raises: TypeError for a method that cannot write; ValueError for several images, no words in the prompt, or an
     unknown option; DataError for an image that cannot be read."""
-    _able(model, 'generate', 'report', 'The writer can (methods.writer): writer_from(method) makes one around any image '
-          'encoder, `medvl run generate` trains it.')
+    _able(model, 'generate', 'report', 'The writer can (methods.writer): writer_from(method) makes one around any '
+          'image encoder, `medvl run generate` trains it.')
     method = model.method
     prompted, notes = getattr(method.config, 'prompted', False), learnt_text(model.card)
     if prompt is not None:
         _with_words(prompt, 'prompt')
         if prompted: notes += _read_to(method, prompt, 'prompt')
-    elif prompted: raise ValueError(f'{method.name} reads a text beside the image: give prompt=, or ask a question with '
-                                    'answer().')
+    elif prompted:
+        raise ValueError(f'{method.name} reads a text beside the image: give prompt=, or ask a question with answer().')
     if isinstance(image, (list, tuple)):
         raise ValueError("report takes one image at a time, or an examination as a dict {'L-CC': path, …}.")
     if isinstance(image, dict):
         known = tuple(getattr(method.config, 'views', ()))
         bad = [v for v in image if v not in known]
-        if bad or not image: raise ValueError(f'views {bad or "missing"}: this model knows {", ".join(known) or "none"}.')
+        if bad or not image:
+            raise ValueError(f'views {bad or "missing"}: this model knows {", ".join(known) or "none"}.')
         pixels = pixels_of(model, list(image.values()))[None]
         text = method.generate(pixels, prompt, views=[list(image)], **options)[0]
         shown = pixels[0, 0, 0]

@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..core.errors import unknown_name
 from .exam import draw_view
-from .style import figure, png
+from .style import NOT_STATED, PALETTE, figure, png
 
 # %% ../../nbs/014_show.words.ipynb #a29876d5
 def check_word_maps(
@@ -95,7 +95,7 @@ def word_widget(
     return widgets.VBox([widgets.HBox(buttons, layout=widgets.Layout(flex_flow='row wrap')), out])
 
 # %% ../../nbs/014_show.words.ipynb #99024985
-MARKS = {'doubt': '#D55E00', 'same': '#009E73'} # colours of a line under words
+MARKS = {'doubt': PALETTE[1], 'kept': NOT_STATED} # colours of a line under words; 'kept' is no praise
 
 
 def marked_html(
@@ -108,7 +108,7 @@ def marked_html(
     out, at = [], 0
     for start, stop, kind, tip in marks:
         if not at <= start <= stop <= len(text):
-            raise ValueError(f'the stretch {start}..{stop} overlaps another, or leaves a text of {len(text)} characters')
+            raise ValueError(f'{start}..{stop} overlaps another stretch, or leaves a text of {len(text)} characters')
         if kind not in MARKS: raise ValueError(unknown_name('kind of mark', kind, MARKS))
         out += [html.escape(text[at:start]), f'<span title="{html.escape(tip)}" style="border-bottom:3px solid '
                 f'{MARKS[kind]}">{html.escape(text[start:stop])}</span>']
