@@ -25,11 +25,13 @@ from medvl.models.text import CONFIGURATIONS
 from medvl.train.distributed import average_gradients, exchange_of
 from medvl.train.gradcache import backward_batch, check_chunks
 from medvl.train.loop import train
+from medvl.train.lr_range import lr_range_test
 from medvl.train.settings import TrainConfig
 
 TRAINED = [n for n in method_names() if recipe(n, 'smoke').train is not None]
 FACTOR = 'mammo_factor'
-ALL = [*method_names(), *HEADS, FACTOR] # every method that this package registers; the untrained baseline too
+BERT = 'bert_pretraining' # words alone: no images, no recipe
+ALL = [*method_names(), *HEADS, FACTOR, BERT] # every method that this package registers; the untrained baseline too
 ASKED = ('encode_image', 'image_features', 'logits', 'predict') # capabilities of images alone
 LIKE = dict(rtol=1e-3, atol=1e-5)
 
@@ -69,6 +71,7 @@ def new_case(folder, name):
     "The same for every name: recipes where there are, and the heads."
     if name in method_names(): return from_recipe(folder, name, 'smoke')
     if name in HEADS: return case(name, str(folder))
+    if name == BERT: return bert_case(folder)
     from device_cases import breasts
 
     from medvl.attribute.mammo_factor import MammoFactor, MammoFactorConfig
@@ -80,6 +83,17 @@ def new_case(folder, name):
     with torch.no_grad():
         for p in base.image_encoder.parameters(): p += .2 * torch.randn_like(p) # an untrained one hardly tells images apart
     return MammoFactor(MammoFactorConfig(prompts={'mass': ['mass']}, grid=(4, 3), width=base.config.dim, temperature=1.0), base), TargetImages(data, ('mass',)), None
+
+
+def bert_case(folder):
+    "BERT on the reports of the phantom, in pairs."
+    from medvl.data.samples.text_pairs import MaskConfig, TextPairs
+    from medvl.methods.bert_pretraining import BertPretraining, BertPretrainingConfig
+    part = parts_of(str(folder), 'chest', 24, (64, 64))['train'].manifest.drop_duplicates('report')
+    words = build_wordpiece(part.report, 200)
+    torch.manual_seed(0)
+    method = BertPretraining(BertPretrainingConfig(vocab_size=len(words), width=16, layers=1, inner=16, positions=64, dropout=0.), words)
+    return method, TextPairs(zip(part.sample_id if 'sample_id' in part else part.index, part.patient_id, part.report), words, MaskConfig(max_length=48)), None
 
 
 def new_batch(data, transform, n=6, epoch=0, first=0):
@@ -200,7 +214,8 @@ def stirred(method):
 
 def told(method, batch, trains=True):
     "What a method says: losses, features, and capabilities of images."
-    images = torch.randint(0, 256, (2, 1, *batch['images'].shape[-2:]), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    size = batch['images'].shape[-2:] if 'images' in batch else (8, 8)
+    images = torch.randint(0, 256, (2, 1, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out = dict(zip(('features', 'losses'), forward(method, batch))) if trains else {}
         ask = [c for c in ASKED if c in capabilities(method) and (method.name, c) != ('segmenter', 'logits')] # it takes what `features` gave
@@ -249,6 +264,23 @@ def check_resumed(make, data, transform, folder):
     killed_run(partial(make, 0), data, transform, folder/'cut')
     train_small(partial(make, 1), data, transform, folder/'cut', 3)
     check_same_end(folder/'whole', folder/'cut')
+
+
+def check_lr_range(method, data, transform):
+    "A range test trains, and leaves weights, queues, twins, gradients, modes and generators as they were."
+    stirred(method)
+    held = {**dict(method.named_parameters()), **dict(method.named_buffers())}
+    before, modes, draws = copy.deepcopy({k: v.detach() for k, v in held.items()}), [m.training for m in method.modules()], torch.get_rng_state()
+    settings = TrainConfig(epochs=50, batch_size=3, weight_decay=0., cpu=True)
+    batch = new_batch(data, transform, 3)
+    with torch.random.fork_rng(), torch.no_grad(): said = forward(method, batch)[1]
+    found = lr_range_test(method, data, settings, transform, low=1e-5, high=1e-3, points=4, stop=1e9)
+    assert len(found.table) == 4 and found.table.loss.nunique() > 1, found.table
+    now = {**dict(method.named_parameters()), **dict(method.named_buffers())}
+    same(before, {k: v.detach() for k, v in now.items()}, 'the range test left')
+    assert all(now[k] is held[k] for k in held), 'a tensor was exchanged'
+    assert modes == [m.training for m in method.modules()] and torch.equal(draws, torch.get_rng_state()) and not gradients(method)
+    with torch.no_grad(): same(said, forward(method, batch)[1], 'what it says after a range test')
 
 
 def part_gradient(method, batch):

@@ -10,7 +10,7 @@ import contract
 import pytest
 import torch
 import torch.nn.functional as F
-from contract import ALL, FACTOR, HEADS, TRAINED, from_recipe, new_batch, new_case
+from contract import ALL, BERT, FACTOR, HEADS, TRAINED, from_recipe, new_batch, new_case
 from torch import nn
 from training import Pairs, Small
 
@@ -24,7 +24,7 @@ from medvl.methods.recipes import method_names, recipe
 from medvl.train.distributed import launch
 from medvl.train.settings import TrainConfig, check_config
 
-STEPS = [*TRAINED, *HEADS, FACTOR] # what is trained; `initialised` is not
+STEPS = [*TRAINED, *HEADS, FACTOR, BERT] # what is trained; `initialised` is not
 ONE_LOSS = {'byol', 'simclr', 'supervised', 'classifier', 'segmenter', 'unet', FACTOR} # their loss has no parts: what stands beside it are other numbers
 
 
@@ -92,6 +92,12 @@ def test_killed_and_resumed(name, made, tmp_path):
     method, data, transform, _ = made(name)
     def make(seed): return contract.stirred(copy.deepcopy(method)) if seed else copy.deepcopy(method)
     contract.check_resumed(make, data, transform, tmp_path)
+
+
+@pytest.mark.parametrize('name', STEPS)
+def test_a_range_test_leaves_no_trace(name, made):
+    method, data, transform, _ = made(name)
+    contract.check_lr_range(method, data, transform)
 
 
 def test_two_processes_are_one(made):
@@ -284,6 +290,18 @@ class BlindInTraining(Views): heeds = (False, True)
 
 
 @broken
+class Hoards(Right):
+    "Its past steps, in a list that nobody can put back, change its loss."
+    def __init__(self, config=None):
+        super().__init__(config)
+        self.past = []
+    def losses(self, features, batch, state):
+        found = super().losses(features, batch, state)
+        return {**found, 'loss': found['loss'] * (1 + len(self.past))}
+    def after_step(self, features, batch, state): self.past.append(state.step)
+
+
+@broken
 class BlindWhenAsked(Views): heeds = (True, False)
 
 
@@ -304,6 +322,7 @@ def put_to(check, cls, folder):
             'chunks': lambda: contract.check_chunked(contract.stirred(method), pairs()),
             'saved': lambda: contract.check_saved(method, pairs(), folder/'m'),
             'resumed': lambda: contract.check_resumed(lambda seed: contract.stirred(cls()) if seed else copy.deepcopy(method), Pairs(), None, folder),
+            'range': lambda: contract.check_lr_range(method, Pairs(), None),
             'views': lambda: contract.check_present(contract.stirred(method), two_views())}[check]()
 
 
@@ -311,7 +330,7 @@ def put_to(check, cls, folder):
     ('signatures', Odd, 'encode_image'), ('losses', NotFinite, 'not finite'), ('losses', Nameless, "no 'loss'"), ('losses', Cut, 'no gradient reaches text_encoder'),
     ('losses', Idle, 'no gradient at all.*spare'), ('sum', NoSum, 'not a weighted sum'), ('side effects', Counts, 'change the method: seen'), ('side effects', Spoils, 'change the batch: words'),
     ('side effects', Rescales, 'change the features: image'), ('side effects', Wanders, 'a second time: loss'), ('chunks', Centred, 'gradient of chunks'), ('saved', Forgets, 'saved and opened'),
-    ('resumed', Remembers, 'other bits'), ('views', BlindInTraining, 'reach the loss'), ('views', BlindWhenAsked, 'reach the vector')], ids=lambda x: getattr(x, '__name__', None))
+    ('resumed', Remembers, 'other bits'), ('range', Hoards, 'what it says after'), ('views', BlindInTraining, 'reach the loss'), ('views', BlindWhenAsked, 'reach the vector')], ids=lambda x: getattr(x, '__name__', None))
 def test_a_broken_promise_is_caught(check, cls, says, tmp_path):
     "And only for what is broken: the method without the fault passes the same check."
     with pytest.raises(AssertionError, match=says): put_to(check, cls, tmp_path/'wrong')

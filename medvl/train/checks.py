@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['UNSTATED', 'names_of', 'check_texts', 'check_rows', 'check_chunk_norms', 'broken_rows', 'mended', 'guilty',
-           'not_finite', 'Guarded']
+           'NotFiniteError', 'not_finite', 'Guarded']
 
 # %% ../../nbs/415_train.checks.ipynb #d56a844e
 import warnings
@@ -131,6 +131,10 @@ def guilty(
                 if spoilt: bad = ['features']
             if bad: found[i] = bad[0]
     return found
+
+# %% ../../nbs/415_train.checks.ipynb #b1f0d002
+class NotFiniteError(DataError):
+    "A loss or a gradient that is not a finite number."
 
 # %% ../../nbs/415_train.checks.ipynb #72b0d8fb
 def not_finite(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FALLING', 'SCHEDULES', 'OPTIMIZERS', 'warmup_steps', 'lr_scale', 'Plateau', 'param_groups', 'make_optimizer',
-           'set_lr', 'clip_groups', 'clip_gradients']
+           'set_lr', 'set_momentum', 'clip_groups', 'clip_gradients']
 
 # %% ../../nbs/400_train.optim.ipynb #41491d98
 import math
@@ -16,6 +16,8 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..core.errors import unknown_name
+from .adamw_reference import ReferenceAdamW
+from .cycle import falling_steps, one_cycle
 from .staircase import UNIT, staircase
 
 # %% ../../nbs/400_train.optim.ipynb #96154d3b
@@ -60,7 +62,7 @@ _by_epoch = {
                                                                max(1, total // epoch)),
 }
 FALLING = tuple(_shapes) # schedules that need the step only, and fall after the warm-up
-SCHEDULES = (*FALLING, *_by_epoch, 'staircase', 'plateau')
+SCHEDULES = (*FALLING, *_by_epoch, 'staircase', 'plateau', 'steps', 'one_cycle_torch')
 
 # %% ../../nbs/400_train.optim.ipynb #83bf1da9
 def _warming(step, warm, schedule):
@@ -77,6 +79,7 @@ def lr_scale(
     schedule:str='cosine', # one of SCHEDULES
     floor:float=0.0, # share of the peak that the schedule ends at
     epoch_steps:int=0, # optimiser steps of an epoch, for the schedules that look at epochs
+    fall:tuple=(5, 0.1), # schedule 'steps': epochs between two falls, and what is left after each
 ) -> float: # factor of the peak learning rate, 0..1
     """Give the factor of the learning rate at a step; what a plateau has taken off comes on top.
 
@@ -87,12 +90,14 @@ def lr_scale(
     """
     if schedule not in SCHEDULES: raise ValueError(unknown_name('schedule', schedule, SCHEDULES))
     warm = warmup_steps(warmup, total)
-    if (schedule in _by_epoch or schedule == 'staircase') and epoch_steps < 1:
+    if (schedule in _by_epoch or schedule in ('staircase', 'steps')) and epoch_steps < 1:
         raise ValueError(f'{schedule} needs epoch_steps, the number of optimiser steps in an epoch')
     if schedule == 'staircase': # warm-up in units of 100 steps, one rate an epoch (nbs/402)
         return staircase(step, epoch_steps, max(1, total // epoch_steps), warm // UNIT, floor=floor)
+    if schedule == 'one_cycle_torch': return max(floor, one_cycle(step, total, warm / total))
     if step < warm and schedule != 'bolts_reference': return _warming(step, warm, schedule)
     if schedule == 'plateau': return 1.0
+    if schedule == 'steps': return max(floor, falling_steps(step // epoch_steps, *fall))
     if schedule in _by_epoch: return floor + (1 - floor) * _by_epoch[schedule](step, warm, total, epoch_steps)
     x = min(1.0, (step - warm) / max(1, total - warm))
     low = max(floor, 4e-6) if schedule == 'one_cycle' else floor
@@ -106,6 +111,7 @@ class Plateau:
     patience: int = 3  # validations without improvement that are borne
     mode: str = 'min'  # 'min' or 'max': which value is better
     threshold: float = 1e-4  # relative size of a change that counts
+    least: float = 0.0  # smallest factor
     scale: float = 1.0  # factor reached so far
     best: float | None = None  # best value so far
     bad: int = 0  # validations since, counted anew after a reduction
@@ -120,7 +126,7 @@ class Plateau:
         "Take note of one validation."
         if self._better(value): self.best, self.bad = value, 0
         else: self.bad += 1
-        if self.bad > self.patience: self.scale, self.bad = self.scale * self.factor, 0
+        if self.bad > self.patience: self.scale, self.bad = max(self.scale * self.factor, self.least), 0
         return self.scale
 
     def state(self) -> dict: # the memory, for a checkpoint
@@ -169,6 +175,7 @@ def param_groups(
 _optimisers = {
     'adamw': lambda groups, betas, momentum: torch.optim.AdamW(groups, betas=tuple(betas), eps=1e-8, fused=True),
     'adam': lambda groups, betas, momentum: torch.optim.Adam(groups, betas=tuple(betas), eps=1e-8, fused=True),
+    'adamw_reference': lambda groups, betas, momentum: ReferenceAdamW(groups, betas=tuple(betas)),
     'sgd': lambda groups, betas, momentum: torch.optim.SGD(groups, momentum=momentum, nesterov=momentum > 0),
 }
 OPTIMIZERS = tuple(_optimisers)
@@ -198,6 +205,16 @@ def set_lr(
     "Set every group's learning rate to its peak times `scale`."
     for group in optimizer.param_groups: group['lr'] = group['peak'] * scale
     return max(group['lr'] for group in optimizer.param_groups)
+
+# %% ../../nbs/400_train.optim.ipynb #b1f0c004
+def set_momentum(
+    optimizer:torch.optim.Optimizer, # from `make_optimizer`
+    value:float, # momentum of the next step, 0..1
+) -> None:
+    "Set SGD's momentum, or the first decay rate of Adam and AdamW, in every group."
+    for group in optimizer.param_groups:
+        if 'betas' in group: group['betas'] = (value, group['betas'][1])
+        else: group['momentum'] = value
 
 # %% ../../nbs/400_train.optim.ipynb #c11b0002
 def clip_groups(

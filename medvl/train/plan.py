@@ -100,7 +100,7 @@ def _rows(loop, points, together):
     "The table's rows from the measurements."
     config, n = loop.config, loop.config.batch_size
     (a, small), (b, large) = points
-    weights, slots = _bytes(loop.method.state_dict().values()), {'adamw': 2, 'adam': 2, 'sgd': 1}[config.optimizer]
+    weights, slots = _bytes(loop.method.state_dict().values()), {'sgd': 1}.get(config.optimizer, 2)
     trained = _bytes(loop.trainable)
     average = weights if config.ema else 0
     step = config.accumulate * line_at((a, small[1]), (b, large[1]), n)

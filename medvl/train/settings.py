@@ -24,7 +24,7 @@ class TrainConfig:
     batch_size: int = 16  # samples that are compared with each other, of one process
     chunk_size: int | None = None  # GradCache: samples encoded at once; None = the whole batch
     accumulate: int = 1  # batches whose gradients are averaged into one optimiser step
-    optimizer: str = 'adamw'  # 'adamw', 'adam' (coupled decay) or 'sgd'
+    optimizer: str = 'adamw'  # 'adamw', 'adam' (coupled decay), 'sgd', or 'adamw_reference' (transformers 4)
     lr: float = 5e-5  # peak learning rate
     weight_decay: float = 1e-4  # of the groups that decay
     betas: tuple[float, float] = (0.9, 0.999)  # Adam's and AdamW's decay rates of the moments
@@ -39,6 +39,11 @@ class TrainConfig:
     plateau_mode: str = 'min'  # 'min', or 'max' for a share such as valid_auroc: what it lacks to 1 should fall
     plateau_factor: float = 0.5  # what lr is multiplied with then
     plateau_patience: int = 3  # validations without improvement that are borne
+    plateau_least: float = 0.0  # smallest factor that a plateau leaves of lr
+    fall_epochs: int = 5  # schedule 'steps': epochs between two falls
+    fall_factor: float = 0.1  # and what is left after each
+    # schedule 'one_cycle_torch': momentum at both ends and at the peak, e.g. (0.95, 0.85); None: it stays
+    cycle_momentum: tuple[float, float] | None = None
     # first steps, at head_lr, while the method keeps its encoder frozen; the schedule begins after them
     head_warmup: int = 0
     head_lr: float = 1e-3  # learning rate of these steps
@@ -76,7 +81,8 @@ _choices = dict(schedule=SCHEDULES, precision=('fp32', 'bf16', 'fp16'), mode=('m
                 plateau_mode=('min', 'max'),
                 optimizer=OPTIMIZERS)
 _least = dict(epochs=1, batch_size=1, accumulate=1, keep_last=1, log_every=1, valid_samples=1, workers=0, save_every=0,
-              valid_every=0, early_stop=0, plateau_patience=0, head_warmup=0)
+              valid_every=0, early_stop=0, plateau_patience=0, head_warmup=0,
+              fall_epochs=1)
 
 
 def check_config(
@@ -101,6 +107,11 @@ def check_config(
     if not 0 <= config.ema < 1: raise ValueError(f'ema={config.ema} is a decay in [0, 1), such as 0.999')
     if not 0 < config.plateau_factor < 1:
         raise ValueError(f'plateau_factor={config.plateau_factor} is a factor between 0 and 1, such as 0.5')
+    if not 0 <= config.plateau_least <= 1 or not 0 < config.fall_factor <= 1:
+        raise ValueError(f'plateau_least={config.plateau_least} and fall_factor={config.fall_factor} are shares of lr, '
+                         'in 0..1')
+    if config.cycle_momentum is not None and config.schedule != 'one_cycle_torch':
+        raise ValueError("cycle_momentum goes with schedule='one_cycle_torch'")
     if config.head_warmup and not config.lr:
         raise ValueError('head_warmup needs an lr above 0: its rate is stated as a multiple of lr')
     if config.max_steps is not None and config.max_steps < 1:

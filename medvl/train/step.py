@@ -17,13 +17,16 @@ from ..core.later import checks_collected
 from ..data.batch import batch_size, join, to_device, without_pixels
 from ..methods.base import Method, StepState
 from .average import Average
-from .checks import broken_rows, check_chunk_norms, check_rows, check_texts, guilty, names_of, not_finite
+from .checks import (NotFiniteError, broken_rows, check_chunk_norms, check_rows, check_texts, guilty,
+                                names_of, not_finite)
+from .cycle import cycle_momentum
 from .distributed import (anywhere_on, average_gradients, average_statistics, exchange_of, gather_objects,
                                      spread_weights)
 from .feed import RunBatches
 from .gradcache import backward_batch
 from .machine import autocast_of, make_accelerator, scaler_of
-from .optim import Plateau, clip_gradients, clip_groups, lr_scale, make_optimizer, set_lr
+from .optim import (Plateau, clip_gradients, clip_groups, lr_scale, make_optimizer, set_lr, set_momentum,
+                               warmup_steps)
 from .settings import TrainConfig, check_config
 
 # %% ../../nbs/419a_train.step.ipynb #d0e0a001
@@ -63,7 +66,8 @@ class Loop:
         self._place()
         self.optimizer = make_optimizer(method, config.lr, config.weight_decay, config.optimizer, config.betas,
                                         config.momentum, no_decay=config.no_decay, lr_scales=config.lr_scales)
-        self.plateau = Plateau(config.plateau_factor, config.plateau_patience) if config.schedule == 'plateau' else None
+        self.plateau = Plateau(config.plateau_factor, config.plateau_patience,
+                               least=config.plateau_least) if config.schedule == 'plateau' else None
         self.trainable = [p for g in self.optimizer.param_groups for p in g['params']]
         self.clip_names, self.clip_each = (clip_groups(self.optimizer, c)
                                            for c in (config.clip_names, config.clip_each))
@@ -112,7 +116,7 @@ def rate(
     c = loop.config
     if loop.step < c.head_warmup: return c.head_lr / c.lr
     scale = lr_scale(loop.step - c.head_warmup, loop.total - c.head_warmup, c.warmup, c.schedule, c.floor,
-                     loop.in_epoch)
+                     loop.in_epoch, (c.fall_epochs, c.fall_factor))
     return scale * loop.plateau.scale if loop.plateau else scale
 
 # %% ../../nbs/419a_train.step.ipynb #8d2df83a
@@ -148,7 +152,7 @@ def _check_norm(loop, norm, results):
     if loop.scaler.is_enabled() and loop.scaler.get_scale() > 1e-4: return
     bad = [n for r in results for n in names_of(r.batch, broken_rows(r.gradients, batch_size(r.batch)))]
     whose = f': sample {", ".join(bad[:8])}.' if bad else '.'
-    raise DataError(f'step {loop.step + 1}: the gradient is not finite{whose}',
+    raise NotFiniteError(f'step {loop.step + 1}: the gradient is not finite{whose}',
                     fix='Lower lr, set clip, or use bf16. The checkpoints before this step are kept.')
 
 # %% ../../nbs/419a_train.step.ipynb #d8d7ce90
@@ -180,7 +184,8 @@ def _checked(loop, batches, results, checks):
         why = [w for w in gather_objects(_complaint(loop, batches, results, checks, bad_checks, bad_losses)) if w]
         loop.optimizer.zero_grad(set_to_none=True)
         if why:
-            raise DataError(f'step {loop.step + 1}: {" ".join(dict.fromkeys(why))}',
+            kind = NotFiniteError if any(bad_losses) else DataError
+            raise kind(f'step {loop.step + 1}: {" ".join(dict.fromkeys(why))}',
                             fix='The checkpoints before this step are kept.')
     _check_norm(loop, size, results)
     return losses, norm, size
@@ -197,13 +202,18 @@ def _update(loop, norm, size):
 def one_step(
     loop:Loop, # the run, in training mode
     batches:list, # the batches of this step, `accumulate` of them
+    scale:float|None=None, # factor of the peak learning rate; None: the run's own schedule
 ) -> dict: # losses (means over the batches), lr, grad_norm
     """Make one optimiser step.
 
     Raises: DataError naming the samples when a loss or the gradient is not finite, or a report is empty.
     """
     state = loop.state()
-    lr = set_lr(loop.optimizer, rate(loop))
+    lr = set_lr(loop.optimizer, rate(loop) if scale is None else scale)
+    cycle = loop.config.cycle_momentum
+    if cycle and scale is None:
+        share = warmup_steps(loop.config.warmup, loop.total) / loop.total
+        set_momentum(loop.optimizer, cycle_momentum(loop.step, loop.total, share, *cycle))
     results, checks = _gradient(loop, batches, state)
     losses, norm, size = _checked(loop, batches, results, checks)
     _update(loop, norm, size)

@@ -48,12 +48,17 @@ def mask_words(ids: np.ndarray, # tokens of one text, int (t,)
                vocab_size: int, # tokens there are
                mask_id: int = 4, # token of [MASK]
                shares: tuple[float, float] = (0.8, 0.1), # of the chosen: hidden, swapped for any token; the rest stays
+               others: np.ndarray | None = None, # tokens that may be swapped in, int (k,); None: any
+               least: int = 0, # 1: where the draw chose none, choose one of those that may be
                **probability, # probability, flags, factor, never: see `masking_probability`
                ) -> tuple[np.ndarray, np.ndarray]: # tokens to read, and labels (-100: not asked), int64 (t,)
     "Draw the words of one sample that are to be guessed."
     rng, ids = numpy_rng('masked words', *key), np.asarray(ids, dtype=np.int64)
-    chosen = rng.random(ids.shape) < masking_probability(ids, **probability)
-    fate, other = rng.random(ids.shape), rng.integers(0, vocab_size, ids.shape)
+    p = masking_probability(ids, **probability)
+    chosen = rng.random(ids.shape) < p
+    fate, other = rng.random(ids.shape), rng.integers(0, vocab_size if others is None else len(others), ids.shape)
+    if others is not None: other = np.asarray(others)[other]
+    if least and not chosen.any() and (p > 0).any(): chosen[rng.choice(np.flatnonzero(p > 0))] = True
     read = np.where(fate < shares[0], mask_id, np.where(fate < sum(shares), other, ids))
     return np.where(chosen, read, ids), np.where(chosen, ids, -100)
 

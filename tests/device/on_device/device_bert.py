@@ -1,0 +1,39 @@
+"""BERT's pre-training on the pretend accelerator: bf16, at most one wait a step, the CPU's numbers."""
+import pytest
+import torch
+from contract import bert_case
+from pretend_accelerator import DEVICE, WAITS, Accelerator, train_on_device
+
+from medvl.train import loop as loop_module
+from medvl.train.loop import train
+from medvl.train.settings import TrainConfig
+
+SETTINGS = dict(epochs=100, max_steps=3, batch_size=4, lr=1e-3, warmup=0, clip=1.0, trackers=(), save_every=100, log_every=1)
+
+
+def test_it_trains_there_and_waits_once_a_step(tmp_path, monkeypatch):
+    found, plain = [], loop_module.one_step
+    def counted(loop, batches):
+        before = len(WAITS)
+        out = plain(loop, batches)
+        found.append([place for _, place in WAITS[before:]])
+        return out
+    monkeypatch.setattr(loop_module, 'one_step', counted)
+    train_on_device(monkeypatch)
+    method, data, _ = bert_case(tmp_path)
+    with Accelerator():
+        result = train(method, data, TrainConfig(**SETTINGS, precision='bf16'), tmp_path/'run')
+        assert method.device.type == DEVICE.type and result.step == 3
+    assert [place.split(':')[0] for place in found[-1]] == ['medvl/train/step.py'], found[-1]
+
+
+def test_numbers_are_those_of_the_cpu(tmp_path, monkeypatch):
+    losses = []
+    for there in (False, True):
+        method, data, _ = bert_case(tmp_path)
+        if there: train_on_device(monkeypatch)
+        settings = TrainConfig(**{**SETTINGS, 'max_steps': 2})
+        if there:
+            with Accelerator(): losses.append(train(method, data, settings, tmp_path/'there').history.loss.tolist())
+        else: losses.append(train(method, data, settings, tmp_path/'here').history.loss.tolist())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and torch.isfinite(torch.tensor(losses)).all()
