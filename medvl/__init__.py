@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _LAZY = {'load': 'medvl.api', 'Model': 'medvl.api', 'embed': 'medvl.api', 'zero_shot': 'medvl.api',
          'explain': 'medvl.api', 'from_pretrained': 'medvl.api', 'save_pretrained': 'medvl.api',
-         'push_to_hub': 'medvl.api'}
+         'push_to_hub': 'medvl.api', 'report': 'medvl.api', 'answer': 'medvl.api', 'check': 'medvl.api'}
 
 # %% ../nbs/810_init.ipynb #40a2675e
 _ROOMS = {
@@ -28,7 +28,7 @@ _ROOMS = {
     'evaluate': 'Metrics, intervals, protocols and tables: how good a model is, and how sure that is.',
     'attribute': 'Explanations, and the benchmark that scores them.',
     'run': 'Experiments from a terminal: runs, sweeps, reports, history.',
-    'api': 'One image, one call: load, embed, zero_shot, explain.',
+    'api': 'One image, one call: load, embed, zero_shot, explain, report, answer, check.',
 }
 _PACKAGES = {
     'data.dicom': 'A DICOM file: its header, its compressed pixels, reading and writing.',

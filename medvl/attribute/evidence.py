@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['THINGS', 'TAILS', 'LIKELY', 'CARD', 'unrelated', 'phrase_vectors', 'best_cells', 'best_channels', 'match_of',
-           'match_text', 'trained_on', 'pointing_rows', 'read_card', 'card_text']
+           'match_text', 'trained_on', 'pointing_rows', 'read_card', 'card_text', 'learnt_text']
 
 # %% ../../nbs/603_attribute.evidence.ipynb #37cd9759
+import re
 from pathlib import Path
 
 import numpy as np
@@ -154,3 +155,15 @@ def card_text(
             + (f', random {r["random"]:.2f}' if _number(r.get('random')) else '') for r in known[:4]]
     return [*lines,
             f'Hottest point in the box: {"; ".join(said)}.' if said else 'How well it points was never measured.']
+
+# %% ../../nbs/603_attribute.evidence.ipynb #75a1ab5e
+def learnt_text(
+    card:dict, # of `read_card`
+) -> list: # of one or two lines
+    "Say what a model was trained on, and that its words are no findings where that was nothing, or phantoms."
+    lines, said = card_text(card)[:1], str(card.get('trained_on') or '')
+    sources = re.findall(r'images of [\d,]+ patients \(([^)]*)\)', said)
+    if said.startswith('nothing'): return [*lines, 'It has learnt nothing: what it says is chance.']
+    if sources and all('phantom' in s for part in sources for s in part.split(', ')):
+        return [*lines, "It knows drawn phantoms only: of a patient's image it knows nothing."]
+    return lines

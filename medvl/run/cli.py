@@ -122,6 +122,7 @@ def params_command(experiment: Annotated[str,
 
 
 @app.command('report')
+@runs_app.command('report')
 def report_command(run: Annotated[str, typer.Argument(help='Run folder, name, or beginning of its name.')],
                    outputs: Outputs = None) -> None:
     "Write a run's report.html again, from its folder."

@@ -212,3 +212,41 @@ def _():
     return Exercise('4', lambda a: a is False, 'Think of what the interval was drawn over.', wrong=(True, None, 'yes'),
                     praise='It is an interval over patients for *these* weights. Training again with other seeds needs '
                     'runs of its own.')
+
+# %% ../../nbs/015a_show.exercise_bank.ipynb #a5e10002
+def _looked(queries, keys, values): return (queries @ keys.T / queries.shape[1]**.5).softmax(1) @ values
+
+
+@_ask('t05.1')
+def _():
+    q, k, v = (torch.randn(n, d, generator=torch.Generator().manual_seed(n)) for n, d in ((3, 4), (5, 4), (6, 2)))
+    v, right = v[:5], _looked(q, k, v[:5])
+    wrong = (lambda q, k, v: (q @ k.T).softmax(1) @ v, lambda q, k, v: (q @ k.T / 2).softmax(0) @ v,
+             lambda q, k, v: (q @ k.T / 2) @ v, lambda q, k, v: v.mean(0).expand(len(q), -1))
+    return Exercise('1', lambda f: torch.allclose(torch.as_tensor(f(q, k, v)), right, atol=1e-4),
+                    'Agreement of queries and keys, divided by the root of d; a softmax over the places; then the '
+                    'weighted mean of the values.', wrong)
+
+
+@_ask('t05.2')
+def _():
+    return Exercise('2', lambda a: math.isclose(a, 2/3, abs_tol=.005), 'Count the right and the wrong pairs of a step.',
+                    wrong=(.5, 1/3, 1, 0), praise='So an accuracy of 0.67 in training is no achievement: judge the '
+                    'judge on as many right as wrong pairs.')
+
+# %% ../../nbs/015a_show.exercise_bank.ipynb #a5e10005
+@_ask('t05.3')
+def _(same): # bool (n,n): which captions of a batch say the same
+    same, n = np.asarray(same), len(same)
+    share = (same.sum() - n) / (n * (n - 1))
+    return Exercise('3', lambda a: math.isclose(a, share, abs_tol=.002), 'Leave out the diagonal, of the equal ones and '
+                    'of all: nobody draws its own caption.', wrong=(float(same.sum() / n**2), -1, 1.5),
+                    praise='That is by chance. Temptation draws more of them: what says the same is tempting.')
+
+
+@_ask('t05.4')
+def _():
+    return Exercise('4', lambda a: a is False, 'What if the same map appears, and the answer is the same with the '
+                    'finding covered?', wrong=(True, None, 'yes'),
+                    praise='It shows where a word looked in one layer. Cover the place and judge again to learn whether '
+                    'the answer rests on it.')
