@@ -112,6 +112,6 @@ def test_refusals(tiny, kwargs, error, message):
 
 def test_targets(tiny):
     assert target_of(tiny, 'mass') == Target('sentence', 'mass') and target_of(tiny, ('a', 'b')) == Target('sentence', ['a', 'b']) and class_names(tiny) == ()
-    assert set(TARGETS) == {'sentence', 'class', 'word', 'age', 'box', 'answer'} and {t for e in EXPLANATIONS.values() for t in e.targets} == {'sentence', 'class'}
+    assert set(TARGETS) == {'sentence', 'class', 'word', 'age', 'box', 'answer'} and {t for e in EXPLANATIONS.values() for t in e.targets} == {'sentence', 'class', 'word'}
     with pytest.raises(ValueError, match='kind of target'): Target('colour', 1)
     with pytest.raises(ValueError, match='one image'): attribute(tiny, torch.zeros(2, 8, 8), 'a mass')
