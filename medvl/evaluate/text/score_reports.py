@@ -258,9 +258,9 @@ def score_systems(references: Sequence[str], # n reports, not empty
 
     Raises: DataError where a system's name is that of a baseline, or as `score_reports` and `report_baselines`."""
     n = len(references)
-    base = report_baselines(training, n, features, training_features, seed) if len(training) else {}
-    if both := systems.keys() & base.keys(): raise DataError(f'{sorted(both)[0]!r} is the name of a baseline.')
+    plain = report_baselines(training, n, features, training_features, seed) if len(training) else {}
+    if both := systems.keys() & plain.keys(): raise DataError(f'{sorted(both)[0]!r} is the name of a baseline.')
     tables = [score_reports(references, said, patients, seed=seed, **options).assign(system=name)
-              for name, said in (systems | base).items()]
+              for name, said in (systems | plain).items()]
     table = pd.concat(tables, ignore_index=True)
     return table[['system', *table.columns.drop('system')]]
