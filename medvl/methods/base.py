@@ -155,7 +155,7 @@ CAPABILITIES = {
     'generate': '(images, prompt=None)',  # -> texts
     'answer': '(images, questions, candidates=None)',  # -> texts
     # what `encode` gives -> logits of every token (b,L,V), and those of a pair of texts (b,2) or None
-    'answers': '(features)',
+    'token_logits': '(features)',
     'enhance': '(images)',  # -> images
     'abnormality_maps': '(images)',  # -> (n,h,w) of each view, 0..1: large where something does not belong
     'logits': '(images)',  # -> (b,k), of the labels or classes

@@ -71,7 +71,7 @@ class BertPretraining(Method):
         out = self.network.bert(input_ids=ids, attention_mask=mask, token_type_ids=segments)
         return {'words': out.last_hidden_state, **({'whole': out.pooler_output} if self.config.pair else {})}
 
-    def answers(self, features: dict) -> tuple: # of `encode`
+    def token_logits(self, features: dict) -> tuple: # of `encode`
         "Give the logits of every token (b,L,V), and those of the pair (b,2) or None."
         if not self.config.pair: return self.network.cls(features['words']), None
         return self.network.cls(features['words'], features['whole'])
@@ -79,7 +79,7 @@ class BertPretraining(Method):
     def losses(self, features: dict, batch: dict, state: StepState) -> dict:
         "Give `loss`, `mlm` and `pair`, and the share of hidden words that were guessed."
         labels, c = batch['word_labels'].flatten(0, 1).to(self.device), self.config
-        words, whole = self.answers(features)
+        words, whole = self.token_logits(features)
         mlm = mlm_loss(words, labels)
         with torch.no_grad(): right = ((words.argmax(-1) == labels).sum() / (labels != -100).sum().clamp(min=1)).float()
         if not c.pair: return {'loss': mlm, 'mlm': mlm.detach(), 'guessed': right}

@@ -33,7 +33,7 @@ def masked_word_counts(
     with evaluating(method):
         for start in range(0, len(data), batch_size):
             batch = data.collate([data[0, i] for i in range(start, min(start + batch_size, len(data)))])
-            words, whole = method.answers(method.encode(batch))
+            words, whole = method.token_logits(method.encode(batch))
             log_p, whole = words.double().log_softmax(-1).cpu(), None if whole is None else whole.cpu()
             known = zip(batch['patient_id'], batch['word_labels'][:, 0], batch['pair'])
             for i, (patient, labels, pair) in enumerate(known):
