@@ -129,10 +129,11 @@ def test_pages_show_reports_as_text(models):
     page = Written(evil, FILM, 'writer', evil, [evil])._repr_html_()
     assert '<script' not in page and page.count('&lt;script&gt;') == 3
     import matplotlib.pyplot as plt
+    before = plt.get_fignums()
     found = check_sentences(Side(), film(200), 'A $left_ {effusion}$ <b>. $ left.')
     found.maps = {0: np.ones((2, 2)), 1: np.ones((2, 2))}
     assert found.doubtful and '<b>' not in found._repr_html_() # drawn, although it looks like a formula
-    assert not plt.get_fignums()
+    assert plt.get_fignums() == before
 
 
 # report and answer -------------------------------------------------------------------------------------------------

@@ -434,6 +434,7 @@ def _shape(bert: FusionBert) -> dict:
 def _words_of(source: Method, words: str) -> tuple:
     "What a source brings for words: (reading layers or None, looking layers or None, fields of the configuration)."
     reader = getattr(source, 'reader', None)
+    if not hasattr(reader, 'fuser'): reader = None # reads words alone
     if words == 'new' or (reader is None and not isinstance(getattr(source, 'text_encoder', None), TextEncoder)):
         return None, None, {}
     if reader is None:
