@@ -128,7 +128,8 @@ def segment_maps(maps: np.ndarray, # (n,h,w) of the images that are judged
     scores = mask_overlap(np.asarray(maps) >= t, truth, empty).assign(patient_id=list(patients))
     kept, rows = scores.dropna(), []
     for name in ('dice', 'iou'):
-        if len(kept): rows.append({'metric': name, **mean_estimate(kept[name], kept.patient_id, n_boot, seed, 'image').row()})
+        if len(kept): rows.append({'metric': name, **mean_estimate(kept[name], kept.patient_id, n_boot, seed,
+                                                                   'image').row()})
     curve = tiou_table(scores.iou, scores.patient_id, TIOU, n_boot, seed=seed)
     rows += [{'metric': f'TIoU@{r.threshold:g}', **r._asdict()} for r in curve.itertuples(index=False)]
     return pd.DataFrame(rows).drop(columns='threshold', errors='ignore').assign(threshold=t), scores, t

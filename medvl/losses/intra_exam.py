@@ -25,7 +25,8 @@ def breast_columns(view: Sequence[Sequence[str]], # b lists of v words
     for b, (names, lateral) in enumerate(zip(view, laterality)):
         here = [True] * len(names) if present is None else present[b]
         for s, side in enumerate(sides):
-            found = [next((k + 1 for k, (n, l, p) in enumerate(zip(names, lateral, here)) if p and (n, l) == (v, side)), 0)
+            found = [next((k + 1 for k, (n, l, p) in enumerate(zip(names, lateral, here)) if p
+                           and (n, l) == (v, side)), 0)
                      for v in pair]
             if all(found): out[b, s] = torch.tensor(found)
     return out

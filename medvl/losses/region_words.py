@@ -64,7 +64,8 @@ def local_similarity(regions: torch.Tensor, # (n,r,d): n images
     """Compare all images with all reports, word by word.
 
     Raises: ValueError for an unknown aggregation, or shapes that do not fit. Source: GLoRIA; A²I²'s `local_loss`."""
-    if aggregation not in AGGREGATIONS: raise ValueError(unknown_name('aggregation of words', aggregation, AGGREGATIONS))
+    if aggregation not in AGGREGATIONS: raise ValueError(unknown_name('aggregation of words', aggregation,
+                                                                      AGGREGATIONS))
     if regions.dim() != 3 or words.dim() != 3 or regions.shape[-1] != words.shape[-1] or mask.shape != words.shape[:2]:
         raise ValueError(f'regions (n,r,d), words (t,w,d) and mask (t,w) are needed, not {tuple(regions.shape)}, '
                          f'{tuple(words.shape)} and {tuple(mask.shape)}')

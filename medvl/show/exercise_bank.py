@@ -239,7 +239,8 @@ def _():
 def _(same): # bool (n,n): which captions of a batch say the same
     same, n = np.asarray(same), len(same)
     share = (same.sum() - n) / (n * (n - 1))
-    return Exercise('3', lambda a: math.isclose(a, share, abs_tol=.002), 'Leave out the diagonal, of the equal ones and '
+    return Exercise('3', lambda a: math.isclose(a, share, abs_tol=.002),
+                    'Leave out the diagonal, of the equal ones and '
                     'of all: nobody draws its own caption.', wrong=(float(same.sum() / n**2), -1, 1.5),
                     praise='That is by chance. Temptation draws more of them: what says the same is tempting.')
 
@@ -248,5 +249,6 @@ def _(same): # bool (n,n): which captions of a batch say the same
 def _():
     return Exercise('4', lambda a: a is False, 'What if the same map appears, and the answer is the same with the '
                     'finding covered?', wrong=(True, None, 'yes'),
-                    praise='It shows where a word looked in one layer. Cover the place and judge again to learn whether '
+                    praise='It shows where a word looked in one layer. '
+                           'Cover the place and judge again to learn whether '
                     'the answer rests on it.')

@@ -69,7 +69,8 @@ def tiou_table(iou: Sequence | np.ndarray, # (n,) of images; NaN: left out
     draws, rows = (sums.T @ counts) / (sizes @ counts), []
     for t, value, d in zip(thresholds, hits.mean(0), draws):
         low, high, _, note = interval_or_bound(float(value), d, level, p, limits=(0., 1.))
-        rows.append(dict(threshold=t, value=float(value), low=low, high=high, unit='image', n=int(keep.sum()), patients=p,
+        rows.append(dict(threshold=t, value=float(value), low=low, high=high, unit='image', n=int(keep.sum()),
+                         patients=p,
                          note=note))
     return pd.DataFrame(rows)
 

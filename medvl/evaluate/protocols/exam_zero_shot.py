@@ -117,7 +117,8 @@ class ExamZeroShot:
 
     def __repr__(self):
         t = self.table[['metric', 'value', 'low', 'high', 'n', 'unit']].round(3)
-        return f'ExamZeroShot, normalisation {self.normalise}{"; " + self.note if self.note else ""}\n{t.to_string(index=False)}'
+        said = '; ' + self.note if self.note else ''
+        return f'ExamZeroShot, normalisation {self.normalise}{said}\n{t.to_string(index=False)}'
 
 
 def exam_zero_shot(method: Method, # with read_images, read_texts and match

@@ -66,7 +66,8 @@ def _depth(names, start, layer):
 def _resnet_name(weights, start):
     blocks = tuple(_depth(weights, start, f'layer{k}') for k in range(1, 5))
     width, deep = weights[f'{start}conv1.weight'].shape[0], f'{start}layer1.0.conv3.weight' in weights
-    fits = [n for n, c in RESNETS.items() if c.layers == blocks and c.width == width and (c.block is Bottleneck) == deep]
+    fits = [n for n, c in RESNETS.items() if c.layers == blocks and c.width == width
+            and (c.block is Bottleneck) == deep]
     if not fits: raise DataError(f'no ResNet has {blocks} blocks of width {width}')
     return fits[0]
 
@@ -165,7 +166,8 @@ def export_a2i2(method: A2I2, # to be written
 
 # %% ../../../nbs/351_methods.released.a2i2_files.ipynb #62ea9372
 CALLS = {
-    'available_models()': ("medvl.methods.recipes.recipes('a2i2')", 'three names there point to one file that was never published'),
+    'available_models()': ("medvl.methods.recipes.recipes('a2i2')",
+                           'three names there point to one file that was never published'),
     'load_VSWL(path)': ('open_a2i2(path).method', 'strict; no code of the file is run'),
     'load_img_classification_model(path, num_cls, freeze_encoder)':
         ('methods.classifier.new_classifier(open_a2i2(path).method, labels, frozen=True)', 'the encoder of CC'),
@@ -174,13 +176,15 @@ CALLS = {
     'get_similarities(model, imgs, txts, similarity_type)':
         ('get_similarities(model, images, texts, how, present)', 'exams with any views; numpy there'),
     'zero_shot_classification(model, imgs, cls_txt_mapping)':
-        ('evaluate.protocols.exam_zero_shot.class_scores', 'normalisation none by default; over the images at hand there'),
+        ('evaluate.protocols.exam_zero_shot.class_scores',
+         'normalisation none by default; over the images at hand there'),
     'generate_*_class_prompts(n)': ('data.text.conclusions.class_prompts', 'seeded'),
     'model.process_text(text)': ('process_text(model, texts)', 'words are counted, not characters'),
     'model.process_class_prompts(prompts)': ('process_class_prompts(model, prompts)', 'the same for each class'),
     'model.process_img(path)': ('medvl.load / data.prepare', 'resized as prepared images are'),
     'model.plot_attn_maps(maps, imgs, sents)': ('model.word_maps and show.words.draw_word_maps', 'one colour scale'),
-    'model.plot_post(m, mask, imgs, ato)': ('model.enhance, attribute.abnormality.draw_abnormality', 'pictures in the run')}
+    'model.plot_post(m, mask, imgs, ato)': ('model.enhance, attribute.abnormality.draw_abnormality',
+                                            'pictures in the run')}
 
 
 def get_similarities(method: A2I2, # opened or trained
@@ -190,7 +194,8 @@ def get_similarities(method: A2I2, # opened or trained
                      present: torch.Tensor | None = None, # bool (b,v)
                      ) -> torch.Tensor: # (b,t)
     "Compare exams with texts, as the original's zero-shot does: without [CLS] among the words."
-    with torch.no_grad(): return method.match(method.read_images(images, present), method.read_texts(texts), how, first=1)
+    with torch.no_grad(): return method.match(method.read_images(images, present), method.read_texts(texts), how,
+                                              first=1)
 
 
 def process_text(method: A2I2, texts: str | list, # one or several
