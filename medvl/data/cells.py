@@ -107,7 +107,10 @@ def plain_cell(
     text:object, # as the table has it
 ) -> str: # upper case, one kind of dash and space; '' for nan, none, n/a
     "Bring a cell to one form."
-    text = re.sub(r'[‐-―−]', '-', unicodedata.normalize('NFKC', str(text))).upper()
+    raised = ('<super>', '<sub>', '<circle>') # marks of a footnote: NFKC would make a figure of them
+    text = ''.join(' ' if unicodedata.decomposition(c).startswith(raised) or c.isdigit() and not c.isdecimal() else c
+                   for c in str(text))
+    text = re.sub(r'[‐-―−]', '-', unicodedata.normalize('NFKC', text)).upper()
     text = re.sub(r'\s+', ' ', text.replace('®', '').replace('’', "'")).strip(' .\'"')
     return '' if text in ('NAN', 'NONE', 'NULL', 'N/A', 'NA', '<NA>', '-', '--', '_', '?') else text
 

@@ -48,6 +48,7 @@ def test_categories_that_are_not_certain(text): assert birads_category(text) == 
 def test_a_cell_of_both_sides_needs_the_rows_side():
     for text in ('2 right, 4 left', 'R: 2; L: 4', 'BI-RADS 2 right and BI-RADS 4 left', 'rechts 2, links 4'):
         assert [birads_category(text, s) for s in ('L', 'R', '')] == ['4', '2', ''], text
+    assert birads_category('²') == birads_category('①') == '' and birads_category('4²') == birads_category('BI-RADS™ 4') == '4'
     assert birads_category('2 right', 'L') == '' and birads_category('BI-RADS 2 right breast', 'R') == '2'
 
 
