@@ -9,7 +9,6 @@ __all__ = ['RECIPES', 'ErrorDetectorConfig', 'check_detector', 'with_networks', 
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,14 @@ from ..core.patch import patch
 from ..core.seed import key_of
 from ..data.samples.erroneous import ErroneousConfig
 from ..data.text.errors import ERROR_KINDS, SEVEN_ERRORS
-from ..data.text.tokens import load_tokenizer
 from .base import StepState, register
 from .parts.guards import check_samples
 from .parts.image import mean_auroc
-from .parts.image_side import ImageSide, saved_image_encoder
-from .parts.image_tokens import TokenImageConfig, new_token_encoder, new_token_grid
+from .parts.image_tokens import TokenImageConfig
 from .parts.pairs import PairMethod
-from .parts.reader import Vocabulary
-from .parts.text_side import saved_text, with_vocabulary
+from .parts.text_side import with_vocabulary
 from .recipes import Recipe, recipe, vary
-from .xvl import XVL, XVLConfig, new_reader, resolve
-from ..models.scaling import scale_images
+from .xvl import XVL, XVLConfig, add_networks, resolve
 
 # %% ../../nbs/329b_methods.error_detector.ipynb #af81a645
 @dataclass
@@ -97,16 +92,8 @@ class ErrorDetector(PairMethod):
         check_detector(c)
         if c.variant == '2022' and c.vocab_size is None and tokenizer is not None: c.vocab_size = len(tokenizer)
         super().__init__(c)
-        self.image_encoder = new_token_encoder(c, c.variant == '2022') if image_encoder is None else image_encoder
-        self.image_side = ImageSide(self.image_encoder, partial(scale_images, mean=c.image_mean, std=c.image_std))
-        self.image_grid = new_token_grid(self.image_encoder, c)
-        width = self.image_encoder.num_features if self.image_grid is None else self.image_grid.norm.normalized_shape[0]
-        self.reader = new_reader(c, text_encoder, width)
-        self.vocabulary, words = Vocabulary(self.reader, c, tokenizer), self.reader.text.num_features
-        self.image_projection, self.text_projection = nn.Linear(width, c.dim), nn.Linear(words, c.dim)
-        self.matching = nn.ModuleDict({'text': nn.Linear(words, 2)})
-        if c.variant == '2022': self.matching['image'] = nn.Linear(width, 2)
-        self.kinds = nn.Linear(words, len(c.kinds)) if c.kind_weight else None
+        add_networks(self, c, tokenizer, image_encoder, text_encoder)
+        self.kinds = nn.Linear(self.matching['text'].in_features, len(c.kinds)) if c.kind_weight else None
         self.image_projection.requires_grad_(False), self.text_projection.requires_grad_(False)
         for name, p in self.reader.fuser.named_parameters(): # the layer that guesses words
             if name.startswith('head') or name.startswith('words') and self.reader.fusion is not None:
@@ -118,11 +105,6 @@ class ErrorDetector(PairMethod):
                 if part is not None: part.requires_grad_(False)
             if self.reader.fusion is None: # one network: its upper layers look at the image
                 self.reader.text.layers[self.reader.text.fusion_layer:].requires_grad_(True)
-
-    @property
-    def tokenizer(self) -> Any:
-        "Give the tokenizer."
-        return self.vocabulary.tokenizer
 
     def train(self, mode: bool = True) -> 'ErrorDetector':
         "Change the mode; frozen encoders stay in evaluation."
@@ -161,17 +143,6 @@ class ErrorDetector(PairMethod):
             loss = loss + self.config.kind_weight * out['kind']
         if not self.training: out['error_auroc'] = mean_auroc((z[:, 0] - z[:, 1])[:, None], wrong.float()[:, None])
         return {'loss': loss, **out, 'accuracy': (z.argmax(1) == (~wrong).long()).float().mean()}
-
-    def save_assets(self, folder: Path) -> ErrorDetectorConfig:
-        "Write the tokenizer and configurations of library encoders; give the configuration to store."
-        return self.vocabulary.save(folder, self.image_side.save(folder, self.config))
-
-    @classmethod
-    def from_assets(cls, config: ErrorDetectorConfig, folder: Path) -> 'ErrorDetector':
-        "Rebuild the detector, weights aside, from a stored folder."
-        if config.variant == '2023': text, tokenizer = saved_text(folder, config, 'bos')
-        else: text, tokenizer = None, load_tokenizer(folder / 'tokenizer')
-        return cls(config, tokenizer, saved_image_encoder(folder), text)
 
 # %% ../../nbs/329b_methods.error_detector.ipynb #f607e830
 def _of_xvl(name, about, train, samples=None, **changes):

@@ -292,9 +292,10 @@ def plot_forest(
     names = list(dict.fromkeys(table[label]))
     kinds = list(dict.fromkeys(table[by])) if by else ['']
     fig, ax = figure(width=6, height=0.75 + len(names) * (0.2 + 0.16 * len(kinds)))
-    for k, (kind, colour) in enumerate(zip(kinds, PALETTE)):
-        t = table[table[by] == kind] if by else table
-        at = np.array([names.index(n) for n in t[label]]) + (k - (len(kinds) - 1) / 2) * 0.24
+    step = min(0.24, 0.96 / len(kinds)) # the lines of a name stay within its row
+    for k, kind in enumerate(kinds):
+        t, colour = table[table[by] == kind] if by else table, PALETTE[k % len(PALETTE)]
+        at = np.array([names.index(n) for n in t[label]]) + (k - (len(kinds) - 1) / 2) * step
         empty = t.value.isna().to_numpy()
         ax.errorbar(t.value, at, xerr=np.stack([t.value - t.low, t.high - t.value]).clip(0), fmt='o', color=colour,
                     markersize=4.5, elinewidth=1.4, label=str(kind))

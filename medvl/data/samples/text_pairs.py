@@ -65,7 +65,7 @@ class MaskedSequences:
 
     def sequence(self, index:int, block:int) -> dict: # ids, segments: int (L,); pair: int; sample_id, patient_id
         "Say what sample `index` is in a block of epochs."
-        raise NotImplementedError
+        raise NotImplementedError(f'{type(self).__name__} does not say what a sample is: define `sequence`.')
 
     def __getitem__(self, key:int|tuple) -> dict:
         epoch, index = read_key(key, len(self))

@@ -6,6 +6,9 @@
 __all__ = ['MAPS', 'SCORES', 'weigh_attention', 'PairMethod']
 
 # %% ../../../nbs/326c_methods.parts.pairs.ipynb #bff65200
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -13,8 +16,11 @@ from ...core.errors import DataError, unknown_name
 from ...core.patch import patch
 from ...data.batch import present_rows
 from ...data.text.sentences import word_spans
+from ...data.text.tokens import load_tokenizer
 from ..base import Method
+from .image_side import saved_image_encoder
 from .image_tokens import image_tokens
+from .text_side import saved_text
 from ...models.fusion import attention_maps as recorded_attention
 from ...models.heads import unit
 from ...models.pooling import mean_views, over_views
@@ -38,6 +44,22 @@ SCORES = ('log_odds', 'probability', 'logit')
 class PairMethod(Method):
     """A method that reads an image and a report together. A derived class makes image_encoder, image_grid, image_side,
     reader, vocabulary, image_projection, text_projection, and `matching`: judges by name."""
+    @property
+    def tokenizer(self) -> Any:
+        "Give the tokenizer."
+        return self.vocabulary.tokenizer
+
+    def save_assets(self, folder: Path) -> Any: # the configuration to store
+        "Write the tokenizer and configurations of library encoders."
+        return self.vocabulary.save(folder, self.image_side.save(folder, self.config))
+
+    @classmethod
+    def from_assets(cls, config: Any, folder: Path) -> 'PairMethod':
+        "Rebuild the method, weights aside, from a stored folder."
+        if config.variant == '2023': text, tokenizer = saved_text(folder, config, 'bos')
+        else: text, tokenizer = None, load_tokenizer(folder / 'tokenizer')
+        return cls(config, tokenizer, saved_image_encoder(folder), text)
+
     def tokens_of(self, batch: dict) -> tuple: # input_ids, attention_mask (b,L) on the device; sentence (b,L)
         """Give the tokens of a batch's reports.
 
