@@ -366,7 +366,7 @@ def check(
     report:str, # as typed
     candidates:str|Path|Sequence[str]|None=None, # what could be said instead: 'chest', 'breast', a table, or sentences
     threshold:Threshold|None=None, # of the doubt, chosen on validation reports; None: a contradiction fits better
-    score:str|None=None, # 'match', 'cosine'; None: match where the method has one
+    score:str|None=None, # 'match', 'cosine'; None: as the method says, else match, else cosine
 ) -> CheckedReport: # with `doubtful`, `table`, `figure()`; shows itself in JupyterLab
     """Say which sentences of a report to look at again.
 

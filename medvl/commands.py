@@ -35,8 +35,10 @@ def model_of(
     return str(inside) if (inside/'config.json').is_file() and not (Path(found)/'config.json').is_file() else found
 
 
-def _room_for(out):
-    "Refuse before the work what could not be written after it."
+def _room_for(out, *endings):
+    "Refuse before the work what could not be written after it, or would be under a wrong name."
+    if endings and out.suffix.lower() not in endings:
+        raise ValueError(f'{out.name}: the name must end in {" or ".join(endings)}')
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out.parent, os.W_OK | os.X_OK): raise PermissionError(13, 'Permission denied', str(out.parent))
 
@@ -50,7 +52,7 @@ def embed_command(
     import numpy as np
     from medvl.api import load
     from medvl.core.paths import atomic_path
-    _room_for(out)
+    _room_for(out, '.npy')
     rows = load(model_of(model)).embed(list(images))
     with atomic_path(out) as temporary:
         with open(temporary, 'wb') as f: np.save(f, rows)
@@ -76,7 +78,7 @@ def explain_command(model: Source, image: Image,
     "Draw where in the image a sentence is found."
     from medvl.api import load
     from medvl.show.style import save
-    _room_for(out)
+    _room_for(out, '.png')
     answer = load(model_of(model)).explain(image, sentence)
     typer.echo(f'{answer.by}: {save(answer.figure(), out, limit=2_000_000)}')
     for line in answer.notes: typer.echo(line)
@@ -116,16 +118,23 @@ def check_command(
     report: Annotated[str, typer.Argument(help='A report in words, or a .txt file of it.')],
     candidates: Annotated[Optional[str], typer.Option(
         '-c', '--candidates', help='What could be said instead: chest, breast, or a file of a table.')] = None,
-    out: Annotated[Optional[Path], typer.Option('-o', '--out', help='Picture to write (.png).')] = None,
+    score: Annotated[Optional[str], typer.Option(
+        help='match (read together) or cosine (read apart); default: as medvl.check.')] = None,
+    out: Annotated[Optional[Path], typer.Option('-o', '--out', help='Picture (.png) or page (.html) to write.')] = None,
 ) -> None:
     "Doubt the sentences of a report that do not fit an image."
     from medvl.api import load
+    from medvl.core.paths import atomic_path
     from medvl.show.style import save
-    if out: _room_for(out)
+    if out: _room_for(out, '.png', '.html')
     text = Path(report).read_text(encoding='utf-8') if report.endswith('.txt') else report
-    found = load(model_of(model)).check(image, text, candidates)
+    found = load(model_of(model)).check(image, text, candidates, score=score)
     typer.echo(repr(found))
-    if out: typer.echo(f'picture: {save(found.figure(), out, limit=2_000_000)}')
+    if out is None: return
+    if out.suffix.lower() == '.png': save(found.figure(), out, limit=2_000_000)
+    else:
+        with atomic_path(out) as temporary: temporary.write_text(found._repr_html_(), encoding='utf-8')
+    typer.echo(f'written: {out}')
 
 # %% ../nbs/820_commands.ipynb #5a0bd4af
 @app.command('convert')

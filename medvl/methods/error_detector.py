@@ -81,6 +81,7 @@ class ErrorDetector(PairMethod):
     "X-VL fine-tuned on mistakes. Source: Park et al. (arXiv:2208.05140), error detection of the 2022 code."
     name, config_class, chunkable = 'error_detector', ErrorDetectorConfig, True
     gathered, gathered_batch = ('judged', 'kind'), ('error_kind',)
+    check_by = 'match' # that is what was trained
 
     def __init__(self,
                  config: ErrorDetectorConfig | None = None, # None: its defaults

@@ -11,6 +11,7 @@ from medvl.evaluate.protocols.sentence_check import candidate_sentences, check_s
 from medvl.evaluate.stats.selection import Threshold
 from medvl.data.text.label_rules import label_rules
 from medvl.methods.base import Method
+from medvl.methods.error_detector import ErrorDetector
 from medvl.methods.recipes import new_method
 
 TEXTS = ['Small left pleural effusion. No pneumothorax.', 'The heart is enlarged. No effusion.', 'Is there a right effusion? Yes. No. Left.']
@@ -100,10 +101,10 @@ def test_numbers_do_not_depend_on_the_other_sentences(models):
 
 
 def test_check_names_its_score_and_says_what_was_learnt(models):
-    matched, cosine = (models[n].check(FILM, 'No effusion.') for n in ('xvl', 'clip'))
+    matched, cosine = models['xvl'].check(FILM, 'No effusion.', score='match'), models['clip'].check(FILM, 'No effusion.')
     assert (matched.score, cosine.score) == ('match', 'cosine') and 'by cosine' in repr(cosine)
     assert any('learnt nothing' in n for n in matched.notes)
-    assert models['xvl'].check(FILM, 'No effusion.', score='cosine').score == 'cosine'
+    assert models['xvl'].check(FILM, 'No effusion.').score == 'cosine' and ErrorDetector.check_by == 'match' # measured: nbs/518b
     with pytest.raises(TypeError, match='by cosine'): models['simclr'].check(FILM, 'No effusion.')
     with pytest.raises(ValueError, match='cosine'): models['xvl'].check(FILM, 'No effusion.', score='cosin')
     with pytest.raises(TypeError, match='match'): models['simclr'].check(FILM, 'No effusion.', score='match')
@@ -202,7 +203,13 @@ def test_commands(saved, models, tmp_path):
     assert done.exit_code == 0 and done.output.splitlines()[1] in ('left', 'right')
     (tmp_path/'r.txt').write_text('No effusion. The heart is enlarged.')
     typed, filed = (say('check', saved/'xvl', film, r) for r in ('No effusion. The heart is enlarged.', tmp_path/'r.txt'))
-    assert typed.exit_code == 0 and typed.output == filed.output and 'of 2 sentences doubtful, by match' in typed.output, typed.output
+    assert typed.exit_code == 0 and typed.output == filed.output and 'of 2 sentences doubtful, by cosine' in typed.output, typed.output
+    assert 'by match' in say('check', saved/'xvl', film, 'No effusion.', '--score', 'match').output
+    page = say('check', saved/'xvl', film, 'No <b>effusion</b>.', '-o', tmp_path/'c.html')
+    assert page.exit_code == 0 and '<b>' not in (tmp_path/'c.html').read_text() and '&lt;b&gt;' in (tmp_path/'c.html').read_text()
+    for command, more in (('check', ['No effusion.']), ('explain', ['effusion'])):
+        wrong = say(command, saved/'xvl', film, *more, '-o', tmp_path/'c.gif')
+        assert wrong.exit_code == 2 and 'must end in .png' in wrong.output and not (tmp_path/'c.gif').exists()
     done = say('check', saved/'xvl', film, 'No effusion.', '-o', tmp_path/'c.png')
     assert done.exit_code == 0 and (tmp_path/'c.png').stat().st_size > 500
 

@@ -171,19 +171,19 @@ def _short(text, width=34): return text if len(text) <= width else text[:width -
 # %% ../../../nbs/518b_evaluate.protocols.sentence_check.ipynb #c2c48a87
 def check_score(
     method: Method, # any method
-    score: str | None = None, # 'match', 'cosine', or None: match where it has one
+    score: str | None = None, # 'match', 'cosine', or None: what the method says in `check_by`, else match, else cosine
 ) -> str: # 'match' or 'cosine'
     """Choose how sentences are compared with an image.
 
     Raises: TypeError for a method that cannot, naming what can; ValueError for an unknown score."""
     can = set(capabilities(method))
     if score is None: # where the match is no more than a cosine, it is called one
-        score = ('match' if {'match', 'read_images', 'read_texts'} <= can and not isinstance(method, ImageTextMethod)
-                 else 'cosine')
+        pairs = {'match', 'read_images', 'read_texts'} <= can and not isinstance(method, ImageTextMethod)
+        score = getattr(method, 'check_by', 'match') if pairs else 'cosine'
     elif score_kind(method, score, 'a check'): return score
     if score == 'cosine' and not ('encode_image' in can and {'encode_text', 'project_text'} & can):
         raise TypeError(f'{type(method).__name__} cannot say how well a sentence fits an image. What reads both can: '
-                        'xvl, error_detector (by match); clip, convirt, lovt, mammoclip (by cosine).')
+                        'error_detector (by match); xvl, clip, convirt, lovt, mammoclip (by cosine).')
     return score
 
 
@@ -228,7 +228,7 @@ def check_sentences(
     report: str, # as typed
     candidates: str | Path | Sequence[str] | None = None, # as of `candidate_sentences`; None: the table of its kind
     kind: str | None = None, # of CANDIDATE_SETS: whose labeller reads; None: by the words of the report
-    score: str | None = None, # 'match', 'cosine', or None: match where the method has one
+    score: str | None = None, # 'match', 'cosine', or None: as `check_score`
     threshold: Threshold | None = None, # of the doubt, from `choose_threshold` on validation reports; None: 0
     maps: int = 3, # doubtful sentences whose places are drawn, at most
 ) -> CheckedReport:

@@ -44,6 +44,8 @@ SCORES = ('log_odds', 'probability', 'logit')
 class PairMethod(Method):
     """A method that reads an image and a report together. A derived class makes image_encoder, image_grid, image_side,
     reader, vocabulary, image_projection, text_projection, and `matching`: judges by name."""
+    check_by = 'cosine' # how single sentences are compared with an image, where nobody says: nbs/518b
+
     @property
     def tokenizer(self) -> Any:
         "Give the tokenizer."
