@@ -381,7 +381,7 @@ def image_use(
                 t = _mean((values['elsewhere_hidden'] - values['lesion_hidden'])[here], patients[here], span, o)
                 gap, low, high = t.value, t.low, t.high
         if both: lesions.append(dict(task=task.name, lesion_minus_elsewhere=gap, low=low, high=high))
-        metric = task.metric if task.labels is None else 'auroc'
-        table += [dict(task=task.name, shown=k, metric=metric, **r, other=int(other[k].sum())) for k, r in rows.items()]
+        facts = dict(metric=task.metric, unit='image') if task.labels is None else dict(metric='auroc', unit='answer')
+        table += [dict(task=task.name, shown=k, **facts, **r, other=int(other[k].sum())) for k, r in rows.items()]
         verdicts[task.name] = verdict_on(rows, least)
     return ImageUse(pd.DataFrame(table), verdicts, pd.DataFrame(lesions))
