@@ -118,17 +118,23 @@ class FusionLayer(nn.Module):
         self.up, self.down, self.norm = Dense(width, hidden), Dense(hidden, width), nn.LayerNorm(width, eps)
         self.dropout = nn.Dropout(dropout)
 
+    def alone(self, x: torch.Tensor, seen: torch.Tensor | None = None, cache: KeyValueCache | None = None,
+              layer: int = 0, only: int | None = None) -> torch.Tensor: # as `forward` -> (n,t|only,width)
+        "Attend to the words themselves: what does not depend on the context."
+        k, v = self.attention.keys(x)
+        if cache is not None: k, v = cache.grow(layer, k, v)
+        x = x[:, :only]
+        return self.attention_norm(x + self.dropout(self.attention(x, k, v, seen)))
+
     def forward(self, x: torch.Tensor, # states, float (n,t,width)
                 seen: torch.Tensor | None = None, # words each word may see, bool (n|1,1,t|1,words)
                 context: torch.Tensor | None = None, # what is looked at, float (n,c,context)
                 context_seen: torch.Tensor | None = None, # bool (n,1,1,c)
                 cache: KeyValueCache | None = None, layer: int = 0, # what was computed before, and this layer's number
                 only: int | None = None, # the first so many states are wanted; None: all
+                begun: bool = False, # `x` comes from `alone`
                 ) -> torch.Tensor: # (n,t,width), or (n,only,width)
-        k, v = self.attention.keys(x)
-        if cache is not None: k, v = cache.grow(layer, k, v)
-        x = x[:, :only]
-        x = self.attention_norm(x + self.dropout(self.attention(x, k, v, seen)))
+        x = x[:, :only] if begun else self.alone(x, seen, cache, layer, only)
         if self.cross is not None:
             if cache is None: k, v = self.cross.keys(context)
             else:
@@ -214,6 +220,7 @@ def forward(self: FusionBert, input_ids: torch.Tensor | None = None, # tokens, i
             causal: bool = False, # hide the words to come
             cache: KeyValueCache | None = None, # of the words before these; grows
             only: int | None = None, # the first so many states are wanted, of a pass that is not causal; None: all
+            begun: bool = False, # `states` come from `begin`
             ) -> torch.Tensor: # states, (n,t,width), or (n,only,width)
     """Run the layers of a mode.
 
@@ -232,10 +239,18 @@ def forward(self: FusionBert, input_ids: torch.Tensor | None = None, # tokens, i
     for i in range(first, stop):
         looked = context[(i - self.fusion_layer) % len(context)] if isinstance(context, (list, tuple)) else context
         run = lambda x, layer=self.layers[i], looked=looked, i=i: layer(
-            x, seen, looked, context_seen, cache, i, only if i == stop - 1 else None)
+            x, seen, looked, context_seen, cache, i, only if i == stop - 1 else None, begun and i == first)
         recompute = self.checkpointing and self.training and cache is None
         x = checkpoint(run, x, use_reentrant=False) if recompute else run(x)
     return x
+
+
+@patch(FusionBert)
+def begin(self: FusionBert, states: torch.Tensor, # float (n,t,width), on which the looking layers go on
+          mask: torch.Tensor | None = None, # 1 for words, 0 for padding, (n,t); None: all 1
+          ) -> torch.Tensor: # (n,t,width), for `forward(states=…, begun=True, mode='fusion')`
+    "Run what the first looking layer does before it looks: the same beside every context."
+    return self.layers[self.fusion_layer].alone(states, _seen(mask, False, states.shape[1], 0, states.device))
 
 
 @patch(FusionBert)

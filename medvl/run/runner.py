@@ -64,9 +64,9 @@ def experiments() -> dict: # path by name
 
 
 def find_experiment(
-    name: str|Path, # name ('pretrain'), file stem ('e20_pretrain') or path of a notebook
+    name: str|Path, # name ('pretrain'), file stem ('e20_pretrain', 'b44_decode') or path of a notebook
 ) -> Path: # the notebook
-    """Find an experiment notebook.
+    """Find an experiment notebook, or by its stem a benchmark of the checkout.
 
     Raises: RefusedError with the closest name when there is none."""
     if str(name).endswith('.ipynb') or os.sep in str(name):
@@ -77,6 +77,8 @@ def find_experiment(
         if name in (key, path.stem): return path
     alias = ALIASES.get(experiment_name(name))
     if alias is not None and alias.name in known: return known[alias.name]
+    measured = (find_repo() or Path())/'nbs'/'benchmarks'/f'{name}.ipynb'
+    if measured.is_file(): return measured.resolve()
     raise RefusedError(unknown_name('experiment', name, known))
 
 # %% ../../nbs/705_run.runner.ipynb #5064c497

@@ -6,6 +6,7 @@
 __all__ = ['MAPS', 'SCORES', 'weigh_attention', 'PairMethod']
 
 # %% ../../../nbs/326c_methods.parts.pairs.ipynb #bff65200
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +107,12 @@ class PairMethod(Method):
                     weights=None)
 
     def judged(self, states: torch.Tensor, mask: torch.Tensor, image: torch.Tensor,
+               begun: tuple | None = None, # the same states behind `Reader.begin`; None: not begun
                ) -> list: # logits (m,2) of each judge: belongs not, belongs; the text's, in 2022 also the image's
         "Read pairs of texts (m,L,d) and images (m,p,d) together."
-        out = [self.matching['text'](self.reader.fuse(states, mask, image, only=1)[:, 0])]
-        if 'image' in self.matching:
-            out.append(self.matching['image'](self.reader.fuse(image, None, states, mask, only=1)[:, 0]))
+        look, once = partial(self.reader.fuse, only=1, begun=begun is not None), begun or (states, image)
+        out = [self.matching['text'](look(once[0], mask, image)[:, 0])]
+        if 'image' in self.matching: out.append(self.matching['image'](look(once[1], None, states, mask)[:, 0]))
         return out
 
     def image_features(self, images: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor: # -> (b,f)
@@ -176,10 +178,13 @@ class PairMethod(Method):
         b, t = len(images['tokens']), len(texts['states'])
         at, ai = torch.arange(t, device=self.device).repeat(b), torch.arange(b, device=self.device).repeat_interleave(t)
         alone = t >= 4 and 'image' not in self.matching # an image's keys and values serve all texts
+        text = self.reader.begin(texts['states'], texts['words'])
+        image = self.reader.begin(images['tokens'], None) if 'image' in self.matching else images['tokens']
         found = []
         for i, j in ([(slice(k, k + 1), j) for k in range(b) for j in at[:t].split(pairs)] if alone else
                      zip(ai.split(pairs), at.split(pairs))):
-            z = torch.stack(self.judged(texts['states'][j], texts['words'][j], images['tokens'][i])).float().mean(0)
+            z = self.judged(texts['states'][j], texts['words'][j], images['tokens'][i], (text[j], image[i]))
+            z = torch.stack(z).float().mean(0)
             found.append(z[:, 1] if how == 'logit' else z[:, 1] - z[:, 0])
         scores = torch.cat(found).view(b, t) if found else torch.zeros(b, t, device=self.device)
         return scores.sigmoid() if how == 'probability' else scores

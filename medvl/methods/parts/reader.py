@@ -46,10 +46,15 @@ class Reader(nn.Module):
              context: torch.Tensor, # looked at, float (n,c,d')
              context_mask: torch.Tensor | None = None, # (n,c); None: all
              only: int | None = None, # the first so many are wanted, and the others not computed; None: all
+             begun: bool = False, # the states come from `begin`
              ) -> torch.Tensor: # (n,t,d), or (n,only,d)
         "Let states look at a context."
         return self.fuser(states=states, mask=mask, context=context, context_mask=context_mask, mode='fusion',
-                          only=only)
+                          only=only, begun=begun)
+
+    def begin(self, states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor: # (n,t,d), (n,t) -> (n,t,d)
+        "Take the step of `fuse` that comes before looking, once for many contexts."
+        return self.fuser.begin(states, mask)
 
     def logits(self, states: torch.Tensor) -> torch.Tensor: # (...,d) -> (...,vocabulary)
         "Predict words."
