@@ -101,3 +101,65 @@ def test_model_commands_refuse_in_words(args, says, model_and_image, tmp_path):
     done = program(*[names.get(a, a) for a in args], *(['-o', str(tmp_path/'e.npy')] if args[0] == 'embed' else []))
     assert done.returncode == 2 and says in done.stderr and 'Traceback' not in done.stderr, done.stderr[-500:]
 
+
+
+def test_what_there_is_is_listed():
+    whole = cli.invoke(app, ['--version'])
+    assert whole.exit_code == 0 and whole.output.startswith('medvl ')
+    assert cli.invoke(app, ['-h']).output == cli.invoke(app, ['--help']).output
+    listed = cli.invoke(app, ['run']).output
+    assert 'pretrain ' in listed and 'Pre-train a method' in listed and listed == cli.invoke(app, ['experiments']).output
+    assert 'xvl ' in cli.invoke(app, ['methods']).output
+    assert 'small-2022' in cli.invoke(app, ['recipes', 'xvl']).output and 'lovt' not in cli.invoke(app, ['recipes', 'xvl']).output
+    assert 'VQA-RAD' in cli.invoke(app, ['datasets']).output
+    assert all(len(line) <= 120 for what in ('run', 'methods', 'recipes', 'datasets') for line in cli.invoke(app, [what]).output.splitlines())
+    wrong = cli.invoke(app, ['recipes', 'xlv'])
+    assert wrong.exit_code == 2 and 'xvl' in wrong.output
+
+
+@pytest.mark.parametrize('flag', ['-h', '--help'])
+def test_help_of_an_experiment_names_its_parameters(flag, tmp_path):
+    nb = notebook(tmp_path/'e01_fit.ipynb', "data: 'Data' = '' # folder\nlr: float = 0.1 # step size\nseed: int = 3 # of all", BEGIN, 'run.done()')
+    out = cli.invoke(app, ['run', str(nb), flag]).output
+    assert out.index('what goes in') < out.index('data: Data') < out.index('what is done') < out.index('lr: float = 0.1  # step size')
+    assert out.index('how much') < out.index('seed: int = 3') < out.index('--resume')
+    plain = cli.invoke(app, ['run', flag]).output
+    assert 'Usage' in plain and 'what goes in' not in plain
+    assert cli.invoke(app, ['run', 'pretrian', flag]).exit_code == 2
+
+
+@pytest.fixture
+def three_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv('MEDVL_OUTPUTS', str(tmp_path/'out'))
+    nb = notebook(tmp_path/'e01_fit.ipynb', 'lr: float = 0.1\nname: str = "a"', BEGIN,
+                  'run.metric("loss", 1 - lr, unit="nats")\nif lr > .05: run.metric("auroc", lr, low=0.0, high=1.0, unit="share")', 'run.done()')
+    for lr in (.7, .9, .01): assert cli.invoke(app, ['run', str(nb), '-p', f'lr={lr}']).exit_code == 0
+
+
+def test_runs_are_listed_sorted_and_the_best_is_named(three_runs):
+    out = cli.invoke(app, ['runs', 'list', '--sort', 'metric']).output.splitlines()
+    assert [line.split('lr=')[1] for line in out[1:]] == ['0.7', '0.9', '0.01'] and 'auroc 0.9 (0 to 1)' in out[2] and 'name=' not in out[1]
+    assert all(len(line) <= 120 for line in out)
+    assert len(cli.invoke(app, ['runs', 'list', '--metric', 'auroc']).output.splitlines()) == 3
+    assert 'lr=0.9' in cli.invoke(app, ['runs', 'best', 'auroc']).output
+    assert 'lr=0.9' in cli.invoke(app, ['runs', 'best', 'loss', '--lowest']).output
+    assert 'lr=0.01' in cli.invoke(app, ['runs', 'best', 'loss']).output
+    for args in (['best', 'dice'], ['list', '--sort', 'size'], ['list', '--format', 'xml']):
+        assert cli.invoke(app, ['runs', *args]).exit_code == 2, args
+
+
+def test_runs_are_given_out_as_csv_latex_and_markdown(three_runs):
+    import io
+    import pandas as pd
+    table = pd.read_csv(io.StringIO(cli.invoke(app, ['runs', 'list', '--format', 'csv']).output))
+    assert sorted(table.loss.round(2)) == [.1, .3, .99] and table.auroc.isna().sum() == 1
+    rows = cli.invoke(app, ['runs', 'list', '--format', 'md']).output.splitlines()
+    assert len(rows) == 5 and all(r.count('|') == 6 for r in rows)
+    assert r'\begin{tabular}' in cli.invoke(app, ['runs', 'list', '--format', 'latex']).output
+
+
+def test_the_end_prints_the_main_metrics(tmp_path):
+    nb = notebook(tmp_path/'e01_fit.ipynb', 'lr: float = 0.1', BEGIN,
+                  'for i in range(12): run.metric(f"m{i}", i / 10)\nrun.metric("auroc", .8, low=.7, high=.9, unit="share")\nrun.done()')
+    out = cli.invoke(app, ['run', str(nb), '--outputs', str(tmp_path/'out')]).output
+    assert out.index('auroc: 0.8 (0.7 to 0.9) share') < out.index('m0: 0') and 'and 5 more' in out and 'm8' not in out
