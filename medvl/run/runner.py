@@ -24,6 +24,7 @@ from pathlib import Path
 from ..core.errors import unknown_name
 from ..core.paths import digest, find_repo, outputs_path, read_json, sha256_file, write_json
 from ..core.places import absolute, runs_named
+from ..core.progress import STATE, progress_line
 from ..core.provenance import provenance
 from ..core.run import Run, RunBusy, is_alive, is_run, run_events, run_folders
 from .parameters import RefusedError, check_parameters
@@ -206,7 +207,6 @@ def _papermill(run, notebook, cwd, started, box):
     import logging
     nbformat, papermill = _import_papermill()
     logging.getLogger('papermill').setLevel(logging.CRITICAL) # what it says is in the verdict
-    quiet = os.environ.get('MEDVL_PROGRESS') == '0' or 'IN_TEST' in os.environ or not sys.stderr.isatty()
     env = {'MEDVL_RUN': str(run.folder.resolve()), 'MEDVL_ATTEMPT': str(run.attempt)}
     env |= {k: absolute(os.environ[k]) for k in ('MEDVL_OUTPUTS', 'MEDVL_SALT') if os.environ.get(k)}
     # papermill formats paths: a folder `a {seed}` must stay one
@@ -217,7 +217,7 @@ def _papermill(run, notebook, cwd, started, box):
         node = nbformat.read(str(notebook), as_version=4)
         with open(run.folder/'run.log', 'a', encoding='utf-8') as log:
             papermill.execute_notebook(
-                node, plain, parameters=run.params, kernel_name='python3', language='python', progress_bar=not quiet,
+                node, plain, parameters=run.params, kernel_name='python3', language='python', progress_bar=False,
                 stdout_file=log, stderr_file=log, autosave_cell_every=30,
                 kernel_manager_class=_kernel_class(env, started), on_cell_start=see,
                 resources={'metadata': {'path': str(cwd)}}, raise_on_iopub_timeout=False, ipython_hist_file=':memory:')
@@ -226,7 +226,24 @@ def _papermill(run, notebook, cwd, started, box):
         for _, sockets in started: shutil.rmtree(sockets, ignore_errors=True)
 
 # %% ../../nbs/705_run.runner.ipynb #6804c40c
-def _wait(thread, started, timeout):
+def _bar(run):
+    "Show in a terminal how far the run is; gives a function that is called while it runs, and once with end=True."
+    quiet = os.environ.get('MEDVL_PROGRESS') == '0' or 'IN_TEST' in os.environ or not sys.stderr.isatty()
+    began, last = time.time(), ['', 0.]
+
+    cells = len(read_json(run.folder/'source.ipynb')['cells'])
+
+    def show(end=False):
+        if quiet or (not end and time.monotonic() - last[1] < .5): return
+        room = shutil.get_terminal_size().columns - 1
+        cell = f'cell {max(1, run.cell + (not run.params))} of {cells}' if run.cell is not None else 'starting'
+        text = '' if end else '  '.join(filter(None, (run.name, cell, progress_line(run.folder, began))))[:room]
+        if text != last[0]: sys.stderr.write(f'\r{text}\x1b[K'); sys.stderr.flush()
+        last[:] = text, time.monotonic()
+    return show
+
+
+def _wait(thread, started, timeout, show=lambda: None):
     """Wait for the thread; on Ctrl-C, SIGTERM or time limit stop the kernel and say why.
 
     Returns None, or (exit code, reason)."""
@@ -234,6 +251,7 @@ def _wait(thread, started, timeout):
     while thread.is_alive():
         try:
             thread.join(0.1)
+            show()
             if why is None and time.monotonic() > deadline: why = (124, f'time limit of {timeout:g} s')
             elif why is None: continue
         except KeyboardInterrupt: why = (130, 'interrupted by the user')
@@ -419,7 +437,11 @@ def _attempt(run, notebook, timeout):
             thread = threading.Thread(target=_papermill, args=(run, notebook, _home(run, notebook), started, box),
                                       daemon=True)
             thread.start()
-            why = _wait(thread, started, timeout)
+            show = _bar(run)
+            try: why = _wait(thread, started, timeout, show)
+            finally:
+                show(end=True)
+                for f in run.folder.glob(f'{STATE}*'): f.unlink(missing_ok=True)
         state, reason, code = _verdict(run, why, box.get('error'))
     except BaseException as e:
         _stop_kernels(started)

@@ -287,3 +287,27 @@ def test_a_run_of_an_experiment_of_before_goes_on(tmp_path):
     new = run_experiment('pretrain_chest', {k: v for k, v in chest.items() if k != 'method'}, tmp_path, report=False)
     same = lambda r: {k: v['value'] for k, v in r.metrics.items()}
     assert new.name == 'pretrain' and new.params['method'] == 'simclr' and same(new) == same(done)
+
+
+def test_a_terminal_sees_the_work_inside(tmp_path):
+    "Step, loss and time left of the bar in the notebook, drawn by the runner; nothing is left behind."
+    import os
+    import pty
+    import sys
+    nb = notebook(tmp_path/'e01_x.ipynb', 'lr: float = 0.1', BEGIN, 'import time\nfrom medvl.core.progress import progress\n'
+                  'with progress(desc="train", total=12, unit="step") as bar:\n    for i in range(12):\n        time.sleep(.2)\n'
+                  '        bar.update(); bar.set_postfix(loss=f"{i / 10:.3f}", refresh=False)\n        list(progress(range(3), desc="inner"))', 'run.done()')
+    child, fd = pty.fork()
+    if not child:
+        os.environ.pop('IN_TEST', None); os.environ.pop('MEDVL_PROGRESS', None)
+        os.execv(sys.executable, [sys.executable, '-c', 'from medvl.commands import main; main()', 'run', str(nb), '--outputs', str(tmp_path/'out')])
+    out = b''
+    while True:
+        try: more = os.read(fd, 65536)
+        except OSError: break # Linux says so at the end of a terminal
+        if not more: break
+        out += more
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, out.decode()
+    text = out.decode()
+    assert 'of 12 steps' in text and 'loss=0.' in text and 's left' in text and 'cell 4 of 5  train' in text and 'inner' not in text, text
+    assert not list((tmp_path/'out').glob('*/.progress*'))
