@@ -129,6 +129,10 @@ def _kernel_class(env, started):
             if os.name == 'posix' and len(str(sockets)) < 80: self.transport, self.ip = 'ipc', str(sockets/'k')
             self.connection_file = str(sockets/'kernel.json')
             started.append((self, sockets))
+
+        # an end begins with an interruption, which an idle kernel calls an ERROR in the log of a good run
+        async def _async_interrupt_kernel(self):
+            if not self.shutting_down: await super()._async_interrupt_kernel()
     return Kernel
 
 

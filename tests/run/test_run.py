@@ -311,3 +311,16 @@ def test_a_terminal_sees_the_work_inside(tmp_path):
     text = out.decode()
     assert 'of 12 steps' in text and 'loss=0.' in text and 's left' in text and 'cell 4 of 5  train' in text and 'inner' not in text, text
     assert not list((tmp_path/'out').glob('*/.progress*'))
+
+
+def test_a_good_run_ends_without_interrupting_its_kernel(tmp_path, monkeypatch):
+    "An interruption of an idle kernel stands as ERROR in the log, or in the terminal."
+    from jupyter_client.manager import AsyncKernelManager
+    seen, own = [], AsyncKernelManager._async_interrupt_kernel
+
+    async def interrupt(self):
+        seen.append(self)
+        await own(self)
+    monkeypatch.setattr(AsyncKernelManager, '_async_interrupt_kernel', interrupt)
+    run = run_experiment(notebook(tmp_path/'e01_x.ipynb', 'lr: float = 0.1', BEGIN, 'run.done()'), outputs=tmp_path/'out')
+    assert run.state == 'done' and not seen
