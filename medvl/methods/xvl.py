@@ -305,7 +305,8 @@ def masked_states(self: XVL, batch: dict, mask: torch.Tensor, image_teacher: tor
     labels = batch['word_labels'].flatten(0, -2).to(self.device)
     out = {'masked_tokens': self.padded(self.reader.states(ids, mask)), 'image_of_teacher': image_teacher,
            'labels': F.pad(labels, (0, self.width - labels.shape[1]), value=-100)}
-    with torch.no_grad(): out['masked_teacher'] = self.padded(self.teacher['reader'].states(ids, mask))
+    if self.config.alpha: # a teacher who has no share is not asked
+        with torch.no_grad(): out['masked_teacher'] = self.padded(self.teacher['reader'].states(ids, mask))
     return {**out, 'asked': (labels != -100).sum(1, keepdim=True)}
 
 
@@ -407,12 +408,12 @@ def word_loss(self: XVL, f: dict, state: StepState, alpha: float) -> dict:
     words = int(f['words'][own].sum(1).max())
     mask, labels = f['words'][own][:, :words], f['labels'][:, :words]
     states = self.reader.fuse(f['masked_tokens'][:, :words], mask, f['image_tokens'][own])
-    with torch.no_grad():
-        said = self.teacher['reader'].fuse(f['masked_teacher'][:, :words], mask, f['image_of_teacher'])
-    if c.distil_axis == 'vocab':
-        asked = labels != -100
-        states, said, labels = states[asked], said[asked], labels[asked]
-    with torch.no_grad(): said = self.teacher['reader'].logits(said)
+    asked = labels != -100 if c.distil_axis == 'vocab' else slice(None)
+    states, labels, said = states[asked], labels[asked], None
+    if alpha: # a teacher who has no share is not asked
+        with torch.no_grad():
+            said = self.teacher['reader'].fuse(f['masked_teacher'][:, :words], mask, f['image_of_teacher'])[asked]
+            said = self.teacher['reader'].logits(said)
     logits = self.reader.logits(states)
     each = word_losses(logits, labels, said, alpha, c.distil_axis)
     share = len(f['asked']) / len(f['labels']) # processes: their mean is the loss over all words
