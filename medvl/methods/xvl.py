@@ -305,7 +305,8 @@ def masked_states(self: XVL, batch: dict, mask: torch.Tensor, image_teacher: tor
     labels = batch['word_labels'].flatten(0, -2).to(self.device)
     out = {'masked_tokens': self.padded(self.reader.states(ids, mask)), 'image_of_teacher': image_teacher,
            'labels': F.pad(labels, (0, self.width - labels.shape[1]), value=-100)}
-    with torch.no_grad(): out['masked_teacher'] = self.padded(self.teacher['reader'].states(ids, mask))
+    if self.config.alpha: # a teacher who has no share is not asked
+        with torch.no_grad(): out['masked_teacher'] = self.padded(self.teacher['reader'].states(ids, mask))
     return {**out, 'asked': (labels != -100).sum(1, keepdim=True)}
 
 
@@ -407,12 +408,12 @@ def word_loss(self: XVL, f: dict, state: StepState, alpha: float) -> dict:
     words = int(f['words'][own].sum(1).max())
     mask, labels = f['words'][own][:, :words], f['labels'][:, :words]
     states = self.reader.fuse(f['masked_tokens'][:, :words], mask, f['image_tokens'][own])
-    with torch.no_grad():
-        said = self.teacher['reader'].fuse(f['masked_teacher'][:, :words], mask, f['image_of_teacher'])
-    if c.distil_axis == 'vocab':
-        asked = labels != -100
-        states, said, labels = states[asked], said[asked], labels[asked]
-    with torch.no_grad(): said = self.teacher['reader'].logits(said)
+    asked = labels != -100 if c.distil_axis == 'vocab' else slice(None)
+    states, labels, said = states[asked], labels[asked], None
+    if alpha: # a teacher who has no share is not asked
+        with torch.no_grad():
+            said = self.teacher['reader'].fuse(f['masked_teacher'][:, :words], mask, f['image_of_teacher'])[asked]
+            said = self.teacher['reader'].logits(said)
     logits = self.reader.logits(states)
     each = word_losses(logits, labels, said, alpha, c.distil_axis)
     share = len(f['asked']) / len(f['labels']) # processes: their mean is the loss over all words
@@ -535,7 +536,8 @@ RECIPES = {
                               image_size=(256, 256), image_mean=.498, image_std=.502),
                   sample_options=dict(max_length=48, sections=('findings', 'impression'), order='report')),
     'small-2022': vary(_PAPER_22, 'half an hour on one core, on the chest phantom', size=(96, 96), versions=4,
-                       train=_SMALL_TRAIN, phantom_count=2500, config=_SMALL_22, augment_options=_LITTLE_22,
+                       train=dict(_SMALL_TRAIN, lr=1e-3, epochs=24), phantom_count=2500,
+                       config=dict(_SMALL_22, ibot_weight=.1, align_epochs=12), augment_options=_LITTLE_22,
                        sample_options=dict(max_length=64, sections=('impression',))),
     'smoke': vary(_PAPER, 'seconds, for tests: it learns nothing', size=(64, 64), train=_SMOKE_TRAIN, phantom_count=24,
                   own_words=True, config=dict(_SMALL, **_FEW, image_encoder='resnet-tiny', image_stage='conv4'),

@@ -1,10 +1,14 @@
 """Heads on a vision transformer: by name, from X-VL, frozen and fine-tuned, saved, and through the localized tasks."""
+import numpy as np
 import pytest
 import torch
-from localized import evaluate, squares
+from localized import LABELS, evaluate, small, squares
 
 from medvl.core.errors import DataError
+from medvl.core.paths import read_jsonl
 from medvl.data.samples.dense import DenseDataset
+from medvl.evaluate.localized.run import head_maker, load_carrier
+from medvl.evaluate.localized.tasks import select_tasks
 from medvl.methods.base import StepState, build, from_pretrained, save_pretrained
 from medvl.methods.classifier import new_classifier
 from medvl.methods.recipes import new_method
@@ -179,10 +183,26 @@ def test_what_is_stored_about_a_vit_is_checked(reader, tmp_path):
         with pytest.raises(DataError, match=why): from_pretrained(folder)
 
 
-@pytest.mark.parametrize('key', ['covid_linear', 'covid_unet_finetune', 'rsna_frozen_100'])
-def test_localized_tasks_take_a_vit(key, reader, tmp_path):
-    "Cached features, training, test and table: every kind of head, frozen and fine-tuned."
-    data = squares(tmp_path/'data')
-    found = evaluate(tmp_path/'run', key, {'covid_rural' if key.startswith('covid') else 'rsna': data}, str(save_pretrained(reader, tmp_path/'reader')), runs=1, max_epochs=2, max_lrs=1)
+@pytest.fixture(scope='module')
+def saved(reader, tmp_path_factory):
+    "A folder with the saved reader; data sets of squares join it."
+    folder = tmp_path_factory.mktemp('saved')
+    save_pretrained(reader, folder/'reader')
+    return folder
+
+
+@pytest.mark.parametrize('number', range(1, 19))
+def test_localized_tasks_take_a_vit(number, saved, tmp_path):
+    "Each of the 18: cached features where the encoder rests, training, the one test, and the table."
+    task = select_tasks(number)[0]
+    data, source = squares(saved/task.dataset, LABELS if task.dataset == 'nih' else task.classes[0], n=(8, 4, 8)), str(saved/'reader')
+    found = evaluate(tmp_path/'run', number, {task.dataset: data}, source, runs=1, max_epochs=1, max_lrs=1, min_images=4, max_batch=4, n_boot=8)
     row = found.results.iloc[0]
-    assert row.status == 'done' and 0 <= row.value <= 1
+    assert (row.status, row.task, row.metric, row.encoder, row.n_test) == ('done', task.key, task.metric, 'vit-tiny', 8)
+    assert 0 <= row.value <= 1 and row.runs == 1
+    assert (tmp_path/'run'/'features').exists() == task.frozen
+    log = [r for r in read_jsonl(tmp_path/'run'/task.key/'run-0'/'training'/'metrics.jsonl') if r['kind'] == 'train']
+    assert log and all(np.isfinite(r['loss']) for r in log)
+    method = head_maker(load_carrier(source), data, small())(task)
+    assert (method.pyramid is None) == (task.head == 'linear')
+    assert any(p.requires_grad for p in method.image_encoder.parameters()) != task.frozen
