@@ -9,10 +9,10 @@ __all__ = ['CHOOSE', 'spoken', 'split_verdict', 'answers_of', 'answers_about', '
 # %% ../../../nbs/517_evaluate.protocols.vqa.ipynb #5f8e86ac
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 
 from ...core.errors import DataError, unknown_name
 from ...data.samples.writing import WritingDataset, text_form
@@ -52,7 +52,7 @@ def answers_of(table: pd.DataFrame) -> list: # distinct, the commonest first
 
 
 def answers_about(method: Method, # with `answer`
-                  images: torch.Tensor, # (b,…): each once
+                  images: Any, # (b,…), each once; or what `see` gave
                   which: Sequence[int], # (m,) image of each question
                   questions: Sequence[str], # m
                   candidates: Sequence | None = None, # answers to choose from: one list, or m lists; None: free
@@ -65,7 +65,7 @@ def answers_about(method: Method, # with `answer`
 
 def question_blocks(data: WritingDataset, # questions
                     size: int = 32, # questions at once
-                    ) -> Iterator[tuple]: # rows, images (b,…), and which of them each row is about
+                    ) -> Iterator[tuple]: # rows, a batch with each image once, and which of them each row is about
     "Give questions in such an order that those about one image follow each other."
     place = lambda i: data.rows[i]['images'][0][0]
     order = sorted(range(len(data)), key=place)
@@ -74,11 +74,11 @@ def question_blocks(data: WritingDataset, # questions
         for i in part: first.setdefault(place(i), i)
         number = {p: k for k, p in enumerate(first)}
         batch = data.collate([data[0, i] for i in first.values()])
-        yield [data.rows[i] for i in part], batch['images'], [number[place(i)] for i in part]
+        yield [data.rows[i] for i in part], batch, [number[place(i)] for i in part]
 
 
 def ask_questions(method: Method, # with `answer`
-                  data: WritingDataset, # fixed samples of test questions, with their pixels
+                  data: WritingDataset, # fixed samples of test questions
                   table: pd.DataFrame, # their questions: question_id, kind, closed
                   train: pd.DataFrame | None = None, # questions of training; needed to choose among their answers
                   choose: str = 'train', # of CHOOSE
@@ -87,15 +87,16 @@ def ask_questions(method: Method, # with `answer`
     """Ask a method every question once.
 
     Raises: TypeError for a method that does not answer; ValueError for an unknown choice, or one without training
-        questions; DataError for samples that are no questions, or bring no pixels."""
+        questions; DataError for samples that are no questions."""
     require(method, 'answer', by='the protocol of questions')
     if choose not in CHOOSE: raise ValueError(unknown_name('choice of answers', choose, CHOOSE))
     if choose == 'train' and train is None: raise ValueError("choose='train' needs the questions of training")
     if not data.reads: raise DataError('these samples have no questions', fix='Use question_dataset.')
-    if data.maps is not None: raise DataError('these samples bring kept maps', fix='Make them without `maps`.')
+    if data.maps is not None: require(method, 'see', by='asking about kept maps')
     listed = {'train': train, 'test': table}.get(choose)
     candidates, said = None if listed is None else answers_of(listed), {}
-    for rows, images, which in question_blocks(data, batch_size):
+    for rows, batch, which in question_blocks(data, batch_size):
+        images = batch['images'] if 'images' in batch else method.see(None, maps=batch['maps'])
         found = answers_about(method, images, which, [r['question'] for r in rows], candidates)
         said |= {r['sample_id']: a for r, a in zip(rows, found)}
     return judged_answers(table, said, train)
@@ -117,14 +118,20 @@ def judged_answers(table: pd.DataFrame, # questions
 def frequent_answers(train: pd.DataFrame, # questions of training: question, answer, closed
                      test: pd.DataFrame, # questions of testing
                      ) -> dict: # name -> {question_id: answer}
-    "Answer without images, from what is frequent in training."
+    "Answer without images, from what is frequent in training, and from like questions (cosine of tf-idf)."
+    from sklearn.feature_extraction.text import TfidfVectorizer
     top = lambda t: answers_of(t)[0]
     overall, by_type = top(train), {c: top(t) for c, t in train.groupby('closed')}
     own = {q: top(t) for q, t in train.assign(question=train.question.map(spoken)).groupby('question')}
     typed = {q: by_type.get(c, overall) for q, c in zip(test.question_id, test.closed)}
+    known = list(own)
+    words = TfidfVectorizer(ngram_range=(1, 2), token_pattern=r'\b\w+\b', sublinear_tf=True)
+    likest = np.asarray((words.fit(known).transform(test.question.map(spoken)) @ words.transform(known).T).argmax(1))
+    likest = likest.ravel().tolist()
     return {'most frequent answer': dict.fromkeys(test.question_id, overall), 'most frequent of its type': typed,
             'most frequent to the question': {i: own.get(spoken(q), typed[i])
-                                              for i, q in zip(test.question_id, test.question)}}
+                                              for i, q in zip(test.question_id, test.question)},
+            'most frequent to the likest question': {i: own[known[j]] for i, j in zip(test.question_id, likest)}}
 
 # %% ../../../nbs/517_evaluate.protocols.vqa.ipynb #209f64ce
 def accuracy_table(answers: dict, # who answered -> table of `ask_questions` or `judged_answers`, of the same questions

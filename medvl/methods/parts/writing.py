@@ -256,12 +256,15 @@ def image_context(self: WritingMethod,
 
 @patch(WritingMethod)
 def see(self: WritingMethod,
-        images: torch.Tensor | SeenImages, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
+        images: torch.Tensor | SeenImages | None, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
         present: torch.Tensor | None = None, # as for `image_context`
         views: list | None = None, # as for `image_context`
         batch_size: int = 16, # images at once: memory, not result
+        maps: Sequence | None = None, # instead of images: what `keep_maps` gave of them
         ) -> SeenImages: # instead of images in `generate` and `answer`
     "Read images once."
+    if maps is not None:
+        with evaluating(self): return SeenImages(*self.map_context(maps))
     if isinstance(images, SeenImages): return images
     cut = lambda x, i: None if x is None else x[i:i + batch_size]
     with evaluating(self):
