@@ -242,13 +242,15 @@ def image_context(self: WritingMethod,
                   ) -> tuple: # tokens (b,v·p,d), and which count (b,v·p) or None
     "Read images: the tokens of all views of a sample in one row."
     if isinstance(images, SeenImages): return images.tokens, images.there
-    if self.config.blind: images = torch.full_like(images, 127)
+    count, blind = len(images), self.config.blind and len(images) > 0
+    if blind: images = torch.full_like(images[:1], 127) # one grey serves all
     run = lambda x: image_tokens(self.image_encoder, self.image_grid, self.image_side.scaled(x))[0]
     if images.dim() == 4: images = images[:, None]
-    tokens = over_views(run, images, None if present is None else present_rows(present))
+    tokens = over_views(run, images, None if present is None or blind else present_rows(present))
+    if blind: tokens = tokens.expand(count, *tokens.shape[1:])
     if self.view_marks is not None:
         known = {n: i for i, n in enumerate(self.config.views, 1)}
-        at = [[known.get(n, 0) for n in row] for row in views] if views else [[0] * images.shape[1]] * len(images)
+        at = [[known.get(n, 0) for n in row] for row in views] if views else [[0] * images.shape[1]] * count
         tokens = tokens + self.view_marks(torch.tensor(at, device=tokens.device))[:, :, None]
     if present is None: return tokens.flatten(1, 2), None
     return tokens.flatten(1, 2), present.to(tokens.device).repeat_interleave(tokens.shape[2], 1)
