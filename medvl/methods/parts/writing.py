@@ -243,11 +243,11 @@ def image_context(self: WritingMethod,
     "Read images: the tokens of all views of a sample in one row."
     if isinstance(images, SeenImages): return images.tokens, images.there
     count, blind = len(images), self.config.blind and len(images) > 0
-    if blind: images = torch.full_like(images[:1], 127) # one grey serves all
+    if blind: images = torch.full_like(images[:2], 127) # one grey serves all; a batch norm wants two
     run = lambda x: image_tokens(self.image_encoder, self.image_grid, self.image_side.scaled(x))[0]
     if images.dim() == 4: images = images[:, None]
     tokens = over_views(run, images, None if present is None or blind else present_rows(present))
-    if blind: tokens = tokens.expand(count, *tokens.shape[1:])
+    if blind: tokens = tokens[:1].expand(count, *tokens.shape[1:])
     if self.view_marks is not None:
         known = {n: i for i, n in enumerate(self.config.views, 1)}
         at = [[known.get(n, 0) for n in row] for row in views] if views else [[0] * images.shape[1]] * count
