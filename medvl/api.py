@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PREPROCESS', 'SIDES', 'Model', 'load', 'read_preprocess', 'pixels_of', 'embed', 'zero_shot', 'Explanation', 'explain',
-           'Written', 'report', 'answer', 'check']
+           'Written', 'watched', 'report', 'answer', 'check']
 
 # %% ../nbs/800_api.ipynb #ffe5bca9
 import html
 import re
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -282,6 +283,19 @@ class Written:
         return beside_html(fig, f'{asked}<p>{marked_html(self.text or "(nothing)")}</p><small>{told}</small>')
 
 
+def watched(texts:Iterator[str], # a text that grows, as `stream_text` gives it
+            ) -> str: # its last state
+    "Show a text while it grows: in one place of a notebook; elsewhere nothing is shown before the end."
+    shell, text, place = getattr(sys.modules.get('IPython'), 'get_ipython', lambda: None)(), '', None
+    for text in texts:
+        if shell is None: continue
+        from IPython.display import HTML, display
+        page = HTML(f'<p>{html.escape(text)}</p>')
+        if place is None: place = display(page, display_id=True)
+        else: place.update(page)
+    return text
+
+
 def _able(model, name, by, instead):
     "Refuse a method that cannot, and say what can."
     if name not in capabilities(model.method):
@@ -304,12 +318,13 @@ def report(
     model:Model, # with a method that writes
     image:str|Path|np.ndarray|dict, # path or array; of an examination: {'L-CC': path or array, …}
     prompt:str|None=None, # a text beside the image: a beginning, or, for a method that corrects, the faulty report
+    watch:bool=False, # show it while it is written, word by word: the likeliest word each time, or how='sample'
     **options, # of the search: how='sample', seed=…, beams, min_length, max_length, no_repeat …
 ) -> Written:
     """Write a report.
 
-    Raises: TypeError for a method that cannot write; ValueError for several images, no words in the prompt, or an
-    unknown option; DataError for an image that cannot be read."""
+    Raises: TypeError for a method that cannot write; ValueError for several images, no words in the prompt, an unknown
+    option, or a beam that shall be watched; DataError for an image that cannot be read."""
     _able(model, 'generate', 'report', 'The writer can (methods.writer): writer_from(method) makes one around any '
           'image encoder, `medvl run generate` trains it.')
     method = model.method
@@ -326,12 +341,13 @@ def report(
         bad = [v for v in image if v not in known]
         if bad or not image:
             raise ValueError(f'views {bad or "missing"}: this model knows {", ".join(known) or "none"}.')
-        pixels = pixels_of(model, list(image.values()))[None]
-        text = method.generate(pixels, prompt, views=[list(image)], **options)[0]
+        pixels, views = pixels_of(model, list(image.values()))[None], [list(image)]
         shown = pixels[0, 0, 0]
     else:
-        pixels = pixels_of(model, image)
-        text, shown = method.generate(pixels, prompt, **options)[0], pixels[0, 0]
+        pixels, views = pixels_of(model, image), None
+        shown = pixels[0, 0]
+    if watch: text = watched(method.stream_text(pixels, prompt, views=views, **options))
+    else: text = method.generate(pixels, prompt, **({'views': views} if views else {}), **options)[0]
     return Written(text, shown.cpu().numpy(), f'{method.name}, nobody has checked it', prompt or '', notes)
 
 

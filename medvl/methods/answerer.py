@@ -8,7 +8,6 @@ __all__ = ['NO_CANDIDATES', 'RECIPES', 'Answerer', 'one_list', 'answerer_from']
 # %% ../../nbs/329a_methods.answerer.ipynb #9c548411
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 
 from ..core.patch import patch
 from .base import Method, evaluating, register
-from .parts.writing import WriteConfig, WritingMethod, writing_from
+from .parts.writing import SeenImages, WriteConfig, WritingMethod, writing_from
 from .recipes import Recipe, recipe as recipe_of, vary
 from ..models.search import rank_texts
 
@@ -39,15 +38,8 @@ NO_CANDIDATES = 'a question without candidates: give some, or None to let the an
 
 
 @patch(Answerer)
-def read_answers(self: Answerer, seen: torch.Tensor, there: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor,
-                 ) -> torch.Tensor: # (m,L,V)
-    "Read answers (m,L), each beside its row (m,) of what was understood: (b,c,d), mask (b,c)."
-    return self.decoder(ids, None, seen[rows], there[rows])
-
-
-@patch(Answerer)
 def rank(self: Answerer,
-         images: torch.Tensor, # (b,1|3,h,w), uint8 or float 0..255
+         images: torch.Tensor | SeenImages, # (b,1|3,h,w), uint8 or float 0..255; or what `see` gave
          questions: Sequence[str], # b questions
          candidates: Sequence[str], # answers to choose from
          batch_size: int = 16, # questions at once: memory, not result
@@ -66,8 +58,7 @@ def rank(self: Answerer,
             c, part = self.config, slice(i, i + batch_size)
             asked = self.text_batch(questions[part], c.question_form, c.question_length)
             seen, there = self.context(images[part], asked)
-            read = partial(self.read_answers, seen, there)
-            found = rank_texts(read, len(seen), ids, mask, **options)
+            found = rank_texts(self.decoder.beside(seen, there), len(seen), ids, mask, **options)
             which.append(found[0]), score.append(found[1])
     return torch.cat(which), torch.cat(score)
 
@@ -89,7 +80,7 @@ def one_list(candidates: Sequence, # of str, or of lists of str
 
 @patch(Answerer)
 def answer(self: Answerer,
-           images: torch.Tensor, # (b,1|3,h,w), uint8 or float 0..255
+           images: torch.Tensor | SeenImages, # (b,1|3,h,w), uint8 or float 0..255; or what `see` gave
            questions: Sequence[str], # b questions
            candidates: Sequence | None = None, # answers to choose from: one list, or b lists; None: write freely
            batch_size: int = 16, # questions at once: memory, not result

@@ -152,7 +152,9 @@ CAPABILITIES = {
     # read images (or None: the text alone) and (text, (start, end)) for each: that stretch is hidden and filled in
     # -> log_prob (n,) of what stood there, summed over its tokens, and guess, n texts (None: it does not read that far)
     'fill_mask': '(images, texts)',
+    'see': '(images)',  # -> what `generate` and `answer` take instead of images that are asked about several times
     'generate': '(images, prompt=None)',  # -> texts
+    'stream_text': '(images, prompt=None)',  # of one sample -> iterator of the text so far, after every word
     'answer': '(images, questions, candidates=None)',  # -> texts
     # what `encode` gives -> logits of every token (b,L,V), and those of a pair of texts (b,2) or None
     'token_logits': '(features)',

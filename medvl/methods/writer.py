@@ -51,6 +51,7 @@ _SMALL = dict(image_encoder='resnet-tiny', image_stage='conv4', image_width=128,
 _QUICK = dict(weight_decay=.01, floor=0.0, warmup=.1, seed=0, batch_size=32, epochs=30, lr=1e-3, valid_samples=64)
 _EXAM = dict(views=('L-CC', 'L-MLO', 'R-CC', 'R-MLO'), answer_form='plain', max_length=120, min_length=8)
 _EXAM_SAMPLES = dict(views=4, answer_form='plain', sections=('findings', 'impression'), view_names=())
+_STATED = dict(_EXAM_SAMPLES, stated='breast', sections=('impression', 'findings'), answer_words=80)
 _FEW = dict(image_width=32, image_size=(64, 64), text_width=32, text_hidden=64, fusion_hidden=64, fusion_layers=1,
             answer_layers=1, max_length=48)
 
@@ -73,7 +74,7 @@ RECIPES = {
     'small-mammography': vary(_BASE, 'minutes on one core, on the breast phantom', size=(96, 64), phantom='breast',
                               augment='breast', own_words=True, phantom_count=400,
                               config=dict(_SMALL, **dict(_EXAM, max_length=120), image_size=(96, 64)),
-                              sample_options=dict(_EXAM_SAMPLES, sections=('impression',)), train=_QUICK),
+                              sample_options=_STATED, train=_QUICK),
     'smoke': vary(_PAPER, 'seconds, for tests: it learns nothing', size=(64, 64), own_words=True, phantom_count=24,
                   config={**_SMALL, **_FEW}, sample_options=dict(sections=('impression',), answer_length=48),
                   train=dict(_QUICK, epochs=1, batch_size=6, valid_samples=6))}

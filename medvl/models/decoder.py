@@ -6,6 +6,8 @@
 __all__ = ['WordStack', 'new_word_stack', 'Continuation', 'bert_below', 'looking_layers']
 
 # %% ../../nbs/226_models.decoder.ipynb #a353107d
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -119,6 +121,21 @@ def start(self: WordStack, context: torch.Tensor, context_mask: torch.Tensor | N
           cached: bool = True) -> Continuation: # (n,c,d), (n,c)
     "Begin to write."
     return Continuation(self, context, context_mask, cached)
+
+
+@patch(WordStack)
+def beside(self: WordStack, context: torch.Tensor, context_mask: torch.Tensor | None = None, # (n,c,d), (n,c)
+           ) -> Callable: # (tokens int64 (m,t), rows int64 (m,) of their contexts) -> logits (m,t,vocabulary)
+    "Read whole texts beside contexts whose keys and values are made once, however many texts there are to each."
+    upper = self.fusion
+    seen = {i: upper.layers[i].cross.keys(context) for i in range(upper.fusion_layer, len(upper.layers))}
+
+    def read(ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        cache = KeyValueCache()
+        cache.seen = {i: tuple(t.index_select(0, rows) for t in pair) for i, pair in seen.items()}
+        there = None if context_mask is None else context_mask[rows]
+        return upper.logits(self.states(ids, None, None, there, (KeyValueCache(), cache)))
+    return read
 
 # %% ../../nbs/226_models.decoder.ipynb #13fc12f4
 def bert_below(encoder: TextEncoder | FusionBert, # a BERT

@@ -301,12 +301,13 @@ def rank_texts(predict: Callable, # (tokens int64 (m,L), rows int64 (m,) of thei
     first = predict(texts[:1, :1].expand(rows, 1), every)[:, 0].float().log_softmax(-1)[:, texts[:, 1]]
     k = min(keep, a) if keep else a
     start, chosen = first.topk(k) if k < a else (first, torch.arange(a, device=device).expand(rows, a))
-    total = []
-    for who, what in zip(every.repeat_interleave(k).split(pairs), chosen.flatten().split(pairs)):
-        ids, here = texts[what], mask[what]
-        log_prob = predict(ids, who)[:, :-1].float().log_softmax(-1)
+    who, what, lengths = every.repeat_interleave(k), chosen.flatten(), mask.sum(1)
+    total = torch.empty(rows * k, device=device)
+    for part in lengths[what].argsort(stable=True).split(pairs): # texts of like length, so that little padding is read
+        ids, here = (t[what[part], :int(lengths[what[part]].max())] for t in (texts, mask))
+        log_prob = predict(ids[:, :-1], who[part]).float().log_softmax(-1)
         each = log_prob.gather(2, ids[:, 1:, None])[..., 0]
-        total.append((each * here[:, 1:]).sum(1))
-    score = torch.cat(total).view(rows, k) + (start if first_twice else 0)
+        total[part] = (each * here[:, 1:]).sum(1)
+    score = total.view(rows, k) + (start if first_twice else 0)
     score, order = score.sort(dim=1, descending=True, stable=True)
     return chosen.gather(1, order), score

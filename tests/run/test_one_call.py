@@ -151,6 +151,20 @@ def test_report_and_answer(models):
     assert 'were read' in long.notes[0]
 
 
+def test_a_report_grows_in_one_place_of_a_notebook(models):
+    "A real kernel keeps one output, the last; the text is that of the greedy search; a draw is that of its seed."
+    import nbformat
+    from nbclient import NotebookClient
+    for more in ({}, dict(how='sample', seed=4)):
+        assert models['writer'].report(FILM, watch=True, max_length=8, **more).text == models['writer'].report(FILM, max_length=8, **{'how': 'greedy', **more}).text
+    code = "from medvl.api import watched\nlast = watched(iter(['small', 'small left', 'small left <b>']))"
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code), nbformat.v4.new_code_cell('last')])
+    NotebookClient(book, timeout=300, kernel_name='python3').execute()
+    first, second = (c.outputs for c in book.cells)
+    assert len(first) == 1 and first[0]['data']['text/html'] == '<p>small left &lt;b&gt;</p>' and 'small left <b>' in second[0]['data']['text/plain']
+    with pytest.raises(ValueError, match='settles'): models['writer'].report(FILM, watch=True, how='beam')
+
+
 def test_an_examination_is_written_about():
     views = ('L-CC', 'L-MLO', 'R-CC', 'R-MLO')
     model = Model(new_method('writer', 'smoke', TEXTS, views=views), 'resize_v1', (64, 64))

@@ -19,7 +19,7 @@ from ...data.prepared import Prepared
 from ...data.text.captions import pre_caption
 from ...data.text.errors import sentence_spans
 from .embeddings import device_of
-from .pairs import read_image_set, rows_of, score_kind
+from .pairs import join_rows, read_image_set, read_text_set, rows_of, score_kind
 from .retrieval import means_table
 from ..stats.bootstrap import compare, estimates
 from ...methods.base import Method, capabilities, evaluating
@@ -45,16 +45,26 @@ def _cosines(method, images, rows, texts, batch_size):
     return (x[np.array(rows)] * y[[at[t] for t in texts]]).sum(-1).cpu().numpy()
 
 
-def _matches(method, images, rows, texts, batch_size):
-    "Match of each text with the image of its row."
-    out = np.full(len(texts), np.nan)
+def _matches(method, images, rows, texts, batch_size, together=64):
+    "Match of each text with the image of its row; images and texts are read once."
+    out, used = np.full(len(texts), np.nan), np.unique(rows)
+    if not len(used): return out
+    distinct = sorted(dict.fromkeys(texts), key=len) # like lengths together: little padding
+    at, said = {t: k for k, t in enumerate(distinct)}, read_text_set(method, distinct, together)
+    column = np.array([at[t] for t in texts])
+    own = images.subset(used) if isinstance(images, Prepared) else images[used]
     with evaluating(method):
-        for there, read in read_image_set(method, images, batch_size):
-            for k, i in enumerate(there):
+        for there, read in read_image_set(method, own, batch_size):
+            for k, i in enumerate(used[there]):
                 mine = np.flatnonzero(rows == i)
-                if not len(mine): continue
-                said = method.read_texts([texts[j] for j in mine])
-                out[mine] = method.match(rows_of(read, [k], len(there)), said)[0].double().cpu().numpy()
+                wanted, back = np.unique(column[mine], return_inverse=True)
+                image, found = rows_of(read, [k], len(there)), []
+                for part in np.split(wanted, range(together, len(wanted), together)):
+                    picked = [rows_of(p, part[np.isin(part, c)] - c[0], len(c)) for c, p in said
+                              if np.isin(part, c).any()]
+                    sizes = [n for n in (int(np.isin(part, c).sum()) for c, _ in said) if n]
+                    found.append(method.match(image, join_rows(picked, sizes))[0].double().cpu().numpy())
+                out[mine] = np.concatenate(found)[back]
     return out
 
 

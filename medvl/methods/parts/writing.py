@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCALINGS', 'COUNTS', 'UNREAD', 'WriteConfig', 'check_write', 'search_of', 'WritingMethod', 'named_views',
-           'new_encoder', 'writing_from', 'fill_answers']
+           'new_encoder', 'SeenImages', 'writing_from', 'fill_answers']
 
 # %% ../../../nbs/326d_methods.parts.writing.ipynb #5cafbeb1
 from collections.abc import Iterator, Sequence
@@ -220,23 +220,60 @@ def new_encoder(c: WriteConfig) -> nn.Module:
                                padding=c.image_padding)
 
 # %% ../../../nbs/326d_methods.parts.writing.ipynb #666ac586
+@dataclass(frozen=True)
+class SeenImages:
+    "Images that a method has read."
+    tokens: torch.Tensor # (b,n,d)
+    there: torch.Tensor | None = None # which tokens count, (b,n); None: all
+
+    def __len__(self): return len(self.tokens)
+
+    def __getitem__(self, rows: slice | torch.Tensor | Sequence) -> 'SeenImages': # numbers of images, also repeated
+        if not isinstance(rows, slice): rows = torch.as_tensor(rows, device=self.tokens.device)
+        return SeenImages(self.tokens[rows], None if self.there is None else self.there[rows])
+
+
 @patch(WritingMethod)
 def image_context(self: WritingMethod,
-                  images: torch.Tensor, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
+                  # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255; or what `see` gave
+                  images: torch.Tensor | SeenImages,
                   present: torch.Tensor | None = None, # bool (b,v): views that are there; None: all
                   views: list | None = None, # b lists of v names, of the configuration's `views`; None: without names
                   ) -> tuple: # tokens (b,v·p,d), and which count (b,v·p) or None
     "Read images: the tokens of all views of a sample in one row."
-    if self.config.blind: images = torch.full_like(images, 127)
+    if isinstance(images, SeenImages): return images.tokens, images.there
+    count, blind = len(images), self.config.blind and len(images) > 0
+    if blind: images = torch.full_like(images[:2], 127) # one grey serves all; a batch norm wants two
     run = lambda x: image_tokens(self.image_encoder, self.image_grid, self.image_side.scaled(x))[0]
     if images.dim() == 4: images = images[:, None]
-    tokens = over_views(run, images, None if present is None else present_rows(present))
+    tokens = over_views(run, images, None if present is None or blind else present_rows(present))
+    if blind: tokens = tokens[:1].expand(count, *tokens.shape[1:])
     if self.view_marks is not None:
         known = {n: i for i, n in enumerate(self.config.views, 1)}
-        at = [[known.get(n, 0) for n in row] for row in views] if views else [[0] * images.shape[1]] * len(images)
+        at = [[known.get(n, 0) for n in row] for row in views] if views else [[0] * images.shape[1]] * count
         tokens = tokens + self.view_marks(torch.tensor(at, device=tokens.device))[:, :, None]
     if present is None: return tokens.flatten(1, 2), None
     return tokens.flatten(1, 2), present.to(tokens.device).repeat_interleave(tokens.shape[2], 1)
+
+
+@patch(WritingMethod)
+def see(self: WritingMethod,
+        images: torch.Tensor | SeenImages | None, # (b,1|3,h,w) or (b,v,1|3,h,w), uint8 or float 0..255
+        present: torch.Tensor | None = None, # as for `image_context`
+        views: list | None = None, # as for `image_context`
+        batch_size: int = 16, # images at once: memory, not result
+        maps: Sequence | None = None, # instead of images: what `keep_maps` gave of them
+        ) -> SeenImages: # instead of images in `generate` and `answer`
+    "Read images once."
+    if maps is not None:
+        with evaluating(self): return SeenImages(*self.map_context(maps))
+    if isinstance(images, SeenImages): return images
+    cut = lambda x, i: None if x is None else x[i:i + batch_size]
+    with evaluating(self):
+        parts = [self.image_context(*(cut(x, i) for x in (images, present, views)))
+                 for i in range(0, max(1, len(images)), batch_size)]
+    there = None if parts[0][1] is None else torch.cat([t for _, t in parts])
+    return SeenImages(torch.cat([t for t, _ in parts]), there)
 
 
 @patch(WritingMethod)
