@@ -152,6 +152,7 @@ CAPABILITIES = {
     # read images (or None: the text alone) and (text, (start, end)) for each: that stretch is hidden and filled in
     # -> log_prob (n,) of what stood there, summed over its tokens, and guess, n texts (None: it does not read that far)
     'fill_mask': '(images, texts)',
+    'word_logits': '(images, tokens)',  # read images, and tokens (b,L) with hidden words, pairwise -> (b,L,V)
     'generate': '(images, prompt=None)',  # -> texts
     'answer': '(images, questions, candidates=None)',  # -> texts
     # what `encode` gives -> logits of every token (b,L,V), and those of a pair of texts (b,2) or None
