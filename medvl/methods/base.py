@@ -153,6 +153,7 @@ CAPABILITIES = {
     # -> log_prob (n,) of what stood there, summed over its tokens, and guess, n texts (None: it does not read that far)
     'fill_mask': '(images, texts)',
     'see': '(images)',  # -> what `generate` and `answer` take instead of images that are asked about several times
+    'word_logits': '(images, tokens)',  # read images, and tokens (b,L) with hidden words, pairwise -> (b,L,V)
     'generate': '(images, prompt=None)',  # -> texts
     'stream_text': '(images, prompt=None)',  # of one sample -> iterator of the text so far, after every word
     'answer': '(images, questions, candidates=None)',  # -> texts

@@ -510,8 +510,15 @@ _SEARCH = dict(duplicates='positives', in_modal='none', sentences=False, itm_wei
 _SEARCH_TRAIN = dict(lr=1e-5, weight_decay=.02, batch_size=16, epochs=10, floor=.1, warmup=100, precision='fp32',
                      valid_samples=48, clip_each={}, monitor='valid_recall', mode='max')
 
+# what a part adds: trained with and without it; `small` begins without a teacher's opinion, `paper` with it
+_NO_SENTENCES = dict(about='the image does not search single sentences', config=dict(sentences=False))
+_NO_DISTILLATION = dict(about="the teacher's opinion does not count, in searches or words", config=dict(alpha=0.0))
+_DISTILLED = dict(about="the teacher's opinion counts .4, growing while the searches are alone",
+                  config=dict(alpha=.4, alpha_epochs=8.0))
+_WITH = {'distilled': _DISTILLED, 'no_sentences': _NO_SENTENCES}
+
 RECIPES = {
-    'paper': _PAPER,
+    'paper': vary(_PAPER, ablations={'no_distillation': _NO_DISTILLATION, 'no_sentences': _NO_SENTENCES}),
     'reference': vary(_PAPER, "the 2023 code as it ran, on one process", config=_REFERENCE,
                       train=dict(schedule='staircase'), sample_options=dict(cut='full_stops')),
     'paper-2022': _PAPER_22,
@@ -524,7 +531,7 @@ RECIPES = {
                            tuned=tuple(_SEARCH), config=dict(_SEARCH, queue=49152),
                            train=dict(_SEARCH_TRAIN, schedule='staircase')),
     'small': vary(_PAPER, 'minutes on one core, on the chest phantom', size=(96, 96), train=_SMALL_TRAIN,
-                  phantom_count=2500, own_words=True,
+                  phantom_count=2500, own_words=True, ablations=_WITH,
                   config=dict(_SMALL, image_encoder='resnet-tiny', image_stage='conv4'),
                   sample_options=dict(max_length=64)),
     'openi': vary(_PAPER, 'hundreds of real pairs on a core; encoders of ImageNet and of general text stay as they are',
@@ -540,7 +547,8 @@ RECIPES = {
                        config=dict(_SMALL_22, ibot_weight=.1, align_epochs=12), augment_options=_LITTLE_22,
                        sample_options=dict(max_length=64, sections=('impression',))),
     'smoke': vary(_PAPER, 'seconds, for tests: it learns nothing', size=(64, 64), train=_SMOKE_TRAIN, phantom_count=24,
-                  own_words=True, config=dict(_SMALL, **_FEW, image_encoder='resnet-tiny', image_stage='conv4'),
+                  own_words=True, ablations=_WITH,
+                  config=dict(_SMALL, **_FEW, image_encoder='resnet-tiny', image_stage='conv4'),
                   sample_options=dict(max_length=64)),
     'smoke-2022': vary(_PAPER_22, 'seconds, for tests: it learns nothing', size=(64, 64), train=_SMOKE_TRAIN,
                        versions=3,

@@ -8,7 +8,7 @@ from golden import golden, sample
 
 from medvl.core.errors import DataError
 from medvl.data.text.errors import (
-    ERROR_KINDS, PAPER_ERRORS, SEVEN_ERRORS, ErrorGenerator, draw_error, error_table, error_words, sentence_spans, word_edits, wrong_sentence)
+    BALANCES, ERROR_KINDS, PAPER_ERRORS, SEVEN_ERRORS, ErrorGenerator, WordBalance, draw_error, error_table, error_words, sentence_spans, word_edits, wrong_sentence)
 from medvl.data.text.original_errors import EXTENT_WORDS, LOCATION_WORDS, OriginalErrors, swap_blank_words
 
 # ------------------------------------------------------------------------------------------------ the original's numbers
@@ -194,3 +194,48 @@ def test_a_corpus_of_one_report():
 
 
 def test_no_reports_no_rows(): assert list(error_table(ErrorGenerator(CORPUS), []).columns)[:3] == ['row', 'kind', 'text']
+
+
+# ------------------------------------------------------------------------------------------------ words that do not betray themselves
+
+def told_by_words(corpus, balance, kind='severity'):
+    "AUROC of a detector that has read half of the reports and is asked about the other half, exchanged ones against the same reports as they were."
+    from sklearn.metrics import roc_auc_score
+
+    from medvl.evaluate.protocols.error_detection import text_detector
+    made = error_table(ErrorGenerator(corpus, [set()] * len(corpus), balance=balance), corpus, [kind])
+    made = made[made.changed]
+    taught, asked = made[made.row % 2 == 0], made[made.row % 2 == 1]
+    ask = text_detector([*taught.original, *taught.text], [False] * len(taught) + [True] * len(taught))
+    both = [*asked.original, *asked.text]
+    return roc_auc_score([0] * len(asked) + [1] * len(asked), -ask(None, None, both)), len(made)
+
+
+def test_balanced_words_do_not_betray_themselves():
+    "Small is said four times as often as large, nodules are never large: read alone, the table's exchanges are found, balanced ones are not."
+    rng = np.random.default_rng(0)
+    corpus = [('Small' if small else 'Large') + f' {side} effusion.' for small, side in zip(rng.random(600) < .8, rng.choice(['left', 'right'], 600))]
+    corpus += [f'Small {side} nodule.' for side in rng.choice(['left', 'right'], 200)]
+    (table, n), (word, m), (place, k) = (told_by_words(corpus, b) for b in BALANCES)
+    assert table > .75 and n == 800, table
+    assert word < table and m < n
+    assert abs(place - .5) < .08 and 150 < k < 400, (place, k)
+
+
+def test_a_balance_makes_as_many_exchanges_one_way_as_the_other():
+    from collections import Counter
+    corpus = ['Mild oedema.'] * 300 + ['Severe oedema.'] * 100 + ['Moderate oedema.'] * 50
+    ways, balance = Counter(), WordBalance(corpus, error_words()['severity'])
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        for t in corpus: ways.update((t.split()[0], new) for _, _, new in balance.edits(t, rng))
+    for a, b in (('Mild', 'Severe'), ('Mild', 'Moderate'), ('Moderate', 'Severe')):
+        assert ways[a, b] > 300 and abs(ways[a, b] - ways[b, a]) < .12 * (ways[a, b] + ways[b, a]), (a, b, ways)
+
+
+def test_a_balance_that_nobody_knows_and_a_report_that_the_corpus_does_not_hold():
+    with pytest.raises(ValueError, match='balance.*neighbours'): ErrorGenerator(['Small effusion.'], balance='neighbour')
+    make = ErrorGenerator(['Small effusion.', 'Large effusion.'], balance='neighbours')
+    assert make('Small pneumothorax.', 'severity').note == 'no such word, or the exchange would be told from its words alone'
+    assert {make('Small effusion.', 'severity', i).text for i in range(9)} == {'Large effusion.'}
+    assert make('Small effusion.', 'omission').note # other kinds are as they were

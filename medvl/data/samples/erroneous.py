@@ -36,6 +36,7 @@ class ErroneousConfig(CaptionConfig):
     insist: bool = True # where one kind cannot be made, try the others
     reach: str = 'one' # words exchanged: 'one', or 'all' (the original)
     touched: str = 'finding' # sentences left out or confused: those stating a 'finding', or 'any' (the original)
+    balance: str = 'none' # words exchanged as often as they are said: 'none' (the original), 'word', 'neighbours'
     mask_probability: float = 0.0 # no words are hidden
     labels: tuple|None = None # of the data, which say what a report holds; None: all; (): the labeller reads it
 
@@ -56,7 +57,8 @@ class ErroneousDataset(CaptionDataset):
         super().__init__(prepared, tokenizer, c, train, cache)
         texts = [' '.join(r['sentences']) for r in self.rows]
         self.generator = ErrorGenerator(texts, [self.findings(r) for r in self.rows] if self.labels else None,
-                                        reach=c.reach, sentences=c.touched, seed=c.seed)
+                                        reach=c.reach, sentences=c.touched, seed=c.seed,
+                                        balance=c.balance)
 
     def findings(self, row:dict) -> frozenset: # of names
         "List the labels that a study has, in any of its images."
