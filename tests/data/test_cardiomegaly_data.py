@@ -17,7 +17,7 @@ from medvl.data.cohort import cohort_table
 from medvl.data.phantom.chest_prepared import prepared_chest_phantom
 from medvl.data.pixels.equalised import equalised, loss_mask, original_pixels, resize_plain
 from medvl.data.pixels.profiles import Profile, get_profile, preprocess
-from medvl.data.releases.cardiomegaly import cohort_rows, read_original_table, rows_to_valid, shared_patients, write_original_table
+from medvl.data.releases.cardiomegaly import cohort_rows, read_original_table, rows_to_valid, patients_on_both_sides, write_original_table
 from medvl.data.releases.nih_cxr import read_entries, read_nih_cxr
 from medvl.data.releases.release import read_table
 from medvl.data.samples.builders import Parts, new_samples
@@ -156,10 +156,10 @@ def test_the_originals_tables(tmp_path):
 def test_a_division_by_rows_leaks_and_by_patients_does_not():
     sample('nih_cxr/index.csv')
     index = pd.read_csv(sample('nih_cxr/index.csv')).assign(cardio=lambda f: f.cardiomegaly)
-    rows = [shared_patients(index.patient_id, rows_to_valid(index.patient_id, .1, s))['share'] for s in range(5)]
+    rows = [patients_on_both_sides(index.patient_id, rows_to_valid(index.patient_id, .1, s))['share'] for s in range(5)]
     assert min(rows) > .2, rows # real follow-ups
-    assert shared_patients(index.patient_id, split_patients(index, (.7, .1, .2)))['leaking'] == 0
-    with pytest.raises(DataError, match='no image'): shared_patients(['a'], ['train'])
+    assert patients_on_both_sides(index.patient_id, split_patients(index, (.7, .1, .2)))['leaking'] == 0
+    with pytest.raises(DataError, match='no image'): patients_on_both_sides(['a'], ['train'])
 
 
 # ------------------------------------------------------------------------------------------------ real-valued targets

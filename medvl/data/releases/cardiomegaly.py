@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AGAINST', 'ORIGINAL_COLUMNS', 'cohort_rows', 'write_original_table', 'read_original_table', 'rows_to_valid',
-           'shared_patients']
+           'patients_on_both_sides']
 
 # %% ../../../nbs/185a_data.releases.cardiomegaly.ipynb #f12a67d9
 from collections.abc import Sequence
@@ -104,7 +104,7 @@ def rows_to_valid(
     return out
 
 
-def shared_patients(
+def patients_on_both_sides(
     patients:Sequence[str], # (n,)
     split:Sequence[str], # (n,): train, valid, test
     part:str='valid', # whose images are looked at
