@@ -25,7 +25,7 @@ from medvl.train.distributed import launch
 from medvl.train.settings import TrainConfig, check_config
 
 STEPS = [*TRAINED, *HEADS, FACTOR, BERT] # what is trained; `initialised` is not
-ONE_LOSS = {'byol', 'simclr', 'supervised', 'classifier', 'segmenter', 'unet', FACTOR} # their loss has no parts: what stands beside it are other numbers
+ONE_LOSS = {'byol', 'mae', 'simclr', 'supervised', 'classifier', 'segmenter', 'unet', FACTOR} # their loss has no parts: what stands beside it are other numbers
 
 
 @pytest.fixture(scope='module')
@@ -131,7 +131,7 @@ def real(n, k): return n in TRAINED and (k == 'small' or k.startswith('smoke+'))
 def test_recipes_name_what_exists(name, key):
     "Configuration, settings, samples and augmentation: every field is one of their dataclasses, and the settings fit the method."
     named = dict(contract.all_recipes(name))[key]
-    assert named.about and len(named.size) == 2 and named.keep in ('best', 'last') and named.phantom in ('breast', 'chest')
+    assert named.about and len(named.size) == 2 and named.keep in ('best', 'last') and named.phantom in ('breast', 'chest', 'heart')
     config_from_dict(method_class(name).config_class, named.config)
     config_from_dict(sample_kind(named.samples).options, named.sample_options)
     config_from_dict(augment_kind(named.augment).options, named.augment_options)

@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from ..core.errors import DataError, closest
 from ..core.paths import restored_cell
-from .cells import age_years, quoted, side_letter, hide_names
+from .cells import SEXES, age_years, quoted, sex_letter, side_letter, hide_names
 
 if TYPE_CHECKING: from pandera.pandas import DataFrameSchema
 
@@ -75,6 +75,7 @@ RECORDS = {
     'spacing_x': Column('float', False, 'mm per pixel, across', low=1e-6, high=10),
     'keywords': Column('text', False, 'words that sum up the exam, with blanks between'),
     'airlight': Column('float', False, 'grey of the background, 0 to 1 (A2I2)'),
+    'sex': Column('text', False, 'F or M (O: other)', SEXES),
 }
 
 # %% ../../nbs/110_data.schema.ipynb #c0e879d9
@@ -124,6 +125,7 @@ MANIFEST = {
     'notes': Column('text', False, "what contradicts itself in the file's header, and how it was read; '' nothing"),
     'keywords': Column('text', False, 'words that sum up the exam, with blanks between, where the data set has them'),
     'airlight': Column('float', False, 'grey of the background, where the data set has it'),
+    'sex': Column('text', False, 'F, M or O, where the data set has it', SEXES),
 }
 TABLES = {'records': RECORDS, 'boxes': BOXES, 'sentences': SENTENCES, 'manifest': MANIFEST}
 
@@ -304,7 +306,8 @@ def tidy(
         problems += [dict(row=r, column=name, value=df[name].iloc[r], problem='not a number')
                      for r in np.flatnonzero(bad)]
     out = pd.DataFrame(out).reset_index(drop=True)
-    for name, form in (('laterality', side_letter), ('view', str.upper), ('density', str.upper), ('split', str.lower)):
+    for name, form in (('laterality', side_letter), ('view', str.upper), ('density', str.upper), ('split', str.lower),
+                       ('sex', sex_letter)):
         if name in out: out[name] = out[name].map(form)
     for name in ('report_text', 'findings', 'impression', 'report', 'patient_id', 'image_id', 'exam_id', 'image_path',
                  'mask_path'):

@@ -27,6 +27,8 @@ from ..core.errors import DataError, unknown_name
 from ..core.paths import atomic_path, read_json, sha256_file, write_json
 from ..core.seed import torch_generator
 from .discovery import import_method
+from ..models.autoencoder import AUTOENCODERS
+from ..models.densenet import DENSENETS
 from ..models.efficientnet import EFFICIENTNETS
 from ..models.resnet import RESNETS
 from ..models.text import CONFIGURATIONS, WHEELS
@@ -162,6 +164,7 @@ CAPABILITIES = {
     'enhance': '(images)',  # -> images
     'abnormality_maps': '(images)',  # -> (n,h,w) of each view, 0..1: large where something does not belong
     'logits': '(images)',  # -> (b,k), of the labels or classes
+    'estimate': '(images)',  # -> real numbers (b,k), in the units of the targets: years; probability of being a man
     'predict': '(images)',  # -> probabilities (b,k) or (b,k,h,w); boxes: one dict an image
     'predict_batch': '(batch)'}  # as `predict`, of a batch, which may bring stored maps
 
@@ -329,7 +332,7 @@ def leads_outside(folder: Path, # of a saved method
     inside = lambda name: (folder / name / CONFIG).is_file()
     text, out = config.get('text_encoder', ''), []
     named = text in CONFIGURATIONS or text in WHEELS
-    known = ('', *EFFICIENTNETS, *RESNETS, *UNETS, *VITS)
+    known = ('', *EFFICIENTNETS, *RESNETS, *DENSENETS, *AUTOENCODERS, *UNETS, *VITS)
     if config.get('image_encoder', '') not in known and not inside('image_encoder'):
         out.append('image_encoder')
     if text and not named and not inside('text_encoder'): out.append('text_encoder')

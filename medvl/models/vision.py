@@ -14,6 +14,8 @@ from torch import nn
 
 from ..core.errors import DataError, unknown_name
 from .checkpoints import PACKAGED, load_packaged, load_weights
+from .autoencoder import AUTOENCODERS, new_autoencoder
+from .densenet import DENSENETS, DenseNet, load_densenet
 from .efficientnet import EFFICIENTNETS, EfficientNet
 from .resnet import RESNETS, ResNet, load_resnet
 from .text import load_transformer
@@ -93,41 +95,48 @@ class TransformersVision(nn.Module):
 
 # %% ../../nbs/201_models.vision.ipynb #29089e9a
 def resolve_image_source(name: str | Path, # see `build_image_encoder`
-                         ) -> str | Path: # 'efficientnet', 'resnet', 'unet', 'vit', folder (Path) or hub name (str)
+                         ) -> str | Path: # 'efficientnet', 'resnet', 'densenet', 'autoencoder', 'unet', 'vit',
+                                            # folder or hub name
     "Say what an image encoder's name means."
     if name in EFFICIENTNETS: return 'efficientnet'
     if name in RESNETS: return 'resnet'
+    if name in DENSENETS: return 'densenet'
+    if name in AUTOENCODERS: return 'autoencoder'
     if name in UNETS: return 'unet'
     if name in VITS: return 'vit'
     if Path(name).expanduser().is_dir(): return Path(name).expanduser()
     if str(name).count('/') == 1 and not str(name).startswith(('.', '/', '~')): return str(name)
-    raise ValueError(unknown_name('image encoder', name, [*EFFICIENTNETS, *RESNETS, *UNETS, *VITS])
+    raise ValueError(unknown_name('image encoder', name, [*EFFICIENTNETS, *RESNETS, *DENSENETS, *AUTOENCODERS, *UNETS,
+                                                        *VITS])
                      + ' Or a hub name (owner/name), or a folder with config.json.')
 
 
 def build_image_encoder(name: str | Path = 'efficientnet-b2', # efficientnet-b0 … b7, -lite0, -tiny; resnet-18, -34,
-                                                              # -50, -101, -152, -tiny; unet, unet-tiny; vit-tiny,
+                                                              # -50, -101, -152, -tiny; densenet-121, -tiny …;
+                                                              # unet, unet-tiny; vit-tiny,
                                                               # -small, -base, -large; hub name; local folder
                         pretrained: bool = False, # load the weights that belong to the name
                         weights: str | Path | None = None, # file of weights for an EfficientNet, (torchvision's
-                                                           # names) a ResNet, or a ViT of iBOT, DINO, timm or
+                                                           # names) a ResNet or DenseNet, or a ViT of iBOT, DINO, timm or
                                                            # transformers; a classifier in it is left out
                         checkpointing: bool = False, # recompute activations in the backward pass
                         pooling: str = 'auto', # for transformers backbones
                         **options, # for EfficientNet: padding, dropout, drop_connect, bn_momentum; for ResNet:
-                                   # zero_init, bn_momentum; for both: gem, learn_gem; for ViT:
+                                   # zero_init, bn_momentum; for DenseNet: bn_momentum; for all: gem, learn_gem; for ViT:
                                    # image_size, patch, width, depth, heads, drop_path …
                         ) -> nn.Module: # module with forward, feature_maps, pool, num_features
     """Build an image encoder.
 
     Raises: ValueError for an unknown name; DataError if pretrained weights are not in reach."""
     source = resolve_image_source(name)
-    if source not in ('efficientnet', 'resnet', 'unet', 'vit'):
+    if source == 'autoencoder': return new_autoencoder(name)
+    if source not in ('efficientnet', 'resnet', 'densenet', 'unet', 'vit'):
         return TransformersVision(load_transformer(source, pretrained), pooling, checkpointing)
-    kind = {'efficientnet': EfficientNet, 'resnet': ResNet, 'unet': PlainUNet,
+    kind = {'efficientnet': EfficientNet, 'resnet': ResNet, 'densenet': DenseNet, 'unet': PlainUNet,
             'vit': VisionTransformer}[source]
     encoder = kind(name, checkpointing=checkpointing, **options)
     if weights and source == 'resnet': load_resnet(encoder, weights)
+    elif weights and source == 'densenet': load_densenet(encoder, weights)
     elif weights and source == 'vit': load_vit(encoder, weights)
     elif weights: load_weights(encoder, weights, ignore=('_fc.',))
     elif pretrained and name in PACKAGED: load_packaged(encoder, name)

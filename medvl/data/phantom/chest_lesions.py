@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRADES', 'DEVICES', 'MIMICS', 'ChestFinding', 'grade', 'draw_place', 'draw_local', 'draw_wide', 'draw_devices',
-           'draw_chest_findings', 'render_opacity', 'render_band', 'render_nodule', 'render_effusion',
+           'draw_chest_findings', 'pacemaker', 'render_opacity', 'render_band', 'render_nodule', 'render_effusion',
            'render_pneumothorax', 'render_oedema', 'ribbon', 'device_outline', 'render_device', 'draw_mimics',
            'render_mimic', 'chest_distractors', 'render_finding', 'chest_layer']
 
@@ -144,6 +144,17 @@ def draw_chest_findings(
         else: some = draw_wide(rng, label, chest, scale)
         out += [ChestFinding(**d, key=key_of(*key, label, i)) for i, d in enumerate(some)]
     return out
+
+# %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #b75191c4
+def pacemaker(
+    key:tuple, # of the image's random streams
+    chest:Chest, # the chest
+) -> list: # of one ChestFinding
+    "Place a pacemaker."
+    rng, (shape, (low, high)) = numpy_rng(*key, 'pacemaker'), DEVICES['pacemaker']
+    x, y = 0.62*chest.width + rng.normal(0, 4), chest.apex + 26 + rng.normal(0, 5)
+    return [ChestFinding('device', 'pacemaker', 'L', zone_of(chest, 'L', y), round(float(rng.uniform(low, high)), 1),
+                         '', float(x), float(y), shape, key_of(*key, 'pacemaker'))]
 
 # %% ../../../nbs/156a_data.phantom.chest_lesions.ipynb #bf26974d
 def render_opacity(finding:ChestFinding, canvas:Canvas, cloud:np.ndarray) -> np.ndarray:

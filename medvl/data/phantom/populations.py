@@ -12,6 +12,7 @@ from pathlib import Path
 from ...core.errors import unknown_name
 from .breast_prepared import prepared_phantom
 from .chest_prepared import prepared_chest_phantom
+from .heart_ratio import heart_phantom
 from ..prepared import Prepared
 
 # %% ../../../nbs/159b_data.phantom.populations.ipynb #4010f626
@@ -20,11 +21,11 @@ def _breasts(folder, count, size, seed, difficulty):
     return prepared_phantom(folder, count, size if size[0] < 300 else (96, 64), seed, difficulty)
 
 
-POPULATIONS: dict[str, Callable] = {'breast': _breasts, 'chest': prepared_chest_phantom}
+POPULATIONS: dict[str, Callable] = {'breast': _breasts, 'chest': prepared_chest_phantom, 'heart': heart_phantom}
 
 
 def new_phantom(
-    kind:str, # 'breast' (exams with four views) or 'chest' (frontal images)
+    kind:str, # 'breast' (exams with four views), 'chest' (frontal images), 'heart' (chests whose label is a ratio)
     folder:str|Path, # gets `source/` and `prepared/`
     count:int=24, # exams or images, one patient each
     size:tuple[int, int]=(96, 64), # height and width, pixels

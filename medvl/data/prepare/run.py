@@ -167,7 +167,7 @@ def make_manifest(
     for name in ('density', 'birads', 'pathology', 'split'): out[name] = text(name)
     for name in ('view_modifier', 'notes'): out[name] = found[name].fillna('') if name in found else ''
     out['fold'] = r.fold.fillna(-1).astype(int) if 'fold' in r else -1
-    for name in ('keywords', 'airlight'): # of exams; columns that only some data sets have
+    for name in ('keywords', 'airlight', 'sex'): # columns that only some data sets have
         if name in r: out[name] = r[name]
     return out.assign(**{c: r[c] for c in r if c.startswith('label_')})
 

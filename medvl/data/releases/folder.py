@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError
-from ..cells import birads_category, density_letter, plain_cell, quoted, side_letter, hide_names
+from ..cells import birads_category, density_letter, plain_cell, quoted, sex_letter, side_letter, hide_names
 from ..prepare.plan import why_not
 from ..schema import ALIASES, Report, Source, alike_ids, check_columns, empty, read_csv, sort_out
 
@@ -78,6 +78,7 @@ def read_index(
         df['image_id'], df['id_from'] = df.image_path.map(lambda p: Path(p).stem), 'file'
         report.file_ids = set(df.image_id)
     if 'density' in df: df['density'] = rewrite_column(df.density, density_letter, report)
+    if 'sex' in df: df['sex'] = rewrite_column(df.sex, sex_letter, report)
     if 'birads' in df and birads == 'most_suspicious':
         df['birads'] = rewrite_column(df.birads, birads_category, report, df.laterality.map(side_letter))
     report.remarks += alike_ids(df)

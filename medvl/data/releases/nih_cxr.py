@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError, unknown_name
-from ..cells import age_years, hide_names
+from ..cells import age_years, hide_names, sex_letter
 from .release import Part, Release, find_files, find_table, read_headers, read_table
 from ..schema import Report, Source, empty
 from ..pixels.shapes import Derived, box_masks, chest_view, on_disk, release_boxes
@@ -70,20 +70,23 @@ def finding_name(
 def read_entries(
     path:Path, # Data_Entry_2017.csv or Data_Entry_2017_v2020.csv
     report:Report, # gets the issues
+    young:str='part', # ages in months and days: 'part' of a year, or 'zero' years (the original)
 ) -> pd.DataFrame: # index image_id: patient_id, view, age, sex, label_<finding>, label_no_finding
     """Read the labels.
 
-    Raises: DataError for a missing column."""
+    Raises: DataError for a missing column; ValueError for an unknown rule for the young."""
+    if young not in ('part', 'zero'): raise ValueError(unknown_name('rule for the young', young, ('part', 'zero')))
     df = require(read_table(path), _ENTRY, path)
     found = df['Finding Labels'].str.split('|').map(lambda words: {finding_name(w) for w in words})
     for word in sorted(set().union(*found) - set(NIH_LABELS) - {'no_finding'}):
         report.add('unknown finding', hide_names(word), None, path.name, 'left out')
     age = df['Patient Age'].map(age_years).astype(float)
+    if young == 'zero': age = age.mask(df['Patient Age'].str.upper().str.endswith(('M', 'D')) & age.notna(), 0.)
     for i in np.flatnonzero((age > 120).to_numpy()):
         report.add('impossible age', df['Image Index'][i], int(i), hide_names(df['Patient Age'][i]), 'unknown')
     out = pd.DataFrame({
         'patient_id': df['Patient ID'].map(lambda p: f'{int(p):08d}' if p.isdigit() else p),
-        'view': df['View Position'], 'age': age.where(age <= 120), 'sex': df['Patient Gender'],
+        'view': df['View Position'], 'age': age.where(age <= 120), 'sex': df['Patient Gender'].map(sex_letter),
         **{f'label_{k}': found.map(lambda s, k=k: float(k in s)) for k in (*NIH_LABELS, 'no_finding')}})
     return out.set_axis(df['Image Index'].map(lambda p: Path(p).stem))
 
@@ -165,7 +168,7 @@ def _records(sizes, files, entries, masks, derived, report, boxes):
             report.add('image without labels', n, None, 'not in Data_Entry_2017.csv', 'patient from the name')
         rows.append(dict(image_path=derived.image(files[n]), image_id=n, patient_id=e.get('patient_id', n[:8]),
                          exam_id=n, laterality='', view=chest_view(e.get('view', '')), source='nih_cxr',
-                         age=e.get('age', np.nan),
+                         age=e.get('age', np.nan), sex=e.get('sex', ''),
                          mask_path=masks[n], split='' if listed is None else 'test' if n in listed else 'train',
                          **{f'label_{k}': e.get(f'label_{k}', np.nan) for k in (*NIH_LABELS, 'no_finding')}))
     records = pd.DataFrame(rows)

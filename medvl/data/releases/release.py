@@ -7,6 +7,7 @@ __all__ = ['VINDR_MAMMO', 'RSNA_BREAST', 'Part', 'Release', 'image_header', 'rea
            'find_table', 'check_part', 'check_release']
 
 # %% ../../../nbs/165_data.releases.release.ipynb #53f2c169
+import gzip
 import html
 import importlib.util
 import os
@@ -123,7 +124,7 @@ def read_headers(
 
 # %% ../../../nbs/165_data.releases.release.ipynb #040715d2
 def read_table(
-    path:str|Path, # .csv (comma or semicolon) or .xlsx
+    path:str|Path, # .csv (comma or semicolon), .csv.gz or .xlsx
     columns:list|tuple|None=None, # keep only these, where they are there; None keeps all
     sheet:str|int=0, # of an Excel file
 ) -> pd.DataFrame: # text columns; empty cells are ''; names and cells without surrounding space
@@ -136,6 +137,8 @@ def read_table(
     try: df = _read_excel(path, sheet) if path.suffix.lower() in ('.xlsx', '.xls') else _read_csv(path)
     except UnicodeDecodeError as e:
         raise DataError(f'not UTF-8 text ({e.reason}).', file=str(path), fix='Save the table as UTF-8 CSV.') from e
+    except (EOFError, gzip.BadGzipFile) as e:
+        raise DataError('the packed file is torn.', file=str(path), fix='Download it again.') from e
     except OSError as e:
         raise DataError(f'the file cannot be read ({e.strerror}).', file=str(path), fix='See who may read it, and '
                         'whether its disk is well.') from e
@@ -150,9 +153,10 @@ def read_table(
 
 # %% ../../../nbs/165_data.releases.release.ipynb #6183b21e
 def _read_csv(path): # the first row is read as a row, so that a longer one is noticed
-    with open(path, encoding='utf-8-sig', newline='') as f: first = f.readline()
+    packed = path.suffix.lower() == '.gz'
+    with (gzip.open if packed else open)(path, 'rt', encoding='utf-8-sig', newline='') as f: first = f.readline()
     mark = ';' if first.count(';') > first.count(',') else ','
-    check_quotes(path, mark)
+    if not packed: check_quotes(path, mark)
     df = pd.read_csv(path, sep=mark, dtype=str, keep_default_na=False, encoding='utf-8-sig', header=None)
     return df.iloc[1:].set_axis(df.iloc[0].tolist(), axis=1)
 
@@ -223,7 +227,7 @@ def find_table(
     """Find a table by its name.
 
     Raises: DataError when there is none."""
-    for ending in ('csv', 'xlsx', 'xls'):
+    for ending in ('csv', 'csv.gz', 'xlsx', 'xls'):
         for stem in stems:
             found = find_files(folder, (f'{stem}.{ending}',), Report('tables'))
             if found: return Path(folder)/min(found, key=lambda p: (p.count('/'), p))

@@ -23,6 +23,7 @@ from .captioned import CaptionConfig, CaptionDataset
 from .chest import FRONTAL, ChestImageDataset, ChestReportConfig, ChestReportDataset
 from .exam import ExamConfig, ExamDataset
 from .findings import FindingConfig, FindingDataset, Mixture
+from .targets import real_values
 from ..text.prompts import FINDINGS, bank_counts, prompt_bank
 
 # %% ../../../nbs/149i_data.samples.builders.ipynb #83ba0575
@@ -110,6 +111,7 @@ class ChestImageConfig:
     fraction_by: str = 'patient' # 'patient' (at random, nested), 'first' (the first images, original)
     labels: tuple|None = None # names of labels to give; None: those the method wants
     seed: int = 0 # of the flips and the share
+    targets: tuple = () # columns of real numbers to give: age (years), sex (1 M, 0 F)
 
 
 def _studies(parts, part, tokenizer, options, train):
@@ -134,7 +136,9 @@ def _chests(parts, part, tokenizer, options, train):
     c = config_from_dict(ChestImageConfig, options)
     share = dict(fraction=c.fraction, fraction_by=c.fraction_by) if train and 'fraction' in options else {}
     return ChestImageDataset(parts.parts[part], parts.labels if c.labels is None else c.labels, train=train,
-                             view_names=c.view_names, flip_horizontal=c.flip_horizontal, seed=c.seed, **share)
+                             view_names=c.view_names, flip_horizontal=c.flip_horizontal, seed=c.seed,
+                             targets=real_values(parts.parts[part].manifest, c.targets) if c.targets else None,
+                             **share)
 
 # %% ../../../nbs/149i_data.samples.builders.ipynb #a1b2c3d5
 from .writing import (WritingConfig, question_dataset, report_dataset, report_rows, text_form)

@@ -226,14 +226,19 @@ class ChestImageDataset(ImageSamples):
         fraction:float=1.0, # share of the data to use, in validation too
         fraction_by:str='patient', # see `choose_share`
         seed:int=0, # of the flips and the share
+        targets:np.ndarray|None=None, # float32 (images of the manifest, k): real numbers; None: none
     ):
         if blank not in ('nan', 'absent'): raise ValueError(unknown_name('blank', blank, ('nan', 'absent')))
         if not 0 <= flip_horizontal <= 1: raise ValueError(f'flip_horizontal is a probability, not {flip_horizontal}.')
-        super().__init__(prepared, labels, train, (flip_horizontal, 0.0), seed, view_names, fraction, fraction_by)
+        super().__init__(prepared, labels, train, (flip_horizontal, 0.0), seed, view_names, fraction, fraction_by,
+                         targets=targets)
         if blank == 'absent': self.values = np.nan_to_num(self.values)
         self.options = [tuple(view_names), blank, flip_horizontal, fraction, fraction_by, seed]
 
-    def decided(self) -> list: return [list(self.labels), self.train, self.options]
+    def decided(self) -> list:
+        "List what the samples depend on besides the data; part of the digest."
+        more = [] if self.targets is None else [self.targets.astype(str).tolist()]
+        return [list(self.labels), self.train, self.options, *more]
 
 # %% ../../../nbs/149b_data.samples.chest.ipynb #d4632bfd
 def pixel_statistics(

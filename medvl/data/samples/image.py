@@ -77,6 +77,7 @@ class ImageSamples(Samples):
         boxes:dict|None=None, # of `box_groups`; None: samples have no boxes
         masks:bool=False, # give the mask (None where there is none)
         values:np.ndarray|None=None, # float32 (images of the manifest, k) of `labels`; None: the label columns
+        targets:np.ndarray|None=None, # float32 (images of the manifest, k): real numbers, such as the age; None: none
     ):
         self.labels, columns = label_table(prepared, labels) if values is None else (tuple(labels), values)
         m = prepared.manifest
@@ -90,6 +91,7 @@ class ImageSamples(Samples):
         skipped = {'another view': len(m) - len(here)} if len(here) < len(m) else {}
         super().__init__(prepared, rows, train, seed, skipped, fraction, fraction_by)
         self.values = columns[[r['place'] for r in self.rows]]
+        self.targets = None if targets is None else targets[[r['place'] for r in self.rows]]
         self.flips, self.boxes, self.masks = tuple(flips), boxes, masks
         self.more = [tuple(view_names), fraction, fraction_by] if view_names or fraction < 1 else []
 
@@ -102,6 +104,7 @@ class ImageSamples(Samples):
         if self.train: flip = self.rng(epoch, index).random((1, 2)) < self.flips
         out = self.entries(epoch, index, row, [(row['row'], row['view'])], flip)
         if self.values.shape[1]: out['labels'] = self.values[index]
+        if self.targets is not None: out['targets'] = self.targets[index]
         if self.boxes is not None:
             boxes, names = self.boxes.get(row['image_id'], NO_BOXES)
             out |= dict(boxes=[boxes], box_labels=[names])

@@ -22,7 +22,7 @@ TEXT_WIDTHS = dict(text_encoder='tiny', text_pretrained=False, hidden=128, dim=6
 # %% ../../../nbs/314b_methods.parts.chest_recipes.ipynb #7ba52243
 def _little(paper, about, size, count, epochs, batch, lr, config, augment_options):
     "A recipe for a small machine."
-    return vary(paper, about, size=(size, size), config=dict(image_encoder='resnet-tiny', **config),
+    return vary(paper, about, size=(size, size), config={'image_encoder': 'resnet-tiny', **config},
                 train={**QUICK, 'epochs': epochs, 'batch_size': batch, 'lr': lr, 'weight_decay': 1e-4,
                        'valid_samples': batch}, augment_options=augment_options, phantom_count=count,
                 own_words=paper.samples == 'chest_reports',

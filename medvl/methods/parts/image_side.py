@@ -17,6 +17,7 @@ from ...core.errors import DataError, unknown_name
 from ...core.patch import patch
 from ...core.paths import read_json, write_json
 from ...data.batch import present_rows
+from ...models.densenet import DENSENETS
 from ...models.efficientnet import EFFICIENTNETS
 from ...models.pooling import mean_views, over_views
 from ...models.resnet import RESNETS
@@ -60,7 +61,7 @@ def new_efficientnet(c: EfficientNetConfig) -> nn.Module:
         raise ValueError(unknown_name('image_pooling', c.image_pooling, (*VISION_POOLINGS, 'gem')))
     options = dict(padding=c.padding, dropout=c.dropout, drop_connect=c.drop_connect, bn_momentum=c.bn_momentum)
     if c.image_encoder not in EFFICIENTNETS: options = {}
-    if c.image_pooling == 'gem' and c.image_encoder in (*EFFICIENTNETS, *RESNETS):
+    if c.image_pooling == 'gem' and c.image_encoder in (*EFFICIENTNETS, *RESNETS, *DENSENETS):
         options |= dict(gem=c.gem_power, learn_gem=c.learn_gem)
     return build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing,
                                c.image_pooling, **options)
