@@ -113,7 +113,7 @@ def _places(method, images):
 # %% ../../nbs/620_attribute.gradcam.ipynb #d81ea8d8
 def _plus_plus(maps, g):
     "Grad-CAM++ for maps (b,1,c,h,w) and gradients (b,a,c,h,w)."
-    below = 2 * g**2 + (maps * g**3).sum((-2, -1), keepdim=True)
+    below = 2 * g**2 + maps.sum((-2, -1), keepdim=True) * g**3
     alpha = torch.where(below != 0, g**2 / torch.where(below == 0, 1, below), torch.zeros_like(g))
     return ((alpha * g.relu()).sum((-2, -1), keepdim=True) * maps).sum(2)
 

@@ -74,7 +74,7 @@ def test_formulas_by_loops(tiny):
             if kind == 'hires_cam': heat[i] += d[i, k] * a[i, k]
             if kind == 'layer_cam': heat[i] += np.maximum(d[i, k], 0) * a[i, k]
             if kind == 'grad_cam++':
-                alpha = d[i, k]**2 / (2 * d[i, k]**2 + (a[i, k] * d[i, k]**3).sum())
+                alpha = d[i, k]**2 / (2 * d[i, k]**2 + a[i, k].sum() * d[i, k]**3) # equation 19: the sum is over the map alone
                 heat[i] += (alpha * np.maximum(d[i, k], 0)).sum() * a[i, k]
         torch.testing.assert_close(grad_cam(tiny, x, 'mass', kind, layer).double(), torch.from_numpy(np.maximum(heat, 0)), rtol=1e-4, atol=1e-7)
 
