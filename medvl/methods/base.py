@@ -159,6 +159,8 @@ CAPABILITIES = {
     'generate': '(images, prompt=None)',  # -> texts
     'stream_text': '(images, prompt=None)',  # of one sample -> iterator of the text so far, after every word
     'answer': '(images, questions, candidates=None)',  # -> texts
+    'text_score': '(images, text, prompt=None)',  # -> (b,): log-probability that the method would write it
+    'box_score': '(images, label, box)',  # -> (b,): how surely a finding lies in a box (x0,y0,x1,y1)
     # what `encode` gives -> logits of every token (b,L,V), and those of a pair of texts (b,2) or None
     'token_logits': '(features)',
     'enhance': '(images)',  # -> images

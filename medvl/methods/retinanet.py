@@ -23,7 +23,7 @@ from .base import Method, StepState, register
 from .classifier import SCALINGS
 from .parts.image_side import save_vit, saved_image_encoder
 from .parts.image_tokens import TokenImageConfig
-from ..models.boxes import RATIOS, SCALES, anchor_grid
+from ..models.boxes import RATIOS, SCALES, anchor_grid, box_iou
 from ..models.checkpoints import load_weights
 from ..models.detector import TAPS, Head, Pyramid, encoder_taps, init_detector, select_boxes, tap_channels
 from ..models.efficientnet import EFFICIENTNETS, EfficientNet
@@ -198,10 +198,12 @@ def prepare(self: RetinaNet, images: torch.Tensor) -> tuple: # (b,1,h,w) or (b,v
 
 
 @patch(RetinaNet)
-def answers(self: RetinaNet, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def answers(self: RetinaNet, images: torch.Tensor,
+            through: bool = False, # let gradients through an encoder that does not learn
+            ) -> tuple[torch.Tensor, torch.Tensor]:
     "Give logits (b·v,a,k) and deltas (b·v,a,4)."
     x, _ = self.prepare(images)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.freeze == 'none'):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and (through or self.config.freeze == 'none')):
         maps = (self.image_encoder.feature_maps(x) if self.scales is not None else
                 encoder_taps(self.image_encoder, x, self.config.taps))
     if self.scales is not None: maps = self.scales(maps).values()
@@ -216,6 +218,24 @@ def geometry(self: RetinaNet, images: torch.Tensor) -> tuple:
     h, w = (self.config.height, self.config.width) if self.config.height else images.shape[-2:]
     anchors = anchor_grid(h + -h % 32, w + -w % 32, size=self.config.anchor_size, device=self.device)
     return anchors, (h, w), torch.tensor([w / images.shape[-1], h / images.shape[-2]] * 2, device=self.device)
+
+
+@patch(RetinaNet)
+def box_score(self: RetinaNet,
+              images: torch.Tensor, # (b,1,h,w), uint8 or float 0..255
+              label: str, # one of the classes
+              box: tuple, # x0, y0, x1, y1, pixels of the images
+              ) -> torch.Tensor: # (b,): log-odds of the anchor that lies best on the box
+    """Say how surely a finding lies in a box; the score keeps its gradient.
+
+    Raises: ValueError for an unknown class, or a box without area."""
+    names = ('finding',) if self.config.merge else self.config.classes
+    if label not in names: raise ValueError(unknown_name('class', label, names))
+    x0, y0, x1, y1 = map(float, box)
+    if not (x1 > x0 and y1 > y0): raise ValueError(f'the box {tuple(box)} has no area: x0 < x1 and y0 < y1')
+    anchors, _, scale = self.geometry(images)
+    best = int(box_iou(torch.tensor([[x0, y0, x1, y1]], device=self.device) * scale, anchors).argmax())
+    return self.answers(images, through=True)[0][:, best, names.index(label)]
 
 # %% ../../nbs/335_methods.retinanet.ipynb #2168695f
 @patch(RetinaNet)

@@ -5,7 +5,8 @@ import torch
 from tiny_maps import Tiny
 from torch import nn
 
-from medvl.attribute.attribute import EXPLANATIONS, TARGETS, Attribution, Explanation, Target, attribute, class_names, target_of
+from medvl.attribute.attribute import EXPLANATIONS, Attribution, attribute
+from medvl.attribute.targets import TARGETS, Explanation, Target, class_names, target_of
 from medvl.attribute.gradcam import grad_cam
 from medvl.attribute.mammo_factor import Explainer, MammoFactor, MammoFactorConfig
 from medvl.attribute.sentence_maps import sentence_maps
@@ -92,8 +93,9 @@ def test_mammo_factor(tiny):
 
 
 @pytest.mark.parametrize('kind', ['age', 'box', 'answer'])
-def test_later_targets_are_refused_clearly(tiny, kind):
-    with pytest.raises(ValueError, match=f'not {kind} .*No way explains that yet'): attribute(tiny, IMAGE, Target(kind, 1))
+def test_a_method_that_cannot_say_it_is_refused_clearly(tiny, kind):
+    with pytest.raises(TypeError, match='needs (estimate|box_score|text_score)'): attribute(tiny, IMAGE, Target(kind, 1))
+    with pytest.raises(ValueError, match=f'not {kind} .*These do: .*gradcam'): attribute(tiny, IMAGE, Target(kind, 1), 'similarity')
 
 
 def test_a_later_way_is_one_entry(tiny, monkeypatch):
@@ -112,6 +114,6 @@ def test_refusals(tiny, kwargs, error, message):
 
 def test_targets(tiny):
     assert target_of(tiny, 'mass') == Target('sentence', 'mass') and target_of(tiny, ('a', 'b')) == Target('sentence', ['a', 'b']) and class_names(tiny) == ()
-    assert set(TARGETS) == {'sentence', 'class', 'word', 'age', 'box', 'answer'} and {t for e in EXPLANATIONS.values() for t in e.targets} == {'sentence', 'class', 'word'}
+    assert set(TARGETS) == {'sentence', 'class', 'word', 'age', 'box', 'answer'} and {t for e in EXPLANATIONS.values() for t in e.targets} == set(TARGETS)
     with pytest.raises(ValueError, match='kind of target'): Target('colour', 1)
     with pytest.raises(ValueError, match='one image'): attribute(tiny, torch.zeros(2, 8, 8), 'a mass')

@@ -461,6 +461,23 @@ def stream_text(self: WritingMethod,
         words.append(word[0].item())
         yield written(self.tokenizer, words)
 
+# %% ../../../nbs/326d_methods.parts.writing.ipynb #754f5881
+@patch(WritingMethod)
+def text_score(self: WritingMethod,
+               images: torch.Tensor, # (b,1|3,h,w), uint8 or float 0..255
+               text: str, # the same for all
+               prompt: str | None = None, # question, or text beside the image; None: none
+               ) -> torch.Tensor: # (b,), nats: log-probability of all its words
+    """Say how probable a text is.
+
+    Raises: DataError for a text without words, or a method that reads a text beside the image and gets none."""
+    c = self.config
+    question = None if prompt is None else self.text_batch([prompt] * len(images), c.question_form, c.question_length)
+    told = self.text_batch([text] * len(images), c.answer_form, c.max_length)
+    ids, mask = (told[k].to(self.device) for k in ('input_ids', 'attention_mask'))
+    logits = self.decoder(ids, mask, *self.context(images, question)).float()
+    return -next_word_loss(logits, ids.masked_fill(mask == 0, -100))
+
 # %% ../../../nbs/326d_methods.parts.writing.ipynb #2fbcc27b
 def _shape(bert: FusionBert) -> dict:
     layer = bert.layers[0]
