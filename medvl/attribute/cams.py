@@ -27,7 +27,8 @@ def grad_cam_plus_plus(
     "Weigh channels by second and third powers. Source: Chattopadhay et al., WACV 2018, equations 10 and 19."
     g = gradients
     below = 2 * g ** 2 + maps.sum((2, 3), keepdim=True) * g ** 3 + epsilon
-    alpha = torch.where((g != 0) & (below != 0), g ** 2 / torch.where(below == 0, torch.ones_like(below), below), torch.zeros_like(g))
+    alpha = torch.where((g != 0) & (below != 0), g ** 2 / torch.where(below == 0, torch.ones_like(below), below),
+                        torch.zeros_like(g))
     weights = (alpha * g.clamp(min=0)).sum((2, 3))
     return torch.einsum('nchw,nc->nhw', maps, weights), weights
 
@@ -50,8 +51,9 @@ def library_picture(
     size: tuple, # height and width of the image, pixels
     inverted: bool = True, # MONAI's default: 1 is where there is nothing
 ) -> Tensor: # (n,h,w)
-    "Stretch a map as MONAI draws it: positive part, and by default *inverted*. For comparison only; a constant map gives 0."
+    "Stretch a map as MONAI draws it: by default *inverted*. For comparison only; a constant map gives 0."
     wide = F.interpolate(cam.clamp(min=0)[:, None], tuple(size), mode='bilinear', align_corners=False)[:, 0]
     if not inverted: return wide
     low, high = wide.amin((1, 2), keepdim=True), wide.amax((1, 2), keepdim=True)
-    return torch.where(high > low, 1 - (wide - low) / (high - low).clamp(min=torch.finfo(wide.dtype).tiny), torch.zeros_like(wide))
+    return torch.where(high > low, 1 - (wide - low) / (high - low).clamp(min=torch.finfo(wide.dtype).tiny),
+                       torch.zeros_like(wide))

@@ -154,7 +154,7 @@ def relu_rule(
 
     Raises: ValueError for a model without ReLU modules."""
     units = [m for m in model.modules() if isinstance(m, nn.ReLU)]
-    if not units: raise ValueError(f'{type(model).__name__} has no nn.ReLU: guided backpropagation has nothing to guide. '
+    if not units: raise ValueError(f'{type(model).__name__} has no nn.ReLU: there is nothing to guide. '
                                    'Take integrated gradients.')
     for u in units: u.forward = lambda x: _Back.apply(x, guided)
     try: yield
@@ -190,5 +190,6 @@ def deep_lift(
     if importlib.util.find_spec('captum') is None:
         raise DataError('DeepLift is computed by captum, which is not installed.', fix='pip install captum')
     import captum.attr as captum
-    found, gap = captum.DeepLift(model).attribute(images, baselines=baseline, target=target, return_convergence_delta=True)
+    found, gap = captum.DeepLift(model).attribute(images, baselines=baseline, target=target,
+                                                  return_convergence_delta=True)
     return found.detach(), gap.detach()

@@ -96,7 +96,8 @@ def map_measures(
     for name, rule in (rules or {'otsu': 'otsu', 'quantile': 'quantile'}).items():
         region = map_region(heat, rule)
         union = int((region | truth).sum())
-        out |= {f'iou_{name}': float((region & truth).sum() / union) if union else None, f'pixels_{name}': int(region.sum())}
+        out |= {f'iou_{name}': float((region & truth).sum() / union) if union else None,
+                f'pixels_{name}': int(region.sum())}
     return out
 
 

@@ -64,7 +64,8 @@ def rise_masks(
     if grids is None: grids = (torch.rand(masks, cells, cells, generator=g) < share)
     cell = [-(-s // grids.shape[-1]) for s in size]
     if shifts is None: shifts = torch.stack([torch.randint(c, (len(grids),), generator=g) for c in cell], 1)
-    big = F.interpolate(grids[:, None].float(), [(grids.shape[-1] + 1) * c for c in cell], mode='bilinear', align_corners=False)
+    big = F.interpolate(grids[:, None].float(), [(grids.shape[-1] + 1) * c for c in cell], mode='bilinear',
+                        align_corners=False)
     return torch.stack([b[0, i:i + size[0], j:j + size[1]] for b, (i, j) in zip(big, shifts.tolist())])
 
 
@@ -95,7 +96,8 @@ def channel_masks(
     "Stretch channels over the image."
     wide = F.interpolate(maps[None], tuple(size), mode='bilinear', align_corners=False)[0]
     low, high = wide.amin((1, 2), keepdim=True), wide.amax((1, 2), keepdim=True)
-    return torch.where(high > low, (wide - low) / (high - low).clamp(min=torch.finfo(wide.dtype).tiny), torch.zeros_like(wide))
+    return torch.where(high > low, (wide - low) / (high - low).clamp(min=torch.finfo(wide.dtype).tiny),
+                       torch.zeros_like(wide))
 
 
 @torch.no_grad()

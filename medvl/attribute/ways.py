@@ -6,7 +6,7 @@
 __all__ = ['SCORED', 'PIXEL_WAYS', 'UNSIGNED', 'CHANNEL_WAYS', 'ATTENTION_WAYS', 'WAYS', 'start_of', 'vit_of', 'block_attention']
 
 # %% ../../nbs/629b_attribute.ways.ipynb #77e46a58
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,8 +18,8 @@ from .cams import eigen_cam
 from .faithfulness import baseline_of
 from .gradcam import KINDS, map_gradients
 from .masking import occlusion, rise, rise_masks, score_cam, steepest_channels
-from .targets import Explanation, class_names, score_of
-from ..methods.base import Method, require
+from .targets import Explanation, score_of
+from ..methods.base import Method
 from ..models.vit import VisionTransformer
 
 # %% ../../nbs/629b_attribute.ways.ipynb #38aaf211
@@ -42,9 +42,11 @@ def start_of(
     if baseline is None and target.kind == 'age':
         raise ValueError(f"{by} explains a difference: say from what, with baseline='blur', 'mean', a grey value or an "
                          'image. From a black image a number means nothing.')
-    found = baseline_of(images, baseline) if isinstance(baseline, str) else torch.as_tensor(baseline or 0. if not isinstance(baseline, Tensor) else baseline)
-    try: return found.to(images).expand_as(images)
-    except RuntimeError: raise ValueError(f'a baseline {tuple(found.shape)} for an image {tuple(images.shape)}') from None
+    if isinstance(baseline, str): return baseline_of(images, baseline)
+    found = torch.as_tensor(0. if baseline is None else baseline).to(images)
+    try: return found.expand_as(images)
+    except RuntimeError:
+        raise ValueError(f'a baseline {tuple(found.shape)} for an image {tuple(images.shape)}') from None
 
 
 def _pixel_way(name, explain, compares=False):
@@ -80,16 +82,22 @@ def _deep(method, score, x, baseline, target=None):
 
 PIXEL_WAYS = {
     'saliency': (_pixel_way('saliency', lambda m, s, x, **o: pixels.saliency(s, x, **o)), 'gradient'),
-    'input_x_gradient': (_pixel_way('input_x_gradient', lambda m, s, x, **o: pixels.input_times_gradient(s, x, **o), True),
+    'input_x_gradient': (_pixel_way('input_x_gradient', lambda m, s, x, **o: pixels.input_times_gradient(s, x, **o),
+                                    True),
                          'difference times gradient'),
     'integrated_gradients': (_pixel_way('integrated_gradients', _integrated, True), 'share of the difference'),
-    'smoothgrad': (_pixel_way('smoothgrad', lambda m, s, x, spread=25., **o: pixels.smooth_gradient(s, x, spread=spread, **o)),
+    'smoothgrad': (_pixel_way('smoothgrad', lambda m, s, x, spread=25.,
+                              **o: pixels.smooth_gradient(s, x, spread=spread, **o)),
                    'gradient'),
-    'vargrad': (_pixel_way('vargrad', lambda m, s, x, spread=25., **o: pixels.smooth_gradient(s, x, 'variance', spread=spread,
-                                                                                             **o)), 'variance of the gradient'),
+    'vargrad': (_pixel_way('vargrad', lambda m, s, x, spread=25.,
+                           **o: pixels.smooth_gradient(s, x, 'variance', spread=spread,
+                                                                                             **o)),
+                'variance of the gradient'),
     'gradient_shap': (_pixel_way('gradient_shap', _shap, True), 'share of the difference'),
-    'guided_backprop': (_pixel_way('guided_backprop', lambda m, s, x: pixels.guided_backprop(s, x, m)), 'guided gradient'),
-    'deconvolution': (_pixel_way('deconvolution', lambda m, s, x: pixels.guided_backprop(s, x, m, False)), 'guided gradient'),
+    'guided_backprop': (_pixel_way('guided_backprop', lambda m, s, x: pixels.guided_backprop(s, x, m)),
+                        'guided gradient'),
+    'deconvolution': (_pixel_way('deconvolution', lambda m, s, x: pixels.guided_backprop(s, x, m, False)),
+                      'guided gradient'),
     'deeplift': (_pixel_way('deeplift', _deep, True), 'share of the difference')}
 UNSIGNED = ('vargrad', 'rise', 'scorecam', 'gscorecam', 'eigencam', 'rollout', 'relevance', 'legrad')
 
@@ -102,7 +110,8 @@ def _occlusion(method, images, target, level, against=None, by='cosine', baselin
     return heat, {}
 
 
-def _rise(method, images, target, level, against=None, by='cosine', masks=500, cells=7, seed=0, chunk=64, divide='shown'):
+def _rise(method, images, target, level, against=None, by='cosine', masks=500, cells=7, seed=0, chunk=64,
+          divide='shown'):
     _whole_image(level, 'rise')
     score, x = score_of(method, target, against, by), images.float()
     answer = (lambda v: score(v).sigmoid()) if target.kind == 'class' else score
@@ -110,7 +119,8 @@ def _rise(method, images, target, level, against=None, by='cosine', masks=500, c
 
 
 def _layer(method, images, target, level, against, by):
-    if isinstance(level, int) and level != -1: raise ValueError(f'level={level}: -1 is the last map; name any other layer')
+    if isinstance(level,
+                  int) and level != -1: raise ValueError(f'level={level}: -1 is the last map; name any other layer')
     if level == -1 and target.kind == 'box': level = 'pyramid.P3_2' # the finest map that a detector reads
     score = score_of(method, target, against, by)
     maps, gradients, values = map_gradients(method, images, [lambda v: v], None if level == -1 else level, score)
@@ -147,7 +157,8 @@ CHANNEL_WAYS = {'gradcam': (_gradient_way('grad_cam'), 'gradient times map'),
                 'hirescam': (_gradient_way('hires_cam'), 'gradient times map'),
                 'layercam': (_gradient_way('layer_cam'), 'gradient times map'),
                 'scorecam': (_score_way(False), 'weighed map'), 'gscorecam': (_score_way(True), 'weighed map'),
-                'eigencam': (_eigen, 'principal direction of the map'), 'guided_gradcam': (_guided, 'guided gradient times map'),
+                'eigencam': (_eigen, 'principal direction of the map'),
+                'guided_gradcam': (_guided, 'guided gradient times map'),
                 'occlusion': (_occlusion, 'fall of the score'), 'rise': (_rise, 'mean answer of masks that show it')}
 
 # %% ../../nbs/629b_attribute.ways.ipynb #4f84ea39
@@ -196,7 +207,8 @@ def _recorded(method, images, target, against, by, encoder):
     with torch.enable_grad(), block_attention(encoder) as maps:
         value = score_of(method, target, against, by)(images.float())[0]
         gradients = torch.autograd.grad(value, maps, allow_unused=True)
-    return [m.detach() for m in maps], [torch.zeros_like(m) if g is None else g for m, g in zip(maps, gradients)], float(value)
+    return [m.detach() for m in maps], [torch.zeros_like(m) if g is None else g for m,
+                                        g in zip(maps, gradients)], float(value)
 
 
 def _grid(images, encoder): return tuple(s // encoder.stride for s in images.shape[-2:])

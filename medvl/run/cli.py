@@ -293,7 +293,8 @@ def list_command(outputs: Outputs = None,
                                   typer.Option(help='Only this state: running, done, failed, killed.')] = None,
                  metric: Annotated[str, typer.Option(help='This metric, and only runs that have it.')] = '',
                  sort: Annotated[str, typer.Option(help='age, run, state or metric.')] = 'age',
-                 form: Annotated[str, typer.Option('--format', help='table, csv (all columns), latex or md.')] = 'table',
+                 form: Annotated[str, typer.Option('--format',
+                                                   help='table, csv (all columns), latex or md.')] = 'table',
                  everything: Annotated[bool, typer.Option('--all', help='All columns and metrics.')] = False) -> None:
     "List the runs: state, age, changed parameters and the main metric."
     from medvl.run.history import brief_runs, list_runs

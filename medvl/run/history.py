@@ -59,7 +59,8 @@ def list_runs(
 def _age(started): # ISO time -> '3 h'
     if not started: return ''
     s = (datetime.now(UTC) - datetime.fromisoformat(started)).total_seconds()
-    return next(f'{s / n:.0f} {unit}' for n, unit in ((86400, 'd'), (3600, 'h'), (60, 'min'), (1, 's')) if s >= 2 * n or n == 1)
+    return next(f'{s / n:.0f} {unit}' for n, unit in ((86400, 'd'), (3600, 'h'), (60, 'min'), (1, 's')) if s >= 2 * n
+                or n == 1)
 
 
 def changed_parameters(
