@@ -19,7 +19,7 @@ from medvl.data.samples.builders import Parts, new_samples
 from medvl.data.text.tokens import build_wordpiece
 from medvl.evaluate.stats.selection import splits_of
 from medvl.losses.itm import RejectionDraws, likeness
-from medvl.methods.base import CAPABILITIES, StepState, capabilities, capability_problems, from_pretrained, save_pretrained
+from medvl.methods.base import CAPABILITIES, CONFIG, StepState, capabilities, capability_problems, from_pretrained, save_pretrained
 from medvl.methods.parts.image import WithVersions
 from medvl.methods.parts.pairs import weigh_attention
 from medvl.methods.recipes import new_method, recipe
@@ -466,6 +466,18 @@ def test_every_row_of_the_originals_configurations():
     for name, queue in (('paper', 40960), ('paper-2022', 49152), ('retrieval-2022', 49152)):
         c = resolve(config_from_dict(XVLConfig, recipe('xvl', name).config))
         assert (c.queue, c.temperature, c.momentum, c.alpha) == (queue, .07, .995, .4), name
+
+
+def test_a_run_and_a_saved_model_of_the_other_variant(chest, tmp_path):
+    "A run does not go on as the other variant, and saved weights do not open as it; nothing is overwritten."
+    fitted(tmp_path/'run', chest, 'smoke', epochs=1)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path/'run').rglob('*') if p.is_file()}
+    with pytest.raises(DataError, match='variant'): fitted(tmp_path/'run', chest, 'smoke-2022', epochs=1)
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path/'run').rglob('*') if p.is_file()}
+    folder = save_pretrained(a_batch(chest)[0], tmp_path/'m')
+    config = json.loads((folder/CONFIG).read_text())
+    (folder/CONFIG).write_text(json.dumps({**config, 'config': {**config['config'], 'variant': '2022', 'image_encoder': 'vit-tiny', 'text_width': 128}}))
+    with pytest.raises(DataError): from_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------ small ones
