@@ -288,6 +288,8 @@ def test_a_killed_run_goes_on_to_the_same_numbers(chest, name, tmp_path):
     for k, v in again.state_dict().items(): assert torch.equal(v, state[k]), k
     losses = [{r['step']: r['loss'] for r in contents(tmp_path/f)[1] if r['kind'] == 'train'} for f in ('whole', 'cut')]
     assert losses[0] == losses[1] and len(losses[0]) > 6
+    for r in contents(tmp_path/'whole')[1]: # meters of collapse, of vectors and of what waits in the queues
+        if r['kind'] == 'train': assert 0 < r['spread'] < 1.5 and 0 < r['queue_spread'] < 1.5
 
 
 def test_what_is_drawn_depends_on_seed_and_step_alone(chest):
