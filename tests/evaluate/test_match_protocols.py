@@ -12,10 +12,11 @@ from torch import nn
 from medvl.core.errors import DataError
 from medvl.data.prepared import subset
 from medvl.data.text.chest_prompts import CHEST_QUESTIONS, read_sentences
+from medvl.data.text.labels import CHEXPERT_NAMES, label_reports
 from medvl.evaluate.metrics.matched import drawn_batches, first_by, label_key, matched_ranks, precision_at, reranked, same_key
 from medvl.evaluate.protocols.match_retrieval import (
     DIRECTIONS, PairScores, batchwise_hits, class_retrieval, exclusive_rows, match_retrieval, needed_pairs, positives_of, rank_pairs,
-    same_side_retrieval)
+    same_side_retrieval, unit_labels)
 from medvl.evaluate.protocols.match_zero_shot import answer_probabilities, match_zero_shot, scored_zones, severity_of, task_scores, zone_scores
 from medvl.evaluate.protocols.pairs import join_rows, match_pairs, match_some, read_image_set, read_text_set, rows_of
 from medvl.evaluate.protocols.retrieval import retrieval_protocol
@@ -345,6 +346,17 @@ def test_own_pair_and_labels(data, tmp_path):
     lonely = subset(data, (data.manifest.split == 'test').to_numpy())
     with pytest.raises(DataError, match='nothing|anything'): match_retrieval(Reader(), lonely, split=None, **alone)
     assert label_key(['Edema', '', ' edema']) == label_key('EDEMA') and label_key([]) == ''
+
+
+def test_studies_in_which_the_labeller_finds_nothing():
+    "Nothing stated is neither 1 nor 0; such studies have the same labels, none, and count as found by each other; alone, they leave where the own pair does."
+    said = ['The wires are unchanged.', 'Large effusion.', 'No prior for comparison.', 'Large effusion.']
+    found = label_reports(said, names=CHEXPERT_NAMES)
+    assert found.iloc[[0, 2]].drop(columns=['Support Devices']).isna().all().all() and found['Pleural Effusion'].tolist()[1::2] == [1, 1]
+    keys = unit_labels(found[['Pleural Effusion', 'Edema']].add_prefix('label_'), np.arange(4), np.arange(4))
+    assert keys[0] == keys[2] == label_key([]) == '' and keys[1] == keys[3] != ''
+    match, among = positives_of(pd.DataFrame(dict(group=range(4))), 'labels', 'left out', keys)
+    assert np.argwhere(match & among).tolist() == [[0, 2], [1, 3], [2, 0], [3, 1]]
 
 
 def test_batches_make_the_number_larger_and_are_drawn_by_seed():

@@ -9,6 +9,7 @@ import pytest
 from medvl.core.paths import read_json
 from medvl.data.phantom.breast_prepared import prepared_phantom
 from medvl.data.prepared import write_table
+from medvl.evaluate.protocols.xvl_published import XVL_REMARKS
 from medvl.methods.published import ABSENT, beside_paper, is_of, published, verdict
 from medvl.run.runner import RunFailedError, run_experiment
 
@@ -75,3 +76,8 @@ def test_the_papers_data_stand_beside_and_are_collected(relabelled, tmp_path):
     collected = pd.read_csv(all_rows.folder/'tables'/'paper.csv')
     rows = collected[collected.ours.notna()]
     assert set(rows.protocol) == {'zero-shot'} and set(rows.data) == {'VinDr'} and table.ours['VinDr', 'mass'] in rows.ours.tolist()
+    xvl = pd.read_csv(all_rows.folder/'tables'/'paper_xvl.csv').set_index(['task', 'metric']) # X-VL's numbers, alone: no image was CheXpert's
+    assert xvl.published['edema', 'auroc'] == .903 and xvl.ours.isna().all() and set(xvl.verdict) == {ABSENT}
+    page = json.loads((all_rows.folder/'run.ipynb').read_text())
+    said = ''.join(''.join(o.get('text', '')) for c in page['cells'] for o in c.get('outputs', []))
+    assert all(text in said for text in XVL_REMARKS.values())

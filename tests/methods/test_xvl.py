@@ -1,12 +1,16 @@
 """X-VL, both variants: whole steps as the originals', files, two processes, capabilities, bad input."""
+import ast
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from golden import golden
+from golden import SHARED, golden
 from training import contents, gradients, quiet, settings
 
+from medvl.core.config import config_from_dict
 from medvl.core.errors import DataError
 from medvl.data.augment.makers import new_augment
 from medvl.data.batch import check_batch, slice_batch
@@ -15,12 +19,12 @@ from medvl.data.samples.builders import Parts, new_samples
 from medvl.data.text.tokens import build_wordpiece
 from medvl.evaluate.stats.selection import splits_of
 from medvl.losses.itm import RejectionDraws, likeness
-from medvl.methods.base import CAPABILITIES, StepState, capabilities, capability_problems, from_pretrained, save_pretrained
+from medvl.methods.base import CAPABILITIES, CONFIG, StepState, capabilities, capability_problems, from_pretrained, save_pretrained
 from medvl.methods.parts.image import WithVersions
 from medvl.methods.parts.pairs import weigh_attention
 from medvl.methods.recipes import new_method, recipe
 from medvl.methods.released.xvl_files import export_xvl, file_variant, open_xvl, xvl_state
-from medvl.methods.xvl import XVL
+from medvl.methods.xvl import XVL, XVLConfig, resolve
 from medvl.models.momentum import momentum_update
 from medvl.train.distributed import average_gradients, exchange_of, launch
 from medvl.train.gradcache import backward_batch
@@ -229,8 +233,8 @@ def test_chunks_give_the_gradient_of_the_whole(chest, name):
         for k, g in grads.items(): torch.testing.assert_close(g, found[0][0][k], rtol=1e-7, atol=1e-10)
 
 
-def one_of_several(name, state, batch, tokenizer):
-    method = quiet(new_method('xvl', name, tokenizer=tokenizer).double())
+def one_of_several(name, state, batch, tokenizer, negatives):
+    method = quiet(new_method('xvl', name, tokenizer=tokenizer, negatives=negatives).double())
     method.load_state_dict(state)
     exchange = exchange_of()
     n = 6 // exchange.world
@@ -242,10 +246,11 @@ def one_of_several(name, state, batch, tokenizer):
 
 
 @pytest.mark.parametrize('name', SMOKES)
-def test_two_processes_are_one(chest, name):
-    "Gradients of every weight, queues and centres; negatives may come from the other process."
+@pytest.mark.parametrize('negatives', ['masked', 'random'])
+def test_two_processes_are_one(chest, name, negatives):
+    "Gradients of every weight, queues and centres; each judges its own rows, and negatives may come from the other process."
     method, batch = a_batch(chest, name)
-    args = name, method.double().state_dict(), doubled(batch), method.tokenizer
+    args = name, method.double().state_dict(), doubled(batch), method.tokenizer, negatives
     grads, losses, kept = one_of_several(*args)
     both = launch(one_of_several, *args)
     for two, _, other in both:
@@ -283,6 +288,8 @@ def test_a_killed_run_goes_on_to_the_same_numbers(chest, name, tmp_path):
     for k, v in again.state_dict().items(): assert torch.equal(v, state[k]), k
     losses = [{r['step']: r['loss'] for r in contents(tmp_path/f)[1] if r['kind'] == 'train'} for f in ('whole', 'cut')]
     assert losses[0] == losses[1] and len(losses[0]) > 6
+    for r in contents(tmp_path/'whole')[1]: # meters of collapse, of vectors and of what waits in the queues
+        if r['kind'] == 'train': assert 0 < r['spread'] < 1.5 and 0 < r['queue_spread'] < 1.5
 
 
 def test_what_is_drawn_depends_on_seed_and_step_alone(chest):
@@ -434,6 +441,45 @@ def test_recipes_of_the_originals_schedule():
         assert t['schedule'] == 'staircase' and t['warmup'] == units * 100
         for step in (0, 99, 100, 650, 700, 1500, 3000):
             assert lr_scale(step, t['epochs'] * 700, t['warmup'], t['schedule'], t['floor'], 700) == staircase(step, 700, t['epochs'], units, .1, t['floor'])
+
+
+def settings_in(name, start):
+    "A dict of settings that an experiment holds, read from its source."
+    code = '\n'.join(''.join(c['source']) for c in json.loads((Path(__file__).parents[2]/'nbs'/'experiments'/f'{name}.ipynb').read_text())['cells'])
+    text = code[code.index(start) + len(start):]
+    return {k.arg: ast.literal_eval(k.value) for k in ast.parse(text[:text.index(')') + 1]).body[0].value.keywords}
+
+
+def test_every_row_of_the_originals_configurations():
+    "Section 5 of the specification: batch, rates, decay and epochs of each task, and its warming in epochs or in units of 100 steps."
+    path = SHARED/'specs'/'xvl.md'
+    if not path.exists(): pytest.skip('specification absent')
+    text = path.read_text()
+    rows = {r[0]: r[1:] for r in re.findall(r'^\| ([\w ]+) \| (\d+)/1 \| ([\d.e-]+)→([\d.e-]+)[^|]*\| ([.\d]+) \| (\d+)/(\d+) \|', text[text.index('## 5. Configs'):], re.M)}
+    ours = {'Pretrain': recipe('xvl', 'paper').train, 'V1 Pretrain': recipe('xvl', 'paper-2022').train, 'Retrieval': recipe('xvl', 'retrieval').train,
+            'Detection': recipe('error_detector', 'paper').train, 'Generation': recipe('writer', 'paper').train, 'VQA': recipe('answerer', 'paper').train,
+            'Classification': settings_in('e35_finetune', "'xvl': "), 'correction': settings_in('e51_correct', "'xvl': ")}
+    assert rows.keys() == ours.keys()
+    for name, (batch, lr, least, decay, epochs, warm) in rows.items():
+        t = ours[name]
+        assert (t['batch_size'], t['epochs'], t['weight_decay']) == (int(batch), int(epochs), float(decay)), name
+        assert (t['lr'], t['lr'] * t['floor']) == pytest.approx((float(lr), float(least))), name
+        assert t['warmup'] == int(warm) * 100 or t['warmup'] == pytest.approx(int(warm) / int(epochs), abs=.01), name
+    for name, queue in (('paper', 40960), ('paper-2022', 49152), ('retrieval-2022', 49152)):
+        c = resolve(config_from_dict(XVLConfig, recipe('xvl', name).config))
+        assert (c.queue, c.temperature, c.momentum, c.alpha) == (queue, .07, .995, .4), name
+
+
+def test_a_run_and_a_saved_model_of_the_other_variant(chest, tmp_path):
+    "A run does not go on as the other variant, and saved weights do not open as it; nothing is overwritten."
+    fitted(tmp_path/'run', chest, 'smoke', epochs=1)
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path/'run').rglob('*') if p.is_file()}
+    with pytest.raises(DataError, match='variant'): fitted(tmp_path/'run', chest, 'smoke-2022', epochs=1)
+    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path/'run').rglob('*') if p.is_file()}
+    folder = save_pretrained(a_batch(chest)[0], tmp_path/'m')
+    config = json.loads((folder/CONFIG).read_text())
+    (folder/CONFIG).write_text(json.dumps({**config, 'config': {**config['config'], 'variant': '2022', 'image_encoder': 'vit-tiny', 'text_width': 128}}))
+    with pytest.raises(DataError): from_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------ small ones

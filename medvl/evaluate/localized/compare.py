@@ -134,6 +134,7 @@ def plot_tasks(
         ax.errorbar(mine.value, y, xerr=error, fmt='none', ecolor='black', elinewidth=.8, capsize=1.5)
         ax.set_title('\n'.join(textwrap.wrap(task.replace('_', ' ').removesuffix(' 100'), 18)), fontsize=6)
         ax.set_yticks(y, models, fontsize=6)
+        ax.set_xlim(min(0, np.nan_to_num(mine.low.min())), max(ax.get_xlim()[1], .05)) # a bar of nothing is no scale
         ax.tick_params(axis='x', labelsize=6); ax.locator_params(axis='x', nbins=4)
     axes[0, 0].invert_yaxis()
     if unit: fig.supxlabel(unit, fontsize=8)
