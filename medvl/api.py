@@ -348,7 +348,8 @@ def report(
         shown = pixels[0, 0]
     if watch: text = watched(method.stream_text(pixels, prompt, views=views, **options))
     else: text = method.generate(pixels, prompt, **({'views': views} if views else {}), **options)[0]
-    return Written(text, shown.cpu().numpy(), f'{method.name}, nobody has checked it', prompt or '', notes)
+    by = f'{method.name}, {"its beginning was given, " if prompt and not prompted else ""}nobody has checked it'
+    return Written(text, shown.cpu().numpy(), by, prompt if prompted else '', notes)
 
 
 @torch.no_grad()

@@ -143,7 +143,8 @@ def test_report_and_answer(models):
     assert isinstance(told, Written) and str(told) == told.text and 'learnt nothing' in repr(told) and told.image.shape == (64, 64)
     drawn = [models['writer'].report(FILM, how='sample', seed=s, max_length=10).text for s in (0, 0)]
     assert drawn[0] == drawn[1]
-    assert models['writer'].report(FILM, 'no effusion', max_length=10).text.startswith('no effusion')
+    begun = models['writer'].report(FILM, 'no effusion', max_length=10)
+    assert begun.text.startswith('no effusion') and 'beginning was given' in repr(begun) and 'Asked' not in repr(begun)
     chosen = models['answerer'].answer(FILM, 'is there an effusion?', ['Yes', 'No'])
     assert chosen.text in ('Yes', 'No') and 'chosen among 2' in chosen.by
     assert 'written freely' in models['answerer'].answer(FILM, 'is there an effusion?').by

@@ -173,8 +173,10 @@ def score_written(texts: Mapping[str, list], # who wrote -> texts, one a referen
             if v.shape != (len(references),):
                 raise DataError(f'the scorer {metric!r} gives {v.shape} for {len(references)} texts',
                                 fix='A scorer gives one number a text.')
-        shown = [(w, v, (0., 1.) if np.nanmax(v, initial=0) <= 1 else None) for w, v in values.items()]
-        shown += [(f'{first} - {w}', values[first] - v, None) for w, v in values.items() if w != first]
+        share = all(np.nanmin(v, initial=0) >= 0 and np.nanmax(v, initial=0) <= 1 for v in values.values())
+        shown = [(w, v, (0., 1.) if share else None) for w, v in values.items()]
+        shown += [(f'{first} - {w}', values[first] - v, (-1., 1.) if share else None) for w, v in values.items()
+                  if w != first]
         for name, v, bounds in shown:
             ok = np.isfinite(v)
             if not ok.any(): continue
