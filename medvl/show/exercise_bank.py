@@ -252,3 +252,43 @@ def _():
                     praise='It shows where a word looked in one layer. '
                            'Cover the place and judge again to learn whether '
                     'the answer rests on it.')
+
+# %% ../../nbs/015a_show.exercise_bank.ipynb #eaf7cb28
+def _scored(logs, p): return float(np.sum(logs)) / ((5 + len(logs)) / 6)**p
+
+
+@_ask('t06.1')
+def _():
+    cases = [(np.log(np.linspace(.2, .9, n)), p) for n in (1, 4, 9) for p in (0., .6, 1.)]
+    wrong = (lambda logs, p: np.sum(logs), lambda logs, p: np.mean(logs), lambda logs, p: np.prod(logs),
+             lambda logs, p: np.sum(logs) / len(logs)**p, lambda logs, p: np.sum(logs) * ((5 + len(logs)) / 6)**p)
+    return Exercise('1', lambda f: all(math.isclose(float(f(l, p)), _scored(l, p), rel_tol=1e-6) for l, p in cases),
+                    'Add the logarithms, and divide by (5 + n)/6 to the power of p.', wrong)
+
+
+@_ask('t06.2')
+def _():
+    cases = (({'a', 'b'}, {'a'}, 2/3), ({'a'}, {'b'}, 0), (set(), {'b'}, 0), (set(), set(), 1), ({'a'}, {'a'}, 1),
+             ({'a', 'b', 'c'}, {'a', 'b', 'd'}, 2/3))
+    wrong = (lambda s, t: len(s & t) / max(1, len(t)), lambda s, t: len(s & t) / max(1, len(s | t)),
+             lambda s, t: 2 * len(s & t) / max(1, len(s) + len(t)), lambda s, t: float(s == t))
+    return Exercise('2', lambda f: all(math.isclose(float(f(s, t)), want, abs_tol=1e-6) for s, t, want in cases),
+                    'Twice the common ones, over the sizes of both together; and 1 where both are empty.', wrong,
+                    praise='The last case is a convention, and in a clinic full of normal images it decides the number.')
+
+# %% ../../nbs/015a_show.exercise_bank.ipynb #393e30cf
+@_ask('t06.3')
+def _():
+    w, r = np.array([.9, .4, .4]), np.array([.1, .4, .2, .95])
+    wrong = (lambda w, r: np.mean(w[:, None] > r), lambda w, r: w.mean() - r.mean(),
+             lambda w, r: np.mean(w[:, None] < r), lambda w, r: np.mean(w > .5))
+    return Exercise('3', lambda f: math.isclose(float(f(w, r)), 8/12, abs_tol=1e-6)
+                    and math.isclose(float(f(r, w)), 4/12, abs_tol=1e-6),
+                    'Compare every wrong report with every right one: w[:, None] against r, ties half.', wrong)
+
+
+@_ask('t06.4')
+def _():
+    return Exercise('4', lambda a: math.isclose(a, 3/4, abs_tol=.005),
+                    'Of four right reports one says "large", of four exchanged ones three do.', wrong=(1/2, 1/4, 1, 3/8),
+                    praise='A mistake that betrays itself in its words measures the words.')
