@@ -359,10 +359,15 @@ class A2I2(Method):
 
     def word_maps(self, images: torch.Tensor, # (b,1|3,h,w) or (b,1,1|3,h,w)
                   texts: list, # one an image
+                  kind: str = 'attention', # there is no other
+                  level: None = None, # there is one grid
                   ) -> tuple: # maps (b,t,h',w'), each sums to 1; b lists of (word, start, end)
         """Give what each word looks at.
 
-        Raises: ValueError for another number of texts than of images; DataError for a text without words."""
+        Raises: ValueError for another number of texts than of images, another kind or level; DataError for a text
+        without words."""
+        if kind != 'attention' or level is not None:
+            raise ValueError(f'A²I² has the attention of its words, at one level, not kind={kind!r}, level={level!r}')
         texts = _joined(texts)
         read = self.read_images(images)
         if len(texts) != len(read['image']) or 'regions' not in read:
