@@ -65,7 +65,8 @@ def exam_word_widget(
             images, words, maps = read(k)
             known[k] = images, words, {v: check_word_maps(m, words) for v, m in maps.items()}
         images, words, _ = known[k]
-        pick['view'].options, pick['word'].options = list(images), [('(none)', -1), *((w, i) for i, w in enumerate(words))]
+        pick['view'].options = list(images)
+        pick['word'].options = [('(none)', -1), *((w, i) for i, w in enumerate(words))]
         pick['view'].value, pick['word'].value = next(iter(images)), -1
         drawn()
 

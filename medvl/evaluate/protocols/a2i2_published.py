@@ -18,10 +18,11 @@ _A2I2 = { # data, as sources begin: name, AUROC and best before, Dice and best b
     'inbreast': ('INbreast', (.90, .78), (.75, .63)), 'cbis': ('CBIS-DDSM', (.85, .79), (.76, .61)),
     'cmmd': ('CMMD', (.85, .78), None), 'csaw': ('CSAW-CC', (.86, .77), None)}
 A2I2_REMARKS = {
-    'source': 'The numbers stand in an abstract; the table behind them has not been seen. No weights were published, and '
-              'the published code cannot run (nbs/350).',
+    'source': 'The numbers stand in an abstract; the table behind them has not been seen. No weights were published, '
+              'and the published code cannot run (nbs/350).',
     'selection': 'The code follows the AUROC of the images it then reports while it trains: the best of 200 epochs.',
-    'data': 'Pre-training used in-house mammograms and Dutch reports of 2010 to 2020; no public data set replaces them.',
+    'data': 'Pre-training used in-house mammograms and Dutch reports of 2010 to 2020; no public data set replaces '
+            'them.',
     'unit': 'Whether an image, a breast or an exam is judged is not said; masks of healthy exams enter the loss.',
     'dice': 'Images without a mask count 1 where nothing is found, else 0 (`empty=agree` of `segmentation`).',
     'shares': 'Numbers with 1 and 10 % of the labels were not found.'}
@@ -50,8 +51,8 @@ def beside_a2i2(
         for metric in [m for m, v in zip(('auroc', 'dice'), values) if v]:
             here = is_of(sources, key)
             row = dict(data=name, task='malignancy' if metric == 'auroc' else 'lesion', metric=metric,
-                       published=paper[name, metric, 'A²I²'], best_before=paper[name, metric, 'best before'], ours=np.nan,
-                       low=np.nan, high=np.nan, verdict='not in this run' if here else ABSENT)
+                       published=paper[name, metric, 'A²I²'], best_before=paper[name, metric, 'best before'],
+                       ours=np.nan, low=np.nan, high=np.nan, verdict='not in this run' if here else ABSENT)
             mine = found[(found.metric == metric) & found.value.notna()] if here and len(found) else found[:0]
             if metric == 'auroc': mine = mine[mine.task.isin(_A2I2_TASKS)]
             if len(mine):
