@@ -70,7 +70,7 @@ def _word_way(kind):
         maps, words = method.word_maps(images, [text], kind, None if level == -1 else level)
         place = next((s for s in word_spans(text) if s[0].lower() == str(target.value).lower()), None)
         if place is None: raise ValueError(f'{target.value!r} is no word of this report')
-        heat = map_of_span(maps[0].cpu(), words[0], *place[1:])
+        heat = map_of_span(maps[0].detach().cpu(), words[0], *place[1:])
         if heat is None: raise ValueError(f'{target.value!r} lies behind what the method reads of this report')
         return torch.as_tensor(heat), {'report': text}
     return draw

@@ -21,7 +21,7 @@ from ..core.seed import key_of
 from ..losses.classification import UNLABELLED, classification_loss, stated
 from .base import Method, StepState, register
 from .parts.guards import check_samples
-from .parts.image_tokens import TokenImageConfig, rest_behind
+from .parts.image_tokens import rest_behind
 from .parts.image_side import EfficientNetConfig, ImageSide, new_efficientnet, saved_image_encoder
 from ..models.checkpoints import LoadReport, load_weights
 from ..models.scaling import normalise_images, scale_images
@@ -172,7 +172,8 @@ def new_classifier(
     if trained is None: taken = {'image_encoder': str(source)}
     else: taken = {f: getattr(trained.config, f) for f in IMAGE_FIELDS if f in {x.name for x in fields(trained.config)}}
     vit = trained is not None and isinstance(trained.image_encoder, VisionTransformer)
-    if trained is not None and isinstance(trained.config, TokenImageConfig): taken['scaling'] = 'data'
+    side = getattr(trained, 'image_side', None) # what the encoder was trained on, it goes on with
+    if side is not None: taken['scaling'] = 'data' if getattr(side.scale, 'func', None) is scale_images else 'image'
     config = ClassifierConfig(**{**taken, **fixed, **changes})
     library = trained is not None and isinstance(trained.image_encoder, TransformersVision)
     with torch.random.fork_rng(devices=[]):

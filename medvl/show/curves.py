@@ -160,9 +160,10 @@ def _step_at(grid, recall, precision):
 def _as_models(scores): return scores if isinstance(scores, dict) else {'': scores}
 
 
-def _area_text(name, area, areas, symbol):
-    "Legend: name, area, and the interval where there is one."
-    ends = f' ({np.percentile(areas, 2.5):.2f} to {np.percentile(areas, 97.5):.2f})' if len(areas) else ', no interval'
+def _area_text(name, area, areas, symbol, ends=None):
+    "Legend: name, area, and the interval where there is one: the one that is given, or quantiles."
+    low, high = ends if ends is not None else np.percentile(areas, [2.5, 97.5]) if len(areas) else (np.nan, np.nan)
+    ends = f' ({low:.2f} to {high:.2f})' if np.isfinite([low, high]).all() else ', no interval'
     return f'{name + ": " if name else ""}{symbol} {area:.2f}{ends}'
 
 # %% ../../nbs/012_show.curves.ipynb #15e3edd6
@@ -174,6 +175,9 @@ def plot_roc(
     seed:int=0, # of the resampling
     title:str='ROC curve', # what it shows
     ax:plt.Axes|None=None, # draw here instead of on a new figure
+    # low and high of the AUROC as the table beside has them; of several models {name: (low, high)}. None: quantiles of
+    # the curve's own resamples
+    ends:tuple|dict|None=None,
 ) -> plt.Figure: # figure
     """Draw ROC curves with pointwise 95 % bands over patients.
 
@@ -185,7 +189,8 @@ def plot_roc(
         low, high, areas = _band(labels, values, patients, n_boot, seed, roc_points, grid, False)
         a, b = roc_points(labels, values)
         ax.fill_between(grid, low, high, color=colour, alpha=0.16, linewidth=0)
-        ax.plot(a, b, color=colour, label=_area_text(name, np.trapezoid(b, a), areas, 'AUROC'))
+        told = ends.get(name) if isinstance(ends, dict) else ends
+        ax.plot(a, b, color=colour, label=_area_text(name, np.trapezoid(b, a), areas, 'AUROC', told))
     ax.plot([0, 1], [0, 1], color='0.6', linewidth=1, linestyle=':')
     ax.set(title=title, xlabel='1 − specificity', ylabel='sensitivity', xlim=(-0.01, 1.01), ylim=(-0.01, 1.01),
            aspect='equal')

@@ -48,6 +48,7 @@ def draw_word_maps(
     chosen: Sequence[int] | None = None, # numbers of the words to draw; None: the six whose maps vary most
     columns: int = 3, # panels in a row
     boxes: Sequence | None = None, # true boxes (n,4), drawn in every panel
+    common: bool = False, # one scale for all words of the text; False: each panel its own
 ) -> plt.Figure:
     "Draw the maps of several words over an image."
     maps = check_word_maps(maps, words)
@@ -57,7 +58,8 @@ def draw_word_maps(
     for ax in axes.flat[len(chosen):]: ax.axis('off')
     for ax, k in zip(axes.flat, chosen):
         m = stretched(maps[k], np.shape(image))
-        draw_view(ax, image, boxes=boxes, heat=m, limits=(float(m.min()), float(m.max()) + 1e-9))
+        scale = maps if common else m
+        draw_view(ax, image, boxes=boxes, heat=m, limits=(float(scale.min()), float(scale.max()) + 1e-9))
         ax.set_title(words[k], fontsize=8)
     return fig
 

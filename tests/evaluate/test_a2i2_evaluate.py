@@ -1,9 +1,13 @@
 """Zero-shot scores, normalisations and mask metrics of A2I2 against the numbers of the original (golden/a2i2)."""
+from types import SimpleNamespace
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from golden import golden
 
+from medvl.attribute.abnormality import score_maps, truth_masks
 from medvl.evaluate.metrics.overlap import TIOU, batch_tiou, best_threshold, mask_overlap, tiou_table
 from medvl.evaluate.protocols.exam_zero_shot import class_scores, normalised, over_present, softmax_rows
 from medvl.losses.region_words import global_similarity, local_similarity, word_attention
@@ -65,3 +69,19 @@ def test_tiou_counts_images_not_batches():
 
 def test_a_threshold_needs_a_mask():
     with pytest.raises(ValueError, match='no validation image has a mask'): best_threshold(np.zeros((2, 4, 4)), np.zeros((2, 4, 4), bool))
+
+
+def test_masks_of_the_labels_alone():
+    "A mask that holds two findings counts only where the wanted one is."
+    mask = np.array([[0, 1], [2, 3]], np.uint8) # bit 0: mass, bit 1: calcification
+    data = SimpleNamespace(info={'settings': {'mask_bits': ['mass', 'calcification']}}, masks=mask[None],
+                           manifest=pd.DataFrame({'image_id': ['a'], 'patient_id': ['p']}), mask=lambda i: mask,
+                           image=lambda i: np.zeros((2, 2), np.uint8))
+    data.boxes = pd.DataFrame([['a', 'mass', 0, 0, 2, 2]], columns=['image_id', 'label', 'x0', 'y0', 'x1', 'y1'])
+    assert truth_masks(data, ['mass']).tolist() == [[[False, True], [False, True]]]
+    assert truth_masks(data, ['calcification']).tolist() == [[[False, False], [True, True]]]
+    assert truth_masks(data).sum() == 3
+    heat = np.array([[[0, 0], [1., 0]]]) # points at the calcification
+    found = score_maps({'m': heat}, data, ['mass'], 'masks').set_index('method').pointing
+    assert found['m'] == 0
+    with pytest.raises(ValueError, match='class of the masks'): truth_masks(data, ['node'])

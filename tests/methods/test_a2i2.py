@@ -7,12 +7,15 @@ import torch
 from golden import golden
 
 import medvl.data.samples.exam  # noqa: F401, declares keywords
+from medvl.attribute.attribute import Target, attribute
 from medvl.core.errors import DataError
 from medvl.data.batch import collate, present_rows
 from medvl.data.text.tokens import build_wordpiece
 from medvl.methods.a2i2 import ABLATIONS, A2I2, A2I2Config, reference_options
 from medvl.methods.base import StepState
+from medvl.methods.classifier import new_classifier
 from medvl.methods.released.a2i2_files import LEFT_OUT, PARTS, a2i2_state, export_a2i2, open_a2i2, our_name
+from medvl.methods.segmenter import segmenter_from
 from medvl.train.hill import hill
 from medvl.train.optim import lr_scale
 
@@ -200,3 +203,44 @@ def test_pairs_are_learnt():
     guess = np.log(6)
     assert last['global_i2t'] < .6 * guess < first['global_i2t'] and last['local_i2t'] < .8 * first['local_i2t']
     assert torch.equal(present_rows(batch['present']), batch['rows'])
+
+
+def test_its_encoder_goes_into_a_classifier_and_a_unet_as_it_was():
+    "Pixels are scaled as in pre-training, so the first features are the pre-trained ones; views are averaged."
+    method, batch = model().eval(), exams(2)
+    with torch.no_grad():
+        wanted = method.image_features(batch['images'], batch['present'])
+        tuned = new_classifier(method, 'mass', frozen=False).eval()
+        torch.testing.assert_close(tuned.image_features(batch['images'], batch['present']), wanted)
+        unet = segmenter_from(method, ['mass'], 'unet', width=.25).eval()
+        torch.testing.assert_close(unet.image_features(batch['images'][:, 0]), method.image_features(batch['images'][:, 0]))
+        assert unet.predict(batch['images'][:, 0]).shape[1] == 1
+    tuned.train()
+    loss = tuned({**batch, 'labels': torch.tensor([[1.], [0.]])})['loss']
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tuned.image_encoder.parameters())
+
+
+def test_views_for_themselves():
+    "With one view an exam both pairings are one; with four, a view has its exam's other views not against it."
+    one = exams(4, present=(True, False, False, False))
+    torch.manual_seed(0); first = model().eval()
+    torch.manual_seed(0); second = model(pairing='view').eval()
+    a, b = losses(first, one), losses(second, one)
+    for k in ('global_i2t', 'global_t2i', 'local_i2t', 'local_t2i'): assert a[k] == pytest.approx(b[k], abs=1e-5)
+    whole = exams(4)
+    found = losses(second, whole)
+    assert found['global_gain'] == pytest.approx(losses(first, whole)['global_gain'], abs=1e-5) # judged as exams
+    f = second.encode(whole)
+    s, here = second.similarities(f)['global'], f['here'].bool()
+    by_hand = [torch.stack([s[i, v, i], *(s[i, v, j] for j in range(4) if j != i for _ in range(int(here[j].sum())))])
+               for i in range(4) for v in range(4) if here[i, v]]
+    wanted = torch.stack([r.logsumexp(0) - r[0] for r in by_hand]).mean()
+    assert found['global_i2t'] == pytest.approx(float(wanted.detach()), abs=1e-4)
+    with pytest.raises(ValueError, match='pairing'): model(pairing='views')
+
+
+def test_words_know_one_kind_of_map():
+    method, images = model().eval(), torch.zeros(1, 1, 64, 64)
+    assert attribute(method, images[0], Target('word', 'mass'), 'word_attention', report='a mass is seen').map.shape == (4, 4)
+    with pytest.raises(ValueError, match='attention of its words'): method.word_maps(images, ['a mass'], 'gradcam')

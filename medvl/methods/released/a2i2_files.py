@@ -182,7 +182,8 @@ CALLS = {
     'model.process_text(text)': ('process_text(model, texts)', 'words are counted, not characters'),
     'model.process_class_prompts(prompts)': ('process_class_prompts(model, prompts)', 'the same for each class'),
     'model.process_img(path)': ('medvl.load / data.prepare', 'resized as prepared images are'),
-    'model.plot_attn_maps(maps, imgs, sents)': ('model.word_maps and show.words.draw_word_maps', 'one colour scale'),
+    'model.plot_attn_maps(maps, imgs, sents)': ('model.word_maps and show.words.draw_word_maps(…, common=True)',
+                                                'or show.exam_words, over all views'),
     'model.plot_post(m, mask, imgs, ato)': ('model.enhance, attribute.abnormality.draw_abnormality',
                                             'pictures in the run')}
 
