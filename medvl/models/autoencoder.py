@@ -84,9 +84,10 @@ class AutoencoderDecoder(nn.Module):
 
 
 def latent_classifier(hidden: int = 1024, classes: int = 2) -> nn.Module: # nn.Sequential
-    "Three layers on the latent vector."
-    return nn.Sequential(nn.ReLU(), nn.Linear(hidden, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(),
-                         nn.Linear(256, classes))
+    "Three layers on the latent vector, each half as wide."
+    half, quarter = hidden // 2, hidden // 4
+    return nn.Sequential(nn.ReLU(), nn.Linear(hidden, half), nn.ReLU(), nn.Linear(half, quarter), nn.ReLU(),
+                         nn.Linear(quarter, classes))
 
 # %% ../../nbs/228_models.autoencoder.ipynb #f823b11e
 def autoencoder_weights(
