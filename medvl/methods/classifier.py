@@ -19,7 +19,7 @@ from torch import nn
 from ..core.errors import DataError, unknown_name
 from ..core.patch import patch
 from ..core.seed import key_of
-from ..losses.classification import UNLABELLED, adjusted_logits, classification_loss, focal_loss, stated
+from ..losses.classification import UNLABELLED, adjusted_logits, classification_loss, focal_ce, stated
 from .base import Method, StepState, register
 from .parts.guards import check_samples
 from .parts.image_tokens import TokenImageConfig, rest_behind
@@ -72,14 +72,17 @@ def check_classifier(
     if config.scaling not in SCALINGS: raise ValueError(unknown_name('scaling', config.scaling, SCALINGS))
     if config.unlabelled not in UNLABELLED:
         raise ValueError(f'unlabelled={config.unlabelled!r}: choose from {", ".join(UNLABELLED)}')
-    if config.unfrozen and not config.frozen: raise ValueError('unfrozen is about a frozen encoder: all of it is trained')
+    if config.unfrozen and not config.frozen: raise ValueError('unfrozen is about a frozen encoder: all of it is '
+                                                               'trained')
     if config.objective not in OBJECTIVES: raise ValueError(unknown_name('objective', config.objective, OBJECTIVES))
-    if config.classes and config.objective != 'ce': raise ValueError(f'objective={config.objective!r} is for binary labels')
+    if config.classes and config.objective != 'ce':
+        raise ValueError(f'objective={config.objective!r} is for binary labels')
     if config.pos_weight and config.objective != 'ce':
         raise ValueError(f'objective={config.objective!r} balances in its own way: pos_weight is of ce')
     wanted = k if config.objective == 'logit_adjust' else 0
     if len(config.prior) != wanted or not all(0 < p < 1 for p in config.prior):
-        raise ValueError(f'prior={config.prior} must be {wanted} shares between 0 and 1 (objective={config.objective!r})')
+        raise ValueError(f'prior={config.prior} must be {wanted} shares between 0 and 1 '
+                         f'(objective={config.objective!r})')
 
 # %% ../../nbs/330_methods.classifier.ipynb #6fdb1dcf
 def _begins(name, parts): return any(name == p or name.startswith(f'{p}.') for p in parts)
@@ -145,7 +148,7 @@ class Classifier(Method):
             loss = F.cross_entropy(z[rows], y[rows, 0].long(), reduction='sum') / rows.sum().clamp(min=1)
         else:
             weight, y = z.new_tensor(c.pos_weight) if c.pos_weight else None, y.to(z.dtype)
-            if c.objective == 'focal': loss = focal_loss(z, y, c.gamma, c.unlabelled)
+            if c.objective == 'focal': loss = focal_ce(z, y, c.gamma, c.unlabelled)
             else:
                 shown = adjusted_logits(z, z.new_tensor(c.prior)) if c.prior else z
                 loss = classification_loss(shown, y, c.unlabelled, weight)

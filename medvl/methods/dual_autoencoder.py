@@ -98,7 +98,8 @@ from .recipes import vary
 
 _SGD = dict(optimizer='sgd', lr=.05, momentum=.9, weight_decay=5e-4, no_decay=(), warmup=0)
 RECIPES = chest_recipes(
-    dict(config=dict(positive=44.), train=dict(epochs=25, batch_size=256, schedule='steps', fall_epochs=5, fall_factor=.1)),
+    dict(config=dict(positive=44.), train=dict(epochs=25, batch_size=256, schedule='steps', fall_epochs=5,
+                                               fall_factor=.1)),
     dict(image_encoder='autoencoder-64'), {}, phantom='heart', size=(160, 160), own_scale=False,
     sample_options=dict(labels=('cardiomegaly',)), augment_options=dict(preset='none'),
     train=dict(_SGD, epochs=100, batch_size=164, schedule='plateau', plateau_monitor='valid_auroc', plateau_mode='max',

@@ -16,7 +16,7 @@ from medvl.evaluate.stats.covariates import covariate_control, stratified_auroc
 from medvl.evaluate.stats.prevalence import moved_prior, predictive_values, taught_prior, value_at
 from medvl.evaluate.stats.scored import Scored
 from medvl.evaluate.stats.selection import splits_of
-from medvl.losses.classification import classification_loss, focal_loss
+from medvl.losses.classification import classification_loss, focal_ce
 from medvl.losses.masked_error import bright, error_sums, hidden_patches, known_error, masked_error
 from medvl.methods.base import StepState, build
 from medvl.methods.dual_autoencoder import DualAutoencoder, DualAutoencoderConfig
@@ -267,11 +267,11 @@ def test_nothing_hidden_and_everything_nan():
 
 def test_losses_against_their_definitions():
     z, y = torch.randn(9, 2, generator=torch.Generator().manual_seed(0)), torch.tensor([[1., 0.]] * 4 + [[0., 1.]] * 4 + [[float('nan')] * 2])
-    torch.testing.assert_close(focal_loss(z, y, 0.), classification_loss(z, y))
+    torch.testing.assert_close(focal_ce(z, y, 0.), classification_loss(z, y))
     t = z[:8].sigmoid()
     pt = torch.where(y[:8] == 1, t, 1 - t)
-    torch.testing.assert_close(focal_loss(z, y, 2.), (-(1 - pt)**2 * pt.log()).mean())
-    with pytest.raises(ValueError, match='gamma'): focal_loss(z, y, -1.)
+    torch.testing.assert_close(focal_ce(z, y, 2.), (-(1 - pt)**2 * pt.log()).mean())
+    with pytest.raises(ValueError, match='gamma'): focal_ce(z, y, -1.)
     assert float(known_error(torch.tensor([1., 2.]), torch.tensor([float('nan'), 4.]), 'mae')) == 2
     assert not bright(torch.zeros(1, 1, 3, 3)).any()
 

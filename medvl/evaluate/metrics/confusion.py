@@ -45,7 +45,8 @@ def confusion_scores(
     part = lambda a, b: a / b if b else math.nan
     sensitivity, specificity = part(tp, tp + fn), part(tn, tn + fp)
     below = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    return dict(accuracy=part(tp + tn, sum(c)), balanced_accuracy=(sensitivity + specificity) / 2, sensitivity=sensitivity,
+    return dict(accuracy=part(tp + tn, sum(c)), balanced_accuracy=(sensitivity + specificity) / 2,
+                sensitivity=sensitivity,
                 specificity=specificity, precision=part(tp, tp + fp), npv=part(tn, tn + fn),
                 f1_positive=part(2 * tp, 2 * tp + fp + fn), mcc=(tp * tn - fp * fn) / below if below else 0.)
 

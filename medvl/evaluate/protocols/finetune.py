@@ -46,7 +46,8 @@ class Monitor:
         if self.metric.startswith('test'): raise ValueError(f'{self.metric}: nothing is chosen on test patients')
         loss = any(w in self.metric for w in ('loss', 'mae', 'error'))
         if loss == (self.mode == 'max'):
-            raise ValueError(f'{self.metric} with mode={self.mode!r} would choose the worst: a loss falls, a score rises')
+            raise ValueError(f'{self.metric} with mode={self.mode!r} would choose the worst: a loss falls, a score '
+                             f'rises')
 
     def settings(self) -> dict: # fields of TrainConfig
         "Give the same choice to checkpoint, early stop and plateau."
@@ -67,7 +68,8 @@ def last_stage(
     if 'enc3' in top: return ('enc3', 'to_latent')
     if 'features' in top and 'denseblock4' in encoder.features: return ('features.denseblock4', 'features.norm5')
     if isinstance(encoder, VisionTransformer): return (f'blocks.{len(encoder.blocks) - 1}', 'norm')
-    if '_blocks' in top: return (f'_blocks.{len(encoder._blocks) - 1}', *(n for n in ('_conv_head', '_bn1') if n in top))
+    if '_blocks' in top: return (f'_blocks.{len(encoder._blocks) - 1}',
+                                 *(n for n in ('_conv_head', '_bn1') if n in top))
     raise ValueError(f'the last stage of {type(encoder).__name__} is not known: choose depth probe or whole')
 
 # %% ../../../nbs/524_evaluate.protocols.finetune.ipynb #078e29da
@@ -84,7 +86,8 @@ class FinetuneConfig:
     correct: bool = True # move probabilities back to the share of the training patients
 
 
-_TRAIN = dict(epochs=10, batch_size=32, lr=1e-3, weight_decay=1e-4, warmup=.1, schedule='cosine', valid_every=0, trackers=())
+_TRAIN = dict(epochs=10, batch_size=32, lr=1e-3, weight_decay=1e-4, warmup=.1, schedule='cosine', valid_every=0,
+              trackers=())
 
 
 def check_finetune(config: FinetuneConfig) -> FinetuneConfig:
@@ -97,7 +100,8 @@ def check_finetune(config: FinetuneConfig) -> FinetuneConfig:
 
 # %% ../../../nbs/524_evaluate.protocols.finetune.ipynb #66e5190d
 def with_new_head(
-    source: Method | nn.Module | str, # a trained method with `image_encoder`, an encoder, or the name of an untrained one
+    # a trained method with `image_encoder`, an encoder, or the name of an untrained one
+    source: Method | nn.Module | str,
     label: str, # binary label
     depth: str = 'whole', # one of DEPTHS
     seed: int = 0, # of the head (and of an untrained encoder)
@@ -111,12 +115,15 @@ def with_new_head(
         torch.manual_seed(key_of(seed, 'fine-tuning'))
         if isinstance(source, str): encoder = build_image_encoder(source)
         else: encoder = copy.deepcopy(getattr(source, 'image_encoder', source)).cpu()
-        if not hasattr(encoder, 'num_features'): raise TypeError(f'{type(source).__name__} has no image encoder to fine-tune')
+        if not hasattr(encoder, 'num_features'):
+            raise TypeError(f'{type(source).__name__} has no image encoder to fine-tune')
         if isinstance(encoder, VisionTransformer): encoder = encoder.plain_copy()
         own = getattr(source, 'config', None) if isinstance(source, Method) else None
-        taken = {f: getattr(own, f) for f in IMAGE_FIELDS if hasattr(own, f)} | {'scaling': getattr(own, 'scaling', 'data')}
+        taken = {f: getattr(own, f) for f in IMAGE_FIELDS if hasattr(own, f)} | {'scaling': getattr(own, 'scaling',
+            'data')}
         taken['image_encoder'] = getattr(encoder, 'name', taken.get('image_encoder', ''))
-        config = ClassifierConfig(**{**taken, 'labels': (label,), 'frozen': depth != 'whole', 'dropout': None, 'drop_connect': None,
+        config = ClassifierConfig(**{**taken, 'labels': (label,), 'frozen': depth != 'whole', 'dropout': None,
+                                     'drop_connect': None,
                                      'unfrozen': last_stage(encoder) if depth == 'last' else (), **changes})
         return Classifier(config, encoder.requires_grad_(True))
 
@@ -153,14 +160,16 @@ def balanced_training(
     y = label_values(part.manifest, label)
     positives, negatives = np.flatnonzero(y == 1), np.flatnonzero(y == 0)
     check_targets({'training': part}, label)
-    share, data = len(positives) / (len(positives) + len(negatives)), ChestImageDataset(part, (label,), True, (), seed=seed)
+    share, data = len(positives) / (len(positives) + len(negatives)), ChestImageDataset(part, (label,), True, (),
+        seed=seed)
     rng, more = numpy_rng('balance', seed, label), {}
     few, many = sorted((positives, negatives), key=len)
     if balancing == 'class_weight': more = dict(pos_weight=(len(negatives) / len(positives),))
     elif balancing == 'focal': more = dict(objective='focal')
     elif balancing == 'logit_adjust': more = dict(objective='logit_adjust', prior=(share,))
     elif balancing == 'sampler': data = Balanced(data, label)
-    elif balancing == 'undersample': data = Repeated(data, np.sort(np.concatenate([few, rng.permutation(many)[:len(few)]])))
+    elif balancing == 'undersample': data = Repeated(data, np.sort(np.concatenate([few,
+        rng.permutation(many)[:len(few)]])))
     elif balancing == 'oversample':
         again = np.concatenate([few, *(rng.permutation(few) for _ in range(len(many) // len(few)))])[:len(many)]
         data = Repeated(data, np.concatenate([many, again]))
@@ -190,7 +199,8 @@ class Finetuned:
     result: ClassificationResult | None # on test patients; None without a test part
     config: FinetuneConfig
 
-    def probabilities(self, scores: np.ndarray) -> np.ndarray: # (n,) of the classifier -> at the training patients' share
+    # (n,) of the classifier -> at the training patients' share
+    def probabilities(self, scores: np.ndarray) -> np.ndarray:
         "Move scores back to the share of the training patients."
         return moved_prior(scores, self.taught, self.share)
 
@@ -211,9 +221,11 @@ def assert_moved(
     strayed = [n for n in moved if not open_to(n)]
     assert not strayed, f'frozen, and moved: {strayed[:4]}'
     assert trained & set(moved), f'nothing was learnt: none of {len(trained)} trained tensors moved'
-    heads = [p for n, p in source.named_parameters() if not n.startswith('image_encoder.')] if isinstance(source, Method) else []
+    heads = [p for n, p in source.named_parameters() if not n.startswith('image_encoder.')] if isinstance(source,
+        Method) else []
     start = before['classifier.classification_head.weight']
-    assert not any(p.shape == start.shape and torch.equal(p.detach().cpu(), start) for p in heads), 'the head was not replaced'
+    assert not any(p.shape == start.shape and torch.equal(p.detach().cpu(),
+                                                          start) for p in heads), 'the head was not replaced'
     return len(moved), sum(not open_to(n) for n in state)
 
 # %% ../../../nbs/524_evaluate.protocols.finetune.ipynb #87f6e68a

@@ -31,7 +31,8 @@ def proxy_estimates(
     m, found, device = prepared.manifest, [], device_of(method)
     with evaluating(method):
         for rows, pixels in pixel_batches(prepared, np.arange(len(prepared)), batch_size):
-            x = torch.from_numpy(pixels if pixels.dtype == np.uint8 else pixels.astype(np.float32)*(255/65535)).unsqueeze(1)
+            x = torch.from_numpy(pixels if pixels.dtype == np.uint8
+                                 else pixels.astype(np.float32)*(255/65535)).unsqueeze(1)
             said = method.estimate(x.to(device)).float().cpu().numpy()
             check_finite({'estimate': said}, rows, m.image_id.astype(str).to_numpy())
             found.append(said)
@@ -48,7 +49,8 @@ def _age(frame, mean):
     flat = ((e - e.mean())**2).sum()
     slope = ((a - a.mean())*(e - e.mean())).sum()/flat if flat else np.nan
     return dict(age_mae=np.abs(e - a).mean(), age_mae_of_mean=np.abs(a - mean).mean(),
-                age_mae_saved=np.abs(a - mean).mean() - np.abs(e - a).mean(), age_r2=1 - ((e - a)**2).sum()/left if left else np.nan,
+                age_mae_saved=np.abs(a - mean).mean() - np.abs(e - a).mean(),
+                age_r2=1 - ((e - a)**2).sum()/left if left else np.nan,
                 age_bias=(e - a).mean(), age_slope=slope)
 
 
@@ -74,7 +76,8 @@ def proxy_table(
         judge = (lambda f: _age(f, float(np.nanmean(ages)))) if task == 'age' else _sex
         codes, people = pd.factorize(frame.patient_id)
         where = [np.flatnonzero(codes == k) for k in range(len(people))]
-        draws = pd.DataFrame([judge(frame.iloc[np.concatenate([where[k] for k in rng.integers(0, len(people), len(people))])])
+        draws = pd.DataFrame([judge(frame.iloc[np.concatenate([where[k] for k in rng.integers(0, len(people),
+            len(people))])])
                               for _ in range(n_boot)])
         unit = {'age_r2': 'share', 'age_slope': 'years a year', 'sex_auroc': 'image'}
         rows += [dict(metric=m, value=v, low=draws[m].quantile(.025), high=draws[m].quantile(.975), n=len(frame),

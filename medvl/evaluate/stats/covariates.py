@@ -34,10 +34,12 @@ def covariate_table(
     out = {}
     for name in names:
         if name not in COVARIATES: raise ValueError(unknown_name('covariate', name, COVARIATES))
-        if name not in manifest: raise DataError('the data do not say this.', column=name, fix='Leave it out of the covariates.')
+        if name not in manifest: raise DataError('the data do not say this.', column=name,
+                                                 fix='Leave it out of the covariates.')
         if name == 'age':
             age = real_values(manifest, 'age')[:, 0].astype(float)
-            out |= {'age': np.nan_to_num((age - 50)/20), 'age²': np.nan_to_num(((age - 50)/20)**2), 'no age': np.isnan(age)}
+            out |= {'age': np.nan_to_num((age - 50)/20), 'age²': np.nan_to_num(((age - 50)/20)**2),
+                    'no age': np.isnan(age)}
         elif name == 'sex': out |= {'male': manifest.sex == 'M', 'no sex': ~manifest.sex.isin(['F', 'M'])}
         else: out |= {f'view {v}': manifest['view'] == v for v in ('PA', 'AP', 'AP SUPINE')}
     return pd.DataFrame(out, index=manifest.index).astype(float)
@@ -73,8 +75,10 @@ def covariate_control(
     y = label_values(test.manifest, label)
     for names in sets:
         p = covariate_scores(parts['train'], test, label, names)
-        found = estimates({label: (y, p)}, Scored(label, 'test', y, p, test.manifest).patients, metrics, n_boot, level, seed=seed)
-        rows += [{'covariates': ' + '.join(names), 'task': t, 'metric': m, **e.row(), 'split': 'test'} for (t, m), e in found.items()]
+        found = estimates({label: (y, p)}, Scored(label, 'test', y, p, test.manifest).patients, metrics, n_boot, level,
+                          seed=seed)
+        rows += [{'covariates': ' + '.join(names), 'task': t, 'metric': m, **e.row(), 'split': 'test'} for (t, m),
+                 e in found.items()]
     return pd.DataFrame(rows)
 
 # %% ../../../nbs/502a_evaluate.stats.covariates.ipynb #2bdc802f
@@ -114,5 +118,6 @@ def stratified_auroc(
         if p: draws.append(a/p)
     low, high = np.quantile(draws, [(1 - level)/2, (1 + level)/2]) if draws else (np.nan, np.nan)
     both = [g for g in np.unique(group) if {0., 1.} <= set(y[group == g])]
-    return dict(value=above/pairs, low=float(low), high=float(high), n=int((~np.isnan(y)).sum()), unit=scored.unit, pairs=int(pairs),
+    return dict(value=above/pairs, low=float(low), high=float(high), n=int((~np.isnan(y)).sum()), unit=scored.unit,
+                pairs=int(pairs),
                 strata=len(both), left_out=int((~np.isin(group, both)).sum()))

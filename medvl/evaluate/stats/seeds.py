@@ -24,7 +24,8 @@ def over_seeds(
     reference: str = 'none', # arm that the others are compared with, at the same fraction
     metric: str = 'auroc', # any metric of binary labels
     n_boot: int = 1000, level: float = .95, seed: int = 0, # of the resampling of patients
-) -> pd.DataFrame: # proxy, fraction, metric, value, low, high, seeds, least, most, difference, difference_low, difference_high, n, patients
+# proxy, fraction, metric, value, low, high, seeds, least, most, difference, difference_low, difference_high, n, patients
+) -> pd.DataFrame:
     """Average over seeds, with intervals over patients.
 
     Raises: DataError for no scores, or scores of other images."""
