@@ -115,12 +115,15 @@ class Reconstruction(ImageMethod):
         return out if self.joint is None else {**out, 'joint': self.joint(low.mean((2, 3)))}
 
     def losses(self, features: dict, batch: dict, state: StepState) -> dict: # labels (b,k) where `joint` has any
-        "Give `loss`, `recon`, and `joint`; in evaluation mode its AUROC. Raises: ValueError for labels of another shape."
+        """Give `loss`, `recon`, and `joint`; in evaluation mode its AUROC.
+
+        Raises: ValueError for labels of another shape."""
         c, recon = self.config, masked_error(features['sums'])
         if self.joint is None: return {'loss': recon, 'recon': recon.detach()}
         z = features['joint'].float() if features['joint'].dtype != torch.float64 else features['joint']
         if 'labels' not in batch or batch['labels'].shape != z.shape:
-            raise ValueError(f'labels of shape {tuple(z.shape)} are needed: {", ".join(c.joint)}; give the samples labels={c.joint}')
+            raise ValueError(f'labels of shape {tuple(z.shape)} are needed: {", ".join(c.joint)}; '
+                             f'give the samples labels={c.joint}')
         y = batch['labels'].to(z.device, z.dtype)
         loss = classification_loss(z, y)
         out = {'loss': recon + c.joint_weight * loss, 'recon': recon, 'joint': loss}

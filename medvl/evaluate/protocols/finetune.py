@@ -244,8 +244,8 @@ def finetune(
 ) -> Finetuned:
     """Fine-tune an encoder, choose by one monitor, judge once.
 
-    Raises: DataError for a part with one class or leaking parts; AssertionError where nothing moved, or something frozen
-    did; ValueError for impossible options."""
+    Raises: DataError for a part with one class or leaking parts; AssertionError where nothing moved, or something
+    frozen did; ValueError for impossible options."""
     c = check_finetune(config or FinetuneConfig())
     validator = Validator(parts['valid'], (label,), (), unit)
     data, more, share = balanced_training(parts['train'], label, c.balancing, seed)
@@ -260,7 +260,8 @@ def finetune(
                    validate=validator)
     moved, frozen = assert_moved(before, method, source)
     best = from_pretrained(Path(folder)/'best')
-    said, told = validator(best)[c.monitor.metric], read_json(Path(folder)/'best'/'config.json')['metrics'][c.monitor.metric]
+    told = read_json(Path(folder)/'best'/'config.json')['metrics'][c.monitor.metric]
+    said = validator(best)[c.monitor.metric]
     if not np.isclose(said, told, atol=1e-4):
         raise DataError(f'the best weights give {said:.4f}, the run said {told:.4f}.', file=str(folder))
     result = (classification(best, parts, unit, by=by, n_boot=n_boot, seed=seed, check=False, baseline=baseline)

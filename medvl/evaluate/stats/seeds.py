@@ -24,7 +24,7 @@ def over_seeds(
     reference: str = 'none', # arm that the others are compared with, at the same fraction
     metric: str = 'auroc', # any metric of binary labels
     n_boot: int = 1000, level: float = .95, seed: int = 0, # of the resampling of patients
-# proxy, fraction, metric, value, low, high, seeds, least, most, difference, difference_low, difference_high, n, patients
+# a row an arm and fraction: value, low, high, seeds, least, most, difference …
 ) -> pd.DataFrame:
     """Average over seeds, with intervals over patients.
 
@@ -33,7 +33,8 @@ def over_seeds(
     y, codes = np.asarray(labels, float), pd.factorize(np.asarray(patients))[0]
     for key, s in scores.items():
         if len(s) != len(y): raise DataError(f'{key} has {len(s)} scores for {len(y)} images.')
-    evaluators = {k: Evaluator(y, np.asarray(s, float), [metric], codes, int(codes.max()) + 1) for k, s in scores.items()}
+    people = int(codes.max()) + 1
+    evaluators = {k: Evaluator(y, np.asarray(s, float), [metric], codes, people) for k, s in scores.items()}
     draws = dict(zip(evaluators, (d[0] for d in resample(list(evaluators.values()), n_boot, seed))))
     values, rows = {k: float(e()[0, 0]) for k, e in evaluators.items()}, []
     for arm, fraction in dict.fromkeys((a, f) for a, f, _ in scores):
@@ -42,11 +43,13 @@ def over_seeds(
         mean = lambda ks, of: np.mean([of[k] for k in ks], 0)
         low, high = np.nanquantile(mean(keys, draws), [(1 - level)/2, (1 + level)/2])
         each = [values[k] for k in keys]
-        row = dict(proxy=arm, fraction=fraction, metric=metric, value=float(np.mean(each)), low=float(low), high=float(high), seeds=len(keys),
-                   least=min(each), most=max(each), n=int((~np.isnan(y)).sum()), patients=int(codes.max()) + 1)
+        row = dict(proxy=arm, fraction=fraction, metric=metric, value=float(np.mean(each)), low=float(low),
+                   high=float(high), seeds=len(keys),
+                   least=min(each), most=max(each), n=int((~np.isnan(y)).sum()), patients=people)
         if other and arm != reference:
             apart = np.nanquantile(mean(keys, draws) - mean(other, draws), [(1 - level)/2, (1 + level)/2])
-            row |= dict(difference=row['value'] - float(np.mean([values[k] for k in other])), difference_low=float(apart[0]),
+            least = float(np.mean([values[k] for k in other]))
+            row |= dict(difference=row['value'] - least, difference_low=float(apart[0]),
                         difference_high=float(apart[1]))
         rows.append(row)
     columns = ['difference', 'difference_low', 'difference_high']
