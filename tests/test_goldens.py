@@ -1,4 +1,4 @@
-"""No golden file of LoVT, Mammo-CLIP, X-VL or A2I2 lies unread: every one is named by a test, and holds what its manifest says."""
+"""No golden file of LoVT, Mammo-CLIP, X-VL, A2I2 or the cardiomegaly originals lies unread: every one is named by a test, and holds what its manifest says."""
 import ast
 import json
 import re
@@ -9,7 +9,10 @@ import pytest
 from golden import SHARED, golden
 
 TESTS = Path(__file__).resolve().parent
-SYSTEMS = ('lovt', 'mammoclip', 'xvl', 'a2i2')
+SYSTEMS = ('lovt', 'mammoclip', 'xvl', 'a2i2', 'cardiomegaly')
+# of explanations and their evaluation: they belong to issue 14, whose tests will read them; nothing else may be left out
+NOT_YET = {f'cardiomegaly/{n}' for n in ('attr_cam_and_curves.npz', 'attr_cnn.json', 'attr_cnn.npz', 'attr_vit.json', 'attr_vit.npz',
+                                         'chefer_bimodal.json', 'chefer_bimodal.npz', 'localisation.json', 'localisation.npz')}
 
 
 def names_in(path):
@@ -33,7 +36,9 @@ def unread(files, patterns):
 def test_every_golden_file_is_read_by_a_test():
     if not (SHARED/'golden').is_dir(): pytest.skip('golden data absent: ../shared/golden')
     files = [f'{s}/{p.name}' for s in SYSTEMS for p in sorted((SHARED/'golden'/s).iterdir()) if p.name != 'README.md']
-    patterns = [n for p in TESTS.rglob('*.py') if p != Path(__file__).resolve() for n in names_in(p)] + [re.escape('lovt/manifest.json')]
+    assert set(files) >= NOT_YET
+    files = [f for f in files if f not in NOT_YET]
+    patterns = [n for p in TESTS.rglob('*.py') if p != Path(__file__).resolve() for n in names_in(p)] + [re.escape(f'{s}/manifest.json') for s in ('lovt', 'cardiomegaly')]
     assert len(files) > 80 and unread(files, patterns) == []
 
 
@@ -42,8 +47,9 @@ def test_an_unread_file_is_noticed():
     assert unread(['lovt/dice.npz', 'lovt/local_image.npz', 'mammoclip/arch_b2.json', 'mammoclip/arch_b5_w.json', 'lovt/new.npz'], patterns) == ['mammoclip/arch_b5_w.json', 'lovt/new.npz']
 
 
-def test_the_arrays_of_lovt_are_those_of_the_manifest():
-    listed, folder = json.loads(golden('lovt/manifest.json').read_text()), SHARED/'golden'/'lovt'
+@pytest.mark.parametrize('system', ['lovt', 'cardiomegaly'])
+def test_the_arrays_are_those_of_the_manifest(system):
+    listed, folder = json.loads(golden(f'{system}/manifest.json').read_text()), SHARED/'golden'/system
     assert {p.name for p in folder.glob('*.npz')} == {n for n in listed if n.endswith('.npz')}
     for name in sorted(listed):
         if not name.endswith('.npz'): continue

@@ -54,7 +54,8 @@ def cohort_table(
     rows = {unit.removesuffix('_id') + 's' if unit else 'images': {n: f'{len(f)}' for n, f in frames.items()}}
     for column in numbers:
         values = [f[column].dropna().to_numpy(float) for f in frames.values()]
-        text = ['not stated' if not len(v) else '{:.0f} [{:.0f}, {:.0f}]'.format(*np.percentile(v, [50, 25, 75])) for v in values]
+        text = ['not stated' if not len(v) else '{:.0f} [{:.0f}, {:.0f}]'.format(*np.percentile(v,
+            [50, 25, 75])) for v in values]
         p, test, normal = _numeric(values) if len(values) > 1 else (np.nan, '', np.nan)
         rows[f'{column}, median [quartiles]'] = {**dict(zip(frames, text)), 'p': p, 'test': test, 'p normal': normal,
                                                  'n': '/'.join(str(len(v)) for v in values)}
@@ -64,4 +65,5 @@ def cohort_table(
         text = [f'{a} ({a/(a + b):.1%})' if a + b else 'not stated' for a, b in hit]
         p, test = _shares(hit) if len(hit) > 1 else (np.nan, '')
         rows[what] = {**dict(zip(frames, text)), 'p': p, 'test': test, 'n': '/'.join(str(a + b) for a, b in hit)}
-    return pd.DataFrame(rows).T.rename_axis('property').reindex(columns=[*frames, 'p', 'test', 'p normal', 'n']).fillna('')
+    return pd.DataFrame(rows).T.rename_axis('property').reindex(columns=[*frames, 'p', 'test', 'p normal',
+        'n']).fillna('')

@@ -24,7 +24,8 @@ def error_sums(found: torch.Tensor, # (b,1,h,w)
 
     Raises: ValueError for another kind or shapes that differ."""
     if kind not in ERRORS: raise ValueError(unknown_name('error', kind, ERRORS))
-    if found.shape != images.shape: raise ValueError(f'{tuple(found.shape)} cannot be compared with {tuple(images.shape)}')
+    if found.shape != images.shape:
+        raise ValueError(f'{tuple(found.shape)} cannot be compared with {tuple(images.shape)}')
     e = (found - images).square() if kind == 'mse' else (found - images).abs()
     m = torch.ones_like(e) if mask is None else mask.expand_as(e).to(torch.promote_types(e.dtype, mask.dtype)
                                                                      if mask.is_floating_point() else e.dtype)
@@ -92,7 +93,8 @@ def known_error(found: torch.Tensor, # (b,)
 
     Raises: ValueError for another kind or shapes that differ."""
     if kind not in REGRESSIONS: raise ValueError(unknown_name('error', kind, REGRESSIONS))
-    if found.shape != target.shape: raise ValueError(f'{tuple(found.shape)} estimates for {tuple(target.shape)} targets')
+    if found.shape != target.shape:
+        raise ValueError(f'{tuple(found.shape)} estimates for {tuple(target.shape)} targets')
     known = ~target.isnan()
     y = torch.where(known, target, found.detach()).to(found.dtype)
     each = {'mse': F.mse_loss, 'mae': F.l1_loss, 'huber': F.huber_loss}[kind](found, y, reduction='none')

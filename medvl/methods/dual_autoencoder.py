@@ -39,7 +39,9 @@ class DualAutoencoderConfig(ImageConfig):
 # %% ../../nbs/325a_methods.dual_autoencoder.ipynb #8bd32051
 @register
 class DualAutoencoder(ImageMethod):
-    "Reconstruction and classification from one latent vector. Source: self_supervised_cardiomegaly_detector, approach C."
+    """Reconstruction and classification from one latent vector.
+
+    Source: self_supervised_cardiomegaly_detector, approach C."""
     name, config_class = 'dual_autoencoder', DualAutoencoderConfig
     gathered, gathered_batch = ('logits', 'sums'), ('labels',)
 
@@ -47,7 +49,8 @@ class DualAutoencoder(ImageMethod):
         c = DualAutoencoderConfig() if config is None else config
         if getattr(c, 'mask', '') not in LOSS_MASKS: raise ValueError(unknown_name('mask', c.mask, LOSS_MASKS))
         if min(c.ce_weight, c.recon_weight) < 0 or not max(c.ce_weight, c.recon_weight) > 0 or not c.positive > 0:
-            raise ValueError(f'ce_weight={c.ce_weight}, recon_weight={c.recon_weight}, positive={c.positive}: weights are 0 '
+            raise ValueError(f'ce_weight={c.ce_weight}, recon_weight={c.recon_weight}, positive={c.positive}: '
+                             f'weights are 0 '
                              'or more, not both 0')
         super().__init__(c, new_autoencoder(c.image_encoder) if image_encoder is None else image_encoder)
         hidden = self.image_encoder.num_features
@@ -65,11 +68,13 @@ class DualAutoencoder(ImageMethod):
 
     def losses(self, features: dict, batch: dict, state: StepState) -> dict: # labels (b,1): 1, 0, NaN
         "Give `loss`, `recon`, `ce`; in evaluation mode the AUROC. Raises: ValueError for labels of another shape."
-        c, z = self.config, features['logits'] if features['logits'].dtype == torch.float64 else features['logits'].float()
+        c, z = self.config, features['logits']
+        if z.dtype != torch.float64: z = z.float()
         recon = masked_error(features['sums'])
         if not c.ce_weight: return {'loss': c.recon_weight * recon, 'recon': recon}
         if 'labels' not in batch or tuple(batch['labels'].shape) != (len(z), 1):
-            raise ValueError(f'labels of shape {(len(z), 1)} are needed ({c.joint}): give the samples labels=({c.joint!r},)')
+            raise ValueError(f'labels of shape {(len(z), 1)} are needed ({c.joint}): give the samples '
+                             f'labels=({c.joint!r},)')
         y = batch['labels'][:, 0].to(z.device)
         known, weight = y >= 0, z.new_tensor([1., c.positive if self.training else 1.])
         target = torch.where(known, y, 0).long()
@@ -98,7 +103,8 @@ from .recipes import vary
 
 _SGD = dict(optimizer='sgd', lr=.05, momentum=.9, weight_decay=5e-4, no_decay=(), warmup=0)
 RECIPES = chest_recipes(
-    dict(config=dict(positive=44.), train=dict(epochs=25, batch_size=256, schedule='steps', fall_epochs=5, fall_factor=.1)),
+    dict(config=dict(positive=44.), train=dict(epochs=25, batch_size=256, schedule='steps', fall_epochs=5,
+                                               fall_factor=.1)),
     dict(image_encoder='autoencoder-64'), {}, phantom='heart', size=(160, 160), own_scale=False,
     sample_options=dict(labels=('cardiomegaly',)), augment_options=dict(preset='none'),
     train=dict(_SGD, epochs=100, batch_size=164, schedule='plateau', plateau_monitor='valid_auroc', plateau_mode='max',

@@ -63,7 +63,8 @@ class MAE(ImageMethod):
         c = MAEConfig() if config is None else config
         if not 0 < getattr(c, 'hidden', .5) < 1: raise ValueError(f'hidden={c.hidden} must lie in (0, 1)')
         if image_encoder is None:
-            image_encoder = VisionTransformer(c.image_encoder, c.side, c.patch, width=c.image_width, depth=c.image_depth,
+            image_encoder = VisionTransformer(c.image_encoder, c.side, c.patch, width=c.image_width,
+                                              depth=c.image_depth,
                                               heads=c.image_heads, checkpointing=c.image_checkpointing)
             if c.image_weights: load_vit(image_encoder, c.image_weights)
         super().__init__(c, image_encoder)
@@ -127,7 +128,8 @@ class MAE(ImageMethod):
         flat, patches = hidden.flatten(1)[..., None], to_patches(x, self.image_encoder.stride)
         drawn = self.draw(self.visible(x, hidden), hidden)
         if c.normalised: drawn = drawn * (patches.var(-1, keepdim=True) + 1e-6).sqrt() + patches.mean(-1, keepdim=True)
-        made = [from_patches(torch.where(flat, p, patches), hidden.shape[1:]) for p in (drawn, torch.zeros_like(patches))]
+        made = [from_patches(torch.where(flat, p, patches), hidden.shape[1:]) for p in (drawn,
+            torch.zeros_like(patches))]
         return tuple((m * c.image_std + c.image_mean).clamp(0, 1) for m in made)
 
 # %% ../../nbs/325c_methods.mae.ipynb #8fa9d31e
@@ -138,7 +140,8 @@ _VIT = dict(image_encoder='vit-tiny', side=96, patch=8, image_width=96, image_de
             decoder_depth=2, decoder_heads=4)
 RECIPES = chest_recipes(
     dict(augment_options=dict(preset='flip')), _VIT, MILD, phantom='heart', sample_options=dict(labels=()),
-    train=dict(ADAM, optimizer='adamw', betas=(.9, .95), no_decay=('1d',), batch_size=256, lr=3e-4, weight_decay=.05, warmup=.1,
+    train=dict(ADAM, optimizer='adamw', betas=(.9, .95), no_decay=('1d',), batch_size=256, lr=3e-4, weight_decay=.05,
+               warmup=.1,
                epochs=200))
 RECIPES['reference'] = vary(RECIPES['reference'], 'crop and flip alone, as He et al.')
 for _name in ('small', 'smoke'):

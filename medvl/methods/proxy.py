@@ -31,7 +31,8 @@ class ProxyConfig(ImageConfig):
     age_mean: float = 50.0  # years, of the training patients
     age_std: float = 18.0  # years, of the training patients
     age_oldest: float = 89.0  # years, of 'sigmoid'
-    age_error: str = 'huber'  # 'mse' (the original), 'mae' or 'huber', of the age in units of its deviation or of oldest
+    # 'mse' (the original), 'mae' or 'huber', of the age in units of its deviation or of oldest
+    age_error: str = 'huber'
     age_weight: float = 1.0  # of its loss
     sex_weight: float = 1.0  # of its loss
 
@@ -39,12 +40,15 @@ class ProxyConfig(ImageConfig):
 def check_proxy(config: ProxyConfig) -> None:
     "Raises: ValueError naming what contradicts what."
     c = config
-    if not c.tasks or len(set(c.tasks)) < len(c.tasks): raise ValueError(f'tasks={c.tasks}: name age, sex or both, once each')
+    if not c.tasks or len(set(c.tasks)) < len(c.tasks):
+        raise ValueError(f'tasks={c.tasks}: name age, sex or both, once each')
     for t in c.tasks:
         if t not in TASKS: raise ValueError(unknown_name('task', t, TASKS))
-    if c.age_output not in ('linear', 'sigmoid'): raise ValueError(unknown_name('age_output', c.age_output, ('linear', 'sigmoid')))
+    if c.age_output not in ('linear', 'sigmoid'): raise ValueError(unknown_name('age_output', c.age_output, ('linear',
+        'sigmoid')))
     if c.age_error not in REGRESSIONS: raise ValueError(unknown_name('age_error', c.age_error, REGRESSIONS))
-    if not (c.age_std > 0 and c.age_oldest > 0): raise ValueError(f'age_std={c.age_std}, age_oldest={c.age_oldest}: years above 0')
+    if not (c.age_std > 0 and c.age_oldest > 0):
+        raise ValueError(f'age_std={c.age_std}, age_oldest={c.age_oldest}: years above 0')
     if c.age_weight < 0 or c.sex_weight < 0: raise ValueError('weights of losses are 0 or more')
 
 # %% ../../nbs/325_methods.proxy.ipynb #89576d83
@@ -77,7 +81,8 @@ class Proxy(ImageMethod):
         c, n = self.config, len(next(iter(features.values())))
         if 'targets' not in batch or tuple(batch['targets'].shape) != (n, len(c.tasks)):
             have = tuple(batch['targets'].shape) if 'targets' in batch else 'none'
-            raise ValueError(f'targets of shape {(n, len(c.tasks))} are needed, {", ".join(c.tasks)}; there are {have}: '
+            raise ValueError(f'targets of shape {(n, len(c.tasks))} are needed, {", ".join(c.tasks)}; there are '
+                             f'{have}: '
                              f'give the samples targets={c.tasks}')
         out = {}
         for k, t in enumerate(c.tasks):
@@ -115,7 +120,8 @@ RECIPES = chest_recipes(
          augment_options=dict(preset='none')), {}, MILD,
     config=dict(image_encoder='resnet-101', tasks=('age',)), phantom='heart',
     sample_options=dict(targets=('age',), labels=()), train=_ORIGINAL,
-    ablations={'sex': dict(about='sex instead of age', config=dict(tasks=('sex',)), sample_options=dict(targets=('sex',))),
+    ablations={'sex': dict(about='sex instead of age', config=dict(tasks=('sex',)),
+                           sample_options=dict(targets=('sex',))),
                'age_sex': dict(about='age and sex', config=dict(tasks=('age', 'sex')),
                                sample_options=dict(targets=('age', 'sex')))})
 RECIPES['reference'] = vary(RECIPES['reference'], "as near as it comes to the original's code as it ran")

@@ -47,7 +47,8 @@ def check_reconstruction(config: ReconstructionConfig) -> None:
     if not 0 <= c.hidden < 1: raise ValueError(f'hidden={c.hidden} must lie in [0, 1): something has to be seen')
     if c.counts == 'hidden' and not c.hidden: raise ValueError("counts='hidden' with hidden=0: nothing would count")
     if min(c.dim, c.width, c.patch) < 1 or c.joint_weight < 0:
-        raise ValueError(f'dim={c.dim}, width={c.width}, patch={c.patch}, joint_weight={c.joint_weight}: sizes are 1 or more')
+        raise ValueError(f'dim={c.dim}, width={c.width}, patch={c.patch}, joint_weight={c.joint_weight}: sizes are 1 '
+                         f'or more')
     if len(set(c.joint)) < len(c.joint): raise ValueError(f'joint={c.joint}: each label once')
 
 # %% ../../nbs/325b_methods.reconstruction.ipynb #4fe71de0
@@ -59,7 +60,8 @@ def upward(channels: int, # of the bottleneck
 
     Raises: ValueError for another stride."""
     doublings = int(math.log2(stride))
-    if 2**doublings != stride: raise ValueError(f'cells of {stride} pixels are no power of two: this encoder cannot be drawn back')
+    if 2**doublings != stride:
+        raise ValueError(f'cells of {stride} pixels are no power of two: this encoder cannot be drawn back')
     layers = []
     for k in range(doublings):
         wide = max(8, width >> k)
@@ -72,7 +74,8 @@ def upward(channels: int, # of the bottleneck
 @register
 class Reconstruction(ImageMethod):
     "An encoder that learns to draw its image again, patches of which it did not see."
-    name, config_class, gathered, gathered_batch = 'reconstruction', ReconstructionConfig, ('sums', 'joint'), ('labels',)
+    name, config_class, gathered, gathered_batch = 'reconstruction', ReconstructionConfig, ('sums',
+        'joint'), ('labels',)
 
     def __init__(self, config: ReconstructionConfig | None = None, image_encoder: nn.Module | None = None):
         super().__init__(config, image_encoder)
@@ -82,7 +85,8 @@ class Reconstruction(ImageMethod):
         self.decoder = upward(c.dim, c.width, getattr(self.image_encoder, 'stride', None) or 32)
         self.joint = nn.Linear(c.dim, len(c.joint)) if c.joint else None
 
-    def hide(self, x: torch.Tensor, batch: dict) -> tuple: # (b,1,h,w) scaled -> the same with holes; bool (b,1,h,w) holes
+    # (b,1,h,w) scaled -> the same with holes; bool (b,1,h,w) holes
+    def hide(self, x: torch.Tensor, batch: dict) -> tuple:
         "Hide patches of images."
         c, (h, w) = self.config, x.shape[-2:]
         if not c.hidden: return x, torch.zeros_like(x, dtype=torch.bool)
@@ -111,12 +115,15 @@ class Reconstruction(ImageMethod):
         return out if self.joint is None else {**out, 'joint': self.joint(low.mean((2, 3)))}
 
     def losses(self, features: dict, batch: dict, state: StepState) -> dict: # labels (b,k) where `joint` has any
-        "Give `loss`, `recon`, and `joint`; in evaluation mode its AUROC. Raises: ValueError for labels of another shape."
+        """Give `loss`, `recon`, and `joint`; in evaluation mode its AUROC.
+
+        Raises: ValueError for labels of another shape."""
         c, recon = self.config, masked_error(features['sums'])
         if self.joint is None: return {'loss': recon, 'recon': recon.detach()}
         z = features['joint'].float() if features['joint'].dtype != torch.float64 else features['joint']
         if 'labels' not in batch or batch['labels'].shape != z.shape:
-            raise ValueError(f'labels of shape {tuple(z.shape)} are needed: {", ".join(c.joint)}; give the samples labels={c.joint}')
+            raise ValueError(f'labels of shape {tuple(z.shape)} are needed: {", ".join(c.joint)}; '
+                             f'give the samples labels={c.joint}')
         y = batch['labels'].to(z.device, z.dtype)
         loss = classification_loss(z, y)
         out = {'loss': recon + c.joint_weight * loss, 'recon': recon, 'joint': loss}
@@ -137,7 +144,8 @@ from .recipes import vary
 _JOINT = dict(config=dict(joint=('cardiomegaly',)), sample_options=dict(labels=('cardiomegaly',)))
 RECIPES = chest_recipes(
     dict(config=dict(hidden=0., counts='nonzero', **_JOINT['config']), sample_options=_JOINT['sample_options']),
-    dict(), MILD, phantom='heart', sample_options=dict(labels=()), train=dict(ADAM, batch_size=128, lr=3e-4, weight_decay=1e-4),
+    dict(), MILD, phantom='heart', sample_options=dict(labels=()), train=dict(ADAM, batch_size=128, lr=3e-4,
+        weight_decay=1e-4),
     ablations={'loss_mask': dict(about='nothing is hidden, tissue counts', config=dict(hidden=0., counts='bright')),
                'plain': dict(about='nothing is hidden, everything counts', config=dict(hidden=0.)),
                'joint': dict(about='with the label beside it', **_JOINT)})

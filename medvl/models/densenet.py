@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import DataError, unknown_name
-from ..core.patch import patch
 from .checkpoints import Checkpoint, LoadReport, load_weights, read_checkpoint
 from .efficientnet import GreyStem, run_checkpointed
 from .pooling import GeM
@@ -26,7 +25,8 @@ class DenseLayer(nn.Module):
     "BN, ReLU, 1×1, BN, ReLU, 3×3: the new channels beside the old."
     def __init__(self, channels_in: int, growth: int, momentum: float):
         super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm2d(channels_in, momentum=momentum), nn.Conv2d(channels_in, 4 * growth, 1, bias=False)
+        self.norm1, self.conv1 = nn.BatchNorm2d(channels_in, momentum=momentum), nn.Conv2d(channels_in, 4 * growth, 1,
+            bias=False)
         self.norm2, self.conv2 = (nn.BatchNorm2d(4 * growth, momentum=momentum),
                                   nn.Conv2d(4 * growth, growth, 3, padding=1, bias=False))
 
@@ -54,8 +54,10 @@ class DenseNetConfig:
     stem: int  # channels of the stem
 
 
-DENSENETS = {'densenet-121': DenseNetConfig(32, (6, 12, 24, 16), 64), 'densenet-169': DenseNetConfig(32, (6, 12, 32, 32), 64),
-             'densenet-201': DenseNetConfig(32, (6, 12, 48, 32), 64), 'densenet-tiny': DenseNetConfig(8, (2, 2, 2, 2), 16)}
+DENSENETS = {'densenet-121': DenseNetConfig(32, (6, 12, 24, 16), 64), 'densenet-169': DenseNetConfig(32, (6, 12, 32,
+    32), 64),
+             'densenet-201': DenseNetConfig(32, (6, 12, 48, 32), 64), 'densenet-tiny': DenseNetConfig(8, (2, 2, 2, 2),
+                 16)}
 DENSE_STAGES = ('input', 'conv1', 'conv2', 'conv3', 'conv4', 'conv5')
 
 # %% ../../nbs/204_models.densenet.ipynb #420511ac
@@ -98,36 +100,33 @@ class DenseNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor: # (b,1|3,h,w) normalised -> (b, num_features)
         return self.pool(self.feature_maps(x))
 
-# %% ../../nbs/204_models.densenet.ipynb #74648382
-@patch(DenseNet)
-def stages(self: DenseNet, x: torch.Tensor) -> dict: # (b,1|3,h,w), normalised
-    """Give the maps of all stages: input, conv1 (1/2), conv2 (1/4), conv3 (1/8), conv4 (1/16), conv5 (1/32).
+    def stages(self, x: torch.Tensor) -> dict: # (b,1|3,h,w), normalised
+        """Give the maps of all stages: input, conv1 (1/2), conv2 (1/4), conv3 (1/8), conv4 (1/16), conv5 (1/32).
 
-    Raises: ValueError for another number of channels."""
-    if x.dim() != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f'images must be (b,1,h,w) or (b,3,h,w), not {tuple(x.shape)}')
-    f, maps = self.features, {'input': x}
-    maps['conv1'] = x = F.relu(f['norm0'](f['conv0'](x)))
-    x = F.max_pool2d(x, 3, 2, padding=1)
-    for k in range(1, 5):
-        saves = self.checkpointing is True or self.checkpointing and f'conv{k + 1}' in self.checkpointing
-        for layer in f[f'denseblock{k}'].values():
-            x = run_checkpointed(layer, x) if saves and self.training and torch.is_grad_enabled() else layer(x)
-        maps[f'conv{k + 1}'] = x
-        if k < 4: x = f[f'transition{k}'](x)
-    return {**maps, 'conv5': F.relu(f['norm5'](x))}
+        Raises: ValueError for another number of channels."""
+        if x.dim() != 4 or x.shape[1] not in (1, 3):
+            raise ValueError(f'images must be (b,1,h,w) or (b,3,h,w), not {tuple(x.shape)}')
+        f, maps = self.features, {'input': x}
+        maps['conv1'] = x = F.relu(f['norm0'](f['conv0'](x)))
+        x = F.max_pool2d(x, 3, 2, padding=1)
+        for k in range(1, 5):
+            saves = self.checkpointing is True or self.checkpointing and f'conv{k + 1}' in self.checkpointing
+            for layer in f[f'denseblock{k}'].values():
+                x = run_checkpointed(layer, x) if saves and self.training and torch.is_grad_enabled() else layer(x)
+            maps[f'conv{k + 1}'] = x
+            if k < 4: x = f[f'transition{k}'](x)
+        return {**maps, 'conv5': F.relu(f['norm5'](x))}
 
-
-@patch(DenseNet)
-def feature_maps(self: DenseNet, x: torch.Tensor,
-                 level: int | str = -1) -> torch.Tensor: # level -1: conv5; 0..5 or a name of DENSE_STAGES
-    "Give the map of one stage, (b,c,h',w')."
-    names = {-1: 'conv5', **dict(enumerate(DENSE_STAGES)), **{s: s for s in DENSE_STAGES}}
-    if level not in names: raise ValueError(unknown_name('level', level, names))
-    return self.stages(x)[names[level]]
+    def feature_maps(self, x: torch.Tensor,
+                     level: int | str = -1) -> torch.Tensor: # level -1: conv5; 0..5 or a name of DENSE_STAGES
+        "Give the map of one stage, (b,c,h',w')."
+        names = {-1: 'conv5', **dict(enumerate(DENSE_STAGES)), **{s: s for s in DENSE_STAGES}}
+        if level not in names: raise ValueError(unknown_name('level', level, names))
+        return self.stages(x)[names[level]]
 
 # %% ../../nbs/204_models.densenet.ipynb #73c2e338
-_OLD = re.compile(r'^(.*denselayer\d+\.(?:norm|conv))\.([12]\.(?:weight|bias|running_mean|running_var|num_batches_tracked))$')
+_OLD = re.compile(
+    r'^(.*denselayer\d+\.(?:norm|conv))\.([12]\.(?:weight|bias|running_mean|running_var|num_batches_tracked))$')
 
 
 def load_densenet(encoder: DenseNet, # to fill

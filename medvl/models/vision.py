@@ -117,12 +117,12 @@ def build_image_encoder(name: str | Path = 'efficientnet-b2', # efficientnet-b0 
                                                               # -small, -base, -large; hub name; local folder
                         pretrained: bool = False, # load the weights that belong to the name
                         weights: str | Path | None = None, # file of weights for an EfficientNet, (torchvision's
-                                                           # names) a ResNet or DenseNet, or a ViT of iBOT, DINO, timm or
+                                                           # names) a ResNet or DenseNet, a ViT of iBOT, DINO, timm or
                                                            # transformers; a classifier in it is left out
                         checkpointing: bool = False, # recompute activations in the backward pass
                         pooling: str = 'auto', # for transformers backbones
                         **options, # for EfficientNet: padding, dropout, drop_connect, bn_momentum; for ResNet:
-                                   # zero_init, bn_momentum; for DenseNet: bn_momentum; for all: gem, learn_gem; for ViT:
+                                   # zero_init, bn_momentum; DenseNet: bn_momentum; all: gem, learn_gem; ViT:
                                    # image_size, patch, width, depth, heads, drop_path …
                         ) -> nn.Module: # module with forward, feature_maps, pool, num_features
     """Build an image encoder.

@@ -220,3 +220,33 @@ def test_saved_and_opened(tmp_path):
     codes, _ = code_data()
     save_pretrained(tiny(codes), tmp_path/'c')
     assert from_pretrained(tmp_path/'c').tokenizer is None
+
+
+class Told(BertPretraining):
+    "Answers with given logits."
+    def token_logits(self, features): return features['words'], features.get('whole')
+
+
+@pytest.mark.parametrize('case', ['mlm', 'mlm_nsp'])
+def test_shares_of_guessed_words_are_pooled_and_the_originals_are_not(case):
+    "Its log averages over sequences, and sums one batch too many in its first window: an accuracy of 1.25 is in the file."
+    told, z = json.loads(golden('cardiomegaly/engine_metrics.json').read_text())[case], np.load(golden('cardiomegaly/engine_metrics.npz'))
+    logits, masked, pair = torch.tensor(z[f'{case}/logits']), torch.tensor(z[f'{case}/masked']), case == 'mlm_nsp'
+    labels = torch.where(masked, torch.tensor(z[f'{case}/labels']), -100)
+    m, theirs = Told(BertPretrainingConfig(vocab_size=logits.shape[-1], width=8, layers=1, heads=2, inner=8, positions=16, pair=pair)), []
+    for k in range(told['batches']):
+        features, batch = {'words': logits[k]}, {'word_labels': labels[k][:, None]}
+        if pair: features['whole'], batch['pair'] = torch.tensor(z[f'{case}/long_stay_logits'][k]), torch.tensor(z[f'{case}/long_stay_label'][k]).flatten()
+        found, extra = m.losses(features, batch, StepState()), told['extra_not_in_original_per_batch'][k]
+        assert int((labels[k] != -100).sum()) == extra['targets'] and float(found['guessed']) == pytest.approx(extra['pooled_accuracy'], abs=1e-6)
+        asked = labels[k] != -100
+        top = (logits[k][asked].topk(5, -1).indices == labels[k][asked][:, None]).float()
+        for n in (3, 5): assert float(top[:, :n].any(1).float().mean()) == pytest.approx(extra[f'pooled_top{n}'], abs=1e-6)
+        right = (logits[k].argmax(-1) == labels[k]) & asked
+        theirs.append(float(np.mean([float(r.sum() / a.sum()) for r, a in zip(right, asked) if a.any()])))
+        assert theirs[-1] == pytest.approx(told['per_batch'][k]['mlm_accuracy'], abs=1e-6)
+        if pair: assert float((features['whole'].argmax(-1) == batch['pair']).float().mean()) == pytest.approx(told['per_batch'][k]['long_stay_accuracy'], abs=1e-6)
+    n = told['measure_every']
+    first = next(v for name, v, _ in told['written_scalars'] if name == 'mlm_accuracy')
+    assert first == pytest.approx(sum(theirs[:n + 1]) / n, abs=1e-6)
+    assert pair == (first > 1) # which no accuracy is

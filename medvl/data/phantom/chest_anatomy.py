@@ -55,8 +55,8 @@ class ChestConfig:
     lesion_scale: float | None = None  # factor on lesion size; None: by difficulty
     min_pixels: float = 5.0  # a nodule is drawn at least this wide, pixels
     markers: bool = True  # burn the side marker, R or L, into the picture
-    # 'finding': a large heart or a normal one; 'ratio': the cardiothoracic ratio varies from patient to patient, age and
-    # sex act on it, and the label cardiomegaly is ratio > 0.5
+    # 'finding': a large heart or a normal one; 'ratio': the cardiothoracic ratio varies from patient to patient, age
+    # and sex act on it, and the label cardiomegaly is ratio > 0.5
     heart: str = 'finding'
     age_effect: float = 1.0  # 'ratio': how strongly age acts on heart, aorta and knob; 0: not at all
     label_noise: float = 0.05  # 'ratio': probability that the label is the other one, as labels read off reports are
@@ -70,7 +70,8 @@ class ChestConfig:
                       smallest=64)
         for name, known in (('heart', HEARTS), ('shortcut', SHORTCUTS)):
             if getattr(self, name) not in known: raise ValueError(unknown_name(name, getattr(self, name), known))
-        if self.rho and not self.shortcut: raise ValueError(f'rho={self.rho} needs a shortcut: {", ".join(SHORTCUTS[1:])}')
+        if self.rho and not self.shortcut:
+            raise ValueError(f'rho={self.rho} needs a shortcut: {", ".join(SHORTCUTS[1:])}')
 
 # %% ../../../nbs/156_data.phantom.chest_anatomy.ipynb #743eae6f
 SIDES = ('R', 'L')

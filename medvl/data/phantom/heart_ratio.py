@@ -35,7 +35,8 @@ def heart_phantom(
 
 def ratio_table(
     folder:str|Path, # of `heart_phantom`, or its `source/`
-) -> pd.DataFrame: # index image_id: ratio (true), measured_ratio (from the masks), cardiomegaly (the label), age, sex, view, cue
+# index image_id: ratio (true), measured_ratio (from the masks), cardiomegaly (the label), age, sex, view, cue
+) -> pd.DataFrame:
     """Read what is known of each heart.
 
     Raises: DataError for a phantom whose hearts have no known ratio."""
@@ -60,7 +61,8 @@ def ratio_baseline(
     Raises: DataError where all labels are alike."""
     y = hearts.cardiomegaly.to_numpy() == 1
     if y.all() or not y.any():
-        raise DataError(f'{int(y.sum())} of {len(y)} hearts are large: both kinds are needed.', fix='Draw more patients.')
+        raise DataError(f'{int(y.sum())} of {len(y)} hearts are large: both kinds are needed.',
+                        fix='Draw more patients.')
     columns, rows = {'sex': hearts.sex == 'M', 'view': hearts['view'] == 'AP'}, []
     for name in scores:
         s = columns.get(name, hearts[name]).to_numpy(float)

@@ -75,7 +75,8 @@ def get_profile(
         if getattr(profile, name) not in allowed:
             raise ValueError(unknown_name(f'profile {name}', getattr(profile, name), allowed))
     if profile.grey in ('equalise_last', *FIRST) and (profile.dtype, profile.aspect) != ('uint8', 'stretch'):
-        raise ValueError(f"a profile with grey={profile.grey!r} has 256 greys and no padding: dtype='uint8', aspect='stretch'.")
+        raise ValueError(f"a profile with grey={profile.grey!r} has 256 greys and no padding: dtype='uint8', "
+                         f"aspect='stretch'.")
     return profile
 
 # %% ../../../nbs/102a_data.pixels.profiles.ipynb #f8aa2f2b

@@ -53,7 +53,8 @@ def write_original_table(
 ) -> pd.DataFrame: # what was written
     "Write a CSV as the cardiomegaly original reads it; rows without age or sex are left out."
     known = cohort[cohort.age.notna() & cohort.sex.isin(['F', 'M'])]
-    table = pd.DataFrame({'FileName': known.index.astype(str) + suffix, 'Cardiomegaly': known.label_cardiomegaly.astype(int),
+    table = pd.DataFrame({'FileName': known.index.astype(str) + suffix,
+                          'Cardiomegaly': known.label_cardiomegaly.astype(int),
                           'PatAge': np.floor(known.age).astype(int),
                           'PatGender': np.where(known.sex == 'M', male, 1 - male)})
     table.to_csv(path, index=False)
@@ -79,14 +80,16 @@ def read_original_table(
     for i in np.flatnonzero((age > 120) | (age.isna() & (df.PatAge != ''))):
         report.add('impossible age', df.FileName[i], int(i), hide_names(df.PatAge[i]), 'unknown')
     there = {Path(p).name: p for p in find_files(images, ('*.png', '*.jpg'), report)}
-    for i in np.flatnonzero(~df.FileName.isin(there)): report.add('no such image', df.FileName[i], int(i), '', 'left out')
+    for i in np.flatnonzero(~df.FileName.isin(there)): report.add('no such image', df.FileName[i], int(i), '',
+                                                                  'left out')
     keep = df.FileName.isin(there).to_numpy()
     if not keep.any(): raise DataError(f'none of the {len(df)} images is in the folder.', file=str(images))
     names = df.FileName[keep].map(lambda p: Path(p).stem)
     records = pd.DataFrame({'image_path': df.FileName[keep].map(there), 'image_id': names,
                             'patient_id': names.str.split('_').str[0], 'exam_id': names, 'laterality': '',
                             'view': 'FRONTAL', 'source': 'nih_cxr', 'age': age.where(age <= 120)[keep],
-                            'sex': (df.PatGender[keep].astype(float) == male).map({True: 'M', False: 'F'}), 'split': split,
+                            'sex': (df.PatGender[keep].astype(float) == male).map({True: 'M', False: 'F'}),
+                            'split': split,
                             'label_cardiomegaly': df.Cardiomegaly[keep].astype(float)}).reset_index(drop=True)
     report.counts = dict(images=len(records), patients=records.patient_id.nunique())
     return Source(records, empty('boxes'), empty('sentences'), report)
