@@ -292,3 +292,33 @@ def _():
     return Exercise('4', lambda a: math.isclose(a, 3/4, abs_tol=.005),
                     'Of four right reports one says "large", of four exchanged ones three do.', wrong=(1/2, 1/4, 1, 3/8),
                     praise='A mistake that betrays itself in its words measures the words.')
+
+# %% ../../nbs/015a_show.exercise_bank.ipynb #a7e10002
+def _over_views(scores, present): return np.where(present, scores, 0).sum(1) / present.sum(1)
+
+
+@_ask('t07.1')
+def _():
+    scores = np.array([[4., 2., 9., 9.], [1., 3., 5., 7.], [8., -1e9, 2., 5.]])
+    present = np.array([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 1, 1]], bool)
+    right = _over_views(scores, present)
+    wrong = (lambda s, p: s.mean(1), lambda s, p: np.where(p, s, 0).mean(1),
+             lambda s, p: np.where(p, s, -np.inf).max(1))
+    return Exercise('1', lambda f: np.allclose(f(scores, present), right), 'A view that is not there adds nothing '
+                    'above the line, and nothing below it.', wrong, praise='And what stands in its place cannot matter.')
+
+
+@_ask('t07.2')
+def _(size): # exams of a batch
+    loss = 4 * math.log(size)
+    return Exercise('2', lambda a: math.isclose(a, loss, abs_tol=.02), 'Two similarities, global and local, each '
+                    'searched in both directions; a guess among so many pays a logarithm.',
+                    wrong=(math.log(size), 2 * math.log(size), size), praise='A loss below that has learnt something; '
+                    'whether it is what you hoped, the loss does not say.')
+
+
+@_ask('t07.3')
+def _():
+    return Exercise('3', lambda a: a is False, 'What else do bright lesions have that other bright things have too? '
+                    'Look at the row of brightness.', wrong=(True, None, 'yes'),
+                    praise='A map must beat what needs no training at all before it deserves a name.')
