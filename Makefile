@@ -37,7 +37,7 @@ gpu-check: install
 	$(BIN)/python .ci/gpu_check.py $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
 
 lab: install
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs/index.ipynb
 
 export: install
 	$(BIN)/nbdev_export

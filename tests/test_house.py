@@ -8,7 +8,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 PACKAGE = REPO/'medvl'
 MODULES = sorted(p for p in PACKAGE.rglob('*.py') if p.name not in ('_modidx.py', '__init__.py'))
-NOTEBOOKS = sorted(p for p in (REPO/'nbs').glob('*.ipynb') if not p.name.startswith('_'))
+NOTEBOOKS = sorted(p for p in (REPO/'nbs').glob('[0-9]*.ipynb'))
 
 
 def room(path): return path.relative_to(PACKAGE).parts[0].removesuffix('.py')

@@ -116,3 +116,15 @@ def test_rooms_import_only_rooms_above():
 def test_no_hard_coded_paths():
     found = [str(p.relative_to(REPO)) for p in (REPO/'medvl').rglob('*.py') if re.search(r'[\'"]/(home|root|Users|work|restricted|data)/', p.read_text())]
     assert not found
+
+
+def test_the_map_names_every_notebook():
+    "nbs/index.ipynb is what .ci/index.py writes: `python .ci/index.py` renews it."
+    import importlib.util
+    spec = importlib.util.spec_from_file_location('index', REPO/'.ci'/'index.py')
+    index = importlib.util.module_from_spec(spec); spec.loader.exec_module(index)
+    written = [''.join(c['source']) for c in json.loads((REPO/'nbs'/'index.ipynb').read_text())['cells']]
+    assert written == list(index.texts())
+    linked = {m for t in written for m in re.findall(r'\]\(([^)#]+)\)', t) if '://' not in m}
+    assert not [m for m in linked if not (REPO/'nbs'/m).exists()]
+    assert not [p for p in NOTEBOOKS if p.name != 'index.ipynb' and p.relative_to(REPO/'nbs').as_posix() not in linked]
