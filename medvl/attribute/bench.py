@@ -125,7 +125,9 @@ def bench_table(
             for m in (m for m in measures if m in group):
                 kept = group[np.isfinite(group[m].astype(float))]
                 if not len(kept): continue
-                e = mean_estimate(kept[m].astype(float), kept.patient_id, n_boot, seed, 'image', limits=None).row()
+                free = m == 'contrast' or m.startswith(('deletion', 'insertion')) # of any size; the others are shares
+                e = mean_estimate(kept[m].astype(float), kept.patient_id, n_boot, seed, 'image',
+                                  limits=None if free else (0., 1.)).row()
                 rows.append(dict(finding=finding, method=method, kind=kind, metric=m,
                                  **{k: e[k] for k in ('value', 'low', 'high', 'unit', 'n', 'patients')}))
     return pd.DataFrame(rows)
