@@ -274,7 +274,7 @@ def _():
              lambda s, t: 2 * len(s & t) / max(1, len(s) + len(t)), lambda s, t: float(s == t))
     return Exercise('2', lambda f: all(math.isclose(float(f(s, t)), want, abs_tol=1e-6) for s, t, want in cases),
                     'Twice the common ones, over the sizes of both together; and 1 where both are empty.', wrong,
-                    praise='The last case is a convention, and in a clinic full of normal images it decides the number.')
+                    praise='The last case is a convention; among normal images it decides the number.')
 
 # %% ../../nbs/015a_show.exercise_bank.ipynb #393e30cf
 @_ask('t06.3')
@@ -290,7 +290,8 @@ def _():
 @_ask('t06.4')
 def _():
     return Exercise('4', lambda a: math.isclose(a, 3/4, abs_tol=.005),
-                    'Of four right reports one says "large", of four exchanged ones three do.', wrong=(1/2, 1/4, 1, 3/8),
+                    'Of four right reports one says "large", of four exchanged ones three do.',
+                    wrong=(1/2, 1/4, 1, 3/8),
                     praise='A mistake that betrays itself in its words measures the words.')
 
 # %% ../../nbs/015a_show.exercise_bank.ipynb #a7e10002
