@@ -498,7 +498,7 @@ RECIPES = {
                                    text_encoder='minilm', text_pretrained=True, max_length=200),
                        train=dict(optimizer='adamw', batch_size=8, epochs=10, lr=2e-4, lr_scales={'text_encoder': 0.1},
                                   schedule='cosine', warmup=0.1, precision='fp32', clip=1.0, freeze_bn=True)),
-    'small': vary(_PAPER, 'minutes on one core, on the breast phantom', size=(96, 64), own_words=True,
+    'small': vary(_PAPER, 'a minute on one core, on the breast phantom: it learns density, not lesions', size=(96, 64), own_words=True,
                   phantom_count=1000, config=dict(_LITTLE, image_encoder='resnet-tiny'),
                   sample_options=dict(max_length=96, flip_horizontal=0.5),
                   augment_options=dict(_GENTLE, mode='random'),
