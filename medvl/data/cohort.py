@@ -59,7 +59,8 @@ def cohort_table(
         text = ['not stated' if not len(v) else '{:.0f} [{:.0f}, {:.0f}]'.format(*np.percentile(v,
             [50, 25, 75])) for v in values]
         p, test, normal = _numeric(values) if len(values) > 1 else (np.nan, '', np.nan)
-        rows[f'{column}, median [quartiles]'] = {**dict(zip(frames, text)), 'p': p, 'compared by': test, 'p normal': normal,
+        rows[f'{column}, median [quartiles]'] = {**dict(zip(frames, text)), 'p': p, 'compared by': test,
+                                                 'p normal': normal,
                                                  'n': '/'.join(str(len(v)) for v in values)}
     for what, (column, value) in shares.items():
         stated = [f[column][f[column].notna() & (f[column].astype(str) != '')] for f in frames.values()]
@@ -67,5 +68,5 @@ def cohort_table(
         text = [f'{a} ({a/(a + b):.1%})' if a + b else 'not stated' for a, b in hit]
         p, test = _shares(hit) if len(hit) > 1 else (np.nan, '')
         rows[what] = {**dict(zip(frames, text)), 'p': p, 'compared by': test, 'n': '/'.join(str(a + b) for a, b in hit)}
-    return pd.DataFrame(rows).T.rename_axis('property').reindex(columns=[*frames, 'p', 'test', 'p normal',
+    return pd.DataFrame(rows).T.rename_axis('property').reindex(columns=[*frames, 'p', 'compared by', 'p normal',
         'n']).fillna('')
