@@ -38,11 +38,13 @@ def cohort_table(
     numbers:tuple=('age',), # columns of numbers
     shares:Mapping|None=None, # what -> (column, value): a share; None: cardiomegaly, men, PA where they are there
     unit:str='patient_id', # one row of each group counts once: 'patient_id' (first row), or '' for every image
-) -> pd.DataFrame: # property -> one text a group, n stated, p, test, p of normality
+) -> pd.DataFrame: # property -> one text a group; p, compared by, p normal, n (stated)
     """Describe groups of images side by side.
 
-    Raises: DataError for no group, an empty one, or an unknown column."""
+    Raises: DataError for no group, an empty one, or an unknown column; ValueError for a group with a column's name."""
     if not groups: raise DataError('a table of who is in the data needs at least one group.')
+    if taken := set(groups) & {'p', 'compared by', 'p normal', 'n'}:
+        raise ValueError(f'a group cannot be called {sorted(taken)[0]!r}: that is a column of the table')
     for name, frame in groups.items():
         if not len(frame): raise DataError(f'the group {name!r} is empty.')
         for column in (*numbers, *((c for c, _ in shares.values()) if shares else ()), *([unit] if unit else [])):
@@ -57,13 +59,14 @@ def cohort_table(
         text = ['not stated' if not len(v) else '{:.0f} [{:.0f}, {:.0f}]'.format(*np.percentile(v,
             [50, 25, 75])) for v in values]
         p, test, normal = _numeric(values) if len(values) > 1 else (np.nan, '', np.nan)
-        rows[f'{column}, median [quartiles]'] = {**dict(zip(frames, text)), 'p': p, 'test': test, 'p normal': normal,
+        rows[f'{column}, median [quartiles]'] = {**dict(zip(frames, text)), 'p': p, 'compared by': test,
+                                                 'p normal': normal,
                                                  'n': '/'.join(str(len(v)) for v in values)}
     for what, (column, value) in shares.items():
         stated = [f[column][f[column].notna() & (f[column].astype(str) != '')] for f in frames.values()]
         hit = np.array([[(s == value).sum(), (s != value).sum()] for s in stated])
         text = [f'{a} ({a/(a + b):.1%})' if a + b else 'not stated' for a, b in hit]
         p, test = _shares(hit) if len(hit) > 1 else (np.nan, '')
-        rows[what] = {**dict(zip(frames, text)), 'p': p, 'test': test, 'n': '/'.join(str(a + b) for a, b in hit)}
-    return pd.DataFrame(rows).T.rename_axis('property').reindex(columns=[*frames, 'p', 'test', 'p normal',
+        rows[what] = {**dict(zip(frames, text)), 'p': p, 'compared by': test, 'n': '/'.join(str(a + b) for a, b in hit)}
+    return pd.DataFrame(rows).T.rename_axis('property').reindex(columns=[*frames, 'p', 'compared by', 'p normal',
         'n']).fillna('')

@@ -115,5 +115,5 @@ RECIPES = chest_recipes(
                                                  plateau_mode='min'))})
 # its matrix fits one size only
 RECIPES['smoke'] = vary(RECIPES['smoke'], config=dict(image_encoder='autoencoder-tiny'), ablations={})
-RECIPES['small'] = vary(RECIPES['small'], train=dict(monitor='valid_loss', mode='min'), ablations={})
+RECIPES['small'] = vary(RECIPES['small'], size=(64, 64), train=dict(monitor='valid_loss', mode='min'), ablations={})
 RECIPES['reference'] = vary(RECIPES['reference'], "as near as it comes to the original's code as it ran")

@@ -58,7 +58,7 @@ class AutoencoderEncoder(nn.Module):
         return self.pool(self.feature_maps(x))
 
 # %% ../../nbs/228_models.autoencoder.ipynb #fe18ba99
-AUTOENCODERS = {'autoencoder-1024': (1024, 160), 'autoencoder-32': (32, 160), 'autoencoder-64': (64, 96),
+AUTOENCODERS = {'autoencoder-1024': (1024, 160), 'autoencoder-32': (32, 160), 'autoencoder-64': (64, 64),
                 'autoencoder-tiny': (8, 64)} # numbers of the latent vector, side of the image
 
 

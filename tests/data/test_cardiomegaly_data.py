@@ -198,11 +198,11 @@ def test_cohort_table_is_scipys():
                                          'label_cardiomegaly': (rng.random(n) < p).astype(float)})
     a, b, c = make(150, 46, .5), make(90, 55, .2), make(50, 50, .4)
     two, three = cohort_table({'a': a, 'b': b}), cohort_table({'a': a, 'b': b, 'c': c})
-    assert two.p['age, median [quartiles]'] == stats.mannwhitneyu(a.age, b.age).pvalue and two.test['age, median [quartiles]'] == 'Mann-Whitney'
+    assert two.p['age, median [quartiles]'] == stats.mannwhitneyu(a.age, b.age).pvalue and two['compared by']['age, median [quartiles]'] == 'Mann-Whitney'
     assert three.p['age, median [quartiles]'] == stats.kruskal(a.age, b.age, c.age).pvalue
     table = np.array([[(f.sex == 'M').sum(), (f.sex != 'M').sum()] for f in (a, b)])
     assert two.p['male'] == stats.chi2_contingency(table, correction=False).pvalue and two.a['male'] == f'{table[0, 0]} ({table[0, 0]/150:.1%})'
-    assert two.test['PA view'] == 'one value only' and two['p normal']['age, median [quartiles]'] == min(stats.normaltest(x.age).pvalue for x in (a, b))
+    assert two['compared by']['PA view'] == 'one value only' and two['p normal']['age, median [quartiles]'] == min(stats.normaltest(x.age).pvalue for x in (a, b))
     assert two.a['age, median [quartiles]'] == '{:.0f} [{:.0f}, {:.0f}]'.format(*np.percentile(a.age, [50, 25, 75]))
 
 
@@ -210,3 +210,6 @@ def test_cohort_table_counts_a_patient_once():
     a = pd.DataFrame({'patient_id': list('112'), 'age': [1., 1., 9.], 'sex': list('MMF'), 'view': 'PA', 'label_cardiomegaly': [1., 1., 0.]})
     assert cohort_table({'a': a}).a['patients'] == '2' and cohort_table({'a': a}, unit='').a['male'] == '2 (66.7%)'
     with pytest.raises(DataError, match='at least one'): cohort_table({})
+    both = cohort_table({'train': a, 'test': a}) # groups that are called as splits are
+    assert both.test['patients'] == both.train['patients'] == '2' and both.test['male'] == both.train['male']
+    with pytest.raises(ValueError, match='called'): cohort_table({'p': a})

@@ -439,3 +439,13 @@ def test_planted_shortcuts_are_found_by_covariates_at_every_strength(tmp_path):
         if rho == 1:
             with pytest.raises(DataError, match='no stratum'): stratified_auroc(s, ('view',), 30)
     assert values[0] < .68 and values[0] < values[1] < values[2] == 1.
+
+
+def test_the_published_rows_are_those_of_the_table():
+    from medvl.evaluate.protocols.cardiomegaly_published import CARDIO_TEST, cardiomegaly_table
+    t, ours = told('table2'), cardiomegaly_table()
+    assert tuple(t['test_set'].values()) == CARDIO_TEST and ours.model.tolist() == [r['model'] for r in t['rows']]
+    for got, row in zip(ours.itertuples(), t['rows']):
+        p = row['published']
+        assert (got.auroc, got.sensitivity, got.specificity, got.F1_column, got.mcc) == (p['auc'], p['sensitivity'], p['specificity'], p['f1_column'], p['mcc'])
+        assert got.accuracy_recomputed == pytest.approx(row['recomputed']['accuracy']) and got.verdict == 'data absent, not run'
