@@ -323,3 +323,65 @@ def _():
     return Exercise('3', lambda a: a is False, 'What else do bright lesions have that other bright things have too? '
                     'Look at the row of brightness.', wrong=(True, None, 'yes'),
                     praise='A map must beat what needs no training at all before it deserves a name.')
+
+# %% ../../nbs/015a_show.exercise_bank.ipynb #37ae16fd
+def _grid(points, low, high): return low * (high / low)**(np.arange(points) / (points - 1))
+
+
+def _smooth(losses, beta):
+    mean, out = 0., []
+    for k, loss in enumerate(losses, 1):
+        mean = beta * mean + (1 - beta) * loss
+        out.append(mean / (1 - beta**k))
+    return np.array(out)
+
+
+@_ask('t08.1')
+def _():
+    wrong = (lambda n, a, b: np.linspace(a, b, n), lambda n, a, b: a * (b / a)**(np.arange(n) / n),
+             lambda n, a, b: np.linspace(np.log(a), np.log(b), n))
+    return Exercise('1', lambda f: np.allclose(f(7, 1e-4, 1.), _grid(7, 1e-4, 1.)),
+                    'Each rate is the one before it times the same number; the last one is `high` itself.', wrong)
+
+
+@_ask('t08.2')
+def _():
+    x = np.array([3., 1., 2., 5.])
+    wrong = (lambda v, b: np.asarray(v), lambda v, b: np.full(len(v), np.mean(v)),
+             lambda v, b: _smooth(v, b) * (1 - b**np.arange(1, len(v) + 1)))
+    return Exercise('2', lambda f: np.allclose(f(x, .9), _smooth(x, .9)),
+                    'The mean starts at 0: after k steps it holds '
+                    'only a share of 1 - beta^k of any weight. Divide by that share.', wrong)
+
+
+@_ask('t08.3')
+def _(patience):
+    return Exercise('3', lambda a: a == 11 // (patience + 1), 'The first value is the best of all, for ever. Count the '
+                    'values behind it; the rate falls when `patience` of them were borne and another one comes.',
+                    wrong=(0, 1, 11, 12, -1), praise='The rate falls because the loss does. One word, in a published '
+                    'fine-tuning.')
+
+# %% ../../nbs/015a_show.exercise_bank.ipynb #c72f057a
+@_ask('t10.1')
+def _():
+    return Exercise('1', lambda a: math.isclose(a, .12, abs_tol=.0005), 'A share of a share.',
+                    wrong=(.15, .8, .95, .65), praise='So of a hundred words the network sees eighty-eight, and one or '
+                    'two that are wrong.')
+
+
+@_ask('t10.2')
+def _():
+    sums, asked = np.array([4., 9., 1.]), np.array([2, 3, 1])
+    right = math.exp(14 / 6)
+    wrong = (lambda s, n: math.exp(np.mean(np.asarray(s) / n)), lambda s, n: np.sum(s) / np.sum(n),
+             lambda s, n: np.mean(np.exp(np.asarray(s) / n)), lambda s, n: 2**(np.sum(s) / np.sum(n)))
+    return Exercise('2', lambda f: math.isclose(f(sums, asked), right, rel_tol=1e-6), 'One mean over all hidden words, '
+                    'whichever text they stand in; then the exponential.', wrong)
+
+
+@_ask('t10.3')
+def _():
+    return Exercise('3', lambda a: a is False, 'Which texts are long? What does the mean over texts give to the only '
+                    'hidden word of a short one?', wrong=(True, None, 'yes'),
+                    praise='The EHR original logs the mean over sequences, and sums one batch too many: its first '
+                    '"accuracy" can be 1.25.')
