@@ -6,8 +6,7 @@
 __all__ = ['CONTROLS', 'MEASURES', 'control_map', 'bench_scores', 'bench_table', 'beside_controls']
 
 # %% ../../nbs/632_attribute.bench.ipynb #7f355219
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -19,7 +18,7 @@ from .faithfulness import change_curve
 from .localisation import box_mask, brightness_map, mean_estimate, random_map
 from .map_measures import contrast_to_noise, map_measures
 from .maps import upsample
-from .targets import Target, score_of, target_of
+from .targets import score_of, target_of
 from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
 from ..core.seed import numpy_rng

@@ -6,7 +6,6 @@
 __all__ = ['OUTCOMES', 'outcome_of', 'typical', 'both_maps', 'OutcomeGrid', 'outcome_grid']
 
 # %% ../../nbs/627_attribute.outcomes.ipynb #0396c163
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..losses.masked_error import hidden_patches
-from .base import Method, StepState, register
+from .base import StepState, register
 from .parts.guards import check_samples
 from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod

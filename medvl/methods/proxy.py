@@ -14,7 +14,7 @@ from torch import nn
 
 from ..core.errors import unknown_name
 from ..losses.masked_error import REGRESSIONS, known_error
-from .base import Method, StepState, register
+from .base import StepState, register
 from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod, mean_auroc
 from .parts.guards import check_samples

@@ -16,7 +16,7 @@ from torch import nn
 from ..core.errors import unknown_name
 from ..losses.classification import classification_loss, stated
 from ..losses.masked_error import ERRORS, bright, error_sums, hidden_patches, masked_error
-from .base import Method, StepState, register
+from .base import StepState, register
 from .parts.guards import check_samples
 from .parts.image_side import ImageConfig
 from .parts.image import ImageMethod, mean_auroc

@@ -15,7 +15,7 @@ from medvl.data.batch import check_batch, collate
 from medvl.data.cells import sex_letter
 from medvl.data.cohort import cohort_table
 from medvl.data.phantom.chest_prepared import prepared_chest_phantom
-from medvl.data.pixels.equalised import equalised, loss_mask, original_pixels, resize_plain
+from medvl.data.pixels.equalised import equalised, loss_mask, original_pixels
 from medvl.data.pixels.profiles import Profile, get_profile, preprocess
 from medvl.data.releases.cardiomegaly import cohort_rows, read_original_table, rows_to_valid, patients_on_both_sides, write_original_table
 from medvl.data.releases.nih_cxr import read_entries, read_nih_cxr

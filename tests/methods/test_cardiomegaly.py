@@ -21,7 +21,7 @@ from medvl.losses.masked_error import bright, error_sums, hidden_patches, known_
 from medvl.methods.base import StepState, build
 from medvl.methods.dual_autoencoder import DualAutoencoder, DualAutoencoderConfig
 from medvl.methods.parts.image import new_image_method
-from medvl.models.autoencoder import AutoencoderEncoder, autoencoder_weights, latent_classifier
+from medvl.models.autoencoder import AutoencoderEncoder, autoencoder_weights
 from medvl.models.densenet import DenseNet, load_densenet
 from medvl.models.resnet import ResNet, load_resnet
 from medvl.models.vision import build_image_encoder

@@ -14,8 +14,6 @@ import pandas as pd
 from ...core.errors import DataError, unknown_name
 from ...data.prepared import Prepared
 from ...data.samples.targets import label_values, real_values
-from ..metrics.curves import Metric
-from ..metrics.rank import ratio
 from .bootstrap import estimates
 from .scored import Scored
 from .subgroups import age_band
