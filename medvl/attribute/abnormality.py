@@ -54,7 +54,8 @@ def as_maker(maps: np.ndarray, # (n,h,w) of all images of a data set
     return lambda row, attribute: maps[row]
 
 # %% ../../nbs/640_attribute.abnormality.ipynb #5130ee26
-def readings_of(data: Prepared, labels: Sequence[str] | None) -> list: # as `mask_reading`: of the labels, or of anything
+def readings_of(data: Prepared,
+                labels: Sequence[str] | None) -> list: # as `mask_reading`: of the labels, or of anything
     """Say how masks show the labels that count.
 
     Raises: DataError where masks show one thing and several labels are asked for; ValueError for a label they lack."""

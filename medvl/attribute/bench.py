@@ -61,7 +61,8 @@ def _truth(data, i, labels):
 def _curves(method, target, image, heat, steps):
     score, x = score_of(method, target), torch.as_tensor(image, dtype=torch.float32)[None].to(method.device)
     with evaluating(method):
-        areas = {k: change_curve(score, x, torch.as_tensor(heat), k, 'blur', steps)[2] for k in ('deletion', 'insertion')}
+        areas = {k: change_curve(score, x, torch.as_tensor(heat), k, 'blur', steps)[2]
+                 for k in ('deletion', 'insertion')}
     return {**areas, 'insertion - deletion': areas['insertion'] - areas['deletion']}
 
 
@@ -86,13 +87,15 @@ def bench_scores(
         rng = numpy_rng('attribution bench', seed, name)
         for count, i in enumerate(progress(has, desc=name, unit='image')):
             image, truth = np.array(data.image(i)), _truth(data, i, labels)
-            about = dict(finding=name, image_id=str(data.manifest.image_id.iloc[i]), patient_id=patients[i], area=truth.mean())
+            about = dict(finding=name, image_id=str(data.manifest.image_id.iloc[i]), patient_id=patients[i],
+                         area=truth.mean())
             others = [j for j in range(len(data)) if patients[j] != patients[i]]
             stranger = np.array(data.image(int(rng.choice(others)))) if others else None
             maps = {k: ('control', control_map(k, image, rng)) for k in CONTROLS}
             for way, (how, level, options) in ways.items():
                 if way in lost: continue
-                explain = lambda m, x, t=target, a=(how, level), o=options: attribute(m, torch.from_numpy(x), t, *a, **o).map
+                explain = lambda m, x, t=target, a=(how, level), o=options: attribute(m, torch.from_numpy(x), t, *a,
+                                                                                      **o).map
                 try: maps[way] = 'way', explain(method, image)
                 except (ValueError, TypeError, DataError) as e:
                     lost[way] = str(e)
@@ -104,7 +107,8 @@ def bench_scores(
                 more = {'contrast': contrast_to_noise(heat, truth)}
                 if count < faithful and kind in ('way', 'control'): more |= _curves(method, target, image, heat, steps)
                 rows.append(dict(**about, method=key, kind=kind, **map_measures(heat, truth), **more))
-    if not rows: raise DataError(f'no image has a box of {", ".join(findings)}.', fix='Name findings that have boxes here.')
+    if not rows: raise DataError(f'no image has a box of {", ".join(findings)}.',
+                                 fix='Name findings that have boxes here.')
     return pd.DataFrame(rows), lost
 
 # %% ../../nbs/632_attribute.bench.ipynb #2eb61d61

@@ -69,7 +69,8 @@ def progress(
 
 # %% ../../nbs/004_core.progress.ipynb #5544fe8b
 def _span(seconds): # 754 -> '13 min'
-    return next(f'{seconds / n:.0f} {unit}' for n, unit in ((3600, 'h'), (60, 'min'), (1, 's')) if seconds >= 2 * n or n == 1)
+    return next(f'{seconds / n:.0f} {unit}' for n, unit in ((3600, 'h'), (60, 'min'), (1, 's')) if seconds >= 2 * n
+                or n == 1)
 
 
 def progress_line(

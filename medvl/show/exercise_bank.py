@@ -306,7 +306,8 @@ def _():
     wrong = (lambda s, p: s.mean(1), lambda s, p: np.where(p, s, 0).mean(1),
              lambda s, p: np.where(p, s, -np.inf).max(1))
     return Exercise('1', lambda f: np.allclose(f(scores, present), right), 'A view that is not there adds nothing '
-                    'above the line, and nothing below it.', wrong, praise='And what stands in its place cannot matter.')
+                    'above the line, and nothing below it.', wrong,
+                    praise='And what stands in its place cannot matter.')
 
 
 @_ask('t07.2')

@@ -162,7 +162,7 @@ def test_autoencoder_is_the_originals(name):
         x = n.image_side.scaled(batch['images'])
         latent = n.image_encoder(x)
         drawn, logits = n.decoder(latent), n.classifier(latent)
-        g = lambda k: z[f'{name}/{mode}/{k}']
+        g = lambda k, mode=mode: z[f'{name}/{mode}/{k}']
         np.testing.assert_allclose(latent.detach(), g('z'), atol=1e-4)
         np.testing.assert_allclose(logits.detach(), g('logits'), atol=1e-4)
         np.testing.assert_allclose(drawn.detach()[:, 0, ::4, ::4], g('recon_stride4'), atol=1e-4)
@@ -173,7 +173,7 @@ def test_autoencoder_is_the_originals(name):
     out['loss'].backward()
     grads = autoencoder_weights(dict.fromkeys(t['parameter_order']))
     named = dict(n.named_parameters())
-    for k, (key, l2) in enumerate(zip(grads, z[f'{name}/train/grad_l2'])):
+    for key, l2 in zip(grads, z[f'{name}/train/grad_l2']):
         dead = key.endswith('.bias') and named[key].ndim == 1 and f'{key.rsplit(".", 2)[0]}.{int(key.rsplit(".", 2)[1]) + 1}.running_mean' in n.state_dict() if key.rsplit('.', 2)[1].isdigit() else False
         if not dead: assert float(named[key].grad.double().norm()) == pytest.approx(float(l2), rel=1e-3, abs=1e-6), key # a bias before BatchNorm has none
     for key in ('stem.0.weight', 'out.6.weight', 'classifier.5.weight'):

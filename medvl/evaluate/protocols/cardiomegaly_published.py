@@ -6,7 +6,6 @@
 __all__ = ['CARDIO_TEST', 'CARDIO_REMARKS', 'cardiomegaly_table']
 
 # %% ../../../nbs/549a_evaluate.protocols.cardiomegaly_published.ipynb #4d08ad5c
-
 import pandas as pd
 
 from ..metrics.confusion import confusion_scores, contradictions, counts_behind
