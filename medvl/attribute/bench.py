@@ -54,7 +54,8 @@ def _same_size(heat, shape): return upsample(torch.as_tensor(heat)[None].float()
 
 
 def _truth(data, i, labels):
-    own = data.boxes[(data.boxes.image_id.astype(str) == str(data.manifest.image_id.iloc[i])) & data.boxes.label.isin(labels)]
+    here = data.boxes.image_id.astype(str) == str(data.manifest.image_id.iloc[i])
+    own = data.boxes[here & data.boxes.label.isin(labels)]
     return box_mask(own[['x0', 'y0', 'x1', 'y1']].to_numpy(float), np.shape(data.image(i)))
 
 
@@ -76,7 +77,7 @@ def bench_scores(
     faithful: int = 0, # images of each finding whose curves are followed
     steps: int = 12, # of a curve
     seed: int = 0, # of random maps and of the other patient
-) -> tuple: # a row a finding, image and map: finding, image_id, patient_id, method, kind, measures; name -> reason left out
+) -> tuple: # a row a finding, image and map (finding, image_id, patient_id, method, kind, measures); way -> why left out
     """Score maps and controls on every image that has a finding.
 
     Raises: DataError where no image has any."""
