@@ -77,7 +77,7 @@ def bench_scores(
     faithful: int = 0, # images of each finding whose curves are followed
     steps: int = 12, # of a curve
     seed: int = 0, # of random maps and of the other patient
-) -> tuple: # a row a finding, image and map (finding, image_id, patient_id, method, kind, measures); way -> why left out
+) -> tuple: # a row a finding, image and map (its names, kind and measures); way -> why it was left out
     """Score maps and controls on every image that has a finding.
 
     Raises: DataError where no image has any."""

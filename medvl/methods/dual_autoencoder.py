@@ -6,6 +6,7 @@
 __all__ = ['LOSS_MASKS', 'RECIPES', 'DualAutoencoderConfig', 'DualAutoencoder']
 
 # %% ../../nbs/325a_methods.dual_autoencoder.ipynb #21d5be8d
+from pathlib import Path
 from dataclasses import dataclass
 
 import torch
@@ -93,7 +94,7 @@ class DualAutoencoder(ImageMethod):
         return self.decoder(self.image_encoder(self.image_side.scaled(images)))
 
     @classmethod
-    def from_assets(cls, config: DualAutoencoderConfig, folder: str) -> 'DualAutoencoder':
+    def from_assets(cls, config: DualAutoencoderConfig, folder: Path) -> 'DualAutoencoder':
         "Rebuild it, weights aside: its encoder follows from the configuration."
         return cls(config)
 
