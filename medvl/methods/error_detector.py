@@ -157,7 +157,8 @@ def _only(own):
     known = {c: {f.name for f in fields(c)} for c in (ErroneousConfig, ErrorDetectorConfig)}
     kept = lambda options, cls: {k: v for k, v in options.items() if k in known[cls]}
     return Recipe(**{**asdict(own), 'sample_options': kept(own.sample_options, ErroneousConfig),
-                     'config': kept(own.config, ErrorDetectorConfig), 'augment_options': dict(crop_share=(.8, 1.))})
+                     'config': kept(own.config, ErrorDetectorConfig), 'augment_options': dict(crop_share=(.8, 1.)),
+                     'ablations': {}})
 
 
 _MONITOR = dict(clip_each={}, monitor='valid_error_auroc', mode='max')

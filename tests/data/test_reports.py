@@ -227,6 +227,13 @@ def test_sides_in_other_forms():
         assert swap_sides(text) == text and swap_vertical(text) == text, text
 
 
+@pytest.mark.parametrize('text, want', [
+    ('BI-RADS 4A, 1:00 position', ['4A']), ("BI-RADS 4A, 3 o'clock", ['4A']), ('BI-RADS 2, 3 o’clock', ['2']), ('BI-RADS 2, 5 oclock', ['2']),
+    ('BI-RADS 4A, 2/2020', ['4A']), ('BI-RADS 2, 3.5 cm', ['2']), ('BI-RADS 4A, 1 cm', ['4A']), ('BI-RADS 4/5', ['4', '5']), ('BI-RADS 4A and 2', ['4A', '2']),
+    ('BI-RADS 2: 4 mm cyst', ['2']), ('BI-RADS: 3:', ['3'])])
+def test_a_place_on_the_clock_a_size_and_a_month_are_no_category(text, want): assert birads_of(text) == want
+
+
 SIDE = ['left', 'Right', 'LEFT', 'rt.', 'Lt', 'L', 'R']
 ORGAN = ['breast', 'axilla', 'nipple', 'CC view', 'MLO', 'UOQ', '10:00', "3 o'clock", '2h position']
 WHOLE = ['RUOQ', 'LLIQ', 'luiq', 'R/CC', 'LMLO', 'RXCCL', 'CC-L', 'leftsided', 'Left-sided', 'rightward', '(R)', 'at 2:00', 'at 10h', '1:00 position', "4-5 o'clock", 'between 2:00 and 3:00']

@@ -37,6 +37,7 @@ from ...models.scaling import normalise_images, scale_images
 from ...models.search import SearchConfig, check_search, search, stream
 from ...models.text import TextEncoder
 from ...models.vision import build_image_encoder
+from ...models.vit import VisionTransformer
 
 # %% ../../../nbs/326d_methods.parts.writing.ipynb #219b635a
 SCALINGS = {'fixed': scale_images, 'range': normalise_images}
@@ -542,6 +543,11 @@ def writing_from(cls: type[WritingMethod], # Writer, Answerer …
     own = {f.name: getattr(source.config, f.name) for f in fields(source.config) if f.name.startswith('image_')}
     if side is not None: own['image_scaling'] = 'range' if side.scale.func is normalise_images else 'fixed'
     own['image_padding'] = getattr(source.config, 'padding', 'clip')
+    if isinstance(encoder, VisionTransformer): # however its method named them
+        a = encoder.arguments
+        own |= dict(image_encoder=a['name'], image_size=a['image_size'], image_patch=a['patch'], image_width=a['width'],
+                    image_depth=a['depth'], image_heads=a['heads'], image_channels=a['channels'])
+    elif getattr(encoder, 'side', None): own['image_size'] = (encoder.side, encoder.side) # it takes one size only
     stated = {k: v for k, v in (base or {}).items() if not k.startswith('image_') and k != 'vocab_size'}
     own = {k: v for k, v in own.items() if k in known} | {'image_weights': '', 'image_pretrained': False}
     config = config_from_dict(cls.config_class, {**stated, **own, **facts, **changes})
