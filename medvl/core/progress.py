@@ -77,8 +77,11 @@ def progress_line(
     folder: str|Path, # of a run
     since: float = 0., # s since 1970: what was left before is of another attempt
 ) -> str: # '': nothing is known
-    "Say how far the work in a run's notebook is."
-    try: s = json.loads((Path(folder)/STATE).read_text())
+    "Say how far the work in a run's notebook is, or in the run that it has started."
+    places = (Path(folder)/STATE, *Path(folder).glob(f'*/*/{STATE}'))
+    try: newest = max(places, key=lambda f: f.stat().st_mtime if f.exists() else 0)
+    except OSError: return '' # it ended in this moment
+    try: s = json.loads(newest.read_text())
     except (OSError, ValueError): return ''
     if s['time'] < since: return ''
     done, total, fresh = s['n'], s['total'], s['n'] - (s.get('initial') or 0)
