@@ -54,10 +54,10 @@ class DenseNetConfig:
     stem: int  # channels of the stem
 
 
-DENSENETS = {'densenet-121': DenseNetConfig(32, (6, 12, 24, 16), 64), 'densenet-169': DenseNetConfig(32, (6, 12, 32,
-    32), 64),
-             'densenet-201': DenseNetConfig(32, (6, 12, 48, 32), 64), 'densenet-tiny': DenseNetConfig(8, (2, 2, 2, 2),
-                 16)}
+DENSENETS = {'densenet-121': DenseNetConfig(32, (6, 12, 24, 16), 64),
+             'densenet-169': DenseNetConfig(32, (6, 12, 32, 32), 64),
+             'densenet-201': DenseNetConfig(32, (6, 12, 48, 32), 64),
+             'densenet-tiny': DenseNetConfig(8, (2, 2, 2, 2), 16)}
 DENSE_STAGES = ('input', 'conv1', 'conv2', 'conv3', 'conv4', 'conv5')
 
 # %% ../../nbs/204_models.densenet.ipynb #420511ac

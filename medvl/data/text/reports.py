@@ -222,8 +222,8 @@ def split_sentences(
 
 # %% ../../../nbs/120_data.text.reports.ipynb #12abd00c
 _ROMAN = {'i': '1', 'ii': '2', 'iii': '3', 'iv': '4', 'v': '5', 'vi': '6', 'o': '0'}
-_CATEGORY = (r'(?:(?:4 [abcABC](?=\s*(?:[.,;:)/]|$|\n))|[0-6][abcABC])(?![\w%])|[0-6](?![\w%]|[.,]\d|\s?(?:mm|cm)\b|:\d\d'
-             r"|\s?o['’]?\s?clock\b|\s?/\s?\d{4}\b)" # a size, a place on the clock or a month is none
+_CATEGORY = (r'(?:(?:4 [abcABC](?=\s*(?:[.,;:)/]|$|\n))|[0-6][abcABC])(?![\w%])|[0-6](?![\w%]|[.,]\d|\s?(?:mm|cm)\b'
+             r"|:\d\d|\s?o['’]?\s?clock\b|\s?/\s?\d{4}\b)" # a size, a place on the clock or a month is none
              r'|(?:VI|IV|V|III|II|I|vi|iv|v|iii|ii)\b)')
 _BIRADS_OF = re.compile(rf'\b{BIRADS}[\s\-:#=.,(®™]*(?:(?:final|overall|assessment|category|categories|cat|code|score'
                         r'|grade|class|is|of|mammography|no)\b[\s:.#=(\-]*)*'
