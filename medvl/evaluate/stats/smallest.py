@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['GUESSED_SHARE', 'smallest_mean', 'smallest_auroc']
 
-# %% ../../../nbs/504b_evaluate.stats.smallest.ipynb #36f8a267
+# %% ../../../nbs/504b_evaluate.stats.smallest.ipynb #3e6fbcbc
 import math
 
 from scipy.stats import norm
 
-# %% ../../../nbs/504b_evaluate.stats.smallest.ipynb #bf3475d3
+# %% ../../../nbs/504b_evaluate.stats.smallest.ipynb #e36a93a5
 GUESSED_SHARE = 1 / math.sqrt(12) # spread of a share of others beaten, by a guess: uniform on 0..1
 
 
