@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.errors import DataError, unknown_name
+from .unet import named_stages
 
 # %% ../../nbs/230_models.shuffle_decoder.ipynb #80c9b8c2
 INITIAL = ('icnr', 'torch')
@@ -96,15 +97,10 @@ def image_stages(encoder: nn.Module, # ResNet, EfficientNet, or any module with 
     if x.shape[-2] % 32 or x.shape[-1] % 32:
         raise DataError(f'images of {x.shape[-2]}×{x.shape[-1]} pixels do not divide into cells of 32',
                         fix='Prepare them with sides that are multiples of 32, e.g. size=(512, 512).')
-    if callable(getattr(encoder, 'stages', None)):
-        found = encoder.stages(x)
-        absent = [s for s in (*STEPS, 'conv5') if s not in found]
-        if absent: raise TypeError(f'{type(encoder).__name__} has no stage {", ".join(absent)}: use a ResNet')
-        return found
-    if not callable(getattr(encoder, 'endpoints', None)):
-        raise TypeError(f'{type(encoder).__name__} gives no stages: use a ResNet or an EfficientNet')
-    found = encoder.endpoints(x)
-    return {**{f'conv{k}': found[f'reduction_{k}'] for k in range(1, 5)}, 'conv5': found[f'reduction_{len(found)}']}
+    found = named_stages(encoder, x)
+    absent = [s for s in (*STEPS, 'conv5') if s not in found]
+    if absent: raise TypeError(f'{type(encoder).__name__} has no stage {", ".join(absent)}: use a ResNet')
+    return found
 
 
 def image_stage_channels(encoder: nn.Module) -> dict: # stage -> channels
