@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['GREY_STEPS', 'AFAR', 'RIM', 'CHEST_SOURCE', 'LATER', 'ChestTruth', 'planted', 'chest_truth', 'match_grey',
-           'match_picture', 'chest_grey', 'burn_side', 'burn_portable', 'ChestExam', 'chest_exam', 'chest_html',
-           'chest_index', 'chest_boxes', 'chest_sentences', 'chest_dicom', 'chest_files', 'write_chest_phantom']
+           'match_picture', 'chest_grey', 'burn_side', 'burn_portable', 'balanced_chest', 'ChestExam', 'chest_exam',
+           'chest_html', 'chest_index', 'chest_boxes', 'chest_sentences', 'chest_dicom', 'chest_files',
+           'write_chest_phantom']
 
 # %% ../../../nbs/158_data.phantom.chest_film.ipynb #b9dd4e75
 import html
@@ -144,6 +145,7 @@ def chest_grey(
     bits:int, # 8 or 12
     healthy:np.ndarray|None=None, # float32 (h,w) tissue of the same chest without findings; None: that of `drawn`
     compensate:bool=True, # grey values as frequent as in the healthy chest
+    around:np.ndarray|None=None, # bool (h,w): where a heart of another size is balanced; None: in the whole body
 ) -> np.ndarray: # uint8 or uint16 (h,w), air is nearly 0
     "Turn tissue and findings into grey values that know nothing of findings but by their place."
     inside, edge = drawn['body'], drawn['edge']
@@ -151,10 +153,15 @@ def chest_grey(
     level, spread = 0.56 + 0.025*rng.normal(), 0.185*(1 + 0.06*rng.normal())
     k, offset = scale_tissue((healthy*edge)[inside], (harmless*edge)[inside], spread)
     plain = k*healthy*edge + harmless*edge + (offset + level)*inside
-    ill = plain + (k*(drawn['tissue'] - healthy) + findings)*edge
+    without = plain + k*(drawn['tissue'] - healthy)*edge # another heart, no findings
     if compensate: # below the skin: pixels of the rim are mixed with air wherever the picture is made smaller
         depth = cv2.distanceTransform(inside.astype(np.uint8), cv2.DIST_L2, 5)*drawn['canvas'].spacing
-        ill = match_picture(ill, plain, inside & (depth > RIM), drawn['canvas'])
+        below = inside & (depth > RIM)
+        if around is None: ill = match_picture(without + findings*edge, plain, below, drawn['canvas'])
+        else:
+            without = match_picture(without, plain, below & around, drawn['canvas'])
+            ill = match_picture(without + findings*edge, without, below, drawn['canvas']) if findings.any() else without
+    else: ill = without + findings*edge
     if noise: # last, and of a strength that varies from patient to patient: that too says nothing
         grain = noise*float(np.exp(0.45*rng.normal()))*rng.standard_normal(plain.shape, dtype=np.float32)
         plain, ill = plain + grain, ill + grain
@@ -185,6 +192,19 @@ def _burn(pixels, mark, x, y, film):
     cv2.putText(stencil, mark, (int(x), int(y)), cv2.FONT_HERSHEY_SIMPLEX, h/21, 255, max(1, round(1.6/film)),
                 cv2.LINE_AA)
     np.maximum(pixels, (stencil/255*0.97*(255 if pixels.dtype == np.uint8 else 4095)).astype(pixels.dtype), out=pixels)
+
+# %% ../../../nbs/158_data.phantom.chest_film.ipynb #7a0362b8
+def balanced_chest(
+    drawn:dict, # from healthy_chest
+    margin:float=.06, # of the sides of the picture that stays as it is
+) -> np.ndarray: # bool (h,w)
+    "Give the part of the picture in which the size of the heart is balanced: the box of lungs and heart."
+    air = drawn['lungs']['R'] | drawn['lungs']['L'] | drawn['heart']
+    (h, w), (rows, columns) = air.shape, (np.flatnonzero(air.any(k)) for k in (1, 0))
+    y, x = (max(1, round(n*margin)) for n in (h, w))
+    out = np.zeros((h, w), bool)
+    out[max(rows[0], y):min(rows[-1] + 1, h - y), max(columns[0], x):min(columns[-1] + 1, w - x)] = True
+    return out
 
 # %% ../../../nbs/158_data.phantom.chest_film.ipynb #8b48de39
 @dataclass(frozen=True, eq=False)
@@ -239,7 +259,7 @@ def chest_exam(
     added, masks, harmless = chest_layer(truth.findings, drawn, truth.anatomy, config, numpy_rng(*key, 'shadows'),
                                          truth.mimics)
     pixels = chest_grey(numpy_rng(*key, 'grey'), drawn, added, harmless, difficulty_knobs(config)['noise'],
-                        config.bits, healthy, config.compensate)
+                        config.bits, healthy, config.compensate, balanced_chest(drawn) if by_ratio else None)
     if config.markers: burn_side(numpy_rng(*key, 'marker'), pixels, drawn['canvas'])
     if config.shortcut == 'portable' and truth.cue: burn_portable(numpy_rng(*key, 'portable'), pixels, drawn['canvas'])
     boxes = np.stack([bounds(m) for m in masks]) if len(masks) else np.zeros((0, 4), np.float32)
