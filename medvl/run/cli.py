@@ -146,9 +146,14 @@ def recipes_command(method: Annotated[str, typer.Argument(help='Name of a method
 
 @app.command('datasets')
 def datasets_command() -> None:
-    "List the public data sets that can be read as they are given out."
+    "List the public data sets that can be read as they are given out, with the layout that `medvl run prepare` knows."
     from medvl.run.catalogue import release_table
-    _listed(release_table()[['release', 'access', 'licence']])
+    found = release_table()
+    short = [r if len(r) <= 44 else f'{r[:43]}…' for r in found.release]
+    _listed(found.assign(release=short)[['release', 'layout', 'access', 'licence']])
+    typer.echo('\nOther layouts: folder (index.csv), report_table, breast_table, exam_table, image_table, path_target, '
+               'openi_impressions, cardiomegaly.\nmedvl run prepare -p layout=NAME -p data=FOLDER; no layout: questions '
+               'and mistaken reports, which other experiments read.')
 
 
 @app.command('run', cls=RunCommand)
