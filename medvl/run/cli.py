@@ -151,9 +151,9 @@ def datasets_command() -> None:
     found = release_table()
     short = [r if len(r) <= 44 else f'{r[:43]}…' for r in found.release]
     _listed(found.assign(release=short)[['release', 'layout', 'access', 'licence']])
-    typer.echo('\nOther layouts: folder (index.csv), report_table, breast_table, exam_table, image_table, path_target, '
-               'openi_impressions, cardiomegaly.\nmedvl run prepare -p layout=NAME -p data=FOLDER; no layout: questions '
-               'and mistaken reports, which other experiments read.')
+    typer.echo('\nmedvl run prepare -p layout=NAME -p data=FOLDER; other layouts: folder (index.csv), report_table, '
+               'breast_table,\nexam_table, image_table, path_target, openi_impressions, cardiomegaly. Without a layout: '
+               'questions and mistaken reports,\nwhich other experiments read.')
 
 
 @app.command('run', cls=RunCommand)
