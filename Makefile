@@ -7,11 +7,12 @@ SOURCE ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test gpu-check lab install export outputs clean-notebooks lint help
+.PHONY: demo test docs gpu-check lab install export outputs clean-notebooks lint help
 help:
 	@echo "make demo [DATA=folder]   run the main job end to end and leave an HTML report"
 	@echo "make test                 install and run all tests"
 	@echo "make gpu-check            what only a GPU can tell, in at most eight minutes; one table (exit 2: no GPU)"
+	@echo "make docs [RUNS=outputs]  build the site offline into _docs/; broken links fail"
 	@echo "make lab                  open JupyterLab on the notebooks"
 	@echo "make export               write medvl/ from the notebooks"
 
@@ -35,6 +36,10 @@ test: install
 # DEVICE=cpu runs the same code, tiny, on the CPU
 gpu-check: install
 	$(BIN)/python .ci/gpu_check.py $(if $(DEVICE),--device $(DEVICE)) $(ARGS)
+
+# RUNS=outputs lays the reports of those runs into the gallery
+docs: install
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/docs.py $(if $(RUNS),--runs $(RUNS)) $(ARGS)
 
 lab: install
 	$(BIN)/jupyter lab nbs/index.ipynb

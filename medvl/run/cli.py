@@ -216,10 +216,17 @@ def params_command(experiment: Annotated[str,
 @runs_app.command('report')
 def report_command(run: Annotated[str, typer.Argument(help='Run folder, name, or beginning of its name.')],
                    outputs: Outputs = None) -> None:
-    "Write a run's report.html again, from its folder."
+    "Write the report.html of a run, or of a sweep, again, from its folder."
+    from medvl.core.paths import outputs_path, read_json
     from medvl.run.parameters import RefusedError
     from medvl.run.report import write_report
     from medvl.run.runner import find_run
+    for folder in (Path(run), Path(outputs or outputs_path())/run):
+        if (folder/'sweep.json').is_file():
+            from medvl.run.sweep import sweep_table
+            from medvl.run.sweep_report import write_sweep_report
+            grid = read_json(folder/'sweep.json')['grid']
+            return typer.echo(write_sweep_report(folder, sweep_table(folder), list(grid)))
     try: typer.echo(write_report(find_run(run, outputs)))
     except RefusedError as e: _refuse(e)
 
