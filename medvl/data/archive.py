@@ -148,8 +148,7 @@ def join_reports(
     for r in rows[wanted.isin(several)].itertuples(): aside.append(('table row', str(r.row), why))
     good = rows[~wanted.isin(several)]
     at = dict(zip(wanted[good.index], good.index))
-    for r in good[~wanted[good.index].isin(key)].itertuples(): aside.append(('table row', str(r.row),
-                                                                             'no image has it'))
+    for r in good[~wanted[good.index].isin(key)].itertuples(): aside.append(('table row', str(r.row), 'no image has it'))
     found = key.map(lambda k: at.get(k, -1)).astype(int)
     if len(images) and not (found >= 0).any() and not several & set(wanted):
         raise DataError(f'not one of {len(given)} reports has an image: the {field} of the files looks like '
@@ -189,8 +188,7 @@ def _remembered(out):
     path, index = out/'index.json', out/'index.csv'
     old = json.loads(path.read_text()) if path.exists() else {}
     if index.exists() and old.get('index') != sha256_file(index):
-        raise DataError('there is an index.csv that ' + ('was changed by hand.' if old
-                                                         else 'medvl index did not write.'),
+        raise DataError('there is an index.csv that ' + ('was changed by hand.' if old else 'medvl index did not write.'),
                         file=str(index), fix='Put what you changed into the table of reports and move this file away '
                         '(the parts are kept in index.json), or give another --out.')
     return old

@@ -286,8 +286,7 @@ def render_chest(
     drawn, healthy, added, masks, harmless = chest_layers(truth, config)
     after = chest_layers(changed, config) if changed is not None else None
     pixels = chest_grey(numpy_rng(*key, 'grey'), drawn, added, harmless, difficulty_knobs(config)['noise'],
-                        config.bits, healthy, config.compensate, balanced_chest(drawn)
-                        if config.heart == 'ratio' else None,
+                        config.bits, healthy, config.compensate, balanced_chest(drawn) if config.heart == 'ratio' else None,
                         None if after is None else (after[0]['tissue'], after[2], after[4]))
     if after is not None: truth, drawn, masks = changed, after[0], after[3]
     if config.markers: burn_side(numpy_rng(*key, 'marker'), pixels, drawn['canvas'])

@@ -29,8 +29,7 @@ PLACED, SIDED = ('opacity', 'nodule', 'atelectasis'), ('effusion', 'pneumothorax
 SHRINK, CLEAR = 0.5, 18.0  # of its extent is left; mm from anything else of the other breast
 
 # %% ../../../nbs/159d_data.phantom.counterfactual.ipynb #c9828766
-def _refused(why): return DataError(f'this change cannot be made: {why}.',
-                                    fix='Take another patient, or another change.')
+def _refused(why): return DataError(f'this change cannot be made: {why}.', fix='Take another patient, or another change.')
 
 
 def moved_finding(

@@ -34,8 +34,7 @@ CHEXLOCALIZE = Release(
     'CheXlocalize', 'https://stanfordaimi.azurewebsites.net/datasets/abfb76e5-70d5-4315-badc-c94dd82e3d6d',
     'registration with Stanford AIMI', 'Stanford University Dataset Research Use Agreement; code MIT',
     'Saporta A. et al., Nature Machine Intelligence 4:867 (2022)', (
-    Part('gt_annotations_val.json', 'outlines of the truth, corner by corner', 1,
-         known="187 images (repository's page)"),
+    Part('gt_annotations_val.json', 'outlines of the truth, corner by corner', 1, known="187 images (repository's page)"),
     Part('gt_segmentations_val.json', 'the truth, run lengths', 1, known="234 images (repository's page)"),
     Part('gt_annotations_test.json', 'the same, test images', 1, needed=False),
     Part('gt_segmentations_test.json', 'the same, test images', 1, needed=False,
