@@ -35,13 +35,15 @@ def fused_relevance(
     encoder, both = method.image_encoder, reader.fusion is None
     with torch.enable_grad(), ExitStack() as stack:
         blocks = stack.enter_context(block_attention(encoder)) if isinstance(encoder, VisionTransformer) else []
-        own = stack.enter_context(attention_maps(reader.fuser, None if both else range(len(reader.fuser.layers)), 'self'))
+        own = stack.enter_context(attention_maps(reader.fuser, None if both else range(len(reader.fuser.layers)),
+                                                 'self'))
         looks = stack.enter_context(attention_maps(reader.fuser))
         alone = (stack.enter_context(attention_maps(reader.text, kind='self'))
                  if not both and isinstance(reader.text, FusionBert) else None)
         read, said = method.read_images(image.float()), method.read_texts([text])
         words = int(said['words'].sum())
-        z = method.matching['text'](reader.fuse(said['states'][:, :words], said['words'][:, :words], read['tokens'])[:, 0])
+        z = method.matching['text'](reader.fuse(said['states'][:, :words], said['words'][:, :words],
+                                                read['tokens'])[:, 0])
         score = (z[:, 1] - z[:, 0]).float()[0]
         maps = [*blocks, *(alone.maps.values() if alone else ()), *own.maps.values(), *looks.maps.values()]
         gradients = torch.autograd.grad(score, maps, allow_unused=True)
@@ -52,7 +54,8 @@ def fused_relevance(
     first = reader.fuser.fusion_layer
     before = list(alone.maps.values()) if alone else [own.maps[i] for i in sorted(own.maps) if i < first]
     for m in before: flow.text_self(bar[id(m)][:words, :words])
-    if reader.pool == 'mean': flow.text_self(torch.eye(words)[:, :1].to(flow.tt) @ flow.tt.new_full((1, words), 1/words))
+    if reader.pool == 'mean': flow.text_self(torch.eye(words)[:, :1].to(flow.tt) @ flow.tt.new_full((1, words),
+                                                                                                    1/words))
     for i in sorted(looks.maps):
         flow.text_self(bar[id(own.maps[i])])
         flow.cross(bar[id(looks.maps[i])])

@@ -375,7 +375,8 @@ def _rank_correlation(a, b):
 @_ask('t09.1')
 def _():
     heat, mask = np.array([[3., -5.], [1., 0.]]), np.array([[True, True], [False, False]])
-    wrong = (lambda h, m: h[m].sum() / h.sum(), lambda h, m: np.abs(h)[m].sum() / np.abs(h).sum(), lambda h, m: m.mean(),
+    wrong = (lambda h, m: h[m].sum() / h.sum(), lambda h, m: np.abs(h)[m].sum() / np.abs(h).sum(), lambda h,
+             m: m.mean(),
              lambda h, m: np.maximum(h, 0)[m].mean() / np.maximum(h, 0).mean(),
              lambda h, m: _energy(h, m) if (h > 0).any() else math.nan)
     return Exercise('1', lambda f: np.isclose(f(heat, mask), .75) and f(-np.ones((2, 2)), mask) == 0,
@@ -390,7 +391,8 @@ def _():
     b = np.array([[10., 20.], [35., 30.]])
     wrong = (lambda x, y: np.corrcoef(np.ravel(x), np.ravel(y))[0, 1], lambda x, y: 1., lambda x, y: 0.,
              lambda x, y: np.corrcoef(np.argsort(np.ravel(x)), np.ravel(y))[0, 1])
-    return Exercise('2', lambda f: all(np.isclose(f(x, y), _rank_correlation(x, y)) for x, y in ((a, b), (a, -a), (b, b**3))),
+    return Exercise('2', lambda f: all(np.isclose(f(x, y), _rank_correlation(x, y)) for x,
+                                       y in ((a, b), (a, -a), (b, b**3))),
                     'Replace each value by its place in the order, then correlate. The place of each value is the '
                     'argsort of the argsort.', wrong)
 

@@ -118,7 +118,8 @@ def map_widget(
         else:
             heat = _values(found)
             here = None if truth is None else truth(image, target)
-            fig.colorbar(draw_map(ax, images[image], heat, signed_limits({way: heat})[way], pick['strength'].value, here), ax=ax,
+            fig.colorbar(draw_map(ax, images[image], heat, signed_limits({way: heat})[way], pick['strength'].value,
+                                  here), ax=ax,
                          fraction=.05)
         ax.set_title(f'{image}: {target}, {way}', fontsize=8)
         out.value = png(fig)
