@@ -32,7 +32,6 @@ from ..core.words import Word
 from .parameters import RefusedError, check_parameters
 from .runner import RunFailedError, experiment_name, find_experiment, names_now, run_experiment
 from .sweep_report import write_sweep_report
-from .sweep_report import write_sweep_report
 
 # %% ../../nbs/710_run.sweep.ipynb #d3924bae
 def split_values(
@@ -302,7 +301,6 @@ def run_sweep(
     backends[backend](folder, [r['index'] for r in read_json(folder/'sweep.json')['runs']], jobs=jobs, **how)
     table = sweep_table(folder)
     write_csv(table, folder/'summary.csv')
-    write_sweep_report(folder, table, list(read_json(folder/'sweep.json')['grid']))
     write_sweep_report(folder, table, list(read_json(folder/'sweep.json')['grid']))
     table.attrs['folder'] = str(folder)
     return table
