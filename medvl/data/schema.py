@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LATERALITIES', 'CHEST_VIEWS', 'OTHER_VIEWS', 'VIEWS', 'DENSITIES', 'SPLITS', 'RECORDS', 'BOXES', 'SENTENCES',
            'MANIFEST', 'TABLES', 'ALIASES', 'Column', 'describe_table', 'check_quotes', 'read_csv', 'check_columns',
-           'tidy', 'schema', 'find_problems', 'validate', 'sort_out', 'fit_boxes', 'read_list', 'Report', 'left_out',
-           'Source', 'alike_ids', 'empty']
+           'fill_sides', 'tidy', 'schema', 'find_problems', 'validate', 'sort_out', 'fit_boxes', 'read_list', 'Report',
+           'left_out', 'Source', 'alike_ids', 'empty']
 
 # %% ../../nbs/110_data.schema.ipynb #48185d91
 import ast
@@ -53,7 +53,7 @@ class Column(NamedTuple):
 RECORDS = {
     'image_path': Column('text', True, 'image file, relative to the folder', filled=True),
     'patient_id': Column('text', True, 'who; splits never divide a patient', filled=True),
-    'laterality': Column('text', True, 'L or R', LATERALITIES),
+    'laterality': Column('text', True, 'L or R; a table of chest films may leave it out', LATERALITIES),
     'view': Column('text', True, 'projection: CC, MLO, …', VIEWS, filled=True),
     'image_id': Column('text', False, 'name of the image; default: file name without ending, hashed in preparation',
                        unique=True, filled=True),
@@ -267,6 +267,15 @@ def check_columns(
                             fix=(f'Is it {near!r}? ' if near else '')
                             + f'The table has: {", ".join(map(str, df.columns))}.')
     return unknown
+
+# %% ../../nbs/110_data.schema.ipynb #16f52498
+def fill_sides(
+    df:pd.DataFrame, # records, as they were read
+) -> pd.DataFrame: # with an empty `laterality` where every view is one of the chest (or no projection)
+    "Add the column that only breasts need; one that looks mistyped is left to `check_columns`."
+    if 'laterality' in df or 'view' not in df or any(_alike(str(c), 'laterality') for c in df): return df
+    views = df['view'].astype(str).str.strip().str.upper()
+    return df.assign(laterality='') if len(df) and views.isin((*CHEST_VIEWS, *OTHER_VIEWS)).all() else df
 
 # %% ../../nbs/110_data.schema.ipynb #69e6c859
 _NOTHING = ('', 'nan', 'none', 'null', 'n/a', '<na>', 'nat')

@@ -16,6 +16,34 @@ from ...core.errors import DataError
 from ..metrics.curves import Evaluator
 from .bootstrap import resample
 
+# %% ../../../nbs/504a_evaluate.stats.seeds.ipynb #fa66664f
+def _everywhere(scores, y, codes, metric, n_boot, seed):
+    "Value and draws of each key, over all pairs."
+    evaluators = {k: Evaluator(y, np.asarray(s, float), [metric], codes, int(codes.max()) + 1)
+                  for k, s in scores.items()}
+    draws = dict(zip(evaluators, (d[0] for d in resample(list(evaluators.values()), n_boot, seed))))
+    return {k: float(e()[0, 0]) for k, e in evaluators.items()}, draws
+
+
+def _within(scores, y, codes, strata, metric, n_boot, seed):
+    "The same over pairs of one stratum."
+    if metric != 'auroc': raise ValueError(f'{metric} is not computed within strata: choose auroc')
+    groups = [((strata == g) & (y == 1), (strata == g) & (y == 0)) for g in np.unique(strata)]
+    groups = [(a, b) for a, b in groups if a.any() and b.any()]
+    if not groups: raise DataError('no stratum has both kinds of patients.', fix='Hold fewer covariates fixed.')
+    n, rng = int(codes.max()) + 1, np.random.default_rng(seed)
+    weights = np.concatenate([np.ones((1, len(y))), rng.multinomial(n, np.full(n, 1/n), n_boot)[:, codes]])
+    out = {}
+    for key, s in scores.items():
+        s, above, pairs = np.asarray(s, float), 0., 0.
+        for a, b in groups:
+            first = (s[a][:, None] > s[b]) + .5*(s[a][:, None] == s[b])
+            above = above + ((weights[:, a] @ first)*weights[:, b]).sum(1)
+            pairs = pairs + weights[:, a].sum(1)*weights[:, b].sum(1)
+        with np.errstate(invalid='ignore'): out[key] = above/pairs
+    return {k: float(v[0]) for k, v in out.items()}, {k: v[1:] for k, v in out.items()}
+
+
 # %% ../../../nbs/504a_evaluate.stats.seeds.ipynb #a3b03338
 def over_seeds(
     scores: Mapping, # (arm, fraction, seed) -> float (n,), test scores
@@ -24,19 +52,20 @@ def over_seeds(
     reference: str = 'none', # arm that the others are compared with, at the same fraction
     metric: str = 'auroc', # any metric of binary labels
     n_boot: int = 1000, level: float = .95, seed: int = 0, # of the resampling of patients
+    strata: ArrayLike | None = None, # (n,) compare only images of one stratum, as `strata_of` names it: AUROC
 # a row an arm and fraction: value, low, high, seeds, least, most, difference …
 ) -> pd.DataFrame:
     """Average over seeds, with intervals over patients.
 
-    Raises: DataError for no scores, or scores of other images."""
+    Raises: DataError for no scores, scores of other images, or strata of one kind each; ValueError for another metric
+    within strata."""
     if not scores: raise DataError('there are no scores to put together.')
     y, codes = np.asarray(labels, float), pd.factorize(np.asarray(patients))[0]
     for key, s in scores.items():
         if len(s) != len(y): raise DataError(f'{key} has {len(s)} scores for {len(y)} images.')
-    people = int(codes.max()) + 1
-    evaluators = {k: Evaluator(y, np.asarray(s, float), [metric], codes, people) for k, s in scores.items()}
-    draws = dict(zip(evaluators, (d[0] for d in resample(list(evaluators.values()), n_boot, seed))))
-    values, rows = {k: float(e()[0, 0]) for k, e in evaluators.items()}, []
+    people, rows = int(codes.max()) + 1, []
+    values, draws = (_everywhere(scores, y, codes, metric, n_boot, seed) if strata is None else
+                     _within(scores, y, codes, np.asarray(strata), metric, n_boot, seed))
     for arm, fraction in dict.fromkeys((a, f) for a, f, _ in scores):
         keys = [k for k in scores if k[:2] == (arm, fraction)]
         other = [k for k in scores if k[:2] == (reference, fraction)]
