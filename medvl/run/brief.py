@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHOSE', 'weight_count', 'model_facts', 'measured', 'side_by_side', 'run_sentences']
 
-# %% ../../nbs/701_run.brief.ipynb #dea773e7
+# %% ../../nbs/701_run.brief.ipynb #08c0663b
 import json
 import math
 import struct
@@ -16,7 +16,7 @@ import pandas as pd
 from ..core.paths import read_json, read_jsonl
 from ..core.run import Run, run_events, run_info
 
-# %% ../../nbs/701_run.brief.ipynb #f38fd0e8
+# %% ../../nbs/701_run.brief.ipynb #d5b88e55
 def weight_count(
     path: str|Path, # safetensors file
 ) -> int: # numbers in it, buffers included
@@ -47,7 +47,7 @@ def _home(folder, params):
 
 def _json(path): return read_json(path) if path.is_file() else {}
 
-# %% ../../nbs/701_run.brief.ipynb #52663b7b
+# %% ../../nbs/701_run.brief.ipynb #1942e49a
 def model_facts(
     folder: str|Path, # run folder
 ) -> dict: # method, encoder, parameters, size (pixels), steps, kept (step), config, untrained; what is known of them
@@ -101,7 +101,7 @@ def _trained(folder, params, metrics):
     held = 'Models made inside the run' if counts else 'The folder holds no weights; asked for'
     return f"{held}: {'; '.join([*counts, *named])}."
 
-# %% ../../nbs/701_run.brief.ipynb #746a8298
+# %% ../../nbs/701_run.brief.ipynb #56e8e814
 WHOSE = ('model', 'variant', 'method', 'encoder', 'proxy', 'features', 'detector', 'corrector', 'by', 'who')
 _ORDER = ('train', 'valid', 'test')
 _WHAT = ('task', 'attribute', 'label', 'finding', 'questions', 'kind', 'metric')
@@ -144,7 +144,7 @@ def _folded(frame, change):
         rows.append((name, [cells.get(w, '') for w in order], gain, measured(chance)))
     return [str(w).replace('_', ' ') for w in order], rows
 
-# %% ../../nbs/701_run.brief.ipynb #7f76ddda
+# %% ../../nbs/701_run.brief.ipynb #05effb39
 def side_by_side(
     folder: str|Path, # run folder
 ) -> dict: # name of a table -> DataFrame of text: task, a column a model, difference, chance
@@ -164,7 +164,7 @@ def side_by_side(
         out[path.stem] = table.loc[:, [c == 'task' or (table[c] != '').any() for c in table]]
     return out
 
-# %% ../../nbs/701_run.brief.ipynb #e3546dcc
+# %% ../../nbs/701_run.brief.ipynb #29bd3a38
 _UNITS = ('image', 'patient', 'exam', 'map', 'question', 'report', 'breast', 'sentence', 'word')
 
 

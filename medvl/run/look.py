@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['STYLE', 'INTENDED_USE', 'filled', 'whole_page']
 
-# %% ../../nbs/701a_run.look.ipynb #a7d8fd11
+# %% ../../nbs/701a_run.look.ipynb #e3025ee6
 import re
 
 import jinja2
 from markupsafe import Markup
 
-# %% ../../nbs/701a_run.look.ipynb #a6ccc26b
+# %% ../../nbs/701a_run.look.ipynb #d69b5dd6
 STYLE = '''
 :root{--ink:#1d2733;--soft:#5b6876;--line:#d9dfe5;--wash:#f5f7f9;--page:#fff;--blue:#0b5c8f;--mark:#eef5fa;
 --warn:#fdf6ea;--bad:#fdefee;color-scheme:light dark}
@@ -49,7 +49,7 @@ th,td{padding-right:.6rem}} @media print{main{max-width:none} details:not([open]
 INTENDED_USE = ('Research software. Not a medical device: nothing on this page is meant for diagnosis or for decisions '
                 'about patients.')
 
-# %% ../../nbs/701a_run.look.ipynb #291eddae
+# %% ../../nbs/701a_run.look.ipynb #01c666a3
 _SHELL = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" \
 content="width=device-width,initial-scale=1"><title>{{ title }}</title><style>{{ style }}</style></head><body><main>
 {{ body }}</main></body></html>

@@ -148,7 +148,7 @@ def _output(output):
     if 'text/html' in data: return 'html', clean_html(text(data['text/html']))
     return ('text', text(data['text/plain'])[-3000:]) if 'text/plain' in data else None
 
-# %% ../../nbs/702_run.report.ipynb #693bd774
+# %% ../../nbs/702_run.report.ipynb #ce09e329
 _DRAWS = re.compile(r"run\.figure\(\s*(f?)['\"]([^'\"]+)['\"]|\bkeep\(\w+(?:\[[^\]]*\])?,([^)]*)\)")
 
 
@@ -181,7 +181,7 @@ def _sentence(text, most=260):
         out += ('' if not out else ' ') + s
     return out
 
-# %% ../../nbs/702_run.report.ipynb #590aaa8e
+# %% ../../nbs/702_run.report.ipynb #29654333
 def _captions(folder, names):
     "A sentence for each figure of a run, by file stem."
     said, text = {}, ''

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_sweep_report']
 
-# %% ../../nbs/703_run.sweep_report.ipynb #f68fd1da
+# %% ../../nbs/703_run.sweep_report.ipynb #330020ca
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +15,7 @@ from ..core.run import Run
 from .brief import measured
 from .look import INTENDED_USE, filled, whole_page
 
-# %% ../../nbs/703_run.sweep_report.ipynb #368e4917
+# %% ../../nbs/703_run.sweep_report.ipynb #ac52dfac
 _PAGE = '''<h1>{{ name }}</h1><p class="soft">{{ counts }}</p>
 <div class="brief"><p>Varied: {{ varied or "nothing" }}.</p><p>Main number: {{ metric or "none was recorded" }}.</p>
 <p>{{ best or "No run is done, so there is no best one." }}</p></div><p class="use">{{ use }}</p>
@@ -36,7 +36,7 @@ def _main(run):
     found = run.metrics
     return next(((k, m) for k, m in found.items() if m.get('low') is not None), next(iter(found.items()), (None, None)))
 
-# %% ../../nbs/703_run.sweep_report.ipynb #6365ae44
+# %% ../../nbs/703_run.sweep_report.ipynb #be0615d1
 def write_sweep_report(
     folder: str|Path, # of a sweep
     table: pd.DataFrame, # a row a planned run, as `sweep_table` gives it: run, state, the axes, reason …
