@@ -61,7 +61,8 @@ def own_makers(method: Method, # any; with `abnormality_maps` and `word_maps`, a
     """Make the maps that a method has by itself, so that they stand beside Mammo-FActOR and Grad-CAM on the same boxes.
     Word attention is the mean over the words of the label's name."""
     able, out, kept = capabilities(method), {}, {}
-    if 'abnormality_maps' in able and getattr(getattr(method, 'config', None), 'reconstruction_weight', 1): # else it has no decoder
+    decodes = getattr(getattr(method, 'config', None), 'reconstruction_weight', 1) # 0: there is no decoder
+    if 'abnormality_maps' in able and decodes:
         out['1 - M'] = as_maker(predict_maps(method, data))
 
     def attended(row: int, attribute: str) -> np.ndarray: # (h',w')

@@ -277,7 +277,8 @@ def detector_from(method: Method, # a Method whose `image_encoder` is an Efficie
         raise TypeError(f'a detector needs an EfficientNet, ResNet or ViT encoder, not {type(encoder).__name__}')
     facts = dict(image_encoder=encoder.name, image_mean=old.image_mean, image_std=old.image_std, classes=tuple(classes),
                  scaling='data' if isinstance(old, TokenImageConfig) else getattr(old, 'scaling', 'image'))
-    if isinstance(encoder, EfficientNet): facts |= dict(padding=old.padding, drop_connect=old.drop_connect, bn_momentum=old.bn_momentum)
+    if isinstance(encoder, EfficientNet):
+        facts |= dict(padding=old.padding, drop_connect=old.drop_connect, bn_momentum=old.bn_momentum)
     config = RetinaNetConfig(**{**facts, **changes})
     if config.image_encoder != encoder.name:
         raise ValueError(f'the encoder is {encoder.name}, not {config.image_encoder}')

@@ -52,7 +52,7 @@ def unit_table(data: Prepared, # n images
 @dataclass(frozen=True)
 class LevelSweep:
     "Tables of a sweep over levels."
-    # a row an encoder, level, label, metric and share: mean, least, most (over draws), low, high (over patients), fits …
+    # a row an encoder, level, label, metric, share: mean, least, most (over draws), low, high (over patients), fits …
     curve: pd.DataFrame
     # a row a level, label and other encoder: first minus other with all training patients, low, high, n
     differences: pd.DataFrame

@@ -178,8 +178,8 @@ def encoder_of(source: Method | str | Path, # trained Method with `image_encoder
         return encoder, {**taken, 'image_encoder': name}
     encoder = getattr(source, 'image_encoder', None)
     if not any(callable(getattr(encoder, how, None)) for how in ('stages', 'endpoints')):
-        raise TypeError(f'{type(source).__name__} has no image encoder with stages (a ResNet, an EfficientNet or a ViT) '
-                        'to put a head on')
+        raise TypeError(f'{type(source).__name__} has no image encoder with stages (a ResNet, an EfficientNet or a '
+                        'ViT) to put a head on')
     if getattr(source.config, 'padding', 'clip') != 'clip' and not callable(getattr(encoder, 'stages', None)):
         raise ValueError(f'padding={source.config.padding!r}: a head is put on an EfficientNet of padding clip')
     if taken.get('image_encoder', encoder.name) != encoder.name:
