@@ -39,6 +39,20 @@ def run_notebook():
     server.wait(timeout=30)
 
 
+@pytest.fixture(scope='session')
+def browse():
+    "Show a file in headless Chromium: path, width, JavaScript -> what that returns. A page that asks the net fails."
+    from browser import CHROMIUM, REASON, Browser
+    if CHROMIUM is None: pytest.skip(REASON)
+    browser = Browser()
+    def ask(path, width, script, **kwargs):
+        found = browser.open(path, width, **kwargs).run(script)
+        assert not browser.asked, browser.asked
+        return found
+    yield ask
+    browser.close()
+
+
 def pytest_terminal_summary(terminalreporter):
     skipped = terminalreporter.stats.get('skipped', [])
     absent = [r for r in skipped if 'golden data absent' in str(r.longrepr) or 'sample data absent' in str(r.longrepr)]

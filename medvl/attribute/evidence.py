@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['THINGS', 'TAILS', 'LIKELY', 'CARD', 'unrelated', 'phrase_vectors', 'best_cells', 'best_channels', 'match_of',
-           'match_text', 'trained_on', 'pointing_rows', 'read_card', 'card_text', 'learnt_text']
+           'match_text', 'trained_on', 'pointing_rows', 'read_card', 'card_text', 'learnt_text', 'record_causal',
+           'believed_way']
 
 # %% ../../nbs/603_attribute.evidence.ipynb #37cd9759
 import re
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from .similarity import similarity_map
 from ..core.errors import DataError
-from ..core.paths import read_json
+from ..core.paths import read_json, write_json
 from ..methods.base import Method, evaluating, require
 from .mammo_factor import Explainer
 from ..data.prepared import Prepared
@@ -167,3 +168,44 @@ def learnt_text(
     if sources and all('phantom' in s for part in sources for s in part.split(', ')):
         return [*lines, "It knows drawn phantoms only: of a patient's image it knows nothing."]
     return lines
+
+# %% ../../nbs/603_attribute.evidence.ipynb #88139060
+def record_causal(
+    folder: str | Path, # of a model
+    verdict: pd.DataFrame, # of `attribute.causal.founded_ways`, of this model
+    known: pd.DataFrame, # of `attribute.causal.causal_knowledge`: the findings that were asked
+    data: str, # on what patients
+) -> dict: # the card
+    "Write into a model's card which way of explaining follows the cause."
+    columns = ('explanation', 'causal', 'low', 'high', 'n', 'patients', 'minus_brightness', 'minus_untrained',
+               'founded')
+    ways = [{k: (r[k] if isinstance(r[k], str) else bool(r[k]) if k == 'founded' else float(r[k])) for k in columns}
+            for _, r in verdict.sort_values('causal', ascending=False).iterrows()]
+    card = read_card(folder) | {'causal': {'ways': ways, 'data': data, 'findings': {
+        r.finding: round(float(r.auroc), 3) for r in known.itertuples()}}}
+    write_json(Path(folder)/CARD, card)
+    return card
+
+
+def believed_way(
+    card: dict, # of `read_card`
+) -> tuple: # way and layer ('' the last), or None; a line that says why
+    """Name the best-founded way of a model.
+
+    Raises: DataError for a record that is none."""
+    record = card.get('causal')
+    if record is None: return None, 'Never put to the causal test: whether this map follows the cause is not known.'
+    ways = record.get('ways') if isinstance(record, dict) else None
+    if not isinstance(ways, list) or not all(isinstance(w, dict) and isinstance(w.get('explanation'), str)
+                                             and _number(w.get('causal')) for w in ways):
+        raise DataError('the record of the causal test is damaged.', file=CARD,
+                        fix='Make it again: medvl run causal_truth -p record=true.')
+    good = sorted((w for w in ways if w.get('founded') is True), key=lambda w: -w['causal'])
+    if not good: return None, f'In the causal test no way of {len(ways)} beat its controls: this map is not founded.'
+    best, span = good[0], ''
+    if _number(best.get('low')) and _number(best.get('high')): span = f' ({best["low"]:.2f} to {best["high"]:.2f})'
+    name, _, layer = best['explanation'].partition('@')
+    return ((name, layer),
+            f'Best founded of {len(ways)} ways: when the finding was taken away, moved or shrunk, this map '
+            f'followed by {best["causal"]:.2f}{span} of 1, more than brightness and the untrained network '
+            f'({str(record.get("data", ""))[:60]}).')

@@ -131,14 +131,20 @@ def grad_cams(
     kind:str='grad_cam', # a key of KINDS
     layer: nn.Module | str | None = None, # as for `caught`
     positive:bool=True, # only what speaks for the target
+    answer: Callable | None = None, # images -> what callable targets read (b,…); None: the method's `encode_image`
+    chunk:int=64, # images at once: memory (maps and a gradients of each), not result
 ) -> Tensor: # heat, float32 (b,a,h',w') on the layer's grid
     """Draw the maps of several targets with one pass of the encoder.
 
-    Raises: ValueError for an unknown kind or layer."""
+    Raises: ValueError for an unknown kind or layer, no target, or a chunk below 1."""
     if kind not in KINDS: raise ValueError(unknown_name('kind of map', kind, KINDS))
+    if chunk < 1 or not len(targets): raise ValueError(f'{len(targets)} targets, chunk={chunk}: both at least 1')
     scores = [t if callable(t) and not isinstance(t, Tensor) else sentence_score(method, t) for t in targets]
-    maps, gradients, _ = map_gradients(method, images, scores, layer)
-    heat = KINDS[kind](maps[:, None].float(), gradients.float())
+    heats = []
+    for part in images.split(chunk):
+        maps, gradients, _ = map_gradients(method, part, scores, layer, answer)
+        heats.append(KINDS[kind](maps[:, None].float(), gradients.float()))
+    heat = torch.cat(heats)
     return heat.relu() if positive else heat
 
 
@@ -146,3 +152,4 @@ def grad_cam(method: Method, images: Tensor, target: str | Sequence[str] | Tenso
              layer: nn.Module | str | None = None, positive: bool = True) -> Tensor:
     "Draw the maps of one target, (b,h',w'); arguments as for `grad_cams`."
     return grad_cams(method, images, [target], kind, layer, positive)[:, 0]
+

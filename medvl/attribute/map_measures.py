@@ -6,6 +6,7 @@
 __all__ = ['otsu_threshold', 'map_region', 'pointing_score', 'map_measures', 'top_share', 'contrast_to_noise']
 
 # %% ../../nbs/604_attribute.map_measures.ipynb #0a39f866
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,7 +32,8 @@ def otsu_threshold(
 
 def map_region(
     heat: np.ndarray, # (h,w)
-    rule: str | float = 'otsu', # 'otsu', 'quantile' (the upper twentieth), or a threshold in the map's own unit
+    rule: str | float = 'otsu', # 'otsu', 'quantile' (the upper twentieth), a share of the map's range as '50%', or a
+                                # threshold in the map's own unit
     quantile: float = .95, # share of pixels below, of 'quantile'
 ) -> np.ndarray: # bool (h,w): strictly above
     """Make a region of a map.
@@ -40,9 +42,12 @@ def map_region(
     heat = np.asarray(heat, np.float64)
     if not np.isfinite(heat).all(): raise ValueError('the map has values that are not finite')
     if isinstance(rule, (int, float)) and not isinstance(rule, bool): return heat > rule
-    if rule not in ('otsu', 'quantile'): raise ValueError(f"threshold {rule!r}: 'otsu', 'quantile' or a number")
+    share = re.fullmatch(r'(\d{1,2}(?:\.\d+)?)%', str(rule))
+    if rule not in ('otsu', 'quantile') and share is None:
+        raise ValueError(f"threshold {rule!r}: 'otsu', 'quantile', a share of the range such as '50%', or a number")
     low, high = heat.min(), heat.max()
     if not high > low: return np.zeros(heat.shape, bool)
+    if share is not None: return (heat - low) / (high - low) > float(share[1]) / 100
     if rule == 'quantile': return heat > np.quantile(heat, quantile)
     return (heat - low) / (high - low) > otsu_threshold(heat)
 
@@ -120,7 +125,7 @@ def contrast_to_noise(
     truth: np.ndarray, # bool (h,w)
     absolute: bool = False, # without the sign, as in Boecking et al.
 ) -> float|None: # (mean inside - mean outside) / sqrt(variance inside + variance outside); None: one side is empty
-    "Say how clearly the inside stands out. Source: Boecking et al., ECCV 2022, section 4.2."
+    "Say how clearly the inside stands out. Source: Boecking et al., ECCV 2022, as its users quote it."
     inside, outside = heat[truth], heat[~truth]
     if not inside.size or not outside.size: return None
     spread = float(np.sqrt(inside.var() + outside.var()))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LATERALITIES', 'CHEST_VIEWS', 'OTHER_VIEWS', 'VIEWS', 'DENSITIES', 'SPLITS', 'RECORDS', 'BOXES', 'SENTENCES',
            'MANIFEST', 'TABLES', 'ALIASES', 'Column', 'describe_table', 'check_quotes', 'read_csv', 'check_columns',
-           'tidy', 'schema', 'find_problems', 'validate', 'sort_out', 'fit_boxes', 'read_list', 'Report', 'left_out',
-           'Source', 'alike_ids', 'empty']
+           'fill_sides', 'tidy', 'schema', 'find_problems', 'validate', 'sort_out', 'fit_boxes', 'read_list', 'Report',
+           'left_out', 'Source', 'alike_ids', 'empty']
 
 # %% ../../nbs/110_data.schema.ipynb #48185d91
 import ast
@@ -53,7 +53,7 @@ class Column(NamedTuple):
 RECORDS = {
     'image_path': Column('text', True, 'image file, relative to the folder', filled=True),
     'patient_id': Column('text', True, 'who; splits never divide a patient', filled=True),
-    'laterality': Column('text', True, 'L or R', LATERALITIES),
+    'laterality': Column('text', True, 'L or R; a table of chest films may leave it out', LATERALITIES),
     'view': Column('text', True, 'projection: CC, MLO, …', VIEWS, filled=True),
     'image_id': Column('text', False, 'name of the image; default: file name without ending, hashed in preparation',
                        unique=True, filled=True),
@@ -268,6 +268,15 @@ def check_columns(
                             + f'The table has: {", ".join(map(str, df.columns))}.')
     return unknown
 
+# %% ../../nbs/110_data.schema.ipynb #16f52498
+def fill_sides(
+    df:pd.DataFrame, # records, as they were read
+) -> pd.DataFrame: # with an empty `laterality` where every view is one of the chest (or no projection)
+    "Add the column that only breasts need; one that looks mistyped is left to `check_columns`."
+    if 'laterality' in df or 'view' not in df or any(_alike(str(c), 'laterality') for c in df): return df
+    views = df['view'].astype(str).str.strip().str.upper()
+    return df.assign(laterality='') if len(df) and views.isin((*CHEST_VIEWS, *OTHER_VIEWS)).all() else df
+
 # %% ../../nbs/110_data.schema.ipynb #69e6c859
 _NOTHING = ('', 'nan', 'none', 'null', 'n/a', '<na>', 'nat')
 
@@ -318,14 +327,14 @@ def tidy(
 @functools.cache
 def schema(
     kind:str, # 'records', 'boxes', 'sentences' or 'manifest'
+    labels:tuple=(), # columns that hold labels, by name: a pattern for them is forgotten after its first use (pandera)
 ) -> 'DataFrameSchema': # pandera DataFrameSchema
     "Build the pandera schema of a table (rules on values; names are checked by `check_columns`)."
     import pandera.pandas as pa
     columns = {name: pa.Column(None, _checks(pa, c), unique=False, nullable=True, required=c.required)
                for name, c in TABLES[kind].items()}
-    label = pa.Column(None, [pa.Check.isin([0, 1], error='a label is 1, 0 or empty')], nullable=True, required=False,
-                      regex=True)
-    return pa.DataFrameSchema({**columns, '^label_.+': label})
+    label = lambda: pa.Column(None, [pa.Check.isin([0, 1], error='a label is 1, 0 or empty')], nullable=True)
+    return pa.DataFrameSchema({**columns, **{name: label() for name in labels}})
 
 
 def _checks(pa, c):
@@ -359,7 +368,8 @@ def find_problems(
     "List every value that breaks a rule."
     from pandera.errors import SchemaErrors
     rows = []
-    try: schema(kind).validate(df, lazy=True)
+    labels = tuple(c for c in df.columns if str(c).startswith('label_'))
+    try: schema(kind, labels).validate(df, lazy=True)
     except SchemaErrors as e:
         cases = e.failure_cases
         if (bad := cases[cases['index'].isna()]).size:

@@ -74,7 +74,8 @@ class A2I2Config(ExamViewConfig, WordConfig, EfficientNetConfig):
 
 def reference_options() -> dict: # fields of A2I2Config
     "Name the slips of the original's code."
-    return dict(share_views=False, padded_sentence=True, relevance='reference', pixel_range='-1..1', airlight='exam')
+    return dict(share_views=False, padded_sentence=True, relevance='reference', pixel_range='-1..1', airlight='exam',
+                decoder_init='torch')
 
 # %% ../../nbs/350_methods.a2i2.ipynb #1b9269e3
 def check_a2i2(config: A2I2Config) -> A2I2Config: # the same

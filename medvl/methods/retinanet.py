@@ -27,6 +27,7 @@ from ..models.boxes import RATIOS, SCALES, anchor_grid, box_iou
 from ..models.checkpoints import load_weights
 from ..models.detector import TAPS, Head, Pyramid, encoder_taps, init_detector, select_boxes, tap_channels
 from ..models.efficientnet import EFFICIENTNETS, EfficientNet
+from ..models.resnet import RESNETS, ResNet
 from ..models.simple_pyramid import SimplePyramid
 from ..models.vision import build_image_encoder
 from ..models.vit import VITS, VisionTransformer
@@ -40,12 +41,12 @@ class RetinaNetConfig:
     "Configuration of the detector."
     classes: tuple[str, ...] = ('mass', 'suspicious_calcification')  # findings, in the order of the outputs
     merge: bool = False  # all listed findings count as one class, 'finding'
-    image_encoder: str = 'efficientnet-b2'  # efficientnet-b0 … b7, -lite0, -tiny; vit-tiny, -small, -base, -large
+    image_encoder: str = 'efficientnet-b2'  # efficientnet-b0 … b7, -lite0, -tiny; resnet-18 …; vit-tiny, -small …
     image_weights: str = ''  # file of encoder weights; `detector_from` takes them from a trained method instead
     image_pretrained: bool = False  # load the weights that ship with the name (lite0)
     padding: str = 'clip'  # static paddings: 'clip' (as pre-trained) or 'detector' (the original's detector)
     taps: str = 'reference'  # maps of the encoder: 'reference' (strides 16, 32, 32) or 'strides' (8, 16, 32;
-                             # always so for a ViT)
+                             # always so for a ResNet or a ViT)
     freeze: str = 'none'  # 'none'; 'encoder': nothing of it moves, BatchNorm neither;
                           # 'weights': BatchNorm moves (the original)
     freeze_bn: bool = False  # fine-tuning with fixed BatchNorm statistics of the encoder, for small batches
@@ -88,7 +89,7 @@ def reference_config(frozen: bool = False, # the original's --freeze_backbone
 def _check(c):
     "Refuse options that do not exist."
     for name, options in (('taps', TAPS), ('freeze', FREEZE), ('empty', EMPTY), ('padding', ('clip', 'detector')),
-                          ('scaling', SCALINGS), ('image_encoder', (*EFFICIENTNETS, *VITS))):
+                          ('scaling', SCALINGS), ('image_encoder', (*EFFICIENTNETS, *RESNETS, *VITS))):
         if getattr(c, name) not in options: raise ValueError(unknown_name(name, getattr(c, name), options))
     if not c.classes or len(set(c.classes)) != len(c.classes):
         raise ValueError(f'classes must be names, each once, not {c.classes}')
@@ -99,13 +100,13 @@ def _check(c):
 
 @register
 class RetinaNet(Method):
-    "RetinaNet on an EfficientNet or a ViT. Source: Lin et al., ICCV 2017; Ghosh et al., MICCAI 2024."
+    "RetinaNet on an EfficientNet, a ResNet or a ViT. Source: Lin et al., ICCV 2017; Ghosh et al., MICCAI 2024."
     name, config_class, chunkable = 'retinanet', RetinaNetConfig, True
     keeps = ('images',) # anchors are laid out for their size
 
     def __init__(self,
                  config: RetinaNetConfig | None = None,
-                 image_encoder: nn.Module | None = None, # an EfficientNet or ViT to use instead of building one by name
+                 image_encoder: nn.Module | None = None, # one of these to use instead of building one by name
                  ):
         super().__init__(config)
         c = self.config
@@ -118,7 +119,8 @@ class RetinaNet(Method):
             self.scales = SimplePyramid(self.image_encoder.num_features, self.image_encoder.stride,
                                         ('conv3', 'conv4', 'conv5'), c.pyramid_width)
         channels = (c.pyramid_width,) * 3 if vit else tap_channels(self.image_encoder, c.taps)
-        self.pyramid = Pyramid(channels, c.pyramid_width, c.taps == 'reference' and not vit)
+        lift = c.taps == 'reference' and isinstance(self.image_encoder, EfficientNet)
+        self.pyramid = Pyramid(channels, c.pyramid_width, lift)
         self.regression = Head(4, c.pyramid_width, c.head_width, len(RATIOS) * len(SCALES))
         self.classification = Head(len(self.names), c.pyramid_width, c.head_width, len(RATIOS) * len(SCALES))
         init_detector(self.pyramid, self.regression, self.classification)
@@ -127,7 +129,7 @@ class RetinaNet(Method):
 
     def _encoder(self):
         c = self.config
-        if c.image_encoder in VITS:
+        if c.image_encoder in (*VITS, *RESNETS):
             return build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None,
                                        c.image_checkpointing)
         return build_image_encoder(c.image_encoder, c.image_pretrained, c.image_weights or None, c.image_checkpointing,
@@ -263,24 +265,25 @@ def truth(self: RetinaNet,
     return boxes, labels
 
 # %% ../../nbs/335_methods.retinanet.ipynb #95f9b8cf
-def detector_from(method: Method, # a Method with an EfficientNet or ViT `image_encoder`
+def detector_from(method: Method, # a Method whose `image_encoder` is an EfficientNet, a ResNet or a ViT
                   classes: Sequence[str], # findings
                   **changes, # fields of RetinaNetConfig
                   ) -> RetinaNet:
     """Put a detector on a trained encoder.
 
-    Raises: TypeError if the encoder is neither an EfficientNet nor a ViT."""
+    Raises: TypeError for another encoder."""
     encoder, old, vit = method.image_encoder, method.config, isinstance(method.image_encoder, VisionTransformer)
-    if not isinstance(encoder, (EfficientNet, VisionTransformer)):
-        raise TypeError(f'a detector needs an EfficientNet or ViT encoder, not {type(encoder).__name__}')
+    if not isinstance(encoder, (EfficientNet, ResNet, VisionTransformer)):
+        raise TypeError(f'a detector needs an EfficientNet, ResNet or ViT encoder, not {type(encoder).__name__}')
     facts = dict(image_encoder=encoder.name, image_mean=old.image_mean, image_std=old.image_std, classes=tuple(classes),
                  scaling='data' if isinstance(old, TokenImageConfig) else getattr(old, 'scaling', 'image'))
-    if not vit: facts |= dict(padding=old.padding, drop_connect=old.drop_connect, bn_momentum=old.bn_momentum)
+    if isinstance(encoder, EfficientNet): facts |= dict(padding=old.padding, drop_connect=old.drop_connect, bn_momentum=old.bn_momentum)
     config = RetinaNetConfig(**{**facts, **changes})
     if config.image_encoder != encoder.name:
         raise ValueError(f'the encoder is {encoder.name}, not {config.image_encoder}')
-    fresh = RetinaNet(replace(config, image_weights='', image_pretrained=False), encoder.plain_copy() if vit else None)
-    if vit: return fresh.to(method.device)
+    own = encoder.plain_copy() if vit else copy.deepcopy(encoder) if isinstance(encoder, ResNet) else None
+    fresh = RetinaNet(replace(config, image_weights='', image_pretrained=False), own)
+    if own is not None: return fresh.to(method.device)
     load_weights(fresh.image_encoder, copy.deepcopy(encoder.state_dict()), ignore=('_fc.',))
     return fresh.to(method.device)
 

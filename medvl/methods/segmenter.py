@@ -40,9 +40,9 @@ class SegmenterConfig:
     dice_smooth: float = 0.0  # pixels; above 0, false positives cost something where there is nothing to find
     pos_weight: tuple[float, ...] = ()  # of cross-entropy, on the positives of each class; () = 1
     gamma: float = 2.0  # of the focal loss
-    image_encoder: str = 'resnet-50'  # name of a ResNet, unet, or name of a ViT
+    image_encoder: str = 'resnet-50'  # name of a ResNet, an EfficientNet, unet, or a ViT
     image_weights: str = ''  # file of encoder weights, torchvision's names
-    image_pretrained: bool = False  # load weights that belong to the name
+    image_pretrained: bool = False  # load weights that belong to the name (efficientnet-lite0)
     image_checkpointing: bool = False  # recompute the encoder's activations
     pyramid_width: int = 256  # of a ViT: channels of the pyramid that is made of its one map
     image_mean: float = 0.5  # of pixels, 0..1 scale: the data set's own
@@ -56,7 +56,7 @@ class SegmenterConfig:
 # %% ../../nbs/336_methods.segmenter.ipynb #68c59735
 @register
 class Segmenter(DenseMethod):
-    "A segmentation head on a ResNet. Source: LoVT, section 4."
+    "A segmentation head on an encoder with stages. Source: LoVT, section 4."
     name, config_class, gathered = 'segmenter', SegmenterConfig, ('logits', 'masks')
 
     def __init__(self,
@@ -117,7 +117,7 @@ def new_head(self: Segmenter, channels: dict) -> nn.Module: # dict stage -> chan
     return LinearHead(channels, k, **options)
 
 # %% ../../nbs/336_methods.segmenter.ipynb #a9db3168
-def segmenter_from(source: Method | str | Path, # trained Method with a ResNet or ViT, name of an encoder, or file
+def segmenter_from(source: Method | str | Path, # trained Method with such an encoder, name of one, or file
                    classes: Sequence[str], # names, in the order of the masks
                    head: str = 'linear', # 'linear', 'mlp' or 'unet'
                    frozen: bool = True, # False: fine-tune the encoder

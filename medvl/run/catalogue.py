@@ -91,13 +91,16 @@ def recipe_table(
                          for m, r, x in found])
 
 
-def release_table() -> pd.DataFrame: # columns release, access, licence, reader
+def release_table() -> pd.DataFrame: # columns release, layout, access, licence, reader
     "List the public data sets that can be read as they are given out."
     from medvl.data import releases
+    from medvl.data.releases.layouts import LAYOUTS
     from medvl.data.releases.release import Release
     found = {}
     for module in sorted(m.name for m in pkgutil.iter_modules(releases.__path__)):
         inside = vars(import_module(f'medvl.data.releases.{module}')).values()
         found |= {r.name: r for r in inside if isinstance(r, Release)}
-    return pd.DataFrame([dict(release=r.name, access=r.access, licence=r.licence, reader=r.reader)
+    layouts = {f'medvl.data.releases.{l.reader}': name for name, l in LAYOUTS.items()}
+    return pd.DataFrame([dict(release=r.name, layout=layouts.get(r.reader, ''), access=r.access, licence=r.licence,
+                              reader=r.reader)
                          for _, r in sorted(found.items())])

@@ -7,7 +7,7 @@ __all__ = ['app', 'runs_app', 'Params', 'ParamFile', 'Outputs', 'Timeout', 'SHOW
            'OneLine', 'RunCommand', 'metric_lines', 'experiments_command', 'methods_command', 'recipes_command',
            'datasets_command', 'run_command', 'params_command', 'report_command', 'sweep_command', 'list_command',
            'best_command', 'compare_command', 'show_command', 'info_command', 'phantom_command', 'prepare_command',
-           'main']
+           'index_command', 'main']
 
 # %% ../../nbs/720_run.cli.ipynb #f96d2602
 import os
@@ -64,8 +64,8 @@ class RunCommand(TyperCommand):
 
 def _version(asked):
     if not asked: return
-    from importlib.metadata import version
-    typer.echo(f'medvl {version("medvl")}')
+    from medvl import __version__
+    typer.echo(f'medvl {__version__}')
     raise typer.Exit
 
 
@@ -146,9 +146,14 @@ def recipes_command(method: Annotated[str, typer.Argument(help='Name of a method
 
 @app.command('datasets')
 def datasets_command() -> None:
-    "List the public data sets that can be read as they are given out."
+    "List the public data sets that can be read as they are given out, with the layout that `medvl run prepare` knows."
     from medvl.run.catalogue import release_table
-    _listed(release_table()[['release', 'access', 'licence']])
+    found = release_table()
+    short = [r if len(r) <= 44 else f'{r[:43]}…' for r in found.release]
+    _listed(found.assign(release=short)[['release', 'layout', 'access', 'licence']])
+    typer.echo('\nmedvl run prepare -p layout=NAME -p data=FOLDER; other layouts: folder (index.csv), report_table, '
+               'breast_table,\nexam_table, image_table, path_target, openi_impressions, cardiomegaly. Without a layout: '
+               'questions and mistaken reports,\nwhich other experiments read.')
 
 
 @app.command('run', cls=RunCommand)
@@ -165,6 +170,10 @@ def run_command(
                     typer.Option('--plan',
                                  help='Train nothing: state memory, time and disk of the run (experiments that '
                                       'pre-train; prepare).')] = False,
+    processes: Annotated[Optional[int],
+                         typer.Option('--processes', min=1,
+                                      help='Processes of the training on this host, on GPUs one each; the same as '
+                                           '-p processes=.')] = None,
 ) -> None:
     """Run an experiment notebook. Exit: 0 done, 1 failed, 2 refused, 124 time limit, 130 interrupted, 137 killed, 143
     terminated."""
@@ -173,9 +182,9 @@ def run_command(
     from medvl.run.runner import RunFailedError, run_experiment
     if experiment is None and resume is None: return experiments_command()
     if plan and resume: _refuse('--plan is for a run that has not started; --resume continues one. Give one of them.')
+    more = {**({'plan': True} if plan else {}), **({} if processes is None else {'processes': processes})}
     try:
-        run = run_experiment(experiment, {**_given(params, file), **({'plan': True} if plan else {})}, outputs, resume,
-                             timeout, report)
+        run = run_experiment(experiment, {**_given(params, file), **more}, outputs, resume, timeout, report)
     except RefusedError as e: _refuse(e)
     except RunFailedError as e:
         again = ('The same would happen again: mend what it says, then start a new run.' if e.repeats else
@@ -211,10 +220,17 @@ def params_command(experiment: Annotated[str,
 @runs_app.command('report')
 def report_command(run: Annotated[str, typer.Argument(help='Run folder, name, or beginning of its name.')],
                    outputs: Outputs = None) -> None:
-    "Write a run's report.html again, from its folder."
+    "Write the report.html of a run, or of a sweep, again, from its folder."
+    from medvl.core.paths import outputs_path, read_json
     from medvl.run.parameters import RefusedError
     from medvl.run.report import write_report
     from medvl.run.runner import find_run
+    for folder in (Path(run), Path(outputs or outputs_path())/run):
+        if (folder/'sweep.json').is_file():
+            from medvl.run.sweep import sweep_table
+            from medvl.run.sweep_report import write_sweep_report
+            grid = read_json(folder/'sweep.json')['grid']
+            return typer.echo(write_sweep_report(folder, sweep_table(folder), list(grid)))
     try: typer.echo(write_report(find_run(run, outputs)))
     except RefusedError as e: _refuse(e)
 
@@ -401,6 +417,33 @@ def prepare_command(
     try: found = prepare(read_folder(source), source, out, profile=profile, size=size, jobs=jobs, overwrite=overwrite)
     except ValueError as e: _refuse(e)
     typer.echo(f'{found!r}: {out}')
+
+# %% ../../nbs/720_run.cli.ipynb #53b985ce
+@app.command('index')
+def index_command(
+    folder: Annotated[Path, typer.Argument(help='Archive: DICOM files at any depth.')],
+    reports: Annotated[Optional[Path], typer.Option(help='Table of reports (.csv or .xlsx), one row a report.')] = None,
+    on: Annotated[str, typer.Option(help='Its column that is compared with the files.')] = 'accession',
+    field: Annotated[str, typer.Option(help='With what: accession, study, patient or file; default: as the column is '
+                                            'called.')] = '',
+    text: Annotated[str, typer.Option(help='Its column with the report; default: report_text, report, findings, '
+                                           'impression.')] = '',
+    out: Annotated[Optional[Path], typer.Option('-o', '--out', help='Folder for the index; default: FOLDER.')] = None,
+    same: Annotated[Optional[Path], typer.Option(help='Table of patient_id and same_as: ids of one person.')] = None,
+    apart: Annotated[bool, typer.Option('--apart', help='Ids of one name and birth date are two persons.')] = False,
+    need_report: Annotated[bool, typer.Option('--need-report', help='Set images without a report aside.')] = False,
+    modality: Annotated[Optional[list[str]], typer.Option(help='To take; default: MG, CR and DX.')] = None,
+    view: Annotated[str, typer.Option(help='View of films (no mammograms) that do not say theirs: FRONTAL, PA …')] = '',
+    seed: Annotated[int, typer.Option(help='Of the dealing of patients to train, valid and test.')] = 0,
+    jobs: Jobs = -1,
+) -> None:
+    "Write index.csv for an archive of DICOM files and a table of reports, or bring it up to date."
+    from medvl.data.archive import index_archive
+    told = {'modalities': tuple(m.upper() for m in modality)} if modality else {}
+    found = index_archive(folder, reports, on, field, text, out, same, apart, need_report, seed=seed, jobs=jobs,
+                          view=view.upper(), **told)
+    typer.echo(f'{found}\nindex: {found.folder/"index.csv"}; set aside: {found.folder/"index_aside.csv"}\n'
+               f'next: medvl run prepare -p data={found.folder} -p out=prepared')
 
 # %% ../../nbs/720_run.cli.ipynb #1d92eb27
 def main() -> None:

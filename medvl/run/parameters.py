@@ -226,12 +226,15 @@ def check_bounds(
 ) -> None:
     """Hold a value against what the parameter's help promises.
 
-    Raises: RefusedError for a number below its bound, or a path that is not there."""
+    Raises: RefusedError for a number below its bound, a name that its table lacks, or a path that is not there."""
     match = re.search(r'\b(at least|more than) (-?\d+(?:\.\d+)?(?:e-?\d+)?)', p.help)
     if match and isinstance(value, (int, float)) and not isinstance(value, bool):
         bound = float(match[2])
         if value < bound or (match[1] == 'more than' and value == bound):
             raise RefusedError(f'{p.name} is {value!r}; it must be {match[1]} {match[2]}.')
+    named = re.search(r'name of (medvl(?:\.\w+)+)\.([A-Z_]+)\b', p.help)
+    if named and value not in (known := getattr(import_module(named[1]), named[2])):
+        raise RefusedError(unknown_name(f'{p.name}:', value, known))
     if p.help.startswith('existing ') and value and not Path(value).expanduser().exists():
         raise RefusedError(f'{p.name} is {str(value)!r}, but there is no such {p.help.split()[1].rstrip(";,")}.')
 
@@ -320,6 +323,11 @@ def check_options(
     """Hold a mapping of options against the dataclass that its help names.
 
     Raises: RefusedError for a field that does not exist, is of another type, or was given as a parameter too."""
+    reader = re.search(r'fields of the reader of `(\w+)`', p.help)
+    if reader:
+        from medvl.data.releases.layouts import layout_options
+        try: layout_options(values[reader[1]], values[p.name])
+        except ValueError as e: raise RefusedError(f'{p.name}: {e}') from e
     cls = options_class(p, values)
     if cls is None: return
     try: check_fields(cls, values[p.name])

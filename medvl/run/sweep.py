@@ -31,6 +31,7 @@ from ..core.run import Run, run_info
 from ..core.words import Word
 from .parameters import RefusedError, check_parameters
 from .runner import RunFailedError, experiment_name, find_experiment, names_now, run_experiment
+from .sweep_report import write_sweep_report
 
 # %% ../../nbs/710_run.sweep.ipynb #d3924bae
 def split_values(
@@ -300,5 +301,6 @@ def run_sweep(
     backends[backend](folder, [r['index'] for r in read_json(folder/'sweep.json')['runs']], jobs=jobs, **how)
     table = sweep_table(folder)
     write_csv(table, folder/'summary.csv')
+    write_sweep_report(folder, table, list(read_json(folder/'sweep.json')['grid']))
     table.attrs['folder'] = str(folder)
     return table

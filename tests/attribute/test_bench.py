@@ -23,7 +23,7 @@ def model(data): return new_method('mammoclip', 'smoke', data.manifest.report).e
 
 def planted(monkeypatch, data, labels=('mass',)):
     "Ways of which one knows the truth of the image it is shown, and one gives the same map for all."
-    truths = {np.array(data.image(i)).tobytes(): bench._truth(data, i, labels).astype(np.float32) for i in range(len(data))}
+    truths = {np.array(data.image(i)).tobytes(): bench.truth_mask(data, i, labels).astype(np.float32) for i in range(len(data))}
     knows = lambda method, images, target, level: (torch.from_numpy(truths[images[0, 0].to(torch.uint8).numpy().tobytes()]), {})
     blind = lambda method, images, target, level: (torch.linspace(0, 1, images[0, 0].numel()).view(images.shape[-2:]), {})
     for name, draw in (('knows', knows), ('blind', blind)): monkeypatch.setitem(EXPLANATIONS, name, Explanation(draw, ('sentence',), 'planted'))

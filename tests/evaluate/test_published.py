@@ -81,3 +81,22 @@ def test_the_papers_data_stand_beside_and_are_collected(relabelled, tmp_path):
     page = json.loads((all_rows.folder/'run.ipynb').read_text())
     said = ''.join(''.join(o.get('text', '')) for c in page['cells'] for o in c.get('outputs', []))
     assert all(text in said for text in XVL_REMARKS.values())
+
+
+def test_five_papers_in_one_table(tmp_path):
+    "LoVT's table of a run of `localized`, and that of X-VL, land in their rows; nothing else is filled; a table of a phantom is no table of a paper."
+    from medvl.core.run import Run
+    from medvl.evaluate.localized.published import beside_published
+    from medvl.evaluate.protocols.paper_table import five_papers, measured_elsewhere, paper_table
+    from medvl.evaluate.protocols.xvl_published import beside_xvl
+    every = five_papers()
+    assert every.system.nunique() == 5 and every.published.between(-1, 1).all() and (paper_table().verdict == ABSENT).all() and paper_table().ours.isna().all()
+    assert not measured_elsewhere().images.str.contains('hantom').any()
+    local, xvl = Run.create('localized', {}, tmp_path), Run.create('match_zero_shot', {}, tmp_path)
+    local.table('published', beside_published(pd.DataFrame([dict(task='covid_linear', value=.43, low=.41, high=.45, phantom=False, n_train=133, n_test=44)])))
+    xvl.table('published_xvl', beside_xvl(['chexpert'], pd.DataFrame([dict(task='edema', metric='auroc', value=.88, low=.8, high=.93)])))
+    run = run_experiment('paper_tables', dict(runs=[str(local.folder), str(xvl.folder)]), tmp_path, report=False)
+    found = pd.read_csv(run.folder/'tables'/'paper_all.csv')
+    filled = found[found.ours.notna()].set_index('system')
+    assert len(found) == len(every) and sorted(filled.index) == ['LoVT', 'Medical X-VL']
+    assert filled.loc['LoVT', 'task'] == 'covid_linear' and filled.loc['LoVT', 'verdict'].startswith('agrees') and filled.loc['Medical X-VL', 'ours'] == .88

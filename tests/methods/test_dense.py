@@ -317,6 +317,12 @@ def test_training_loop_with_warm_up_and_resume(head, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), made.state_dict().values()))
 
 
+class Stageless(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.config, self.image_encoder = None, torch.nn.Conv2d(1, 2, 3)
+
+
 def test_sources_of_encoders(tmp_path):
     from medvl.methods.classifier import Classifier, ClassifierConfig
     from medvl.models.resnet import ResNet
@@ -331,10 +337,17 @@ def test_sources_of_encoders(tmp_path):
             assert all(torch.equal(a, b) for a, b in zip(made.image_encoder.state_dict().values(), resnet.state_dict().values()))
             with pytest.raises(DataError, match='not the weights of resnet-18'): make(source, 'opacity', image_encoder='resnet-18', **more)
     with pytest.raises(DataError, match='prefix'): segmenter_from(tmp_path / 'other.safetensors', 'opacity', image_encoder='resnet-tiny')
-    other = Classifier(ClassifierConfig(image_encoder='efficientnet-tiny'))
     for make in (segmenter_from, yolo_from):
-        with pytest.raises(TypeError, match='no image encoder with stages'): make(other, 'opacity')
-        with pytest.raises(TypeError, match='does not offer'): make('efficientnet-tiny', 'opacity')
+        with pytest.raises(TypeError, match='no image encoder with stages'): make(Stageless(), 'opacity')
+        with pytest.raises(TypeError, match='gives no stages'): make('autoencoder-tiny', 'opacity')
+    other = Classifier(ClassifierConfig(image_encoder='efficientnet-tiny'))
+    for head in ('linear', 'unet'): # an EfficientNet's reductions are its stages
+        made = segmenter_from(other, 'opacity', head)
+        assert all(torch.equal(a, b) for a, b in zip(made.image_encoder.parameters(), other.image_encoder.parameters()))
+        assert made.predict(torch.zeros(1, 1, 64, 96, dtype=torch.uint8)).shape == (1, 1, 64, 96)
+        assert torch.equal(made.image_features(torch.ones(1, 1, 64, 96)), made.image_encoder.eval()(made.scaled_images(torch.ones(1, 1, 64, 96))))
+    odd = Classifier(ClassifierConfig(image_encoder='efficientnet-tiny', padding='detector'))
+    with pytest.raises(ValueError, match='padding'): segmenter_from(odd, 'opacity')
     a, b, c = (segmenter_from('resnet-tiny', 'opacity', seed=s) for s in (0, 0, 1))
     assert torch.equal(a.head.classifier.weight, b.head.classifier.weight) and not torch.equal(a.head.classifier.weight, c.head.classifier.weight)
     save_pretrained(segmenter_from('resnet-tiny', 'opacity', seed=5), tmp_path / 'saved')

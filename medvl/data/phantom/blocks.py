@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIFFICULTY', 'FIELD_MM', 'check_picture', 'difficulty_knobs', 'Frame', 'fractal', 'fill_frame', 'ellipse', 'blob',
-           'shadows', 'add_patch', 'bounds', 'phantom_name', 'scale_tissue']
+           'shadows', 'add_patch', 'bounds', 'phantom_name', 'scale_tissue', 'seen_change']
 
 # %% ../../../nbs/149e_data.phantom.blocks.ipynb #35802179
 from collections.abc import Callable, Iterator
@@ -186,3 +186,12 @@ def scale_tissue(
     k = -covariance + np.sqrt(max(0.0, covariance**2 - gap))
     k = max(k, 0.5*spread)/std
     return k, -k*mean - float(added.mean())
+
+# %% ../../../nbs/149e_data.phantom.blocks.ipynb #a1f2658b
+def seen_change(
+    step:np.ndarray, # float (h,w), share of the grey scale
+    bits:int, # 8 or 12
+) -> np.ndarray: # the same, and 0 where it is less than a quarter of a grey level
+    "Leave out what is too little to be seen: the foot of a bell curve has no end."
+    return np.where(np.abs(step) > 2.**-(bits + 2), step, 0)
+

@@ -26,7 +26,7 @@ from ..cells import quoted
 from ..dicom.header import Limits, hash_id
 from ..prepared import table_digest
 from ..pixels.profiles import Profile, get_profile
-from ..schema import Report, alike_ids, check_columns, empty, sort_out
+from ..schema import Report, alike_ids, check_columns, empty, fill_sides, sort_out
 from ..store import make_folder
 from .job import Job
 
@@ -133,8 +133,8 @@ def sort_records(
     """Set aside rows that break a rule, ids that are there twice, paths that leave the folder, and absent files.
 
     Raises: DataError for missing or mistyped columns."""
+    records = fill_sides(records).reset_index(drop=True)
     check_columns(records, 'records')
-    records = records.reset_index(drop=True)
     if 'image_id' not in records:
         records = records.assign(image_id=[Path(p).stem for p in records.image_path.astype(str)], id_from='file')
     odd = _unwritable(records)

@@ -34,6 +34,7 @@ from ..cells import KNOWN_WORDS, OLDEST
 from ..dicom.header import Limits, hash_id
 from ..histogram import histogram_facts
 from ..provenance_control import provenance_facts
+from .reuse import Earlier, job_rules, with_earlier
 from .plan import Plan, fingerprint, make_plan, plan_jobs, project_salt
 from ..prepared import Prepared, open_prepared, write_table
 from ..pixels.profiles import Profile, check_accept, fit
@@ -88,7 +89,7 @@ class Journal:
         jobs:list, # of Job: all of the plan
     ):
         self.path, self.images, self.masks = folder/'journal.jsonl', images, masks
-        self.looks, entries = [file_state(j) for j in jobs], read_journal(self.path)
+        self.jobs, self.looks, entries = jobs, [file_state(j) for j in jobs], read_journal(self.path)
         bad = (n for n, e in enumerate(entries) if not self._holds(e) or changed_files(e, jobs[n], self.looks[n]))
         self.entries = entries[:next(bad, len(entries))]
         self.row = sum('row' in e for e in self.entries)
@@ -109,6 +110,7 @@ class Journal:
                      look=self.looks[answer.number], sums=answer.sums)
         if answer.pixels is not None:
             entry |= dict(row=self.row, boxes=answer.boxes, fields=answer.fields,
+                          rules=job_rules(self.jobs[answer.number]),
                           pixel_sha256=self.images.write(self.row, answer.pixels), mask_row=-1)
             if answer.mask is not None:
                 entry |= dict(mask_row=self.mask_row, mask_sha256=self.masks.write(self.mask_row, answer.mask))
@@ -488,6 +490,7 @@ def run_plan(
     salt:str, # the project's
     report:Report|None, # of the builder
     shard_bytes:int=SHARD_BYTES, # of a file of pixels at most
+    earlier:Earlier|None=None, # whose images are taken over where they are the same
 ) -> None:
     "Do what is left of a plan."
     n, masks = len(plan.records), sum(bool(j.mask_path) for j in jobs)
@@ -498,7 +501,8 @@ def run_plan(
     try:
         journal = Journal(folder, images, mask_store, jobs)
         with progress(desc='prepare', total=n, unit='image', initial=len(journal.entries)) as bar:
-            for answer in run_jobs(jobs[len(journal.entries):], n_jobs, backend):
+            left, compute = jobs[len(journal.entries):], lambda some: run_jobs(some, n_jobs, backend)
+            for answer in compute(left) if earlier is None else with_earlier(left, earlier, compute):
                 journal.add(answer)
                 bar.update()
         finish(plan, folder, journal, salt, report)
@@ -543,6 +547,7 @@ def prepare(
     mask_bits:tuple=(), # names of the classes: bit k of a mask file's values is class k; (): a mask is all above 0
     accept:tuple=(), # what is set aside else: raw (converted), special_views (spot …), odd_pictures (nearly black …)
     shard_bytes:int=SHARD_BYTES, # of a file of pixels at most; changes no pixel, no table and no digest
+    reuse:str|Path|None=None, # prepared folder of an earlier state: the same files are copied; changes no digest
 ) -> Prepared:
     """Prepare a data set; goes on where an earlier call with the same arguments stopped, and prints what was set aside.
 
@@ -550,6 +555,8 @@ def prepare(
         be written to, a full disk, or when no file could be prepared."""
     if backend not in BACKENDS: raise ValueError(f'Unknown backend {backend!r}. There are: {", ".join(BACKENDS)}.')
     report, folder, secret = getattr(records, 'report', None), Path(out), project_salt(salt)
+    if reuse is not None and os.path.realpath(reuse) == os.path.realpath(folder):
+        raise DataError('a folder cannot take over from itself.', file=str(folder), fix='Give another `out`.')
     if isinstance(records, Source):
         boxes, sentences, records = ((records.boxes if boxes is None else boxes),
                                      (records.sentences if sentences is None else sentences), records.records)
@@ -577,7 +584,9 @@ def prepare(
                             file=str(folder), fix='Choose another folder, or pass overwrite=True.')
         todo = plan_jobs(plan, limits, colour, check_side)
         if (folder/'dataset.json').exists(): check_sources(plan, folder, todo, secret)
-        else: run_plan(plan, folder, todo, jobs, backend, secret, report, shard_bytes)
+        else:
+            run_plan(plan, folder, todo, jobs, backend, secret, report, shard_bytes,
+                     None if reuse is None else Earlier(reuse))
     data = open_prepared(folder)
     if lines := outcome_in_words(data.info, pd.read_csv(folder/'rejects.csv', dtype=str, keep_default_na=False)):
         print('\n'.join(lines))

@@ -17,7 +17,7 @@ import pandas as pd
 from ...core.errors import DataError
 from ..cells import birads_category, density_letter, plain_cell, quoted, sex_letter, side_letter, hide_names
 from ..prepare.plan import why_not
-from ..schema import ALIASES, Report, Source, alike_ids, check_columns, empty, read_csv, sort_out
+from ..schema import ALIASES, Report, Source, alike_ids, check_columns, empty, fill_sides, read_csv, sort_out
 
 # %% ../../../nbs/163_data.releases.folder.ipynb #a5c90e2b
 def rewrite_column(
@@ -71,6 +71,7 @@ def read_index(
     for old, new in {a: b for a, b in names.items() if list(names.values()).count(b) == 1}.items():
         df = df.rename(columns={old: new})
         if (old, new) != ('dataset', 'source'): report.add('column renamed', old, None, '', new)
+    df = fill_sides(df)
     ignored = check_columns(df, 'records', str(path))
     if not len(df): raise DataError('the table has no rows.', file=str(path))
     if ignored: report.add('columns not used', ', '.join(ignored), None, '', 'left out')

@@ -8,10 +8,9 @@ __all__ = ['A2I2_REMARKS', 'published_a2i2', 'beside_a2i2']
 # %% ../../../nbs/562_evaluate.protocols.a2i2_published.ipynb #8bdc7801
 from collections.abc import Iterable
 
-import numpy as np
 import pandas as pd
 
-from ...methods.published import ABSENT, is_of, verdict
+from ...methods.published import beside_row, is_of
 
 # %% ../../../nbs/562_evaluate.protocols.a2i2_published.ipynb #6a13fb8e
 _A2I2 = { # data, as sources begin: name, AUROC and best before, Dice and best before
@@ -49,15 +48,9 @@ def beside_a2i2(
     rows, paper, sources = [], published_a2i2().set_index(['data', 'metric', 'model']).published, list(sources)
     for key, (name, *values) in _A2I2.items():
         for metric in [m for m, v in zip(('auroc', 'dice'), values) if v]:
-            here = is_of(sources, key)
             row = dict(data=name, task='malignancy' if metric == 'auroc' else 'lesion', metric=metric,
-                       published=paper[name, metric, 'A²I²'], best_before=paper[name, metric, 'best before'],
-                       ours=np.nan, low=np.nan, high=np.nan, verdict='not in this run' if here else ABSENT)
-            mine = found[(found.metric == metric) & found.value.notna()] if here and len(found) else found[:0]
+                       published=paper[name, metric, 'A²I²'], best_before=paper[name, metric, 'best before'])
+            mine = found[found.metric == metric] if len(found) else found
             if metric == 'auroc': mine = mine[mine.task.isin(_A2I2_TASKS)]
-            if len(mine):
-                r = mine.iloc[0]
-                row |= dict(ours=r.value, low=r.get('low', np.nan), high=r.get('high', np.nan))
-                row['verdict'] = verdict(row['published'], r.value, row['low'], row['high'], tolerance, differs)
-            rows.append(row)
+            rows.append(beside_row(row, mine, is_of(sources, key), tolerance, differs))
     return pd.DataFrame(rows)

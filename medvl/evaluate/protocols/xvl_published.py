@@ -8,11 +8,10 @@ __all__ = ['XVL_REMARKS', 'published_xvl', 'beside_xvl']
 # %% ../../../nbs/549_evaluate.protocols.xvl_published.ipynb #401c970a
 from collections.abc import Iterable
 
-import numpy as np
 import pandas as pd
 
 from ...core.errors import unknown_name
-from ...methods.published import ABSENT, is_of, verdict
+from ...methods.published import beside_row, is_of
 
 # %% ../../../nbs/549_evaluate.protocols.xvl_published.ipynb #342685c8
 _BY_FINDING = { # finding: (AUROC of X-VL, of the best other, that other), (F1 of X-VL, of the best other)
@@ -74,13 +73,7 @@ def beside_xvl(
     for (task, metric), group in paper[paper.task != 'mean of 5'].groupby(['task', 'metric'], sort=False):
         theirs = group.set_index('model').published
         row = dict(data='CheXpert', task=task, metric=metric, published=theirs['Medical X-VL'],
-                   best_other=theirs.drop('Medical X-VL').max(), ours=np.nan, low=np.nan, high=np.nan, verdict=ABSENT)
-        same = (found.task == task) & (found.metric.replace(_OURS) == metric) & found.value.notna()
-        mine = found[same] if same_data else found[:0]
-        if same_data: row['verdict'] = 'not in this run'
-        if len(mine):
-            r = mine.iloc[0]
-            row |= dict(ours=r.value, low=r.get('low', np.nan), high=r.get('high', np.nan))
-            row['verdict'] = verdict(row['published'], r.value, row['low'], row['high'], tolerance, differs)
-        rows.append(row)
+                   best_other=theirs.drop('Medical X-VL').max())
+        mine = found[(found.task == task) & (found.metric.replace(_OURS) == metric)]
+        rows.append(beside_row(row, mine, same_data, tolerance, differs))
     return pd.DataFrame(rows)

@@ -177,8 +177,11 @@ def encoder_of(source: Method | str | Path, # trained Method with `image_encoder
                             fix='Name the encoder of the file with image_encoder=…, or its prefix.') from e
         return encoder, {**taken, 'image_encoder': name}
     encoder = getattr(source, 'image_encoder', None)
-    if not callable(getattr(encoder, 'stages', None)):
-        raise TypeError(f'{type(source).__name__} has no image encoder with stages (a ResNet or ViT) to put a head on')
+    if not any(callable(getattr(encoder, how, None)) for how in ('stages', 'endpoints')):
+        raise TypeError(f'{type(source).__name__} has no image encoder with stages (a ResNet, an EfficientNet or a ViT) '
+                        'to put a head on')
+    if getattr(source.config, 'padding', 'clip') != 'clip' and not callable(getattr(encoder, 'stages', None)):
+        raise ValueError(f'padding={source.config.padding!r}: a head is put on an EfficientNet of padding clip')
     if taken.get('image_encoder', encoder.name) != encoder.name:
         raise ValueError(f'the encoder is {encoder.name}, not {taken["image_encoder"]}')
     facts = {f: getattr(source.config, f) for f in ('image_mean', 'image_std') if hasattr(source.config, f)}

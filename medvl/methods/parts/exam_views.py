@@ -26,6 +26,7 @@ class ExamViewConfig:
     share_views: bool = True  # one encoder; False: one for MLO, one for all others (original)
     decoder_width: float = 1.0  # factor of the trunk's widths
     decoder_channels: int = 3  # of the enhanced image: 3 (original: grey repeated), 1
+    decoder_init: str = 'icnr'  # how its sub-pixel convolutions start: 'icnr' without stripes, 'torch' (original)
 
 # %% ../../../nbs/349_methods.parts.exam_views.ipynb #ba726c50
 class ExamViews(nn.Module):
@@ -43,7 +44,8 @@ class ExamViews(nn.Module):
         channels = image_stage_channels(self.encoder)
         self.global_head = nn.Linear(channels['conv5'], dim)
         self.local_head = nn.Conv2d(channels['conv4'], dim, 1, bias=False)
-        self.decoder = ShuffleDecoder(channels, c.decoder_width, c.decoder_channels) if decodes else None
+        self.decoder = (ShuffleDecoder(channels, c.decoder_width, c.decoder_channels, initial=c.decoder_init)
+                        if decodes else None)
         scale = partial(scale_images, mean=c.image_mean, std=c.image_std)
         self.side = ImageSide(self.encoder, scale)
         self.sides = [self.side] if c.share_views else [self.side, ImageSide(self.mlo_encoder, scale)]
