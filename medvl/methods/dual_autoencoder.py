@@ -63,7 +63,7 @@ class DualAutoencoder(ImageMethod):
         z = self.image_encoder(x)
         check_samples(batch, z, module=self)
         given = batch.get('masks')
-        mask = (given.to(x.device) if isinstance(given, torch.Tensor) else
+        mask = (given.to(x.device, non_blocking=True) if isinstance(given, torch.Tensor) else
                 {'': None, 'nonzero': x > 0, 'bright': bright(x)}[self.config.mask])
         return {'logits': self.classifier(z), 'sums': error_sums(self.decoder(z), x, mask)}
 
@@ -76,10 +76,10 @@ class DualAutoencoder(ImageMethod):
         if 'labels' not in batch or tuple(batch['labels'].shape) != (len(z), 1):
             raise ValueError(f'labels of shape {(len(z), 1)} are needed ({c.joint}): give the samples '
                              f'labels=({c.joint!r},)')
-        y = batch['labels'][:, 0].to(z.device)
-        known, weight = y >= 0, z.new_tensor([1., c.positive if self.training else 1.])
+        y = batch['labels'][:, 0].to(z.device, non_blocking=True)
+        known, more = y >= 0, c.positive if self.training else 1.
         target = torch.where(known, y, 0).long()
-        w = weight[target] * known
+        w = torch.where(target == 1, z.new_full((), more), z.new_full((), 1.)) * known
         ce = (F.cross_entropy(z, target, reduction='none') * w).sum() / w.sum().clamp(min=1e-12)
         out = {'loss': c.recon_weight * recon + c.ce_weight * ce, 'recon': recon, 'ce': ce}
         if self.training: return out

@@ -77,10 +77,12 @@ class MAE(ImageMethod):
 
     def visible(self, x: torch.Tensor, # (b,1,h,w), scaled
                 hidden: torch.Tensor, # bool (b,rows,columns), the same number in each
+                seen: int | None = None, # patches that are not hidden; None: counted, which waits for a GPU
                 ) -> torch.Tensor: # (b,1+seen,d): the class token, and the patches that are seen
         "Run the encoder on what is seen."
         e, tokens = self.image_encoder, self.image_encoder.embed(x)
-        order = hidden.flatten(1).to(torch.int8).argsort(dim=1, stable=True)[:, :int((~hidden[0]).sum())] + 1
+        left = int((~hidden[0]).sum()) if seen is None else seen
+        order = hidden.flatten(1).to(torch.int8).argsort(dim=1, stable=True)[:, :left] + 1
         rows = order[..., None].expand(-1, -1, tokens.shape[-1])
         tokens = torch.cat([tokens[:, :1], tokens.gather(1, rows)], 1)
         for block in e.blocks: tokens = block(tokens)
@@ -103,13 +105,14 @@ class MAE(ImageMethod):
         "Say which patches of a batch are hidden."
         grid = tuple(n // self.image_encoder.stride for n in x.shape[-2:])
         index = batch.get('index', torch.arange(len(x)))
-        return hidden_patches(index.to(x.device), batch.get('epoch', 0), grid, self.config.hidden, self.config.seed)
+        return hidden_patches(index.to(x.device, non_blocking=True), batch.get('epoch', 0), grid, self.config.hidden, self.config.seed)
 
     def encode(self, batch: dict) -> dict: # images (b,1,1,h,w)
         "Give `error` (b,): the mean squared error of each image's hidden patches."
         x = self.image_side.scaled(batch['images'])
         hidden = self.chosen(x, batch)
-        seen = self.visible(x, hidden)
+        places = hidden[0].numel()
+        seen = self.visible(x, hidden, places - round(self.config.hidden * places))
         check_samples(batch, seen[:, 0], module=self)
         wanted, drawn = to_patches(x, self.image_encoder.stride), self.draw(seen, hidden)
         if self.config.normalised:

@@ -1,7 +1,7 @@
 """BERT's pre-training on the pretend accelerator: bf16, at most one wait a step, the CPU's numbers."""
 import pytest
 import torch
-from contract import bert_case
+from contract import from_recipe
 from pretend_accelerator import DEVICE, WAITS, Accelerator, train_on_device
 
 from medvl.train import loop as loop_module
@@ -20,7 +20,7 @@ def test_it_trains_there_and_waits_once_a_step(tmp_path, monkeypatch):
         return out
     monkeypatch.setattr(loop_module, 'one_step', counted)
     train_on_device(monkeypatch)
-    method, data, _ = bert_case(tmp_path)
+    method, data, _ = from_recipe(tmp_path, 'bert_pretraining', 'smoke')
     with Accelerator():
         result = train(method, data, TrainConfig(**SETTINGS, precision='bf16'), tmp_path/'run')
         assert method.device.type == DEVICE.type and result.step == 3
@@ -30,7 +30,7 @@ def test_it_trains_there_and_waits_once_a_step(tmp_path, monkeypatch):
 def test_numbers_are_those_of_the_cpu(tmp_path, monkeypatch):
     losses = []
     for there in (False, True):
-        method, data, _ = bert_case(tmp_path)
+        method, data, _ = from_recipe(tmp_path, 'bert_pretraining', 'smoke')
         if there: train_on_device(monkeypatch)
         settings = TrainConfig(**{**SETTINGS, 'max_steps': 2})
         if there:
