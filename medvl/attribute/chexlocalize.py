@@ -186,7 +186,7 @@ def behind_human(
     for finding, own in [*both.groupby('finding', sort=True), ('all', both)]:
         names = np.unique(own.patient_id)
         mine, theirs = (_draws(own, m, n_boot, seed, names) for m in (metric, f'{metric}_human'))
-        mean = lambda m: own.groupby('finding')[m].mean().mean()
+        mean = lambda m, own=own: own.groupby('finding')[m].mean().mean()
         with np.errstate(invalid='ignore', divide='ignore'):
             low, high = np.nanquantile(100 * (theirs - mine) / theirs, [.025, .975])
             gap = 100 * (mean(f'{metric}_human') - mean(metric)) / mean(f'{metric}_human')

@@ -19,7 +19,6 @@ from .maps import upsample
 from ..core.errors import DataError, unknown_name
 from ..core.progress import progress
 from ..data.prepared import Prepared
-from ..methods.base import Method
 
 # %% ../../nbs/606a_attribute.phrases.ipynb #0386fe43
 def phrases_on(

@@ -70,7 +70,7 @@ def test_phrases_of_json_and_table_are_one(tmp_path):
     for k in range(6):
         path = f'files/p10/p1000000{k // 2}/s5000000{k}/d{k}.jpg'
         images.append(dict(id=k, file_name=f'd{k}.jpg', path=path, width=300, height=400))
-        for n in range(k % 3): # none, one or two regions
+        for _ in range(k % 3): # none, one or two regions
             x, y, w, h = [int(v) for v in (rng.integers(0, 100), rng.integers(0, 100), rng.integers(5, 90), rng.integers(5, 90))]
             notes.append(dict(image_id=k, category_id=1, label_text='a phrase', bbox=[x, y, w, h])); lines.append(f'd{k},Pneumonia,a phrase,{path},{x},{y},{w},{h},300,400,test')
         if k % 3 == 0: notes.append(dict(image_id=k, category_id=1, label_text='a phrase', bbox=[])); lines.append(f'd{k},Pneumonia,a phrase,{path},,,,,300,400,test')

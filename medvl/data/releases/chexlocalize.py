@@ -22,7 +22,7 @@ from ...core.paths import atomic_path, read_json
 from ..pixels.coco_rle import coco_rle_mask, mask_coco_rle
 from ..pixels.shapes import Derived, chest_view, on_disk
 from ..prepared import Prepared
-from .release import Part, Release, find_files, read_headers, read_table
+from .release import Part, Release, find_files, read_headers
 from .vindr import label_name
 from ..schema import Report, Source, empty
 
