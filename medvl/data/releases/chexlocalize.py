@@ -126,7 +126,8 @@ def read_chexlocalize(
         raise DataError('there is no gt_segmentations_val.json.', file=str(root), fix='Give the folder of the release.')
     found = {_image_name(p): p for p in find_files(root, ('*.jpg', '*.png'), report)}
     truth = {i: (own, _split_of(t)) for t in tables for i, own in read_segmentations(root/t).items()}
-    lines = {i: v for t in find_files(root, ('gt_annotations_*.json',)) for i, v in read_finding_outlines(root/t).items()}
+    drawn = find_files(root, ('gt_annotations_*.json',))
+    lines = {i: v for t in drawn for i, v in read_finding_outlines(root/t).items()}
     here = on_disk(list(truth), found, report, root, 'valid/patient…/study…/view1_frontal.jpg')
     heads = read_headers(root, [found[n] for n in here], report)
     for name in (n for n in here if found[n] in heads):
