@@ -107,8 +107,10 @@ def phrase_scores(
             continue
         truth = box_mask(p.boxes, size)
         overlap = [float((r & truth).sum() / (r | truth).sum()) for r in regions]
-        signed, each = contrast_to_noise(wide, truth), [contrast_to_noise(wide, box_mask(b[None], size)) for b in p.boxes]
-        values = [signed, abs(signed), float(np.mean(np.abs(each))), pointing_score(wide, truth), float(np.mean(overlap))]
+        signed = contrast_to_noise(wide, truth)
+        each = [contrast_to_noise(wide, box_mask(b[None], size)) for b in p.boxes]
+        values = [signed, abs(signed), float(np.mean(np.abs(each))), pointing_score(wide, truth),
+                  float(np.mean(overlap))]
         rows.append(about | dict(zip(names, values + overlap)))
     return pd.DataFrame(rows)
 

@@ -65,3 +65,67 @@ def test_controls_know_no_model():
     assert all(m.shape == image.shape and np.isfinite(m).all() for m in maps.values())
     assert np.unravel_index(maps['centre'].argmax(), image.shape) in [(19, 14), (20, 15), (19, 15), (20, 14)]
     assert maps['brightness'][15, 10] == pytest.approx(maps['brightness'].max(), rel=.05) and maps['edges'][15, 10] < maps['edges'].max() / 2
+
+
+def test_empty_truths_tuned_thresholds_and_a_reader(data, model, monkeypatch):
+    ways, found = {'knows': planted(monkeypatch, data)['knows']}, {'mass': (('mass',), 'there is a mass')}
+    rules = bench.tuned_rules(model, data, found, ways, 3)
+    assert set(rules) == {('mass', k) for k in (*CONTROLS, 'knows')}
+    reader = lambda i, finding: bench.truth_mask(data, i, ['mass']) if i % 2 else None
+    scores, _ = bench_scores(model, data, found, ways, images=4, faithful=1, steps=3, absent=3, baselines=('zero', 'mean'), tuned=rules, human=reader, fewer={'knows': 2})
+    here, gone = scores[scores.present], scores[~scores.present]
+    assert gone.image_id.nunique() == 3 and gone[['pointing', 'energy', 'auroc', 'box_iou']].isna().all(axis=None) and (gone.area == 0).all()
+    own = here[here.method == 'knows']
+    assert len(own) == 2 and (own.iou_tuned == 1).all() and (own.number >= 1).all() and (own.iou_half == 1).all()
+    human = here[here.method == 'human']
+    assert set(human.kind) == {'human'} and (human.iou_half == 1).all() and len(human) <= 4
+    noisy, _ = bench_scores(model, data, found, {'gradcam': ('gradcam', -1, {})}, images=1, faithful=1, steps=2, noisy=2)
+    noisy = noisy.set_index('method')
+    assert noisy.sensitivity['uniform'] == 0 and noisy.sensitivity['gradcam'] > 0 and noisy.infidelity.dropna().between(0, 1).all() and noisy.infidelity.notna().sum() == 1 + len(CONTROLS)
+    assert 'insertion - deletion (mean)' in set(bench_table(scores, n_boot=20).metric) and bench_table(scores, n_boot=20).n.max() == 4 # images without the finding are in no mean
+    with pytest.raises(ValueError, match='bring both to one size'): bench_scores(model, data, found, {}, images=1, human=lambda i, f: np.ones((2, 2), bool))
+
+
+def test_silence_and_models():
+    rng, rows = np.random.default_rng(0), []
+    for i in range(40):
+        for m in ('a', 'b'):
+            rows.append(dict(finding='x', image_id=str(i), patient_id=str(i), model=m, method='way', kind='way', present=i % 2 == 0, area=.1, number=1, strength=rng.random() + (i % 2 == 0), auroc=(.8 if m == 'a' else .6) if i % 2 == 0 else None))
+            rows.append({**rows[-1], 'method': 'uniform', 'kind': 'control', 'strength': 1., 'auroc': .5 if i % 2 == 0 else None})
+    scores = pd.DataFrame(rows)
+    from medvl.attribute.bench_tables import bench_over_models, silence_table, strata_table, way_differences
+    silent = silence_table(scores[scores.model == 'a'], 100).set_index('method')
+    assert silent.value['way'] > .9 and silent.value['uniform'] == .5
+    over = bench_over_models(scores, reference='uniform', n_boot=500).set_index('method')
+    assert over.value['way'] == pytest.approx(.2) and over.low['way'] == pytest.approx(.1) and over.high['way'] == pytest.approx(.3) # models differ, images do not
+    assert over.n['way'] == 40 and over.models['way'] == 2
+    assert way_differences(scores[scores.model == 'a'], 'uniform', ['auroc'], 50).difference.tolist() == [pytest.approx(.3)]
+    with pytest.raises(DataError, match='absent=20'): silence_table(scores[scores.present])
+    with pytest.raises(DataError, match='which model'): bench_over_models(scores.drop(columns='model'))
+    with pytest.raises(ValueError, match='measure'): strata_table(scores, 'beauty')
+
+
+def test_truths_that_are_not_there(data):
+    has, without = bench.rows_of(data, ['mass'])
+    assert has and without and not set(has) & set(without)
+    with pytest.raises(ValueError, match='truth'): bench.truth_mask(data, has[0], ['mass'], 'outline')
+    bare = data.subset(list(range(len(data)))); bare.masks = None
+    with pytest.raises(DataError, match='no mask'): bench.truth_mask(bare, has[0], ['mass'], 'masks')
+    assert not bench.truth_mask(bare, without[0], ['mass'], 'masks').any()
+
+
+def test_odd_maps_in_every_measure():
+    from medvl.attribute.map_boxes import box_overlaps, region_shape, tuned_share
+    truth, box = np.zeros((8, 8), bool), np.array([[2, 2, 5, 5]]); truth[2:5, 2:5] = True
+    for flat in (np.zeros((8, 8)), np.full((8, 8), 3.)):
+        row = bench._measured('m', 'x', flat, truth, box, {('x', 'm'): '40%'})
+        assert row['auroc'] == .5 and row['iou_tuned'] == row['iou_otsu'] == row['iou_half'] == row['box_iou'] == row['corloc'] == 0 and row['contrast'] == 0
+    spot = np.zeros((8, 8)); spot[6, 6] = 1
+    nothing = bench._measured('m', 'x', spot, truth & False, box[:0], None)
+    assert nothing['pointing'] is nothing['auroc'] is nothing['box_iou'] is nothing['contrast'] is None and nothing['boxes'] >= 1
+    for wrong in (np.full((8, 8), np.nan), np.where(np.eye(8), np.inf, 0)):
+        with pytest.raises(ValueError, match='finite'): bench._measured('m', 'x', wrong, truth, box, None)
+    with pytest.raises(ValueError, match='the same'): bench._measured('m', 'x', np.eye(7), truth, box, None)
+    with pytest.raises(ValueError, match='validation image'): tuned_share([np.eye(8)], [truth & False])
+    with pytest.raises(ValueError, match='finite'): box_overlaps(np.full((8, 8), np.nan), box)
+    assert region_shape(truth & False) == dict(number=0, size=0., elongation=None, irrectangularity=None)

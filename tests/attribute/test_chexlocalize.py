@@ -10,7 +10,7 @@ from golden import sample
 from medvl.attribute.chexlocalize import behind_human, chexlocalize_table, heat_segmentation, hit_scores, overlap_scores, published_interval
 from medvl.core.errors import DataError
 from medvl.data.pixels.coco_rle import coco_rle_mask, mask_coco_rle
-from medvl.data.releases.chexlocalize import CHEXLOCALIZE_FINDINGS, annotation_mask, read_heat_maps, read_drawn_lines, read_segmentations, write_heat_map, write_segmentations
+from medvl.data.releases.chexlocalize import CHEXLOCALIZE_FINDINGS, annotation_mask, read_heat_maps, read_finding_outlines, read_segmentations, write_heat_map, write_segmentations
 
 
 def public(name): return sample(f'grounding/chexlocalize_sample/{name}')
@@ -37,7 +37,7 @@ def test_run_lengths_of_drawn_masks():
 
 def test_outlines_of_the_sample_become_its_segmentations_exactly():
     truth, drawn = read_segmentations(public('gt_segmentations_val.json')), 0
-    for image, (size, own) in read_drawn_lines(public('gt_annotations_val.json')).items():
+    for image, (size, own) in read_finding_outlines(public('gt_annotations_val.json')).items():
         for finding, polygons in own.items():
             assert (annotation_mask(polygons, size) == coco_rle_mask(truth[image][finding])).all()
             drawn += 1
@@ -134,7 +134,7 @@ def test_files_that_are_wrong(tmp_path):
     (tmp_path/'list.json').write_text('[1]')
     with pytest.raises(DataError, match='no table of images'): read_segmentations(tmp_path/'list.json')
     (tmp_path/'line.json').write_text('{"a": {"Edema": [[[1, 2], [3, 4], [5, 0]]]}}')
-    with pytest.raises(DataError, match='no img_size'): read_drawn_lines(tmp_path/'line.json')
+    with pytest.raises(DataError, match='no img_size'): read_finding_outlines(tmp_path/'line.json')
     for counts in ('', 'a', '~~', None, [3, -1, 2], [1, 2]):
         with pytest.raises(DataError): coco_rle_mask({'size': [2, 2], 'counts': counts})
     write_heat_map(tmp_path/'maps', 'p_1', 'Edema', np.eye(3), (9, 9))

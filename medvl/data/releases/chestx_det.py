@@ -83,7 +83,8 @@ def read_chestx_det(
     ten = not Path(tables[0]).name.startswith('ChestX_Det_')
     report, findings = Report('ChestX-Det10' if ten else 'ChestX-Det'), (CHESTX_DET10_FINDINGS if ten else
                                                                        CHESTX_DET_FINDINGS)
-    derived, parts = Derived(root, derived), {Path(t).stem.split('_')[-1].lower(): read_det_file(root/t) for t in tables}
+    derived = Derived(root, derived)
+    parts = {Path(t).stem.split('_')[-1].lower(): read_det_file(root/t) for t in tables}
     split = {n: s for s, (_, names) in parts.items() for n in names}
     listed = [n for _, names in parts.values() for n in names]
     table = pd.concat([t for t, _ in parts.values()], ignore_index=True)

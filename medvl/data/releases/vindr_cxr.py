@@ -55,8 +55,8 @@ def read_reader_boxes(
                         row=int(odd.index[0]), column='class_name')
     edges = shown[['x_min', 'y_min', 'x_max', 'y_max']].apply(pd.to_numeric, errors='coerce')
     if edges.isna().any(axis=None):
-        raise DataError('a finding without a box.', file=Path(path).name, row=int(edges.index[edges.isna().any(axis=1)][0]),
-                        fix='Download it again.')
+        first = int(edges.index[edges.isna().any(axis=1)][0])
+        raise DataError('a finding without a box.', file=Path(path).name, row=first, fix='Download it again.')
     table = pd.DataFrame({'image_id': shown.image_id, 'reader': shown.get('rad_id', ''), 'label': shown.class_name,
                           **dict(zip(_EDGES, edges.to_numpy().T)), 'row': shown.index})
     return table.reset_index(drop=True), list(dict.fromkeys(df.image_id))
