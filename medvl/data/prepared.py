@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['typed', 'write_table', 'read_prepared_table', 'table_digest', 'Prepared', 'subset', 'verify', 'summary', 'to_html',
-           'open_prepared']
+           'first_patients', 'open_prepared']
 
 # %% ../../nbs/112_data.prepared.ipynb #c4d41e88
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -186,10 +187,23 @@ def to_html(
 def _escape(text): return str(text).replace('&', '&amp;').replace('<', '&lt;').replace('>', '&gt;')
 
 # %% ../../nbs/112_data.prepared.ipynb #18035398
+def first_patients(
+    data:Prepared, # the data set
+    n:int, # patients wanted, at least 1
+) -> Prepared: # the first ones of each part of the split, in its share
+    "Take a few patients, to try something; too few to learn anything about it."
+    who = data.manifest.drop_duplicates('patient_id')
+    if len(who) <= n: return data
+    kept = [p for _, part in who.groupby('split', sort=False).patient_id
+            for p in part.iloc[:max(1, round(n*len(part)/len(who)))]]
+    return data.subset(data.manifest.patient_id.isin(kept).to_numpy())
+
+
 def open_prepared(
     folder:str|Path, # written by `prepare`
 ) -> Prepared:
-    """Open a prepared folder; every table is checked, no pixel is read.
+    """Open a prepared folder; every table is checked, no pixel is read. Under `medvl run NAME -p limit=100` (which sets
+    MEDVL_LIMIT) only the first patients are taken.
 
     Raises: DataError when the folder is unfinished, incomplete, or its parts do not belong together."""
     folder = Path(folder)
@@ -209,4 +223,5 @@ def open_prepared(
         raise DataError(f'box of an image that is not in the manifest: {boxes.image_id.iloc[bad[0]]!r}.',
                         file=str(folder/'boxes.parquet'),
                         row=int(bad[0]), column='image_id')
-    return Prepared(folder, info, images, masks, manifest, boxes, sentences)
+    data, limit = Prepared(folder, info, images, masks, manifest, boxes, sentences), os.environ.get('MEDVL_LIMIT', '')
+    return first_patients(data, int(limit)) if limit.isdigit() and int(limit) else data

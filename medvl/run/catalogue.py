@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import unknown_name
-from .parameters import Parameter, RefusedError, notebook_parameters
+from .parameters import LIMIT, Parameter, RefusedError, notebook_parameters
 from .runner import experiments
 
 # %% ../../nbs/713_run.catalogue.ipynb #d468ce63
@@ -64,7 +64,8 @@ def parameter_lines(
         if those: out.append(f'{group}:')
         out += [f'  {p.name}: {p.type} = {"…" if p.computed else repr(p.default)}' + (f'  # {p.help}' if p.help else '')
                 for p in those]
-    return out
+    return out + ['any experiment:', f'  {LIMIT.name}: {LIMIT.type} = {LIMIT.default!r}  # {LIMIT.help}']*(
+        'limit' not in {p.name for p in found})
 
 # %% ../../nbs/713_run.catalogue.ipynb #d1ab10de
 def _said(thing): return (thing.__doc__ or '').strip().split('\n')[0]

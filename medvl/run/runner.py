@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'EXIT_CODES', 'REPEATS', 'MACHINE', 'Alias', 'experiment_name', 'experiments', 'find_experiment',
-           'names_now', 'unfinished', 'RunFailedError', 'find_run', 'run_experiment']
+           'names_now', 'unfinished', 'RunFailedError', 'limited', 'find_run', 'run_experiment']
 
 # %% ../../nbs/705_run.runner.ipynb #0dd90013
 import importlib.util
@@ -27,7 +27,7 @@ from ..core.places import absolute, runs_named
 from ..core.progress import STATE, progress_line
 from ..core.provenance import provenance
 from ..core.run import Run, RunBusy, is_alive, is_run, run_events, run_folders
-from .parameters import RefusedError, check_parameters
+from .parameters import RefusedError, check_parameters, notebook_parameters
 from .report import write_report
 
 # %% ../../nbs/705_run.runner.ipynb #32e3f6fb
@@ -206,6 +206,14 @@ def _import_papermill():
     return nbformat, papermill
 
 # %% ../../nbs/705_run.runner.ipynb #89ca7c73
+def limited(
+    run:Run, # of any state
+    notebook:str|Path, # of its experiment
+) -> bool: # whether it sees its first patients only
+    "Tell a run that was told `limit`, which its notebook does not have itself."
+    return bool(run.params.get('limit')) and 'limit' not in {p.name for p in notebook_parameters(notebook)}
+
+
 def _papermill(run, notebook, cwd, started, box):
     "Execute the notebook; what happened goes into `box`."
     import logging
@@ -213,6 +221,7 @@ def _papermill(run, notebook, cwd, started, box):
     logging.getLogger('papermill').setLevel(logging.CRITICAL) # what it says is in the verdict
     env = {'MEDVL_RUN': str(run.folder.resolve()), 'MEDVL_ATTEMPT': str(run.attempt)}
     env |= {k: absolute(os.environ[k]) for k in ('MEDVL_OUTPUTS', 'MEDVL_SALT') if os.environ.get(k)}
+    if limited(run, notebook): env['MEDVL_LIMIT'] = str(run.params['limit'])
     # papermill formats paths: a folder `a {seed}` must stay one
     plain = str(run.folder/'run.ipynb').replace('{', '{{').replace('}', '}}')
 
@@ -320,6 +329,8 @@ def _new(experiment, params, outputs, folder):
                      folder and absolute(folder), notebook=str(notebook), notebook_sha256=sha256_file(notebook),
                      cwd=os.getcwd())
     shutil.copyfile(notebook, run.folder/'source.ipynb')
+    if limited(run, notebook):
+        told.append(f'Tried on the first {run.params["limit"]} patients of each data set only: no result.')
     for text in told: _say(text); run.note(text)
     return run, notebook
 
