@@ -7,12 +7,13 @@ SOURCE ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test docs gpu-check lab install export outputs clean-notebooks lint help
+.PHONY: demo test docs gpu-check lab install export outputs clean-notebooks lint lowest help
 help:
 	@echo "make demo [DATA=folder]   run the main job end to end and leave an HTML report"
 	@echo "make test                 install and run all tests"
 	@echo "make gpu-check            what only a GPU can tell, in at most eight minutes; one table (exit 2: no GPU)"
 	@echo "make docs [RUNS=outputs]  build the site offline into _docs/; broken links fail"
+	@echo "make lowest               the lowest versions that settings.ini allows, in a folder outside (LOWEST=): a quick subset of the tests"
 	@echo "make lab                  open JupyterLab on the notebooks"
 	@echo "make export               write medvl/ from the notebooks"
 
@@ -50,5 +51,16 @@ outputs: install
 	$(BIN)/python .ci/notebooks.py refresh $(NB)
 clean-notebooks: install
 	$(BIN)/nbdev_clean
+# the lowest versions that settings.ini allows, in an environment of their own outside the checkout; not part of .ci/run
+LOWEST ?= $(or $(TMPDIR),/tmp)/medvl-lowest
+QUICK := tests/core/test_core.py tests/core/test_words.py tests/core/test_places.py tests/losses tests/data/test_schema.py tests/data/test_dicom.py \
+	tests/data/test_splits.py tests/data/test_store.py tests/data/test_tokens.py tests/data/test_batch.py tests/models/test_models.py \
+	tests/models/test_resnet.py tests/models/test_vit.py tests/models/test_checkpoints.py tests/evaluate/test_metrics.py tests/run/test_cli.py \
+	tests/run/test_run.py tests/train/test_optim.py tests/train/test_train.py tests/show
+lowest:
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) .ci/lowest.py > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install -q -r $(LOWEST)/lowest.txt
+	PATH=$(LOWEST)/bin:$$PATH PYTHONPATH=$(CURDIR) OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -q -p no:cacheprovider $(QUICK) $(ARGS)
 lint: install
 	$(BIN)/ruff check .

@@ -9,7 +9,7 @@ __all__ = []
 import sys
 from types import ModuleType
 
-__version__ = "0.1.0"
+__version__ = "1.0.0"
 
 _LAZY = {'load': 'medvl.api', 'Model': 'medvl.api', 'embed': 'medvl.api', 'zero_shot': 'medvl.api',
          'explain': 'medvl.api', 'from_pretrained': 'medvl.api', 'save_pretrained': 'medvl.api',

@@ -30,8 +30,7 @@ from medvl.train.settings import TrainConfig
 
 TRAINED = [n for n in method_names() if recipe(n, 'smoke').train is not None]
 FACTOR = 'mammo_factor'
-BERT = 'bert_pretraining' # words alone: no images, no recipe
-ALL = [*method_names(), *HEADS, FACTOR, BERT] # every method that this package registers; the untrained baseline too
+ALL = [*method_names(), *HEADS, FACTOR] # every method that this package registers; the untrained baseline too
 ASKED = ('encode_image', 'image_features', 'logits', 'predict') # capabilities of images alone
 LIKE = dict(rtol=1e-3, atol=1e-5)
 
@@ -71,7 +70,6 @@ def new_case(folder, name):
     "The same for every name: recipes where there are, and the heads."
     if name in method_names(): return from_recipe(folder, name, 'smoke')
     if name in HEADS: return case(name, str(folder))
-    if name == BERT: return bert_case(folder)
     from device_cases import breasts
 
     from medvl.attribute.mammo_factor import MammoFactor, MammoFactorConfig
@@ -83,17 +81,6 @@ def new_case(folder, name):
     with torch.no_grad():
         for p in base.image_encoder.parameters(): p += .2 * torch.randn_like(p) # an untrained one hardly tells images apart
     return MammoFactor(MammoFactorConfig(prompts={'mass': ['mass']}, grid=(4, 3), width=base.config.dim, temperature=1.0), base), TargetImages(data, ('mass',)), None
-
-
-def bert_case(folder):
-    "BERT on the reports of the phantom, in pairs."
-    from medvl.data.samples.text_pairs import MaskConfig, TextPairs
-    from medvl.methods.bert_pretraining import BertPretraining, BertPretrainingConfig
-    part = parts_of(str(folder), 'chest', 24, (64, 64))['train'].manifest.drop_duplicates('report')
-    words = build_wordpiece(part.report, 200)
-    torch.manual_seed(0)
-    method = BertPretraining(BertPretrainingConfig(vocab_size=len(words), width=16, layers=1, inner=16, positions=64, dropout=0.), words)
-    return method, TextPairs(zip(part.sample_id if 'sample_id' in part else part.index, part.patient_id, part.report), words, MaskConfig(max_length=48)), None
 
 
 def new_batch(data, transform, n=6, epoch=0, first=0):

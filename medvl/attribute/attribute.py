@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .fusion_flow import fused_relevance
 from .grounding import map_of_span
 from .mammo_factor import Explainer, MammoFactor
 from .sentence_maps import sentence_maps
@@ -76,7 +77,24 @@ def _word_way(kind):
     return draw
 
 
+def _relevant(method, images, target, level, report=None):
+    "Relevance of the places for a word of a report, or for the judged state of a sentence."
+    _last(level, 'relevance of words')
+    value = target.value if isinstance(target.value, (str, list)) else None
+    if value is None: raise ValueError('the relevance of a text needs its words, not a text vector')
+    text = str(report if report is not None else value if isinstance(value, str) else ' '.join(value))
+    maps, score = fused_relevance(method, images, text)
+    if target.kind == 'sentence': return maps[0], {'score': score, 'report': text}
+    place = next((s for s in word_spans(text) if s[0].lower() == str(value).lower()), None)
+    if place is None: raise ValueError(f'{value!r} is no word of this report')
+    spans = [s or (0, 0) for s in method.vocabulary.spans(text)][:len(maps)]
+    hit = [k for k, (a, b) in enumerate(spans) if a < place[2] and b > place[1]]
+    if not hit: raise ValueError(f'{value!r} lies behind what the method reads of this report')
+    return maps[hit].mean(0), {'score': score, 'report': text}
+
+
 EXPLANATIONS: dict[str, Explanation] = WAYS | {
+    'word_relevance': Explanation(_relevant, ('word', 'sentence'), 'relevance', signed=False),
     'word_attention': Explanation(_word_way('attention'), ('word',), 'attention weight', signed=False),
     'word_gradcam': Explanation(_word_way('gradcam'), ('word',), 'attention times gradient', signed=False),
     'similarity': Explanation(_similarity, ('sentence',), 'cosine'),

@@ -220,7 +220,8 @@ def _seen(system, pair, key):
     "Both images and both masks of one view, prepared."
     done = [preprocess(x, system.profile, system.size, mask=m.astype(np.uint8))
             for x, m in zip(pair.images(key), (pair.support[key],)*2 if pair.change == 'marked' else pair.masks(key))]
-    if done[0].placement != done[1].placement: raise DataError('the change moves the crop.', fix='Take another patient.')
+    if done[0].placement != done[1].placement: raise DataError('the change moves the crop.',
+                                                               fix='Take another patient.')
     return np.stack([d.pixels for d in done]), np.stack([d.mask > 0 for d in done])
 
 
@@ -333,12 +334,14 @@ def causal_rows(
     for pair in progress(pairs, desc=f'{system.name}, {finding}', unit='pair'):
         about = dict(system=system.name, finding=finding, patient_id=pair.patient)
         for name, (kind, draw) in draws.items():
-            rows.append(dict(about, test=pair.change, explanation=name, kind=kind, score=pair_score(pair, draw, margin)))
+            rows.append(dict(about, test=pair.change, explanation=name, kind=kind,
+                             score=pair_score(pair, draw, margin)))
     for pair in {p.patient: p for p in reversed(pairs) if p.change != 'marked'}.values():
         about = dict(system=system.name, finding=finding, patient_id=pair.patient, test='negated')
         for name, contrary in phrase.items():
             a, b, own = draws[name][1](pair.images[0]), contrary(pair.images[0]), grown(pair.masks[0], margin)
-            rows.append(dict(about, explanation=name, kind=draws[name][0], score=mass_fall(a, b, own) - mass_fall(a, b, ~own)))
+            rows.append(dict(about, explanation=name, kind=draws[name][0],
+                             score=mass_fall(a, b, own) - mass_fall(a, b, ~own)))
     return rows, lost
 
 # %% ../../nbs/633_attribute.causal.ipynb #26f644be
@@ -369,9 +372,11 @@ def side_rows(
         for name, (how, level, options) in ways.items():
             for who, m in (('', system.method), (', untrained', system.untrained)):
                 if m is None or how in DEAF: continue
-                a, b = (_drawer(m, said[x], how, level, {**({'against': said[y].value} if how in WAYS else {}), **options},
+                a, b = (_drawer(m, said[x], how, level, {**({'against': said[y].value} if how in WAYS else {}),
+                                                         **options},
                                 EXPLANATIONS[how].signed)(done.pixels) for x, y in (names, names[::-1]))
-                rows.append(dict(system=system.name, finding=finding, patient_id=exam.truth.patient_id, test='other side',
+                rows.append(dict(system=system.name, finding=finding, patient_id=exam.truth.patient_id,
+                                 test='other side',
                                  explanation=name + who, kind='untrained' if who else 'way',
                                  score=mass_fall(a, b, own) - mass_fall(a, b, ~own)))
     return rows, ''
@@ -390,7 +395,8 @@ def causal_table(
     for system, part in rows.groupby('system', sort=False):
         kinds = part.drop_duplicates('explanation').set_index('explanation').kind
         by = ['explanation', 'finding', 'patient_id']
-        place = part[part.test.isin(PLACES)].groupby([*by, 'test'], sort=False).score.mean().groupby(by, sort=False).mean()
+        place = part[part.test.isin(PLACES)].groupby([*by, 'test'], sort=False).score.mean().groupby(by,
+                                                                                                     sort=False).mean()
         for name, kind in kinds.items():
             about = dict(system=system, explanation=name, kind=kind)
             own = place.get(name)
@@ -425,7 +431,8 @@ def causal_lines(
     "Print the one table."
     asked = {s: ', '.join(p.finding[p.asked]) for s, p in known.groupby('system', sort=False)}
     text = table.assign(text=[f'{r.value:.2f} ({r.low:.2f} to {r.high:.2f})' for r in table.itertuples()])
-    wide = text.pivot_table(index=['system', 'explanation'], columns='metric', values='text', aggfunc='first', sort=False)
+    wide = text.pivot_table(index=['system', 'explanation'], columns='metric', values='text', aggfunc='first',
+                            sort=False)
     wide.insert(0, 'asked for', [asked.get(s, '') for s, _ in wide.index])
     rest = known[~known.asked]
     none = pd.DataFrame({'asked for': [f'{r.finding}: not asked ({r.why})' for r in rest.itertuples()]},

@@ -177,7 +177,8 @@ def record_causal(
     data: str, # on what patients
 ) -> dict: # the card
     "Write into a model's card which way of explaining follows the cause."
-    columns = ('explanation', 'causal', 'low', 'high', 'n', 'patients', 'minus_brightness', 'minus_untrained', 'founded')
+    columns = ('explanation', 'causal', 'low', 'high', 'n', 'patients', 'minus_brightness', 'minus_untrained',
+               'founded')
     ways = [{k: (r[k] if isinstance(r[k], str) else bool(r[k]) if k == 'founded' else float(r[k])) for k in columns}
             for _, r in verdict.sort_values('causal', ascending=False).iterrows()]
     card = read_card(folder) | {'causal': {'ways': ways, 'data': data, 'findings': {
@@ -204,6 +205,7 @@ def believed_way(
     best, span = good[0], ''
     if _number(best.get('low')) and _number(best.get('high')): span = f' ({best["low"]:.2f} to {best["high"]:.2f})'
     name, _, layer = best['explanation'].partition('@')
-    return ((name, layer), f'Best founded of {len(ways)} ways: when the finding was taken away, moved or shrunk, this map '
+    return ((name, layer),
+            f'Best founded of {len(ways)} ways: when the finding was taken away, moved or shrunk, this map '
             f'followed by {best["causal"]:.2f}{span} of 1, more than brightness and the untrained network '
             f'({str(record.get("data", ""))[:60]}).')

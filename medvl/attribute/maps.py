@@ -35,9 +35,11 @@ def upsample(
     heat:Tensor, # float (..., h, w)
     size:tuple[int, int], # (height, width) in pixels
 ) -> Tensor: # float (..., height, width)
-    "Stretch heat to the image, bilinearly."
+    "Stretch heat to the image, bilinearly; a constant map stays constant to the bit."
     flat = heat.reshape(-1, 1, *heat.shape[-2:]).float()
-    return F.interpolate(flat, size=tuple(size), mode='bilinear', align_corners=False).reshape(*heat.shape[:-2], *size)
+    wide = F.interpolate(flat, size=tuple(size), mode='bilinear', align_corners=False)
+    low, high = flat.amin((-2, -1), keepdim=True), flat.amax((-2, -1), keepdim=True) # rounding may leave the range
+    return torch.minimum(torch.maximum(wide, low), high).reshape(*heat.shape[:-2], *size)
 
 
 def scale_01(

@@ -235,7 +235,8 @@ def sanity_lines(
         alone = part[(part.check == 'independent') & (part.step > 0)].sort_values('value').iloc[-1]
         dealt = part[(part.check == 'random labels') & (part.step == 1)]
         told = lambda r: f'{r.value:.2f} ({r.low:.2f} to {r.high:.2f})'
-        out.append(dict(explanation=name, **{'another image': told(other), 'all random': told(last), 'one stage': told(alone),
+        out.append(dict(explanation=name, **{'another image': told(other), 'all random': told(last),
+                                             'one stage': told(alone),
                         'stage': alone.stage, 'random labels': told(dealt.iloc[0]) if len(dealt) else ''},
                         passes=bool(last.low <= max(other.high, 0))))
     return pd.DataFrame(out)

@@ -327,14 +327,14 @@ def tidy(
 @functools.cache
 def schema(
     kind:str, # 'records', 'boxes', 'sentences' or 'manifest'
+    labels:tuple=(), # columns that hold labels, by name: a pattern for them is forgotten after its first use (pandera)
 ) -> 'DataFrameSchema': # pandera DataFrameSchema
     "Build the pandera schema of a table (rules on values; names are checked by `check_columns`)."
     import pandera.pandas as pa
     columns = {name: pa.Column(None, _checks(pa, c), unique=False, nullable=True, required=c.required)
                for name, c in TABLES[kind].items()}
-    label = pa.Column(None, [pa.Check.isin([0, 1], error='a label is 1, 0 or empty')], nullable=True, required=False,
-                      regex=True)
-    return pa.DataFrameSchema({**columns, '^label_.+': label})
+    label = lambda: pa.Column(None, [pa.Check.isin([0, 1], error='a label is 1, 0 or empty')], nullable=True)
+    return pa.DataFrameSchema({**columns, **{name: label() for name in labels}})
 
 
 def _checks(pa, c):
@@ -368,7 +368,8 @@ def find_problems(
     "List every value that breaks a rule."
     from pandera.errors import SchemaErrors
     rows = []
-    try: schema(kind).validate(df, lazy=True)
+    labels = tuple(c for c in df.columns if str(c).startswith('label_'))
+    try: schema(kind, labels).validate(df, lazy=True)
     except SchemaErrors as e:
         cases = e.failure_cases
         if (bad := cases[cases['index'].isna()]).size:

@@ -64,8 +64,8 @@ class RunCommand(TyperCommand):
 
 def _version(asked):
     if not asked: return
-    from importlib.metadata import version
-    typer.echo(f'medvl {version("medvl")}')
+    from medvl import __version__
+    typer.echo(f'medvl {__version__}')
     raise typer.Exit
 
 
@@ -170,6 +170,10 @@ def run_command(
                     typer.Option('--plan',
                                  help='Train nothing: state memory, time and disk of the run (experiments that '
                                       'pre-train; prepare).')] = False,
+    processes: Annotated[Optional[int],
+                         typer.Option('--processes', min=1,
+                                      help='Processes of the training on this host, on GPUs one each; the same as '
+                                           '-p processes=.')] = None,
 ) -> None:
     """Run an experiment notebook. Exit: 0 done, 1 failed, 2 refused, 124 time limit, 130 interrupted, 137 killed, 143
     terminated."""
@@ -178,9 +182,9 @@ def run_command(
     from medvl.run.runner import RunFailedError, run_experiment
     if experiment is None and resume is None: return experiments_command()
     if plan and resume: _refuse('--plan is for a run that has not started; --resume continues one. Give one of them.')
+    more = {**({'plan': True} if plan else {}), **({} if processes is None else {'processes': processes})}
     try:
-        run = run_experiment(experiment, {**_given(params, file), **({'plan': True} if plan else {})}, outputs, resume,
-                             timeout, report)
+        run = run_experiment(experiment, {**_given(params, file), **more}, outputs, resume, timeout, report)
     except RefusedError as e: _refuse(e)
     except RunFailedError as e:
         again = ('The same would happen again: mend what it says, then start a new run.' if e.repeats else

@@ -387,6 +387,46 @@ def _(patience):
                     wrong=(0, 1, 11, 12, -1), praise='The rate falls because the loss does. One word, in a published '
                     'fine-tuning.')
 
+# %% ../../nbs/015a_show.exercise_bank.ipynb #beea195f
+def _energy(heat, mask):
+    mass = np.maximum(heat, 0)
+    return mass[mask].sum() / mass.sum() if mass.any() else 0.
+
+
+def _rank_correlation(a, b):
+    return np.corrcoef(*(np.argsort(np.argsort(np.ravel(x))) for x in (a, b)))[0, 1]
+
+
+@_ask('t09.1')
+def _():
+    heat, mask = np.array([[3., -5.], [1., 0.]]), np.array([[True, True], [False, False]])
+    wrong = (lambda h, m: h[m].sum() / h.sum(), lambda h, m: np.abs(h)[m].sum() / np.abs(h).sum(), lambda h,
+             m: m.mean(),
+             lambda h, m: np.maximum(h, 0)[m].mean() / np.maximum(h, 0).mean(),
+             lambda h, m: _energy(h, m) if (h > 0).any() else math.nan)
+    return Exercise('1', lambda f: np.isclose(f(heat, mask), .75) and f(-np.ones((2, 2)), mask) == 0,
+                    'Negative values speak against the target and are no mass. A map without any mass has no energy '
+                    'inside: 0, not nan.', wrong, praise='Two rules that change results: what negative values count, '
+                    'and what a silent map scores.')
+
+
+@_ask('t09.2')
+def _():
+    a = np.array([[1., 2.], [3., 40.]])
+    b = np.array([[10., 20.], [35., 30.]])
+    wrong = (lambda x, y: np.corrcoef(np.ravel(x), np.ravel(y))[0, 1], lambda x, y: 1., lambda x, y: 0.,
+             lambda x, y: np.corrcoef(np.argsort(np.ravel(x)), np.ravel(y))[0, 1])
+    return Exercise('2', lambda f: all(np.isclose(f(x, y), _rank_correlation(x, y)) for x,
+                                       y in ((a, b), (a, -a), (b, b**3))),
+                    'Replace each value by its place in the order, then correlate. The place of each value is the '
+                    'argsort of the argsort.', wrong)
+
+
+@_ask('t09.3')
+def _():
+    return Exercise('3', lambda a: math.isclose(a, 2 / 3, abs_tol=.005), 'At the letter (6 - 0)/(6 + 0); elsewhere '
+                    '(4 - 2)/(4 + 2). Take the difference.', wrong=(1, 1 / 3, .6, 4 / 3, .8))
+
 # %% ../../nbs/015a_show.exercise_bank.ipynb #c72f057a
 @_ask('t10.1')
 def _():

@@ -156,11 +156,12 @@ def _free_port():
         return s.getsockname()[1]
 
 
-def _worker(rank, function, args, world, port, queue):
+def _worker(local, function, args, here, hosts, host, address, queue):
     "Run `function` as one process of a gloo group; it ends with the process that started it."
     end_with_pool()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), ACCELERATE_USE_CPU='yes')
+    rank, world = host*here + local, hosts*here
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(local), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(here),
+                      MASTER_ADDR=address[0], MASTER_PORT=str(address[1]), ACCELERATE_USE_CPU='yes')
     torch.set_num_threads(1)
     from accelerate.state import AcceleratorState
     # what the parent found about its own process came along with the fork
@@ -169,25 +170,35 @@ def _worker(rank, function, args, world, port, queue):
     try:
         stream = io.BytesIO() # bytes, not shared memory: they outlive this process
         torch.save(function(*args), stream)
-        queue.put((rank, stream.getvalue()))
+        queue.put((local, stream.getvalue()))
     finally: dist.destroy_process_group()
 
 # %% ../../nbs/408_train.distributed.ipynb #03964b83
 def launch(
     function:Callable, # callable; runs in every process and returns something that pickles
     *args, # its arguments
-    processes:int=2, # how many
-) -> list: # list of the results in the order of the ranks (on GPUs: None)
-    """Run a function in several processes from a notebook or a script.
+    processes:int=2, # how many on this host
+    hosts:int=1, # that do the same call, each with its number
+    host:int=0, # number of this one, from 0
+    meet:str='', # name or address of host 0, and a free port there: 'node0:29500'
+) -> list: # list of this host's results in the order of the ranks (on GPUs: None)
+    """Run a function in several processes from a notebook or a script, on one host or on several.
 
-    Raises: torch.multiprocessing.ProcessRaisedException with the traceback of the process that failed first.
+    Raises: torch.multiprocessing.ProcessRaisedException with the traceback of the process that failed first;
+        ValueError for hosts that do not know where to meet.
     """
+    name, _, port = meet.rpartition(':')
+    if hosts > 1 and (not name or not port.isdigit()):
+        raise ValueError(f'{hosts} hosts need a place to meet, such as meet="node0:29500", not {meet!r}.')
+    if not 0 <= host < hosts: raise ValueError(f'host is {host}; of {hosts} hosts the numbers are 0 to {hosts - 1}.')
+    address = (name, int(port)) if hosts > 1 else ('127.0.0.1', _free_port())
     if torch.cuda.is_available():
         from accelerate import notebook_launcher
-        return notebook_launcher(function, args, num_processes=processes)
+        return notebook_launcher(function, args, num_processes=processes, num_nodes=hosts, node_rank=host,
+                                 master_addr=address[0], use_port=str(address[1]))
     context = torch.multiprocessing.get_context('fork')
     queue = context.SimpleQueue()
-    running = torch.multiprocessing.start_processes(_worker, (function, args, processes, _free_port(), queue),
+    running = torch.multiprocessing.start_processes(_worker, (function, args, processes, hosts, host, address, queue),
                                                     processes, join=False, start_method='fork')
     found = {}
     while len(found) < processes:

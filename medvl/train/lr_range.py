@@ -258,7 +258,7 @@ def _draw_range(ax, found):
     low, high = t.smoothed.min(), t.smoothed.iloc[:max(2, len(t) // 2)].max()
     ax.set(xlabel='learning rate', ylabel='loss', title='range test',
            ylim=(low - .15 * (high - low or 1), high + .6 * (high - low or 1)))
-    ax.legend(fontsize=6, loc='best')
+    ax.legend(fontsize=6, loc='upper center', bbox_to_anchor=(.5, -.34), ncol=2, frameon=False)
 
 
 def draw_lr(

@@ -1,4 +1,5 @@
 "The leak check: what it finds, whom it does not accuse, and what it survives."
+import json
 import os
 
 import cv2
@@ -133,3 +134,29 @@ def test_the_report_says_what_it_sees(tmp_path):
     data = dataset(tmp_path/'d', breasts(2), list('ab'), ['train', 'test'])
     assert 'b35_leaks' in check_leaks(data)._repr_html_() and 'b35_leaks' not in check_leaks(data, by=('patient',))._repr_html_()
     assert len(check_leaks(data).checked['sees'].split('. ')) <= 3
+
+
+def test_the_pairs_of_a_store_are_kept(tmp_path, monkeypatch):
+    "The same question is compared once; other sides, patients, rows or limits are another question; damage is compared again."
+    import medvl.data.leaks as leaks
+    same = breasts(3)
+    data = dataset(tmp_path/'d', [*same, same[0]], list('abcd'), ['train', 'train', 'test', 'test'])
+    asked, compared = [], leaks._compared
+    monkeypatch.setattr(leaks, '_compared', lambda *a: asked.append(a[2:]) or compared(*a))
+    first = check_leaks(data, by=('near_duplicate',))
+    assert len(first.pairs) == 1 and len(asked) == 1
+    assert check_leaks(data, by=('near_duplicate',)).pairs.equals(first.pairs) and len(asked) == 1
+    assert not check_leaks(data, ['train', 'train', 'test', ''], by=('near_duplicate',)) and len(asked) == 2
+    check_leaks(data, by=('near_duplicate',), limit=.99); check_leaks(data, by=('near_duplicate',), mirror=False)
+    assert len(asked) == 4
+    part = data.subset(np.array([True, False, True, True]))
+    assert len(check_leaks(part, by=('near_duplicate',)).pairs) == 1 and len(asked) == 5
+    data.manifest.loc[3, 'patient_id'] = 'a'   # one patient's own pair is none
+    assert not check_leaks(data, by=('near_duplicate',)) and len(asked) == 6
+    path = tmp_path/'d'/'near_pairs.json'
+    for damage in (b'', b'{', b'[1]', b'{"a": [[1, 2]]}', path.read_bytes()[:-9]):
+        path.write_bytes(damage)
+        assert not check_leaks(data, by=('near_duplicate',))
+    assert len(asked) == 11
+    for k in range(12): check_leaks(data, by=('near_duplicate',), limit=.5 + k/100)
+    assert len(json.loads(path.read_bytes())) == leaks.ANSWERS

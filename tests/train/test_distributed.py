@@ -16,6 +16,8 @@ from training import Breasts, Pairs, breasts_batch, contents, gradients, quiet, 
 
 from medvl.data.batch import present_rows, slice_batch
 from medvl.methods.base import Method, StepState
+from medvl.core.paths import read_jsonl
+from medvl.train.loop import INEXACT
 from medvl.train.checkpoint import checkpoints, load_checkpoint
 from medvl.train.distributed import anywhere, average_gradients, average_statistics, exchange_of, gather_objects, gather_rows, launch, spread_weights
 from medvl.train.gradcache import backward_batch, gathered_batch
@@ -195,9 +197,62 @@ def test_nan_in_one_process_stops_both_with_its_name(tmp_path):
     with pytest.raises(Exception, match='images of sample p017'): launch(lambda: run(tmp_path, data=Pairs(nan=17)))
 
 
-def test_another_number_of_processes_is_another_run(tmp_path):
-    run(tmp_path)
-    with pytest.raises(Exception, match='processes: 1 -> 2'): launch(lambda: run(tmp_path))
+def dies_at(step):
+    "Something that stops a run as a kill would."
+    def validate(method, state):
+        if state.step >= step: raise RuntimeError('Died')
+        return {}
+    return validate
+
+
+@pytest.mark.parametrize('first, then', [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on_and_says_that_it_is_inexact(tmp_path, first, then, capfd):
+    "BatchNorm frozen, random layers off: the whole batch is the same, so the weights agree up to rounding; what is not the same to the bit is said and stored."
+    kwargs, sizes = dict(epochs=3, chunk_size=4, accumulate=1, freeze_bn=True, save_every=2, valid_every=3), {1: 16, 2: 8}
+    go = lambda n, f: f() if n == 1 else launch(lambda: str(f()), processes=n)
+    go(first, lambda: run(tmp_path/'whole', small(drop=0.0), batch_size=sizes[first], **kwargs)[1])
+    with pytest.raises(Exception, match='Died'): go(first, lambda: run(tmp_path/'cut', small(drop=0.0), batch_size=sizes[first], validate=dies_at(5), **kwargs)[1])
+    assert not (tmp_path/'cut'/INEXACT).exists()
+    go(then, lambda: run(tmp_path/'cut', small(seed=5, drop=0.0), batch_size=sizes[first], **kwargs)[1]) # the same settings: the batch is shared anew
+    told, = read_jsonl(tmp_path/'cut'/INEXACT)
+    assert told['step'] == 4 and told['processes'] == [first, then] and 'inexact: from step 4 on' in capfd.readouterr().err
+    a, b = (load_checkpoint(checkpoints(tmp_path/x/'checkpoints')[0]) for x in ('whole', 'cut'))
+    assert a[1]['step'] == b[1]['step'] and b[1]['run']['processes'] == then and b[1]['run']['train']['batch_size'] == sizes[then]
+    for k in a[0]['model']: torch.testing.assert_close(a[0]['model'][k], b[0]['model'][k], rtol=1e-3, atol=1e-4)
+
+
+def test_another_whole_batch_is_another_run(tmp_path):
+    with pytest.raises(RuntimeError, match='Died'): run(tmp_path, batch_size=8, save_every=2, validate=dies_at(4), valid_every=1)
+    with pytest.raises(Exception, match='cannot be shared evenly by 3'): launch(lambda: run(tmp_path, batch_size=8, save_every=2), processes=3)
+    with pytest.raises(Exception, match='processes: 1 -> 2'): launch(lambda: run(tmp_path, batch_size=6, save_every=2))
+
+
+def test_processes_that_were_told_other_things_are_stopped(tmp_path):
+    "Two hosts with two folders of data (here with two rates) would train a mixture, and nobody would know."
+    with pytest.raises(Exception, match='different data, methods or settings'):
+        launch(lambda: run(tmp_path, batch_size=4, accumulate=1, lr=1e-3*(1 + dist.get_rank())))
+
+
+def other_host(folder, meet, host):
+    "What the second host runs."
+    launch(lambda: str(run(folder, **json.loads(os.environ['KWARGS']))[1]), processes=1, hosts=2, host=host, meet=meet)
+
+
+def test_two_hosts_of_one_process_are_two_processes(tmp_path):
+    kwargs, meet = dict(epochs=2, batch_size=4, chunk_size=2), f'127.0.0.1:{free_port()}'
+    code = 'import sys; sys.path.insert(0, sys.argv[1]); import test_distributed as t; t.other_host(sys.argv[2], sys.argv[3], int(sys.argv[4]))'
+    places = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'KWARGS': json.dumps(kwargs), 'PYTHONPATH': os.pathsep.join([*places, os.environ.get('PYTHONPATH', '')])}
+    both = [subprocess.Popen([sys.executable, '-c', code, places[1], str(tmp_path/'a'), meet, str(h)], env=env, stderr=subprocess.PIPE, text=True) for h in range(2)]
+    ends = [(p.communicate(timeout=200)[1], p.returncode) for p in both]
+    assert [code for _, code in ends] == [0, 0], ends
+    launch(lambda: str(run(tmp_path/'b', **kwargs)[1]))
+    assert contents(tmp_path/'a') == contents(tmp_path/'b')
+
+
+def test_hosts_must_know_where_to_meet():
+    with pytest.raises(ValueError, match='need a place to meet'): launch(print, hosts=2)
+    with pytest.raises(ValueError, match='the numbers are 0 to 1'): launch(print, hosts=2, host=2, meet='a:1')
 
 
 def free_port():

@@ -2,6 +2,7 @@
 import copy
 import json
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from training import Pairs, Small, settings, small
 from torch import nn
 
 from medvl.core.errors import DataError
+from medvl.data.phantom.populations import new_phantom
 from medvl.methods.base import Method
+from medvl.methods.recipes import method_names, recipe
 from medvl.train.adamw_reference import ReferenceAdamW
 from medvl.train.cycle import cycle_momentum, falling_steps, one_cycle
 from medvl.train.feed import make_loader
@@ -21,6 +24,7 @@ from medvl.train.optim import Plateau, lr_scale, make_optimizer
 from medvl.train.settings import TrainConfig, check_config
 from medvl.train.step import Loop, one_step
 
+ROOT = Path(__file__).parents[2]
 RULES = {'lightning_1': 'old_rule_pl1.5', 'lightning_2': 'new_rule_pl2.6'}
 
 
@@ -321,3 +325,28 @@ def test_valley_is_the_longest_fall():
     losses = [5, 6, 7, 6.5, 4, 3, 2, 2.5, 9]
     assert suggest_rates(np.arange(1., 10), losses)['valley'] == 5. # from 7 (index 2) to 2 (index 6): the middle is index 4
     assert falling_steps(11, 5, .5) == .25
+
+
+# ---- every method, as the experiment does it
+
+@pytest.fixture(scope='module')
+def phantoms(tmp_path_factory):
+    folder, made = tmp_path_factory.mktemp('phantoms'), {}
+    def of(kind, size):
+        if (kind, size) not in made:
+            new_phantom(kind, folder/f'{kind}-{size[0]}', 24, size, 0, 'easy')
+            made[kind, size] = folder/f'{kind}-{size[0]}'/'prepared'
+        return made[kind, size]
+    return of
+
+
+@pytest.mark.parametrize('name', [m for m in method_names() if recipe(m, 'smoke').train is not None])
+def test_the_experiment_looks_for_the_rate_of_every_method(name, phantoms, tmp_path, monkeypatch):
+    "`medvl run lr_range -p method=…`: its own cells, as far as the curves."
+    named, told = recipe(name, 'smoke'), {}
+    cells = [''.join(c['source']) for c in json.loads((ROOT/'nbs/experiments/e14_lr_range.ipynb').read_text())['cells'] if c['cell_type'] == 'code']
+    exec(cells[0], told)
+    told |= dict(method=name, data=str(phantoms(named.phantom, tuple(named.size))), points=3, high=1e-3, batch_size=4)
+    monkeypatch.setenv('MEDVL_OUTPUTS', str(tmp_path))
+    for code in cells[1:4]: exec(code.replace('globals()', '{}'), told)
+    assert [len(f.table) for f in told['found'].values()] == [3] and np.isfinite(told['curves'].loss).all() and told['curves'].loss.nunique() > 1

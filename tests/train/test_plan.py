@@ -72,7 +72,7 @@ def test_chunks_average_and_optimizer_are_counted(made):
 @pytest.fixture(scope='module')
 def phantoms(tmp_path_factory):
     folder = tmp_path_factory.mktemp('phantoms')
-    return {k: splits_of(new_phantom(k, folder/k, 12, size, 0, 'easy'), needed=('train', 'valid')) for k, size in (('breast', (96, 64)), ('chest', (64, 64)), ('heart', (64, 64)))}
+    return {k: splits_of(new_phantom(k, folder/k, n, size, 0, 'easy'), needed=('train', 'valid')) for k, n, size in (('breast', 12, (96, 64)), ('chest', 24, (64, 64)), ('heart', 12, (64, 64)))}
 
 
 @pytest.mark.parametrize('name', [m for m in method_names() if recipe(m, 'smoke').train is not None])

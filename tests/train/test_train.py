@@ -314,7 +314,9 @@ def test_weights_can_be_trained_after_a_failure(tmp_path):
 def test_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     _, result = run(tmp_path, trackers=('tensorboard',), epochs=2)
-    events = EventAccumulator(str(tmp_path/'tensorboard'))
+    place, = (tmp_path/'tensorboard').iterdir()
+    assert place.name.startswith('medvl-') # the project: `project=` gives another
+    events = EventAccumulator(str(place))
     events.Reload()
     assert [e.step for e in events.Scalars('loss')] == list(range(1, 7))
     assert events.Scalars('valid_loss')[-1].value == pytest.approx(result.history.valid_loss.iloc[-1], rel=1e-5)

@@ -106,7 +106,8 @@ def same_greys(
     other:np.ndarray|None=None, # float (h,w): a picture to be shown by the same rule instead of `grey`
 ) -> np.ndarray: # float32 (h,w): the pixels of `grey` in their own order, with the histogram of `wanted`
     "Give a picture the grey values of another one: the darkest pixel the darkest, and so on."
-    return np.interp(grey if other is None else other, np.sort(grey[inside]), np.sort(wanted[inside])).astype(np.float32)
+    return np.interp(grey if other is None else other, np.sort(grey[inside]),
+                     np.sort(wanted[inside])).astype(np.float32)
 
 # %% ../../../nbs/151a_data.phantom.breast_exam.ipynb #2efe2320
 def phantom_grey(

@@ -29,7 +29,8 @@ PLACED, SIDED = ('opacity', 'nodule', 'atelectasis'), ('effusion', 'pneumothorax
 SHRINK, CLEAR = 0.5, 18.0  # of its extent is left; mm from anything else of the other breast
 
 # %% ../../../nbs/159d_data.phantom.counterfactual.ipynb #c9828766
-def _refused(why): return DataError(f'this change cannot be made: {why}.', fix='Take another patient, or another change.')
+def _refused(why): return DataError(f'this change cannot be made: {why}.',
+                                    fix='Take another patient, or another change.')
 
 
 def moved_finding(
@@ -255,6 +256,7 @@ def counterfactual(
     if label not in (known := FINDINGS if chest else LESIONS): raise ValueError(unknown_name('finding', label, known))
     if not chest and side not in BREASTS: raise ValueError(unknown_name('side', side, BREASTS))
     after, support = (_of_chest if chest else _of_breasts)(exam, change, label, config, side, seed)
+    if not any(s.any() for s in support.values()): raise _refused('nothing would be drawn otherwise')
     pair = Counterfactual(change, label, exam, after, support)
     for key, there in support.items():
         a, b = pair.images(key)

@@ -66,6 +66,7 @@ def write_cesm_exams(
     cdd_cesm:str|Path, # copy with masks: index.csv with mask_path and content_x0, content_x1
     out:str|Path, # empty folder to write, in the documented layout
     whole:bool=True, # exams with four views only; False: the others too, in the training part
+    views:tuple=(), # projections that are written, such as ('CC',); (): all
     text:str='both', # of REPORT_TEXTS: low-energy findings and the recombined image's, or the latter alone
     fractions:tuple=(.68, .12, .2), # of the patients with whole exams: train, valid, test
     seed:int=0, # another seed, another division
@@ -89,6 +90,9 @@ def write_cesm_exams(
     told = df.assign(label_malignant=label).loc[four.to_numpy()]
     drawn = split_patients(told, fractions, ['label_malignant', 'density'], seed)
     part = df.patient_id.map(dict(zip(told.patient_id, drawn))).fillna('train')
+    here = df['view'].isin(views or set(df['view']))
+    if not here.any(): raise DataError(f'no image is a {", ".join(views)}.', file=str(table), column='view')
+    df, part = df[here].reset_index(drop=True), part[here].reset_index(drop=True)
     for folder in ('images', 'masks'): (out/folder).mkdir(parents=True, exist_ok=True)
     names, boxes = _outlines(df, cdd_cesm, out)
     images = [f'images/{Path(p).name}' for p in df.image_path]

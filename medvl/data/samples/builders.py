@@ -24,6 +24,7 @@ from .chest import FRONTAL, ChestImageDataset, ChestReportConfig, ChestReportDat
 from .exam import ExamConfig, ExamDataset
 from .findings import FindingConfig, FindingDataset, Mixture
 from .targets import real_values
+from .text_pairs import MaskConfig, TextPairs
 from ..text.prompts import FINDINGS, bank_counts, prompt_bank
 
 # %% ../../../nbs/149i_data.samples.builders.ipynb #83ba0575
@@ -44,6 +45,7 @@ class SampleKind:
     build: Callable # callable(parts: Parts, part: str, tokenizer, options: dict, train: bool) -> data set
     texts: Callable = lambda parts, options: [] # callable(parts, options) -> texts of the vocabulary
     mixes: bool = False # takes reports of a second source
+    images: bool = True # a sample has images; False: words alone
     table: Callable|None = None # callable(options) -> table of what its texts can say
 
 # %% ../../../nbs/149i_data.samples.builders.ipynb #0622a050
@@ -179,6 +181,20 @@ def _question_texts(parts, options):
     here = table[table.image_id.isin(prepared.manifest.image_id)]
     return [text_form(t, getattr(config, f'{n}_form')) for n in ('question', 'answer') for t in here[n]]
 
+# %% ../../../nbs/149i_data.samples.builders.ipynb #e6a45c9a
+def _told(prepared):
+    "Reports of a part, a patient's once."
+    m = prepared.manifest.drop_duplicates(['patient_id', 'report'])
+    return [(f'{r.patient_id}/{i}', r.patient_id, r.report) for i, r in enumerate(m.itertuples())
+            if isinstance(r.report, str)]
+
+
+def _pairs(parts, part, tokenizer, options, train):
+    return TextPairs(_told(parts.parts[part]), tokenizer, config_from_dict(MaskConfig, options), train)
+
+
+def _pair_texts(parts, options): return [text for *_, text in _told(parts.parts['train'])]
+
 # %% ../../../nbs/149i_data.samples.builders.ipynb #3b44c397
 _KINDS = Kinds(
     'kind of samples',
@@ -194,6 +210,7 @@ _KINDS = Kinds(
     examinations=SampleKind('all images of an examination and its report, to be written', WritingConfig, _examinations,
                             _examination_texts),
     questions=SampleKind('an image, a question and its answer', QuestionConfig, _questions, _question_texts),
+    text_pairs=SampleKind('two parts of a report, with hidden words', MaskConfig, _pairs, _pair_texts, images=False),
     exams=SampleKind('views of an exam, or of one breast, and its report', ExamConfig, _exams, _study_texts))
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'unit_table', 'LevelSweep', 'level_sweep']
 
-# %% ../../../nbs/526a_evaluate.protocols.levels.ipynb #e5d137d9
+# %% ../../../nbs/526a_evaluate.protocols.levels.ipynb #f58f7e0b
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..stats.scored import unit_keys
 from ..stats.selection import assert_apart, splits_of
 from ...methods.base import Method
 
-# %% ../../../nbs/526a_evaluate.protocols.levels.ipynb #8e3bcfc2
+# %% ../../../nbs/526a_evaluate.protocols.levels.ipynb #eff7f818
 LEVELS = ('exam', 'breast', 'image')
 
 
@@ -48,7 +48,7 @@ def unit_table(data: Prepared, # n images
     manifest = part.manifest.assign(**{c: told[c].to_numpy() for c in names})
     return Prepared(part.folder, part.info, part.images, part.masks, manifest, part.boxes, part.sentences), pooled
 
-# %% ../../../nbs/526a_evaluate.protocols.levels.ipynb #a9ba1c88
+# %% ../../../nbs/526a_evaluate.protocols.levels.ipynb #2b7fd0e7
 @dataclass(frozen=True)
 class LevelSweep:
     "Tables of a sweep over levels."

@@ -13,9 +13,9 @@ REPORTS = ['suspicious mass in the left breast', 'no mass', 'calcification in th
 TOKENIZER = build_wordpiece(REPORTS, size=80)
 
 
-def model():
+def model(**more):
     torch.manual_seed(0)
-    return A2I2(A2I2Config(image_encoder='resnet-tiny', text_encoder='tiny', text_pretrained=False, decoder_width=.125, decoder_channels=1, max_length=24, airlight='border', other_breast='left_out'), TOKENIZER).eval()
+    return A2I2(A2I2Config(**more, image_encoder='resnet-tiny', text_encoder='tiny', text_pretrained=False, decoder_width=.125, decoder_channels=1, max_length=24, airlight='border', other_breast='left_out'), TOKENIZER).eval()
 
 
 def batch():
@@ -41,3 +41,19 @@ def test_a_step_waits_once_and_is_the_cpus():
         torch.testing.assert_close(there.views.local_head.weight.grad.cpu(), one.views.local_head.weight.grad, rtol=1e-3, atol=1e-4)
         assert there.enhance(moved['images']).device.type == torch.device(DEVICE).type
         assert there.word_maps(moved['images'][:, 1], REPORTS)[0].device.type == torch.device(DEVICE).type
+
+
+def test_what_it_is_asked_for_is_the_cpus():
+    "Zero-shot, maps and features; two encoders and views for themselves: the same numbers there."
+    for more in ({}, dict(share_views=False, pairing='view')):
+        one, data = model(**more), batch()
+        asked = lambda m, d: dict(match=m.match(m.read_images(d['images'], d['present'], d['view']), m.read_texts(REPORTS)), maps=m.abnormality_maps(d['images'][:, 1]),
+                                  features=m.image_features(d['images'], d['present']), image=m.encode_image(d['images'], d['present'], d['view']), text=m.encode_text(REPORTS))
+        wanted, loss = asked(one, data), one(data)['loss']
+        with Accelerator():
+            there, moved = model(**more).to(DEVICE), to_device(data, DEVICE)
+            found = asked(there, moved)
+            for k, v in wanted.items():
+                assert found[k].device.type == torch.device(DEVICE).type, k
+                torch.testing.assert_close(found[k].cpu(), v, rtol=1e-3, atol=1e-4)
+            assert abs(there(moved)['loss'].item() - loss.item()) < 1e-3*abs(loss.item())
