@@ -51,7 +51,7 @@ def test_pages_as_written(part):
     for p in part.out.rglob('*.html'):
         text = p.read_text()
         assert not re.search(r'<(script|link|img|iframe)\b[^<>]*? (src|href)="(https?:)?//', text), p
-        assert 'prefers-color-scheme' not in text and 'name="viewport"' in text
+        assert 'name="viewport"' in text and ('prefers-color-scheme' in text) == ('reports' in p.parts), p # the style of pages stands in one file, that of a report in the report
     assert '@import' not in (part.out/'docs.css').read_text() and 'prefers-color-scheme: dark' in (part.out/'docs.css').read_text()
 
 
