@@ -43,7 +43,7 @@ docs: install
 	OMP_NUM_THREADS=1 $(BIN)/python .ci/docs.py $(if $(RUNS),--runs $(RUNS)) $(ARGS)
 
 lab: install
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir=$(CURDIR) nbs/index.ipynb
 
 export: install
 	$(BIN)/nbdev_export

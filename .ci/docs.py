@@ -38,7 +38,7 @@ PARTS = {'tutorials': 'Tutorials', 'guides': 'Guides', 'experiments': 'Experimen
 WORD = re.compile(r'[^\W_][\w.\-]*[^\W_]|[^\W_]', re.U)
 LINK = re.compile(r'<a href="([^"]*)"')
 ID = re.compile(r' id="([^"]+)"')
-REPORTS = 'nbs/reports' # small run folders that came with the checkout: the gallery's own examples
+REPORTS = 'gallery' # small run folders that came with the checkout: the gallery's own examples
 
 
 def page_of(source):
@@ -104,7 +104,7 @@ class Site:
     "Pages as they are made, where they may lead, and what was wrong with them."
     def __init__(self, root=ROOT, out=None, only=None, quick=False):
         self.root, self.out, self.quick = Path(root), Path(out or Path(root)/'_docs'), quick
-        self.pages, self.ids, self.links, self.broken, self.entries = {}, {}, [], [], []
+        self.pages, self.ids, self.links, self.broken, self.entries, self.written = {}, {}, [], [], [], []
         self.odd, self.maths, self.marked = 0, {}, {}
         self.sources = self.found(only)
         self.names = {} # text of inline code -> page
@@ -118,7 +118,7 @@ class Site:
     def found(self, only):
         "Sources of pages, relative to the checkout; a part of them for a quick look."
         every = [p.relative_to(self.root).as_posix() for p in sorted((self.root/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts
-                 and p.name[0] not in '_.' and not p.relative_to(self.root).as_posix().startswith(REPORTS)]
+                 and p.name[0] not in '_.']
         every += [t for t in TEXTS if (self.root/t).exists()]
         return [s for s in every if only is None or any(re.search(o, s) for o in only)]
 
@@ -451,9 +451,13 @@ class Site:
         places = [p for r in (*runs, self.root/REPORTS) for p in ([Path(r)] if (Path(r)/'journal.jsonl').exists() else run_folders(r) if Path(r).is_dir() else [])]
         for folder in [] if self.quick else places:
             from medvl.run.report import write_report
-            to = f'reports/{folder.name}.html'
-            (self.out/'reports').mkdir(exist_ok=True)
-            write_report(folder, self.out/to)
+            to = f'reports/{folder.name}/report.html'
+            for one in (folder, *(p.parent for p in sorted((folder/'steps').glob('*/journal.jsonl')))): # a report links its tables and its steps
+                there = self.out/'reports'/folder.name/one.relative_to(folder)
+                there.mkdir(parents=True, exist_ok=True)
+                write_report(one, there/'report.html')
+                for table in sorted((one/'tables').glob('*.csv')): self.copy(table, (there/'tables'/table.name).relative_to(self.out).as_posix())
+                self.written.append((there/'report.html').relative_to(self.out).as_posix())
             info, drawn = run_info(folder), sorted((folder/'figures').glob('*.png'))
             picture = f'<img src="{self.copy(drawn[-1], f"pictures/{folder.name}.png")}" alt="" loading="lazy">' if drawn else ''
             self.ids[to] = set()
@@ -499,7 +503,7 @@ class Site:
             if part and part not in self.ids.get(to, ()):
                 if to in self.ids and not any(loosely(i) == loosely(part) for i in self.ids[to]): self.broken.append((source, url, 'no such heading'))
         if not self.quick: # and so does each link of the pages as written, the menu's too
-            every = {p: (self.out/p).read_text(encoding='utf-8') for p in self.pages}
+            every = {p: (self.out/p).read_text(encoding='utf-8') for p in (*self.pages, *self.written)}
             for p, text in every.items():
                 for url in set(re.findall(r'<(?:a|img|link|script)\b[^<>]*? (?:href|src)="([^"]*)"', text)):
                     url = html.unescape(url)
@@ -518,16 +522,61 @@ LAYOUT = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta nam
 '''
 
 
+def keep_run(folder, to):
+    "A small copy of a run for the gallery: no outputs of cells, no paths, no names of machines; pictures and tables made small."
+    import io
+
+    import PIL.Image
+    folder, to = Path(folder), Path(to)
+    plain = lambda v: {k: plain(x) for k, x in v.items()} if isinstance(v, dict) else [plain(x) for x in v] if isinstance(v, list) else Path(v).name if isinstance(v, str) and v.startswith('/') else v
+    kept = ('event', 'time', 'clock', 'attempt', 'state', 'name', 'text', 'reason', 'exit_code')
+    shutil.rmtree(to, ignore_errors=True)
+    for one in (folder, *(p.parent for p in sorted((folder/'steps').glob('*/journal.jsonl')))):
+        new = to/one.relative_to(folder)
+        new.mkdir(parents=True)
+        events = [json.loads(line) for line in (one/'journal.jsonl').read_text(encoding='utf-8').splitlines()]
+        lines = [json.dumps({k: e[k] for k in kept if k in e}, ensure_ascii=False) for e in events if e['event'] not in ('heartbeat', 'opened')]
+        (new/'journal.jsonl').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+        for name in ('params.json', 'metrics.json', 'provenance.json', 'model/config.json', 'model/preprocess.json', 'model/base/config.json'):
+            if not (one/name).is_file(): continue
+            (new/name).parent.mkdir(parents=True, exist_ok=True)
+            found = plain(json.loads((one/name).read_text(encoding='utf-8')))
+            (new/name).write_text(json.dumps(found, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        if (one/'training'/'metrics.jsonl').is_file(): # its last line says how many steps there were
+            (new/'training').mkdir()
+            (new/'training'/'metrics.jsonl').write_text((one/'training'/'metrics.jsonl').read_text().splitlines()[-1] + '\n')
+        for name in ('run.ipynb', 'source.ipynb'):
+            if not (one/name).is_file(): continue
+            nb = json.loads((one/name).read_text(encoding='utf-8'))
+            cells = [dict(c, metadata={k: v for k, v in c['metadata'].items() if k == 'tags'}, **(dict(outputs=[], execution_count=None) if c['cell_type'] == 'code' else {}))
+                     for c in nb['cells'] if not {'injected-parameters', 'papermill-error-cell-tag'} & set(c['metadata'].get('tags', []))]
+            (new/name).write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5), ensure_ascii=False) + '\n', encoding='utf-8')
+        if one != folder: continue
+        for kind in ('tables', 'figures'):
+            for p in sorted((one/kind).glob('*')):
+                (new/kind).mkdir(exist_ok=True)
+                if p.suffix == '.csv' and p.stat().st_size < 30_000: shutil.copyfile(p, new/kind/p.name)
+                if p.suffix == '.png':
+                    image, buffer = PIL.Image.open(p).convert('RGB'), io.BytesIO()
+                    image.thumbnail((900, 900))
+                    image.quantize(96).save(buffer, 'png', optimize=True)
+                    (new/kind/p.name).write_bytes(buffer.getvalue())
+    return to
+
+
 def main():
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument('--out', default=ROOT/'_docs')
     ask.add_argument('--check', action='store_true', help='only the links')
     ask.add_argument('--runs', nargs='*', default=[], help='runs, or folders of runs, for the gallery')
+    ask.add_argument('--keep', nargs='*', default=[], help=f'store a small copy of these runs in {REPORTS}/ for the gallery, and end')
     ask.add_argument('--only', nargs='*', help='regular expressions: only these sources')
     asked = ask.parse_args()
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     for r in asked.runs:
         if not Path(r).is_dir(): raise SystemExit(f'There is no folder {r} with runs.')
+    for r in asked.keep: print(keep_run(r, ROOT/REPORTS/Path(r).name.split('-')[0]))
+    if asked.keep: return
     began = time.perf_counter()
     site = Site(out=asked.out, only=asked.only, quick=asked.check)
     took = site.build(asked.runs)

@@ -25,7 +25,7 @@ def test_every_link_leads_somewhere(whole):
 
 
 def test_every_notebook_and_module_has_a_page(whole):
-    books = [p.relative_to(REPO).with_suffix('.html').as_posix() for p in (REPO/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and docs.REPORTS not in p.as_posix()]
+    books = [p.relative_to(REPO).with_suffix('.html').as_posix() for p in (REPO/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
     assert not set(books) - set(whole.pages)
     assert 'api/medvl.core.run.html' in whole.pages and {'gallery.html', 'index.html', *(f'lists/{n}.html' for n in ('methods', 'recipes', 'experiments', 'data', 'api'))} <= set(whole.pages)
 
@@ -51,7 +51,7 @@ def test_pages_as_written(part):
     for p in part.out.rglob('*.html'):
         text = p.read_text()
         assert not re.search(r'<(script|link|img|iframe)\b[^<>]*? (src|href)="(https?:)?//', text), p
-        assert 'prefers-color-scheme' not in text and 'name="viewport"' in text
+        assert 'name="viewport"' in text and ('prefers-color-scheme' in text) == ('reports' in p.parts), p # the style of pages stands in one file, that of a report in the report
     assert '@import' not in (part.out/'docs.css').read_text() and 'prefers-color-scheme: dark' in (part.out/'docs.css').read_text()
 
 
@@ -101,3 +101,23 @@ def test_the_site_in_a_browser(part, browse):
     say = '''const i = document.querySelector('.find input'); i.focus(); i.value = 'find_repo'; i.dispatchEvent(new Event('input'));
              await new Promise(r => setTimeout(r, 800)); return [...document.querySelectorAll('.find li a')].map(a => a.textContent)'''
     assert any(t.startswith('find_repo') for t in browse(part.out/'index.html', 1400, say))
+
+
+def test_runs_kept_for_the_gallery_are_small_and_anonymous(tmp_path):
+    "What stands in the checkout, and what --keep makes of a run: pages of it and of its steps, no path, no machine, no output of a cell."
+    from medvl.core.run import Run, run_folders
+    kept = run_folders(REPO/docs.REPORTS)
+    assert len(kept) >= 3
+    for folder in kept:
+        text = '\n'.join(p.read_text() for p in folder.rglob('*') if p.suffix in ('.json', '.jsonl', '.ipynb', '.csv'))
+        assert not re.search(r'"(/work|/home|/root|/tmp)/|"host"|"machine": "[0-9a-f]{12}"|"pid"', text), folder
+        assert all(p.stat().st_size < 200_000 for p in folder.rglob('*') if p.is_file()), folder
+    run = Run.create('mine', dict(data='/secret/place/set'), tmp_path/'out')
+    run.begin('hand'); run.metric('auroc', .7, low=.6, high=.8); run.done()
+    small = docs.keep_run(run.folder, tmp_path/'small')
+    assert '/secret' not in ''.join(p.read_text() for p in small.rglob('*.json*')) and json.loads((small/'params.json').read_text()) == {'data': 'set'}
+    site = docs.Site(out=tmp_path/'site', only=['README.md'])
+    site.modules = {}
+    site.lists = lambda: [site.page(to, to, '<h1>list</h1>') for _, to in docs.MENU if to.startswith('lists/')]
+    site.build([small])
+    assert 'auroc' in (tmp_path/'site'/'reports'/'small'/'report.html').read_text() and (tmp_path/'site'/'reports'/'mammo_clip'/'steps'/'pretrain'/'report.html').is_file()

@@ -58,7 +58,7 @@ def test_tutorial_teaches(path):
 @pytest.mark.parametrize('path', TUTORIALS, ids=lambda p: p.stem)
 def test_no_answer_stands_above_its_blank(path):
     "Checks come from the bank by name, numbered in the order of the page, and nothing above a blank spells its solution out."
-    number, all_cells, plain = path.stem[:3], cells(path), lambda s: re.sub(r'[\s$]', '', s)
+    number, all_cells, plain = path.stem.split('_')[0], cells(path), lambda s: re.sub(r'[\s$]', '', s)
     for k, (answer, n, check, solution) in enumerate(exercises(path), 1):
         assert (answer, check) == (f'answer_{k}', f'check_{k}'), f'{path.name}: exercise {k} is called {answer}'
         assert f"{check} = exercise('{number}.{k}'" in all_cells[n]['source'], f'{path.name}: {check} does not come from show.exercise_bank'
@@ -70,7 +70,7 @@ def test_no_answer_stands_above_its_blank(path):
 
 def test_the_bank_holds_the_exercises_of_the_tutorials():
     from medvl.show.exercise_bank import BANK, exercise
-    assert set(BANK) == {f'{p.stem[:3]}.{k}' for p in TUTORIALS for k in range(1, len(exercises(p)) + 1)}
+    assert set(BANK) == {f'{p.stem.split("_")[0]}.{k}' for p in TUTORIALS for k in range(1, len(exercises(p)) + 1)}
     with pytest.raises(ValueError, match='t09.9'): exercise('t09.9')
     for a, right in ((31, 'right'), (511, 'wrong'), (..., 'open')): assert exercise('t02.4')(a).state == right
 

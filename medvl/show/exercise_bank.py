@@ -170,6 +170,31 @@ def _():
                     wrong=(lambda h, b: True, lambda h, b: False,
                            lambda h, b: b[0] <= np.unravel_index(h.argmax(), h.shape)[0] < b[2]))
 
+# %% ../../nbs/015a_show.exercise_bank.ipynb #d7b1d046
+def _nearest(v, i):
+    cosines = np.array(v @ v[i], dtype=float)
+    cosines[i] = -2
+    return int(cosines.argmax())
+
+
+@_ask('t03b.1')
+def _(vectors):
+    v = np.asarray(vectors)
+    right = lambda f: all(int(f(v.copy(), i)) == _nearest(v, i) for i in range(len(v)))
+    return Exercise('1', right, 'All cosines with image i are v @ v[i]; leave i itself out, then take the largest.',
+                    wrong=(lambda v, i: int((v @ v[i]).argmax()), lambda v, i: 0, lambda v, i: int((v @ v[i]).argmin())))
+
+
+@_ask('t03b.2')
+def _(width):
+    return Exercise('2', lambda a: int(a) == width + 1, 'A weight for each feature; and what moves the line?',
+                    wrong=(width, 2*width, 1), praise='Few numbers, so few patients are enough to learn them.')
+
+
+@_ask('t03b.3')
+def _():
+    return Exercise('3', lambda a: a is True, 'Does anything about test patients reach the training?', wrong=(False, 1))
+
 # %% ../../nbs/015a_show.exercise_bank.ipynb #e963d5cc
 def _told(regions, sentences): return (regions @ sentences.T).softmax(1) @ sentences
 
