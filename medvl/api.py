@@ -25,10 +25,11 @@ from .attribute.evidence import (CARD, believed_way, best_cells, best_channels, 
                                       match_of, match_text, phrase_vectors, read_card, unrelated)
 from .attribute.mammo_factor import Explainer, MammoFactor
 from .attribute.maps import boxes_from_map, scale_01, upsample
+from .attribute.model_card import model_card
 from .attribute.similarity import similarity_map
 from .attribute.targets import class_names, target_of
 from .core.errors import DataError, unknown_name
-from .core.paths import read_json, write_json
+from .core.paths import atomic_path, read_json, write_json
 from .data.pixels.file import read_image
 from .data.pixels.profiles import get_profile, preprocess
 from .evaluate.protocols.sentence_check import CheckedReport, check_sentences
@@ -61,10 +62,14 @@ class Model:
     def save_pretrained(self,
         folder: str|Path, # where to
     ) -> Path: # the folder
-        "Write weights, configuration and preparation into a folder that `load` reads."
+        "Write weights, configuration, preparation and a model card into a folder that `load` reads."
         folder = save_pretrained(self.factor or self.method, folder)
         write_json(folder/PREPROCESS, {'profile': self.profile, 'size': list(self.size)})
         if self.card: write_json(folder/CARD, self.card)
+        about = (type(self.method).__doc__ or self.method.name).strip().split('\n')[0]
+        text = model_card(self.method.name, about, read_json(folder/'config.json')['config'], self.profile, self.size,
+                          self.card)
+        with atomic_path(folder/'README.md') as temporary: temporary.write_text(text, encoding='utf-8')
         return folder
 
 # %% ../nbs/800_api.ipynb #2800fa80
