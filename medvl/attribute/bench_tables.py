@@ -111,10 +111,10 @@ def bench_over_models(
     if reference is not None:
         if reference not in set(scores.method):
             raise ValueError(unknown_name('way', reference, sorted(set(scores.method))))
-        base = scores[scores.method == reference].set_index(keys)[measure].astype(float)
+        beside = scores[scores.method == reference].set_index(keys)[measure].astype(float)
         scores = scores[scores.method != reference]
         scores = scores.assign(**{measure: scores[measure].astype(float)
-                                  - base.reindex(pd.MultiIndex.from_frame(scores[keys])).to_numpy()})
+                                  - beside.reindex(pd.MultiIndex.from_frame(scores[keys])).to_numpy()})
         scores = scores.dropna(subset=measure)
     rows = []
     for key, group in scores.groupby([*by, 'method', 'kind'], sort=False):

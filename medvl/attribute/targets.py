@@ -40,8 +40,9 @@ def class_names(method: Method,
                 ) -> tuple: # of its outputs; () where it has none
     "Name the classes that a method's maps can explain."
     if isinstance(method, MammoFactor): return tuple(method.attributes)
+    if 'logits' not in capabilities(method): return ()
     c = method.config
-    return tuple(getattr(c, 'classes', ()) or c.labels) if 'logits' in capabilities(method) else ()
+    return tuple(getattr(c, 'classes', ()) or c.labels)
 
 
 def target_of(method: Method,

@@ -64,7 +64,7 @@ def test_a_known_word_matches_and_a_banana_does_not(exam, method):
     known, banana = model.explain(view, 'a spiculated mass'), model.explain(view, 'banana')
     assert known.match['matches'] is True and known.match['as_alike'] == 0 and '“a spiculated mass” matches' in known.notes[0]
     assert banana.match['matches'] is False and banana.notes[0].startswith('Nothing here matches “banana”: ')
-    assert banana.notes[1:] == ['What it was trained on is not recorded.', 'How well it points was never measured.'] and banana.notes[0] in repr(banana)
+    assert banana.notes[1].startswith('Never put to the causal test') and banana.notes[2:] == ['What it was trained on is not recorded.', 'How well it points was never measured.'] and banana.notes[0] in repr(banana)
     for answer, images in ((known, 2), (banana, 1)): # no map is drawn where nothing matches
         fig = answer.figure()
         assert sum(bool(ax.images) for ax in fig.axes) == images and answer.notes[2] in fig._supxlabel.get_text().replace('\n', ' ')
@@ -95,7 +95,8 @@ def test_the_card_travels_with_the_model(method, exam, tmp_path):
     again = load(Model(method, size=(128, 80), card=card).save_pretrained(tmp_path/'model'))
     assert again.card == card == read_card(tmp_path/'model')
     notes = again.explain(exam.views['L', 'CC'].pixels, 'a mass').notes
-    assert notes[1] == 'Trained on 568 images of 142 patients (phantom).' and notes[2].startswith('Hottest point in the box: mass 0.38 (') and notes[2].endswith('random 0.04.')
+    assert notes[1].startswith('Never put to the causal test') and notes[2] == 'Trained on 568 images of 142 patients (phantom).'
+    assert notes[3].startswith('Hottest point in the box: mass 0.38 (') and notes[3].endswith('random 0.04.')
     assert not load(Model(method, size=(128, 80)).save_pretrained(tmp_path/'plain')).card and not (tmp_path/'plain'/CARD).exists()
 
 

@@ -36,7 +36,7 @@ def test_the_check_finds_masses_without_counterweight(tmp_path, monkeypatch):
         lesions = tuple(f for f in t.findings if f.label in LESIONS)
         return phantom.BreastTruth(t.anatomy, lesions, (), (), t.labels, t.birads, t.pathology, t.sentences, t.report)
     monkeypatch.setattr(phantom, 'breast_truth', bare)
-    monkeypatch.setattr(phantom, 'same_greys', lambda grey, wanted, inside: grey)
+    monkeypatch.setattr(phantom, 'same_greys', lambda grey, wanted, inside, shown=None: grey if shown is None else shown)
     rows = histogram_rows(write_phantom(tmp_path/'old', 40, SMALL, 6, 'easy', progress=False)).set_index('label')
     assert rows.auroc['mass'] > 0.75 and not rows.ok['mass']
 

@@ -1,5 +1,6 @@
 """The store in shards: equal rows and digests however it is cut, killed and taken up, copied and torn; and what a preparation of many images needs besides."""
 import errno
+import inspect
 import json
 import os
 import shutil
@@ -153,7 +154,9 @@ def test_killed_in_a_shard(tmp_path, salt, monkeypatch):
     source, out = make_source(tmp_path/'src', n=16), tmp_path/'out'
     whole = run(source, tmp_path/'w', salt)
     defaults = preparation.prepare.__defaults__
-    preparation.prepare.__defaults__ = (*defaults[:-1], 4*ROW)                      # as a user who gives shard_bytes
+    given = list(inspect.signature(preparation.prepare).parameters.values())
+    place = [p.name for p in given if p.default is not p.empty and p.kind == p.POSITIONAL_OR_KEYWORD].index('shard_bytes')
+    preparation.prepare.__defaults__ = (*defaults[:place], 4*ROW, *defaults[place + 1:])                      # as a user who gives shard_bytes
     try:
         pid = child(source, out, salt, pause=.05)
         wait_for_lines(out/'journal.jsonl', 10, pid)

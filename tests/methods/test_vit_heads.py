@@ -163,7 +163,8 @@ def test_yolo_and_retinanet_find_what_they_saw(reader, batch, tmp_path):
     assert same(before, rests.image_encoder.state_dict())
     with torch.device('meta'): by_name = RetinaNet(RetinaNetConfig(image_encoder='vit-tiny'))
     assert by_name.scales is not None
-    with pytest.raises(TypeError, match='EfficientNet or ViT'): detector_from(new_method('xvl', 'smoke', ['a b c']), ('x',))
+    dense = new_method('proxy', 'smoke', (), 0, image_encoder='densenet-tiny')
+    with pytest.raises(TypeError, match='EfficientNet, ResNet or ViT'): detector_from(dense, ('x',))
 
 
 def test_names_build_heads():

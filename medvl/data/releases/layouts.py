@@ -58,6 +58,9 @@ LAYOUTS = {
     'chexpert_8x200': Layout('retrieval_sets.read_chexpert_8x200', 'CheXpert 8×200'),
     'chexpert_test': Layout('chexpert_test.read_chexpert_test', 'CheXpert test set as chexpert_test.h5', draws=True),
     'covidx': Layout('path_target.read_covidx', 'COVIDx'),
+    'chexlocalize': Layout('chexlocalize.read_chexlocalize', 'CheXlocalize', draws=True),
+    'chestx_det': Layout('chestx_det.read_chestx_det', 'ChestX-Det and ChestX-Det10', draws=True),
+    'vindr_cxr': Layout('vindr_cxr.read_vindr_cxr', 'VinDr-CXR', draws=True),
     'brixia': Layout('covid_severity.read_severity', 'BrixIA severity', needs=('table',)),
     'cardiomegaly': Layout('cardiomegaly.read_original_table', 'CSV of the cardiomegaly original', 'table, folder'),
 }
