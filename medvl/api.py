@@ -270,8 +270,10 @@ def explain(
     how:str='', # way of `attribute`, 'way' or 'way@layer'; '': the best founded one of the model's card
 ) -> Explanation: # with `match`: whether anything matches at all; and `why` this way
     """Draw where an image answers to a sentence, and say whether it does. The way is the one that followed its cause
-    best in the model's causal test (`medvl run causal_truth -p record=true`); where none did, or none was asked, it is
-    Mammo-FActOR, the similarity map, or Grad-CAM of a classifier, and it is said that it is not founded.
+    best in the model's causal test (`medvl run causal_truth -p record=true`); without such a test, the one that lay
+    best on the finding (`medvl run attribution_bench -p record=true`). Where none was founded, or none was asked, it is
+    Mammo-FActOR, the similarity map, or Grad-CAM of a classifier, and it is said that it is not founded. `how=` takes
+    any other way.
 
     Raises: ValueError for an empty sentence, an unknown class or way, or more than one image."""
     if isinstance(image, (list, tuple)): raise ValueError('explain takes one image at a time.')

@@ -18,7 +18,7 @@ from .attribute import attribute
 from .faithfulness import change_curves, noise_changes, sensitivity, square_changes, unexplained
 from .localisation import box_mask, brightness_map, mean_estimate, random_map
 from .map_boxes import box_overlaps, region_shape, tuned_share
-from .map_measures import contrast_to_noise, map_measures
+from .map_measures import contrast_to_noise, map_measures, smooth_auroc
 from .maps import upsample
 from .targets import score_of, target_of
 from ..core.errors import DataError, unknown_name
@@ -197,7 +197,7 @@ def _measured(key, finding, heat, region, boxes, tuned):
     rules = {'otsu': 'otsu', 'quantile': 'quantile', 'half': '50%'}
     own = (tuned or {}).get((finding, key.split(', ')[0]))
     if own is not None: rules['tuned'] = own
-    return dict(**map_measures(heat, region, rules=rules), contrast=contrast_to_noise(heat, region),
+    return dict(**map_measures(heat, region, rules=rules), auroc_smooth=smooth_auroc(heat, region), contrast=contrast_to_noise(heat, region),
                 **box_overlaps(heat, boxes), strength=float(np.maximum(heat, 0).mean()))
 
 
@@ -230,7 +230,7 @@ def tuned_rules(
     return out
 
 # %% ../../nbs/632_attribute.bench.ipynb #2eb61d61
-MEASURES = ('pointing', 'energy', 'rank', 'auroc', 'average_precision', 'iou_otsu', 'iou_quantile', 'iou_half',
+MEASURES = ('pointing', 'energy', 'rank', 'auroc', 'auroc_smooth', 'average_precision', 'iou_otsu', 'iou_quantile', 'iou_half',
             'iou_tuned', 'box_iou', 'hit@0.1', 'hit@0.3', 'hit@0.5', 'corloc', 'contrast', 'deletion', 'insertion',
             'insertion - deletion', 'infidelity', 'sensitivity')
 

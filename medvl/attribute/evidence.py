@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['THINGS', 'TAILS', 'LIKELY', 'CARD', 'unrelated', 'phrase_vectors', 'best_cells', 'best_channels', 'match_of',
            'match_text', 'trained_on', 'pointing_rows', 'read_card', 'card_text', 'learnt_text', 'record_causal',
-           'believed_way']
+           'record_bench', 'believed_way']
 
 # %% ../../nbs/603_attribute.evidence.ipynb #37cd9759
 import re
@@ -187,25 +187,73 @@ def record_causal(
     return card
 
 
+def record_bench(
+    folder: str | Path, # of a model
+    verdict: pd.DataFrame, # of `attribution_bench`: method, value, control, minus_control, low, founded, images, …
+    known: pd.DataFrame, # finding, value: the AUROC of what was asked
+    data: str, # on what patients
+) -> dict: # the card
+    "Write into a model's card which way of explaining lies on the finding."
+    ways = [{'explanation': r.method, 'auroc': float(r.value), 'control': r.control,
+             'minus_control': float(r.minus_control), 'low': float(r.low), 'high': float(r.high),
+             'images': int(r.images), 'patients': int(r.patients), 'founded': bool(r.founded)}
+            for r in verdict.sort_values('value', ascending=False).itertuples()]
+    card = read_card(folder) | {'bench': {'ways': ways, 'data': data, 'findings': {
+        r.finding: round(float(r.value), 3) for r in known.itertuples()}}}
+    write_json(Path(folder)/CARD, card)
+    return card
+
+
+def _ways_of(card, name, score, again):
+    "The ways of a record, None where there is none."
+    record = card.get(name)
+    if record is None: return None
+    ways = record.get('ways') if isinstance(record, dict) else None
+    if not isinstance(ways, list) or not all(isinstance(w, dict) and isinstance(w.get('explanation'), str)
+                                             and _number(w.get(score)) for w in ways):
+        raise DataError(f'the record of {again} is damaged.', file=CARD,
+                        fix=f'Make it again: medvl run {again} -p record=true.')
+    return ways
+
+
+def _best(ways, score):
+    good = sorted((w for w in ways if w.get('founded') is True), key=lambda w: -w[score])
+    if not good: return None, None, ''
+    name, _, layer = good[0]['explanation'].partition('@')
+    return good[0], (name, layer), str(len(ways))
+
+
+def _placed(way, patients):
+    "What the bench says of a way."
+    span = f" ({way['low']:.2f} to {way['high']:.2f})" if all(_number(way.get(k)) for k in ('low', 'high')) else ''
+    gap = way.get('minus_control')
+    over = f", {gap:+.2f}{span} over {way.get('control')}" if _number(gap) else ''
+    return f"pixel AUROC {way['auroc']:.2f}{over} ({patients[:60]})"
+
+
 def believed_way(
     card: dict, # of `read_card`
 ) -> tuple: # way and layer ('' the last), or None; a line that says why
-    """Name the best-founded way of a model.
+    """Name the best-founded way of a model: by the causal test; where there was none, by the bench.
 
     Raises: DataError for a record that is none."""
-    record = card.get('causal')
-    if record is None: return None, 'Never put to the causal test: whether this map follows the cause is not known.'
-    ways = record.get('ways') if isinstance(record, dict) else None
-    if not isinstance(ways, list) or not all(isinstance(w, dict) and isinstance(w.get('explanation'), str)
-                                             and _number(w.get('causal')) for w in ways):
-        raise DataError('the record of the causal test is damaged.', file=CARD,
-                        fix='Make it again: medvl run causal_truth -p record=true.')
-    good = sorted((w for w in ways if w.get('founded') is True), key=lambda w: -w['causal'])
-    if not good: return None, f'In the causal test no way of {len(ways)} beat its controls: this map is not founded.'
-    best, span = good[0], ''
-    if _number(best.get('low')) and _number(best.get('high')): span = f' ({best["low"]:.2f} to {best["high"]:.2f})'
-    name, _, layer = best['explanation'].partition('@')
-    return ((name, layer),
-            f'Best founded of {len(ways)} ways: when the finding was taken away, moved or shrunk, this map '
-            f'followed by {best["causal"]:.2f}{span} of 1, more than brightness and the untrained network '
-            f'({str(record.get("data", ""))[:60]}).')
+    causal, bench = (_ways_of(card, *r) for r in (('causal', 'causal', 'causal_truth'),
+                                                  ('bench', 'auroc', 'attribution_bench')))
+    where = str(card['bench'].get('data', '')) if bench is not None else ''
+    if causal is None:
+        never = 'Never put to the causal test: whether this map follows the cause is not known.'
+        if bench is None: return None, never
+        best, way, many = _best(bench, 'auroc')
+        if way is None: return None, f'On the bench no way of {len(bench)} beat its controls. {never}'
+        return way, (f'Best founded of {many} ways on the bench: it lies on the finding better than any map without a '
+                     f"model, than the shuffled network's and than a stranger's: {_placed(best, where)}. {never}")
+    best, way, many = _best(causal, 'causal')
+    if way is None:
+        return None, f'In the causal test no way of {len(causal)} beat its controls: this map is not founded.'
+    span = f' ({best["low"]:.2f} to {best["high"]:.2f})' if all(_number(best.get(k)) for k in ('low', 'high')) else ''
+    beside = next((w for w in bench or () if w['explanation'] == best['explanation']), None)
+    also = '' if beside is None else f' On the bench: {_placed(beside, where)}.'
+    return way, (f'Best founded of {many} ways: when the finding was taken away, moved or shrunk, this map '
+                 f'followed by {best["causal"]:.2f}{span} of 1, more than brightness and the untrained network '
+                 f'({str(card["causal"].get("data", ""))[:60]}).{also}')
+

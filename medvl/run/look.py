@@ -32,7 +32,7 @@ background:#6b7280} \
 .use{border-left:4px solid #9a5b00;background:var(--warn);padding:.6rem 1rem;margin:1.2rem 0}
 .bad{border-left:4px solid #b3261e;background:var(--bad);padding:.6rem 1rem;margin:1.2rem 0}
 .contents{columns:14rem 3;font-size:.92rem;padding-left:1.2rem;margin:.6rem 0} .contents a{text-decoration:none}
-.wide{overflow-x:auto} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.4rem 0;
+.wide{overflow-x:auto} .said{min-width:15rem} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.4rem 0;
 overflow-wrap:normal} th,td{text-align:left;vertical-align:top;padding:.32rem .9rem .32rem 0;
 border-bottom:1px solid var(--line)} th{font-weight:600;color:var(--soft)} .beside \
 td+td{white-space:nowrap;line-height:1.35} .beside .soft{font-size:.82rem}

@@ -273,7 +273,7 @@ _REST = '''<h2 id="parameters">Parameters</h2>
 {% if parameters %}<div class="wide"><table><tr><th>name</th><th>value</th><th>default</th><th>meaning</th></tr>
 {% for n, v, changed, default, help in parameters %}<tr{% if changed %} class="changed"{% endif %}><td><code>{{ n \
 }}</code></td><td><code>{{ v }}</code></td>
-<td class="soft"><code>{{ default if changed else "" }}</code></td><td>{{ help }}</td></tr>{% endfor %}</table></div>
+<td class="soft"><code>{{ default if changed else "" }}</code></td><td class="said">{{ help }}</td></tr>{% endfor %}</table></div>
 <p class="soft">Shaded: changed from the default.</p>{% else %}<p class="soft">None.</p>{% endif %}
 <h2 id="provenance">Where it comes from</h2>{% if provenance %}<div class="wide"><table>{% for k, v in provenance \
 %}<tr><th>{{ k }}</th><td>{{ v \
