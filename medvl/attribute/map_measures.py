@@ -125,7 +125,12 @@ def contrast_to_noise(
     truth: np.ndarray, # bool (h,w)
     absolute: bool = False, # without the sign, as in Boecking et al.
 ) -> float|None: # (mean inside - mean outside) / sqrt(variance inside + variance outside); None: one side is empty
-    "Say how clearly the inside stands out. Source: Boecking et al., ECCV 2022, as its users quote it."
+    """Say how clearly the inside stands out; variances are those of all pixels (divided by n, not n - 1).
+
+    Source: Boecking et al., ECCV 2022 (BioViL, MS-CXR), |mean - mean| / sqrt(variance + variance). The paper could not
+    be opened here, and its authors' code (microsoft/hi-ml, hi-ml-multimodal) has no such function. Checked in code of
+    others who report it: one with the absolute value and these variances, named BioViL's; one (generate_to_ground,
+    evaluation/utils_evaluation.py, commit 88d6733) with the sign, and variances divided by n - 1."""
     inside, outside = heat[truth], heat[~truth]
     if not inside.size or not outside.size: return None
     spread = float(np.sqrt(inside.var() + outside.var()))

@@ -315,10 +315,11 @@ def render_chest(
     key = (int(truth.seed), int(truth.index), 'chest', 'image')
     drawn, healthy, added, masks, harmless = chest_layers(truth, config)
     after = chest_layers(changed, config) if changed is not None else None
+    around, share = balanced_chest(drawn) if config.heart == 'ratio' else None, None
+    if config.balance == 'lungs':
+        share = giving_share(drawn, added + (0 if healthy is None else drawn['tissue'] - healthy))
     pixels = chest_grey(numpy_rng(*key, 'grey'), drawn, added, harmless, difficulty_knobs(config)['noise'],
-                        config.bits, healthy, config.compensate, balanced_chest(drawn) if config.heart == 'ratio' else None,
-                        giving_share(drawn, added + (0 if healthy is None else drawn['tissue'] - healthy))
-                        if config.balance == 'lungs' else None,
+                        config.bits, healthy, config.compensate, around, share,
                         None if after is None else (after[0]['tissue'], after[2], after[4]))
     if after is not None: truth, drawn, masks = changed, after[0], after[3]
     if config.markers: burn_side(numpy_rng(*key, 'marker'), pixels, drawn['canvas'])
@@ -449,7 +450,8 @@ def write_chest_phantom(
     if n < 1: raise ValueError(f'n is {n!r}; give at least 1.')
     config = replace(config or ChestConfig(), size=tuple(size), difficulty=difficulty, bits=12 if fmt == 'dicom' else 8,
                      **changes)
-    settings = {'kind': CHEST_SOURCE, 'version': 4 if config.balance == 'lungs' else 3, 'seed': int(seed), 'fmt': fmt, 'labels': labels,
+    settings = {'kind': CHEST_SOURCE, 'version': 4 if config.balance == 'lungs' else 3, 'seed': int(seed), 'fmt': fmt,
+                'labels': labels,
                 'config': {k: v for k, v in config_dict(config).items() if k not in LATER or v != LATER[k]}}
     return write_blocks(Path(folder), n, partial(chest_files, seed=int(seed), config=config, fmt=fmt, labels=labels),
                         settings, jobs, progress)
