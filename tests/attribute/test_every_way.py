@@ -16,7 +16,8 @@ from medvl.methods.recipes import new_method
 from medvl.methods.supervised import Supervised, SupervisedConfig
 from medvl.models.vision import TransformersVision
 from medvl.models.vit import VisionTransformer
-from test_ways import QUICK, TEXTS, systems as _systems  # noqa: F401
+from test_ways import QUICK, TEXTS
+from test_ways import systems as systems_of_ways # noqa: F401
 
 FILM = torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) * 255
 GUIDED = {'guided_backprop', 'deconvolution', 'guided_gradcam'}
@@ -37,10 +38,10 @@ TORCHS = re.compile('element 0 of tensors|differentiated Tensors|has no attribut
 
 
 @pytest.fixture(scope='module')
-def systems(_systems):
+def systems(request):
     mass, none = Target('class', 'mass'), Target('sentence', 'No mass is seen.')
     base = new_method('mammoclip', 'smoke', TEXTS).eval()
-    return {**_systems, 'aligner': (new_method('lovt', 'smoke', TEXTS).eval(), none, {}), 'views': (new_method('a2i2', 'smoke', TEXTS).eval(), none, {}),
+    return {**request.getfixturevalue('systems_of_ways'), 'aligner': (new_method('lovt', 'smoke', TEXTS).eval(), none, {}), 'views': (new_method('a2i2', 'smoke', TEXTS).eval(), none, {}),
             'factor': (MammoFactor(MammoFactorConfig({'mass': ['there is a mass']}, grid=(2, 2), width=base.config.dim), base=base).eval(), mass, {})}
 
 
@@ -152,7 +153,7 @@ def test_attention_that_was_not_recorded(how, systems):
     kind = type(encoder)
     try:
         encoder.__class__ = Fused
-        with pytest.raises(ValueError, match=f'recorded in 0 of .* blocks.*occlusion'): attribute(method, FILM, 'a mass', how)
+        with pytest.raises(ValueError, match='recorded in 0 of .* blocks.*occlusion'): attribute(method, FILM, 'a mass', how)
     finally: encoder.__class__ = kind
     class Holder(nn.Module): pass
     holder, library = Holder(), TransformersVision.__new__(TransformersVision)
@@ -171,7 +172,7 @@ def test_guided_backprop_meets_relus_however_they_are_called():
     relu = nn.ReLU()
     calls = {'module': relu, 'function': nn.functional.relu, 'torch': torch.relu, 'method': lambda v: v.relu(), 'in place': lambda v: nn.functional.relu(v, inplace=True),
              'method in place': lambda v: v.relu_(), 'in place, not returned': lambda v: (torch.relu_(v), v)[1]}
-    maps = {n: guided_backprop(lambda v: m.c(f(m.b(f(m.a(v))))).sum((1, 2, 3)), x, m) for n, f in calls.items()}
+    maps = {n: guided_backprop(lambda v, f=f: m.c(f(m.b(f(m.a(v))))).sum((1, 2, 3)), x, m) for n, f in calls.items()}
     for n, g in maps.items(): torch.testing.assert_close(g, maps['module'], msg=n)
     assert not torch.allclose(maps['module'], saliency(lambda v: m.c(relu(m.b(relu(m.a(v))))).sum((1, 2, 3)), x))
     pytest.importorskip('captum')
