@@ -119,7 +119,7 @@ def _stated(sources, folders):
 def _warn(shell, said):
     "Show it in the notebook and, past papermill, in the terminal."
     for text in said.values():
-        warnings.warn(text, stacklevel=4)
+        warnings.warn(text, stacklevel=5)
         shell.kernel.log.warning(text)
 
 # %% ../../nbs/007a_core.by_papermill.ipynb #20a88755
