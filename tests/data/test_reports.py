@@ -230,8 +230,12 @@ def test_sides_in_other_forms():
 @pytest.mark.parametrize('text, want', [
     ('BI-RADS 4A, 1:00 position', ['4A']), ("BI-RADS 4A, 3 o'clock", ['4A']), ('BI-RADS 2, 3 o’clock', ['2']), ('BI-RADS 2, 5 oclock', ['2']),
     ('BI-RADS 4A, 2/2020', ['4A']), ('BI-RADS 2, 3.5 cm', ['2']), ('BI-RADS 4A, 1 cm', ['4A']), ('BI-RADS 4/5', ['4', '5']), ('BI-RADS 4A and 2', ['4A', '2']),
-    ('BI-RADS 2: 4 mm cyst', ['2']), ('BI-RADS: 3:', ['3'])])
-def test_a_place_on_the_clock_a_size_and_a_month_are_no_category(text, want): assert birads_of(text) == want
+    ('BI-RADS 2: 4 mm cyst', ['2']), ('BI-RADS: 3:', ['3']), ("BI-RADS 4A, 4-5 o'clock", ['4A']), ("BI-RADS 3 and 4-5 o'clock", ['3']), ("BI-RADS 4A, 4:30 - 5 o'clock", ['4A']),
+    ('BI-RADS 3, 6 months follow-up', ['3']), ('BI-RADS 3, 6-month follow-up', ['3']), ('BI-RADS 3 - 6 month follow-up', ['3']), ('BI-RADS 3/6 months', ['3']), ('BI-RADS 2, 1 year', ['2']),
+    ('BI-RADS 2, 4 to 5 mm', ['2']), ('BI-RADS 4A, 4 x 5 mm', ['4A']), ('BI-RADS 3, 2 masses', ['3']), ('BI-RADS 2, 3 small cysts', ['2']), ('BI-RADS 4, 2 views', ['4']),
+    ('BI-RADS 1, 2, 3', ['1', '2', '3']), ('BI-RADS 4A, 4B, or 4C', ['4A', '4B', '4C']), ('BI-RADS 2 and 4, respectively', ['2', '4']), ('BI-RADS 3 and 4 lesions', ['3', '4'])])
+def test_a_place_on_the_clock_a_size_a_count_and_a_month_are_no_category(text, want):
+    assert birads_of(text) == want and birads_of(normalise(text)) == want
 
 
 SIDE = ['left', 'Right', 'LEFT', 'rt.', 'Lt', 'L', 'R']

@@ -225,9 +225,16 @@ _ROMAN = {'i': '1', 'ii': '2', 'iii': '3', 'iv': '4', 'v': '5', 'vi': '6', 'o': 
 _CATEGORY = (r'(?:(?:4 [abcABC](?=\s*(?:[.,;:)/]|$|\n))|[0-6][abcABC])(?![\w%])|[0-6](?![\w%]|[.,]\d|\s?(?:mm|cm)\b'
              r"|:\d\d|\s?o['’]?\s?clock\b|\s?/\s?\d{4}\b)" # a size, a place on the clock or a month is none
              r'|(?:VI|IV|V|III|II|I|vi|iv|v|iii|ii)\b)')
+# behind the first category, a number of months, of millimetres, of masses or on the clock is none
+_COUNTED = (r"(?:mm|cm|o['’]?\s?clock|months?|mos?|weeks?|wks?|years?|yrs?|days?|mes(?:es)?|semanas?|a[nñ]os?)\b")
+_THINGS = (r'(?:\w+\s+){0,2}?(?:mass(?:es)?|nodules?|cysts?|lesions?|foc(?:us|i)|groups?|clusters?|(?:micro)?calcifications?'
+           r'|views?|images?|areas?|sites?|lymph nodes?|biops(?:y|ies))\b')
+_NUMBER_OF = rf'\d(?::\d\d)?(?:\s?(?:-|–|to|or|x|×|/)\s?\d{{1,2}}(?:[:.,]\d+)?)?[\s-]*{_COUNTED}'
+_MORE = (rf'(?:\s*(?:/|-|–|and|or|to|&)\s*(?!{_NUMBER_OF})|\s*,\s*(?:(?:and|or)\s+)?(?!{_NUMBER_OF}|\d[ \t]+{_THINGS}))'
+         + _CATEGORY)
 _BIRADS_OF = re.compile(rf'\b{BIRADS}[\s\-:#=.,(®™]*(?:(?:final|overall|assessment|category|categories|cat|code|score'
                         r'|grade|class|is|of|mammography|no)\b[\s:.#=(\-]*)*'
-                        rf'(?P<c>{_CATEGORY}(?:\s*(?:,|/|-|–|and|or|to|&)\s*{_CATEGORY})*)', re.I)
+                        rf'(?P<c>{_CATEGORY}(?:{_MORE})*)', re.I)
 
 
 def _no_marks(text):
