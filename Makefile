@@ -28,7 +28,7 @@ $(STAMP):
 install: $(STAMP)
 
 demo: install
-	$(BIN)/medvl run mammo_clip -p n_boot=1000 $(if $(DATA),-p data=$(abspath $(DATA)) $(if $(SOURCE),-p source=$(SOURCE)) -p config=real-small,-p config=demo -p exams=160 -p others=true)
+	$(BIN)/medvl run mammo_clip -p n_boot=1000 $(if $(DATA),-p data=$(abspath $(DATA)) $(if $(SOURCE),-p source=$(SOURCE)) -p config=real-small,-p config=demo -p exams=200 -p epochs=10 -p lesion_scale=2 -p others=true)
 
 test: install
 	$(BIN)/ruff check .

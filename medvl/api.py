@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PREPROCESS', 'SIDES', 'Model', 'model_folder', 'load', 'read_preprocess', 'pixels_of', 'embed', 'zero_shot',
-           'Explanation', 'explain', 'Written', 'watched', 'report', 'answer', 'check']
+           'Explanation', 'explain', 'Written', 'watched', 'report', 'answer', 'check', 'push_to_hub']
 
 # %% ../nbs/800_api.ipynb #ffe5bca9
 import html
@@ -34,7 +34,8 @@ from .data.pixels.file import read_image
 from .data.pixels.profiles import get_profile, preprocess
 from .evaluate.protocols.sentence_check import CheckedReport, check_sentences
 from .evaluate.stats.selection import Threshold
-from .methods.base import capabilities, from_pretrained, push_to_hub, require, save_pretrained
+from .methods.base import capabilities, from_pretrained, require, save_pretrained
+from .methods.base import push_to_hub as push_method
 
 # %% ../nbs/800_api.ipynb #feccf577
 PREPROCESS = 'preprocess.json'
@@ -434,18 +435,23 @@ def check(
     return found
 
 # %% ../nbs/800_api.ipynb #8f0539a6
-def _push(
-    self,
+def push_to_hub(
+    model:Model|torch.nn.Module, # a model; of a bare method weights and a short card are uploaded
     repo:str, # owner/name
     private:bool=True, # create it as private
     token:str|None=None, # access token; default: the stored one
     api=None, # a huggingface_hub.HfApi
-):
-    "Upload the model with its preparation."
-    return push_to_hub(self.factor or self.method, repo, private, token, api,
-                       files={PREPROCESS: {'profile': self.profile, 'size': list(self.size)},
-                              **({CARD: self.card} if self.card else {})})
+) -> object: # what the hub answers
+    "Upload a model as it is saved: weights, preparation, and the full card."
+    if not isinstance(model, Model): return push_method(model, repo, private, token, api)
+
+    def save(folder):
+        folder = model.save_pretrained(folder)
+        text = (folder/'README.md').read_text(encoding='utf-8').replace('medvl.load("this folder")', f'medvl.load("{repo}")')
+        (folder/'README.md').write_text(text, encoding='utf-8')
+        return folder
+    return push_method(model.factor or model.method, repo, private, token, api, save=save)
 
 
-Model.embed, Model.zero_shot, Model.explain, Model.push_to_hub = embed, zero_shot, explain, _push
+Model.embed, Model.zero_shot, Model.explain, Model.push_to_hub = embed, zero_shot, explain, push_to_hub
 Model.report, Model.answer, Model.check = report, answer, check

@@ -1,7 +1,7 @@
-"""Run notebooks as nbdev_test does, each in a process of its own, without paying for the imports each time.
+"""Run notebooks as nbdev_test does, and files of tests, each in a process of its own, without paying for the imports each time.
 
 This process imports what most notebooks import from elsewhere, and forks for every notebook: the child has the libraries and nothing of
-another notebook. It reads one JSON line a request (path, env, seconds, log) and answers with one (rc). It has one thread, so that forking is safe."""
+another notebook. It reads one JSON line a request (path, arguments, env, seconds, log) and answers with one (rc). It has one thread, so that forking is safe."""
 import json
 import os
 import signal
@@ -10,11 +10,19 @@ import time
 from pathlib import Path
 
 
-def run(path, env, log):
-    "In the child: run one notebook and end the process with its state."
+def run(path, env, log, arguments=()):
+    "In the child: run one notebook, or pytest with arguments on a file of tests, and end the process with its state."
     os.environ.update(env)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2): os.dup2(out, stream)
+    if path.endswith('.py'):
+        code = 1
+        try:
+            import pytest
+            code = int(pytest.main([*arguments, path]))
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
     from nbdev.config import get_config
     from nbdev.test import test_nb
     config, code = get_config(), 1
@@ -49,7 +57,7 @@ def main():
         if not pid:
             os.setsid()
             sys.stdin.close()
-            run(ask['path'], ask['env'], ask['log'])
+            run(ask['path'], ask['env'], ask['log'], ask['arguments'])
         answer.write(json.dumps({'rc': wait(pid, ask['seconds'])}) + '\n')
         answer.flush()
 

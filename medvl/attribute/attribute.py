@@ -19,7 +19,7 @@ from .mammo_factor import Explainer, MammoFactor
 from .sentence_maps import sentence_maps
 from .similarity import similarity_map
 from .targets import TARGETS, Explanation, Target, target_of
-from .ways import WAYS
+from .ways import SCORED, WAYS
 from ..core.errors import unknown_name
 from ..data.text.sentences import word_spans
 from ..methods.base import Method, require
@@ -45,6 +45,14 @@ def _sentence_way(kind):
 
 
 @torch.no_grad()
+def _abnormal(method, images, target, level):
+    "Where something does not belong, whatever is asked."
+    _last(level, 'the map of the abnormal')
+    require(method, 'abnormality_maps', by='the map of the abnormal')
+    return method.abnormality_maps(images.float())[0], {}
+
+
+@torch.no_grad()
 def _factor(method, images, target, level):
     _last(level, 'Mammo-FActOR')
     if not isinstance(method, MammoFactor):
@@ -67,6 +75,8 @@ def _word_way(kind):
     "Cross-attention of a word of a report, or that times the gradient of the match."
     def draw(method, images, target, level, report=None):
         require(method, 'word_maps', by=f'the {kind} of a word')
+        if not isinstance(level, int):
+            raise ValueError(f'level={level!r}: a word is looked up in a layer by number; -1: the one the method prefers')
         text = str(target.value if report is None else report)
         maps, words = method.word_maps(images, [text], kind, None if level == -1 else level)
         place = next((s for s in word_spans(text) if s[0].lower() == str(target.value).lower()), None)
@@ -101,6 +111,7 @@ EXPLANATIONS: dict[str, Explanation] = WAYS | {
     'attention': Explanation(_sentence_way('attention'), ('sentence',), 'attention weight', signed=False),
     'aligned': Explanation(_sentence_way('cosine'), ('sentence',), 'cosine'),
     'places': Explanation(_sentence_way('global'), ('sentence',), 'cosine'),
+    'abnormality': Explanation(_abnormal, SCORED, 'what does not belong, 0..1', signed=False),
     'factor': Explanation(_factor, ('class', 'sentence'), 'channels times cosine')}
 
 # %% ../../nbs/630_attribute.attribute.ipynb #9e61ba39
@@ -116,6 +127,11 @@ class Attribution:
                 f'{float(self.map.min()):.3g} to {float(self.map.max()):.3g})')
 
 
+def _weights(method):
+    "Names and values of all that is a float."
+    return [(n, p) for n, p in (*method.named_parameters(), *method.named_buffers()) if p.is_floating_point()]
+
+
 def attribute(method: Method, # any system, trained
               image: Tensor, # (h,w), (1,h,w) or (1,1,h,w), uint8 or float 0..255
               target: Target | str | int | Sequence[str] | Tensor, # name or number of a class, or a sentence; sentences
@@ -126,8 +142,11 @@ def attribute(method: Method, # any system, trained
               ) -> Attribution:
     """Explain one answer about one image.
 
-    Raises: ValueError for an unknown way, class, level or option, or a target that the way does not explain; TypeError
-    for a method that lacks what the way asks for."""
+    The network may be frozen, and asked under torch.no_grad or torch.inference_mode: it is explained alike.
+
+    Raises: ValueError for an unknown way, class, level or option, a target that the way does not explain, an image or a
+    network whose numbers are not finite, or a score without a gradient where the way needs one; TypeError for a method
+    that lacks what the way asks for."""
     if how not in EXPLANATIONS: raise ValueError(unknown_name('way of explaining', how, EXPLANATIONS))
     way, target = EXPLANATIONS[how], target_of(method, target)
     if target.kind not in way.targets:
@@ -138,15 +157,29 @@ def attribute(method: Method, # any system, trained
     images = torch.as_tensor(image)
     if images.ndim not in (2, 3, 4) or images.ndim > 2 and images.shape[:-2].numel() != 1:
         raise ValueError(f'one image (h,w), (1,h,w) or (1,1,h,w) is explained at a time, not {tuple(images.shape)}')
-    images = images.reshape(1, 1, *images.shape[-2:]).to(method.device)
+    lost = int((~images.isfinite()).sum())
+    if lost: raise ValueError(f'{lost} pixels of the image are not finite (NaN or infinite): nothing can be explained')
     modes = {m: m.training for m in method.modules()}
     method.eval()
-    try: heat, facts = way.draw(method, images, target, level, **options)
+    try:
+        with torch.inference_mode(False):
+            images = images.reshape(1, 1, *images.shape[-2:]).to(method.device).clone()
+            if isinstance(target.value, Tensor): target = Target(target.kind, target.value.clone())
+            heat, facts = way.draw(method, images, target, level, **options)
     except TypeError as e:
         if 'unexpected keyword' not in str(e): raise
         raise ValueError(f'how={how!r} has no such option: {e}') from e
+    except RuntimeError as e:
+        born = [n for n, p in _weights(method) if p.is_inference()]
+        if not born or 'nference tensor' not in str(e): raise
+        raise ValueError(f'{born[0]} was made inside torch.inference_mode ({len(born)} weights were): no gradient goes '
+                         'through it. Make or load the method outside.') from e
     finally:
         for m, mode in modes.items(): m.training = mode
+    if not heat.isfinite().all():
+        ill = next((n for n, p in _weights(method) if not p.isfinite().all()), None)
+        raise ValueError(f'the map of how={how!r} is not finite: ' + (f'{ill} holds NaN or infinity, the method is '
+                         'broken' if ill else 'the numbers grow out of their range on this image; try another way'))
     said = 'a text vector' if isinstance(target.value, Tensor) else target.value
     return Attribution(heat.detach().float().cpu(), dict(
         how=how, kind=target.kind, target=said, quantity=way.quantity, signed=way.signed, level=level,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLACES', 'PHRASES', 'CONTROLS', 'DEAF', 'map_mass', 'mass_fall', 'grown', 'change_score', 'CausalSystem',
            'draw_patients', 'single_images', 'system_scores', 'causal_knowledge', 'shortcut_knowledge', 'Pair',
-           'causal_pair', 'causal_pairs', 'pair_score', 'causal_rows', 'side_rows', 'causal_table', 'founded_ways',
-           'causal_lines']
+           'causal_pair', 'causal_pairs', 'pair_score', 'causal_rows', 'side_knowledge', 'side_rows', 'causal_table',
+           'founded_ways', 'causal_lines']
 
 # %% ../../nbs/633_attribute.causal.ipynb #223be1c4
 from collections.abc import Callable, Sequence
@@ -58,7 +58,7 @@ def mass_fall(
 
 # %% ../../nbs/633_attribute.causal.ipynb #3943df98
 PLACES = ('removed', 'moved', 'mirrored', 'shrunk')  # whose mean is the causal score
-PHRASES = ('negated', 'other side')
+PHRASES = ('negated', 'other side', 'flipped', 'side negated')
 
 
 def grown(
@@ -110,7 +110,8 @@ class CausalSystem:
     untrained: Method | None = None  # the same network with its weights shuffled: a control
     sentence: str = 'there is {}.'  # asked where there is no class of that name
     contrary: str = 'no {}.'  # its contrary
-    sided: str = 'there is {name} on the {side}.'  # asked for a side
+    sided: str = 'there is {name} on the {side}.'  # asked for a side, where there is no class left_… and right_…
+    sided_contrary: str = 'no {name} on the {side}.'  # its contrary
     words: dict = field(default_factory=dict)  # finding -> its words in a sentence, where they are not its name
 
     def target(self, finding:str) -> tuple: # Target; options of `attribute`, () where nothing contradicts
@@ -118,6 +119,16 @@ class CausalSystem:
         if finding in class_names(self.method): return Target('class', finding), {}
         word = self.words.get(finding, finding.replace('_', ' '))
         return Target('sentence', self.sentence.format(word)), dict(against=self.contrary.format(word))
+
+    def side_targets(self, finding:str) -> dict: # side -> (Target, its contrary or None); {} where it can't be asked
+        "Say what is asked for a finding's side: classes `left_effusion`, `right_effusion`, else sentences."
+        names = class_names(self.method)
+        if names:
+            sided = {s: f'{s}_{finding}' for s in ('left', 'right')}
+            return {s: (Target('class', n), None) for s, n in sided.items()} if set(sided.values()) <= {*names} else {}
+        word = self.words.get(finding, finding.replace('_', ' '))
+        said = lambda phrase, s: Target('sentence', phrase.format(name=word, side=s))
+        return {s: (said(self.sided, s), said(self.sided_contrary, s)) for s in ('left', 'right')}
 
 
 def draw_patients(
@@ -273,7 +284,7 @@ def causal_pairs(
 
 # %% ../../nbs/633_attribute.causal.ipynb #49916346
 CONTROLS = ('brightness', 'random')
-DEAF = ('eigencam', 'rollout')  # ways that hear nothing of the target
+DEAF = ('eigencam', 'rollout', 'abnormality')  # ways that hear nothing of the target
 
 
 def _wide(heat, shape): return upsample(torch.as_tensor(heat)[None].float(), shape)[0].numpy()
@@ -345,41 +356,81 @@ def causal_rows(
     return rows, lost
 
 # %% ../../nbs/633_attribute.causal.ipynb #26f644be
+def _sides_of(exam, finding): return {f.side for f in exam.truth.findings if f.label == finding} - {''}
+
+
+def side_knowledge(
+    system:CausalSystem, # trained
+    finding:str, # of one side
+    exams:Sequence[ChestExam], # films
+    knows:float=.8, # AUROC from which it is asked
+    n_boot:int=500, seed:int=0, # of the bootstrap over patients
+) -> pd.DataFrame: # one row, columns as of `causal_knowledge`: left against right, among films with one side alone
+    "Say whether a system tells the sides of a finding apart: its score for left minus that for right."
+    film = [e for e in exams if isinstance(e, ChestExam) and len(_sides_of(e, finding)) == 1]
+    left, asked = np.array([_sides_of(e, finding) == {'L'} for e in film], int), system.side_targets(finding)
+    row = dict(system=system.name, finding=f'{finding}, left against right', n=len(film), positives=int(left.sum()),
+               auroc=np.nan, low=np.nan, high=np.nan, asked=False, why='it has no class and no sentence of a side')
+    if not asked: return pd.DataFrame([row])
+    if not 1 < left.sum() < len(left) - 1: return pd.DataFrame([dict(row, why='too few films of either side')])
+    pixels = [e.pixels for e in film]
+    try: said = np.subtract(*(system_scores(system, asked[s][0], pixels) for s in ('left', 'right')))
+    except TypeError as e: return pd.DataFrame([dict(row, why=str(e))])
+    e = estimate('auroc', left, said, np.array([e.truth.patient_id for e in film]), n_boot=n_boot, seed=seed).row()
+    known = bool(e['value'] >= knows)
+    return pd.DataFrame([dict(row, auroc=e['value'], low=e['low'], high=e['high'], asked=known,
+                              why='' if known else f"AUROC of the side {e['value']:.2f}, below {knows:g}")])
+
+
+def _both_sides(film, asked, way, system, m, finding, margin):
+    "Scores of one way on one film: test -> score."
+    how, level, options = way
+    left, right = (asked[s][0] for s in ('left', 'right'))
+    draw = lambda target, against: _drawer(m, target, how, level, {
+        **({'against': against.value} if how in WAYS and target.kind == 'sentence' else {}), **options},
+        EXPLANATIONS[how].signed)(done.pixels)
+    done = preprocess(film.pixels, system.profile, system.size, mask=film.mask(finding).astype(np.uint8))
+    inside = lambda side: grown(preprocess(film.pixels, system.profile, system.size, mask=film.masks[
+        [f.label == finding and f.side == side for f in film.truth.findings]].any(0).astype(np.uint8)).mask > 0, margin)
+    a, b = draw(left, right), draw(right, left)
+    sides = _sides_of(film, finding)
+    if sides == {'L', 'R'}:
+        own, other = inside('L'), inside('R')
+        return {'flipped': (mass_fall(a, b, own & ~other) - mass_fall(a, b, other & ~own))/2}
+    own, (a, b) = grown(done.mask > 0, margin), (a, b) if sides == {'L'} else (b, a)
+    out = {'other side': mass_fall(a, b, own) - mass_fall(a, b, ~own)}
+    yes, no = asked['left' if sides == {'L'} else 'right']
+    if no is not None:
+        a, b = draw(yes, no), draw(no, yes)
+        out['side negated'] = mass_fall(a, b, own) - mass_fall(a, b, ~own)
+    return out
+
+
 def side_rows(
-    system:CausalSystem, # that reads sentences
+    system:CausalSystem, # that knows sides
     finding:str, # of one side
     exams:Sequence[ChestExam], # films
     ways:dict, # name -> (how, level, options) of `attribute`
-    patients:int=12, # at most
+    patients:int=12, # at most, with the finding on one side; as many with it on both
     knows:float=.8, # AUROC from which it is asked
     margin:int=2, # pixels around a mask
 ) -> tuple: # rows as of `causal_rows`; why it was not asked, or ''
-    "Ask for the finding's side and for the other."
-    film = [e for e in exams if isinstance(e, ChestExam) and e.truth.labels[finding]
-            and len({f.side for f in e.truth.findings if f.label == finding} - {''}) == 1]
-    side = np.array([next(f.side for f in e.truth.findings if f.label == finding) == 'L' for e in film])
-    if system.target(finding)[0].kind != 'sentence': return [], 'it reads no sentences'
-    if not 1 < side.sum() < len(side) - 1: return [], 'too few films of either side'
-    word = system.words.get(finding, finding.replace('_', ' '))
-    said = {s: Target('sentence', system.sided.format(name=word, side=s)) for s in ('left', 'right')}
-    told = system_scores(system, said['left'], [e.pixels for e in film], said['right'].value)
-    e = estimate('auroc', side.astype(int), told, np.arange(len(film)), n_boot=100).row()
-    if e['value'] < knows: return [], f"AUROC of the side {e['value']:.2f}, below {knows:g}"
+    "Ask for the finding's side, for the other, for its contrary; where both sides have it, for one and for the other."
+    told, asked = side_knowledge(system, finding, exams, knows, 100).iloc[0], system.side_targets(finding)
+    if not told.asked: return [], told.why
+    films = [e for e in exams if isinstance(e, ChestExam) and e.truth.labels[finding]]
+    taken = [e for n in (1, 2) for e in [e for e in films if len(_sides_of(e, finding)) == n][:patients]]
     rows = []
-    for exam, left in list(zip(film, side))[:patients]:
-        done = preprocess(exam.pixels, system.profile, system.size, mask=exam.mask(finding).astype(np.uint8))
-        own, names = grown(done.mask > 0, margin), ('left', 'right') if left else ('right', 'left')
-        for name, (how, level, options) in ways.items():
+    for film in progress(taken, desc=f'{system.name}, sides of {finding}', unit='film'):
+        about = dict(system=system.name, finding=finding, patient_id=film.truth.patient_id)
+        for name, way in ways.items():
             for who, m in (('', system.method), (', untrained', system.untrained)):
-                if m is None or how in DEAF: continue
-                a, b = (_drawer(m, said[x], how, level, {**({'against': said[y].value} if how in WAYS else {}),
-                                                         **options},
-                                EXPLANATIONS[how].signed)(done.pixels) for x, y in (names, names[::-1]))
-                rows.append(dict(system=system.name, finding=finding, patient_id=exam.truth.patient_id,
-                                 test='other side',
-                                 explanation=name + who, kind='untrained' if who else 'way',
-                                 score=mass_fall(a, b, own) - mass_fall(a, b, ~own)))
+                if m is None or way[0] in DEAF: continue
+                for test, score in _both_sides(film, asked, way, system, m, finding, margin).items():
+                    rows.append(dict(about, test=test, explanation=name + who, kind='untrained' if who else 'way',
+                                     score=score))
     return rows, ''
+
 
 # %% ../../nbs/633_attribute.causal.ipynb #f1d535f3
 def causal_table(

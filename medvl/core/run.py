@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from .by_papermill import attend_papermill
 from .patch import patch
 from .paths import (append_jsonl, atomic_path, digest, outputs_path, read_json, read_jsonl, write_csv,
                               write_json)
@@ -560,4 +561,5 @@ def _by_hand(cls: type[Run], name, params, outputs):
     run.by_hand = True
     run.begin('notebook')
     Run._open = run
+    attend_papermill(run.folder, run.note, run._release) # does nothing elsewhere
     return run

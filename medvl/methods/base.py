@@ -11,7 +11,7 @@ __all__ = ['CAPABILITIES', 'WEIGHTS', 'CONFIG', 'MOST', 'CARD', 'StepState', 'Me
 import ast
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
@@ -449,7 +449,8 @@ tags: [medical, vision-language, {name}]
 ---
 # {name}, trained with medvl {version}
 
-Research only: not a medical device, not for diagnosis. Load with `medvl.load("{repo}")`.
+Research only: not a medical device, not for diagnosis. These are weights alone: how images were prepared, what they were trained on and how good they are is not recorded here. \
+Load with `medvl.methods.base.from_pretrained("{repo}")`.
 
 Configuration:
 
@@ -466,6 +467,8 @@ def push_to_hub(method: Method, # a registered Method
                 api: Any = None, # a huggingface_hub.HfApi; None makes one
                 message: str = 'Upload a medvl method', # commit message
                 files: dict | None = None, # {name: content} of further JSON files
+                # callable(folder) that saves all there is, card included, instead of the method with a short card
+                save: Callable | None = None,
                 ) -> Any: # what the hub answers
     "Upload a method with a model card; the repository is made if it is not there."
     import tempfile
@@ -473,8 +476,10 @@ def push_to_hub(method: Method, # a registered Method
     api = HfApi(token=token) if api is None else api
     api.create_repo(repo, private=private, exist_ok=True, repo_type='model')
     with tempfile.TemporaryDirectory() as temp:
-        folder = save_pretrained(method, Path(temp) / 'model')
-        config = json.dumps(read_json(folder / CONFIG)['config'], indent=1)
+        folder = (save or (lambda where: save_pretrained(method, where)))(Path(temp) / 'model')
         for name, content in (files or {}).items(): write_json(folder / name, content)
-        (folder / 'README.md').write_text(CARD.format(name=method.name, version=__version__, repo=repo, config=config))
+        if save is None:
+            config = json.dumps(read_json(folder / CONFIG)['config'], indent=1)
+            card = CARD.format(name=method.name, version=__version__, repo=repo, config=config)
+            (folder / 'README.md').write_text(card, encoding='utf-8')
         return api.upload_folder(repo_id=repo, folder_path=str(folder), commit_message=message)

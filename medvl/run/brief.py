@@ -105,6 +105,7 @@ def _trained(folder, params, metrics):
 WHOSE = ('model', 'variant', 'method', 'encoder', 'proxy', 'features', 'detector', 'corrector', 'by', 'who')
 _ORDER = ('train', 'valid', 'test')
 _WHAT = ('task', 'attribute', 'label', 'finding', 'questions', 'kind', 'metric')
+_BY_AREA = ('pointing', 'energy') # of maps: drawn by lot, they reach the share of the image that lies in the box
 _DRAWN = {'auroc': .5, 'pixel_auroc': .5, 'pair_accuracy': .5} # what drawing lots reaches
 
 
@@ -132,7 +133,11 @@ def _folded(frame, change):
     frame = frame[frame.value.notna()]
     last = ('untrained', 'random', 'histogram')
     order = sorted(frame[whose].unique(), key=lambda w: (str(w) != 'trained', str(w) in last))
-    rows = []
+    rows, area = [], {}
+    if 'metric' in what and frame.metric.isin(_BY_AREA).any():
+        other = [c for c in what if c != 'metric']
+        area = {tuple(r[c] for c in other): r['value'] for r in frame[frame.metric == 'chance'].to_dict('records')}
+        frame = frame[frame.metric != 'chance']
     for key, part in frame.groupby(what, sort=False, dropna=False):
         key = [str(k) for k in (key if isinstance(key, tuple) else (key,)) if k == k]
         cells = {getattr(r, whose): measured(r.value, getattr(r, 'low', None), getattr(r, 'high', None))
@@ -140,6 +145,7 @@ def _folded(frame, change):
         paired = change[change.task == key[0]] if len(change) and 'task' in what and 'auroc' in key else change[:0]
         gain = measured(*paired.iloc[0][['difference', 'low', 'high']]) if len(paired) else ''
         chance = part.chance.iloc[0] if 'chance' in part else _DRAWN.get(key[-1])
+        if area and part.metric.iloc[0] in _BY_AREA: chance = area.get(tuple(part[c].iloc[0] for c in other))
         name = ', '.join(k.replace('_', ' ').replace('auroc', 'AUROC') for k in key)
         rows.append((name, [cells.get(w, '') for w in order], gain, measured(chance)))
     return [str(w).replace('_', ' ') for w in order], rows

@@ -9,14 +9,14 @@ __all__ = ['STYLE', 'INTENDED_USE', 'filled', 'whole_page']
 import re
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 # %% ../../nbs/701a_run.look.ipynb #d69b5dd6
 STYLE = '''
 :root{--ink:#1d2733;--soft:#5b6876;--line:#d9dfe5;--wash:#f5f7f9;--page:#fff;--blue:#0b5c8f;--mark:#eef5fa;
---warn:#fdf6ea;--bad:#fdefee;color-scheme:light dark}
+--warn:#fdf6ea;--bad:#fdefee;--edge:#0003;color-scheme:light dark}
 @media (prefers-color-scheme:dark){:root{--ink:#dde4ea;--soft:#98a5b1;--line:#333d47;--wash:#1b2229;--page:#12171c;
---blue:#77bbe8;--mark:#1d2c38;--warn:#2b2418;--bad:#331d1c} figure img,.card \
+--blue:#77bbe8;--mark:#1d2c38;--warn:#2b2418;--bad:#331d1c;--edge:#fff3} figure img,.card \
 img{background:#fff;filter:brightness(.92)}}
 *{box-sizing:border-box} html{scroll-padding-top:1rem}
 body{margin:0;background:var(--page);color:var(--ink);font:16px/1.6 -apple-system,"Segoe UI",Roboto,"Noto Sans",\
@@ -32,10 +32,14 @@ background:#6b7280} \
 .use{border-left:4px solid #9a5b00;background:var(--warn);padding:.6rem 1rem;margin:1.2rem 0}
 .bad{border-left:4px solid #b3261e;background:var(--bad);padding:.6rem 1rem;margin:1.2rem 0}
 .contents{columns:14rem 3;font-size:.92rem;padding-left:1.2rem;margin:.6rem 0} .contents a{text-decoration:none}
-.wide{overflow-x:auto} .said{min-width:15rem} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.4rem 0;
+.wide{overflow-x:auto;background:linear-gradient(90deg,var(--page) 45%,transparent) 0/3rem 100% no-repeat local,\
+linear-gradient(-90deg,var(--page) 45%,transparent) 100%/3rem 100% no-repeat local,\
+linear-gradient(90deg,var(--edge),transparent) 0/.8rem 100% no-repeat scroll,\
+linear-gradient(-90deg,var(--edge),transparent) 100%/.8rem 100% no-repeat scroll} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.4rem 0;
 overflow-wrap:normal} th,td{text-align:left;vertical-align:top;padding:.32rem .9rem .32rem 0;
 border-bottom:1px solid var(--line)} th{font-weight:600;color:var(--soft)} .beside \
-td+td{white-space:nowrap;line-height:1.35} .beside .soft{font-size:.82rem}
+td+td{white-space:nowrap;line-height:1.35} .beside .soft{font-size:.82rem} .beside td{vertical-align:baseline}
+.num{white-space:nowrap} td.long{min-width:16rem}
 td:first-child{font-weight:500} tr.changed td{background:var(--mark)}
 pre{background:var(--wash);padding:.7rem .9rem;overflow-x:auto;font-size:.82rem;line-height:1.45;border-radius:4px;
 white-space:pre-wrap} code{font-family:ui-monospace,"DejaVu Sans Mono",Menlo,Consolas,monospace;font-size:.92em}
@@ -44,7 +48,11 @@ details{margin:.4rem 0} summary{cursor:pointer;color:var(--blue);font-size:.95re
 .nb h1{font-size:1.35rem;margin-top:1.5rem}.nb h2{font-size:1.15rem;border:0;margin-top:1.4rem}
 .nb blockquote{margin:0;color:var(--soft)}
 @media (max-width:600px){main{padding:1.2rem .9rem 3rem} h1{font-size:1.5rem} h2{font-size:1.15rem;margin-top:2rem}
-th,td{padding-right:.6rem}} @media print{main{max-width:none} details:not([open]){display:none}}
+th,td{padding-right:.6rem} .stack table,.stack tbody,.stack tr,.stack td{display:block} .stack tr:first-child{display:none}
+.stack tr{padding:.45rem .4rem;border-bottom:1px solid var(--line)} .stack tr.changed{background:var(--mark)}
+.stack td{border:0;padding:0;overflow-wrap:anywhere} .stack td:empty{display:none} .stack td:first-child{font-weight:600}
+.stack td[data-of]::before{content:\
+attr(data-of) " "}} @media print{main{max-width:none} details:not([open]){display:none}}
 '''
 INTENDED_USE = ('Research software. Not a medical device: nothing on this page is meant for diagnosis or for decisions '
                 'about patients.')
@@ -63,6 +71,7 @@ def filled(
     "Fill a template; whatever text holds, it stays text."
     made = jinja2.Environment(autoescape=True, trim_blocks=True)
     made.filters['title_of'] = lambda name: re.sub(r'^\d+_', '', name).replace('_', ' ')
+    made.filters['ticks'] = lambda text: Markup(re.sub(r'`([^`]+)`', r'<code>\1</code>', str(escape(text))))
     return Markup(made.from_string(template).render(parts))
 
 

@@ -119,6 +119,14 @@ def _provenance_rows(found):
                     f'{e["listing"][:16]}…') for e in found.get('inputs', [])]
 
 # %% ../../nbs/702_run.report.ipynb #61bf0c52
+_LONG = re.compile(r'<td>(?=[^<]{31})')
+
+
+def _roomy(table):
+    "Give the cells of a table that hold a sentence room for it."
+    return _LONG.sub('<td class="long">', table)
+
+
 def _table(path, rows=40):
     "A CSV table as HTML, without twin rows, with a word on what was left out."
     name = path.stem.replace('_', ' ')
@@ -131,7 +139,7 @@ def _table(path, rows=40):
     if len(once) < len(frame): note += f', {len(frame) - len(once)} of them twins of others'
     if len(once) > rows: note += f', the first {rows} shown; all of them in tables/{path.name}'
     shown = once.head(rows).map(lambda v: '' if isinstance(v, float) and v != v else _number(restored_cell(v)))
-    return name, shown.to_html(index=False, border=0, escape=True), note, len(frame), path.name
+    return name, _roomy(shown.to_html(index=False, border=0, escape=True)), note, len(frame), path.name
 
 
 def _image(data): return f'data:image/png;base64,{data}'
@@ -145,7 +153,7 @@ def _output(output):
     if output['output_type'] == 'error': return 'error', f'{output["ename"]}: {output["evalue"]}'
     data = output.get('data', {})
     if 'image/png' in data: return 'image', _image(text(data['image/png']).strip())
-    if 'text/html' in data: return 'html', clean_html(text(data['text/html']))
+    if 'text/html' in data: return 'html', _roomy(clean_html(text(data['text/html'])))
     return ('text', text(data['text/plain'])[-3000:]) if 'text/plain' in data else None
 
 # %% ../../nbs/702_run.report.ipynb #ce09e329
@@ -183,7 +191,7 @@ def _sentence(text, most=260):
 
 # %% ../../nbs/702_run.report.ipynb #29654333
 def _captions(folder, names):
-    "A sentence for each figure of a run, by file stem."
+    "A sentence for each figure of a run, by file stem; what was said of one is not said of the next again."
     said, text = {}, ''
     for cell in _cells(folder/'run.ipynb') or _cells(folder/'source.ipynb'):
         source = ''.join(cell['source'])
@@ -196,8 +204,13 @@ def _captions(folder, names):
         for step in sorted((folder/'steps').glob('*/')) if match else ():
             if match[1].startswith(f'{step.name}_'):
                 own = match[1].removeprefix(f'{step.name}_')
-                said[name] = f"{step.name.replace('_', ' ')}: {_captions(step, [own])[own]}"
-    return {n: said.get(n) or f"{n.replace('_', ' ')}, as the run drew it." for n in names}
+                said[name] = _captions(step, [own])[own]
+    known, out = {}, {}
+    for n in names:
+        text, title = said.get(n) or 'As the run drew it.', re.sub(r'^\d+_', '', n).replace('_', ' ')
+        out[n] = f'Drawn together with “{known[text]}”.' if n in said and text in known else text
+        known.setdefault(text, title)
+    return out
 
 
 def _figures(folder):
@@ -251,10 +264,10 @@ h }}</th>{% endfor %}</tr>
 b[:-1] }}</span>{% else %}{{ sign }}{{ b }}{% endif %}</td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endfor %}
 {% if beside and metrics %}<h3>Other numbers</h3>{% endif %}
-{% if metrics %}<div class="wide"><table><tr><th>metric</th><th>value (interval)</th><th>unit</th>\
+{% if metrics %}<div class="wide stack"><table><tr><th>metric</th><th>value (interval)</th><th>unit</th>\
 <th>counts and details</th></tr>
-{% for n, v, unit, more in metrics %}<tr><td>{{ n }}</td><td class="num">{{ v }}</td><td>{{ unit }}</td><td>{{ more \
-}}</td></tr>
+{% for n, v, unit, more in metrics %}<tr><td>{{ n }}</td><td class="num">{{ v }}</td><td data-of="unit">\
+{{- unit }}</td><td>{{ more }}</td></tr>
 {% endfor %}</table></div>{% elif not beside %}<p class="soft">This run recorded no metrics.</p>{% endif %}
 {% if figures %}<h2 id="figures">Figures</h2>{% for name, image, said in figures %}<figure id="figure-{{ name }}">\
 <img src="{{ image }}" alt="{{ name | title_of }}"><figcaption><b>{{ name | title_of }}.</b> {{ said \
@@ -270,10 +283,11 @@ name }}</a>: {{ state }}</li>{% endfor %}</ul>{% endif %}
 
 # %% ../../nbs/702_run.report.ipynb #515c7025
 _REST = '''<h2 id="parameters">Parameters</h2>
-{% if parameters %}<div class="wide"><table><tr><th>name</th><th>value</th><th>default</th><th>meaning</th></tr>
+{% if parameters %}<div class="wide stack"><table><tr><th>name</th><th>value</th><th>default</th><th>meaning</th></tr>
 {% for n, v, changed, default, help in parameters %}<tr{% if changed %} class="changed"{% endif %}><td><code>{{ n \
 }}</code></td><td><code>{{ v }}</code></td>
-<td class="soft"><code>{{ default if changed else "" }}</code></td><td class="said">{{ help }}</td></tr>{% endfor %}</table></div>
+<td class="soft"{% if changed %} data-of="default"><code>{{ default }}</code>{% else %}>{% endif %}</td><td>{{ \
+help | ticks }}</td></tr>{% endfor %}</table></div>
 <p class="soft">Shaded: changed from the default.</p>{% else %}<p class="soft">None.</p>{% endif %}
 <h2 id="provenance">Where it comes from</h2>{% if provenance %}<div class="wide"><table>{% for k, v in provenance \
 %}<tr><th>{{ k }}</th><td>{{ v \
@@ -301,6 +315,12 @@ def _duration(seconds):
             else f'{seconds // 3600} h {seconds % 3600 // 60} min')
 
 # %% ../../nbs/702_run.report.ipynb #79f358f5
+def _steps(folder):
+    "Steps of a run: when each began, name, state."
+    found = [(p.parent.name, run_info(p.parent)) for p in (folder/'steps').glob('*/journal.jsonl')]
+    return [(str(info['started'] or ''), name, info['state']) for name, info in found]
+
+
 def _parts(folder):
     "Everything that the page shows."
     info, events = run_info(folder), run_events(folder)
@@ -316,8 +336,7 @@ def _parts(folder):
                         for k, t in beside.items()],
                 metrics=_metric_rows(Run(folder, params).metrics, told), figures=figures,
                 tables=[(n, Markup(b), *more) for n, b, *more in tables],
-                steps=[(p.parent.name, run_info(p.parent)['state'])
-                       for p in sorted((folder/'steps').glob('*/journal.jsonl'))],
+                steps=[(name, state) for _, name, state in sorted(_steps(folder))],
                 parameters=_parameter_rows(folder, params), provenance=_provenance_rows(found),
                 cells=_notebook(folder/'run.ipynb', [f[0] for f in figures]),
                 version=found.get('versions', {}).get('medvl', ''))

@@ -106,9 +106,11 @@ def _draw_heat(ax, heat, image, limits, bar):
         small = ax.inset_axes((.62, .03, .34, .022))
         small.imshow(np.linspace(0, 1, 64)[None], cmap='inferno', vmin=-1 / 3, aspect='auto')
         small.set(xticks=[], yticks=[])
-        for x, value in zip((0, 1), limits):
-            small.text(x, 1.4, f'{value:.2g}', color='white', fontsize=6, ha='left' if not x else 'right', va='bottom',
-                       transform=small.transAxes,
+        low, high = (f'{value:.2g}' for value in limits)
+        beside = len(low + high) > 6 # both would not fit above the bar
+        for x, y, text, ha, va in ((-.06, .5, low, 'right', 'center') if beside else (0, 1.4, low, 'left', 'bottom'),
+                                   (1, 1.4, high, 'right', 'bottom')):
+            small.text(x, y, text, color='white', fontsize=6, ha=ha, va=va, transform=small.transAxes,
                        path_effects=[patheffects.withStroke(linewidth=1.8, foreground='black')])
     return drawn
 

@@ -224,6 +224,7 @@ def _interrupted(loop, interruptions):
 def run_steps(loop:Loop) -> None:
     "Make all remaining steps."
     training_mode(loop.method, loop.config.freeze_bn)
+    epochs = -(-loop.total // loop.in_epoch)
     bar = progress(desc='train', total=loop.total, initial=loop.step, unit='step',
                    **({} if loop.first else {'position': 1}))
     with Interruptions() as interruptions, bar:
@@ -232,7 +233,9 @@ def run_steps(loop:Loop) -> None:
             values = one_step(loop, group)
             if _due(loop.step, loop.config.log_every, loop.total):
                 log_metrics(loop, 'train', {**values, 'seconds': round(time.perf_counter() - began, 4)})
-            bar.update(); bar.set_postfix(loss=f'{values["loss"]:.3f}', refresh=False)
+            bar.update()
+            bar.set_postfix(epoch=f'{(loop.step - 1) // loop.in_epoch + 1} of {epochs}', loss=f'{values["loss"]:.3f}',
+                            refresh=False)
             validate_and_save(loop)
             if loop.stopped: return
             _interrupted(loop, interruptions)

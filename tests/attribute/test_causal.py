@@ -8,7 +8,7 @@ import torch
 
 from medvl.api import Model, explain
 from medvl.attribute.attribute import EXPLANATIONS, attribute
-from medvl.attribute.causal import (PLACES, CausalSystem, causal_knowledge, causal_lines, causal_pairs, causal_rows, causal_table, change_score, draw_patients, founded_ways, grown, map_mass,
+from medvl.attribute.causal import (side_knowledge, PLACES, CausalSystem, causal_knowledge, causal_lines, causal_pairs, causal_rows, causal_table, change_score, draw_patients, founded_ways, grown, map_mass,
                                     mass_fall, shortcut_knowledge, side_rows)
 from medvl.attribute.evidence import CARD, believed_way, read_card, record_causal
 from medvl.attribute.fusion_flow import fused_relevance
@@ -178,8 +178,9 @@ def test_a_negated_sentence(films, monkeypatch):
     assert table['knows', 'negated'] > .9 and table['deaf', 'negated'] == 0 == table['blind', 'negated']
     assert side_rows(reads, 'nodule', films, {}, knows=1.1)[0] == [] and 'below' in side_rows(reads, 'nodule', films, {}, knows=1.1)[1]
     rows, why = side_rows(reads, 'nodule', films, {'gradcam': ('gradcam', -1, {})}, 2, knows=0)
-    assert why == '' and {r['test'] for r in rows} == {'other side'} and len(rows) == 2
-    assert side_rows(CausalSystem('net', Supervised(SupervisedConfig(image_encoder='resnet-tiny', labels=('nodule',))), 'resize_v1', (96, 96), 'chest'), 'nodule', films, {})[1] == 'it reads no sentences'
+    assert why == '' and {'other side', 'side negated'} <= {r['test'] for r in rows} <= {'other side', 'side negated', 'flipped'}
+    assert len({r['patient_id'] for r in rows if r['test'] == 'other side'}) == 2
+    assert side_rows(CausalSystem('net', Supervised(SupervisedConfig(image_encoder='resnet-tiny', labels=('nodule',))), 'resize_v1', (96, 96), 'chest'), 'nodule', films, {})[1] == 'it has no class and no sentence of a side'
 
 
 def test_a_system_without_the_score_is_not_asked(films):
@@ -254,3 +255,33 @@ def test_relevance_of_words_is_not_negative_and_follows_the_answer():
         with torch.no_grad(): m.matching['text'].weight.zero_()
         assert not fused_relevance(m, x, texts[0])[0].any() # a constant answer has no causes
     with pytest.raises(TypeError, match='has none'): attribute(new_method('clip', 'smoke', texts), x, Target('word', 'heart'), 'word_relevance', report=texts[0])
+
+
+def test_sides_by_class(monkeypatch):
+    "A way that shows the asked side flips; one that shows the finding whatever is asked, and one that shows nothing, do not."
+    exams = draw_patients('chest', 40, ChestConfig(size=(96, 96), difficulty='easy', p_effusion=1, p_device=0))
+    class Sides(Supervised):
+        "Reads the side off the brightness of the lower corners."
+        def logits(self, images, present=None):
+            x = images.float()[:, 0, 60:78]
+            return torch.stack([x[:, :, 60:85].mean((1, 2)), x[:, :, 11:36].mean((1, 2))], 1)/20
+    method = Sides(SupervisedConfig(image_encoder='resnet-tiny', labels=('left_effusion', 'right_effusion'))).eval()
+    knower = CausalSystem('sides', method, 'resize_v1', (96, 96), 'chest')
+    table = side_knowledge(knower, 'effusion', exams, .7, n_boot=50)
+    assert table.asked.item() and table.auroc.item() > .7 and table.finding.item() == 'effusion, left against right'
+    assert knower.side_targets('effusion')['left'][0].value == 'left_effusion' and knower.side_targets('nodule') == {}
+    assert 'no class' in side_knowledge(knower, 'nodule', exams).why.item()
+    where = {e.pixels.tobytes(): {s: np.any([m for f, m in zip(e.truth.findings, e.masks) if f.label == 'effusion' and f.side == s], axis=0) | np.zeros(e.pixels.shape, bool)
+                                  for s in 'LR'} for e in exams}
+    def side(method, images, target, level): return torch.from_numpy(where[bytes(images[0, 0].byte().numpy())][target.value[0].upper()]*1.), {}
+    def both(method, images, target, level): return torch.from_numpy(np.logical_or(*where[bytes(images[0, 0].byte().numpy())].values())*1.), {}
+    def wrong(method, images, target, level): return torch.from_numpy(where[bytes(images[0, 0].byte().numpy())]['RL'[target.value[0] == 'r']]*1.), {}
+    def none(method, images, target, level): return torch.zeros(96, 96), {}
+    for f in (side, both, wrong, none): monkeypatch.setitem(EXPLANATIONS, f.__name__, Explanation(f, ('class',), 'planted'))
+    rows, why = side_rows(knower, 'effusion', exams, {n: (n, -1, {}) for n in ('side', 'both', 'wrong', 'none')}, 6, .7, 0)
+    found = pd.DataFrame(rows).groupby(['explanation', 'test']).score.mean()
+    assert why == '' and set(pd.DataFrame(rows).test) == {'other side', 'flipped'}
+    assert found['side', 'other side'] == 1 == found['side', 'flipped'] and found['wrong', 'other side'] == -1 == found['wrong', 'flipped']
+    for dull in ('both', 'none'): assert found[dull, 'other side'] == 0 == found[dull, 'flipped']
+    lines = causal_table(pd.DataFrame(rows), 50)
+    assert {'other side', 'flipped'} <= set(lines.metric)

@@ -1,8 +1,6 @@
-"""The tests of the pretend accelerator, each file in an interpreter of its own: a device once registered starts threads of autograd, after which nothing can be forked."""
+"""The tests of the pretend accelerator, each file in a process of its own: a device once registered starts threads of autograd, after which nothing can be forked."""
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +10,11 @@ LEAST = {'device_a2i2': 1, 'device_attribution': 20, 'device_bench': 3, 'device_
 
 
 @pytest.mark.parametrize('name', sorted(LEAST))
-def test_on_the_pretend_accelerator(name, tmp_path):
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep)}
-    done = subprocess.run([sys.executable, '-m', 'pytest', '-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', '-o', 'python_files=device_*.py', '--basetemp', str(tmp_path/'inside'),
-                           str(HERE/'on_device'/f'{name}.py')], capture_output=True, text=True, env=env, cwd=HERE.parents[1])
-    said = done.stdout[-6000:] + done.stderr[-2000:]
-    assert done.returncode == 0, said
-    assert int(re.search(r'(\d+) passed', done.stdout)[1]) >= LEAST[name], said
+def test_on_the_pretend_accelerator(name, tmp_path, run_notebook):
+    more = ('-q', '-p', 'no:xdist', '-p', 'no:cacheprovider', '-o', 'python_files=device_*.py', '--rootdir', str(HERE.parents[1]), '--basetemp', str(tmp_path/'inside'))
+    state, said = run_notebook(HERE/'on_device'/f'{name}.py', tmp_path, arguments=more, PYTHONPATH=os.pathsep.join([str(HERE.parent), os.environ.get('PYTHONPATH', '')]).rstrip(os.pathsep))
+    assert state == 0, said[-6000:]
+    assert int(re.search(r'(\d+) passed', said)[1]) >= LEAST[name], said[-6000:]
 
 
 def test_no_file_is_forgotten():

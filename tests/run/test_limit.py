@@ -21,7 +21,7 @@ def test_the_first_patients_keep_the_split(tmp_path):
 
 
 def test_every_experiment_takes_a_limit():
-    for name, path in experiments().items(): assert check_parameters(path, dict(limit='5'))['limit'] == 5, name
+    for name, path in experiments().items(): assert (found := check_parameters(path, dict(limit='5'))['limit']) == 5 and isinstance(found, int), name
     with pytest.raises(RefusedError, match='at least 0'): check_parameters(experiments()['zero_shot'], dict(limit=-1))
     assert 'limit' not in check_parameters(experiments()['zero_shot'], {})
 

@@ -58,6 +58,8 @@ def test_widths_and_the_dark(good, browse):
         found = browse(page, width, '''return [document.documentElement.scrollWidth, innerWidth, [...document.images].every(i => i.naturalWidth > 0 && i.getBoundingClientRect().width <= innerWidth),
             [...document.querySelectorAll('details')].filter(d => d.querySelector('summary').textContent.trim() === 'code').some(d => d.open && d.querySelector('code').textContent.includes('run.figure'))]''')
         assert found[0] <= found[1] and found[2] and not found[3], (width, found)
+    tall = browse(page, 390, '''return [...document.querySelectorAll('.stack tr')].map(r => [r.getBoundingClientRect().height, ...[...r.cells].map(c => c.getBoundingClientRect().right)])''')
+    assert len(tall) > 3 and all(r[0] < 150 and max(r) <= 390 for r in tall), tall # on a phone each line is read whole
     colours = 'const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]'
     light, dark = (browse(page, 820, colours, dark=d) for d in (False, True))
     bright = lambda rgb: sum(map(int, re.findall(r'\d+', rgb)[:3]))
