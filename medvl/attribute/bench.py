@@ -197,7 +197,8 @@ def _measured(key, finding, heat, region, boxes, tuned):
     rules = {'otsu': 'otsu', 'quantile': 'quantile', 'half': '50%'}
     own = (tuned or {}).get((finding, key.split(', ')[0]))
     if own is not None: rules['tuned'] = own
-    return dict(**map_measures(heat, region, rules=rules), auroc_smooth=smooth_auroc(heat, region), contrast=contrast_to_noise(heat, region),
+    return dict(**map_measures(heat, region, rules=rules), auroc_smooth=smooth_auroc(heat, region),
+                contrast=contrast_to_noise(heat, region),
                 **box_overlaps(heat, boxes), strength=float(np.maximum(heat, 0).mean()))
 
 
@@ -230,9 +231,9 @@ def tuned_rules(
     return out
 
 # %% ../../nbs/632_attribute.bench.ipynb #2eb61d61
-MEASURES = ('pointing', 'energy', 'rank', 'auroc', 'auroc_smooth', 'average_precision', 'iou_otsu', 'iou_quantile', 'iou_half',
-            'iou_tuned', 'box_iou', 'hit@0.1', 'hit@0.3', 'hit@0.5', 'corloc', 'contrast', 'deletion', 'insertion',
-            'insertion - deletion', 'infidelity', 'sensitivity')
+MEASURES = ('pointing', 'energy', 'rank', 'auroc', 'auroc_smooth', 'average_precision', 'iou_otsu', 'iou_quantile',
+            'iou_half', 'iou_tuned', 'box_iou', 'hit@0.1', 'hit@0.3', 'hit@0.5', 'corloc', 'contrast', 'deletion',
+            'insertion', 'insertion - deletion', 'infidelity', 'sensitivity')
 
 
 def measures_of(

@@ -167,5 +167,6 @@ def believed_lines(
                 line |= {f'minus_{word}{k}': np.nan if g is None else g[v]
                          for k, v in (('', 'value'), ('_low', 'low'), ('_high', 'high'), ('_least', 'least'),
                                       ('_most', 'most'))}
-            rows.append(line | dict(founded=r.kind == 'way' and all(g is not None and g.low > 0 for g in gaps.values())))
+            above = all(g is not None and g.low > 0 for g in gaps.values())
+            rows.append(line | dict(founded=bool(r.kind == 'way' and above)))
     return pd.DataFrame(rows)

@@ -62,6 +62,9 @@ def term_places(
                 rows.append(dict(i=i, image_id=r.image_id, patient_id=r.patient_id, term=label, text=t, start=m.start(),
                                  end=m.end(), boxes=found[['x0', 'y0', 'x1', 'y1']].to_numpy(float)))
                 break
+    if not rows and not data.manifest.report.fillna('').str.strip().any():
+        raise DataError('these images have no reports, so no word can be asked.', column='report',
+                        fix="Ask their findings: medvl run grounding -p protocol=chexlocalize.")
     if not rows:
         raise DataError('no word of a report names a finding that has a box on its image.', column='label',
                         fix=f'Add to `terms`; boxes are labelled {sorted(map(str, data.boxes.label.unique()))[:8]}.')

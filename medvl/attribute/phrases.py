@@ -58,7 +58,7 @@ def own_phrases(
     s = data.sentences
     if not len(s) or not {'label', 'image_id', 'sentence'} <= set(s):
         raise DataError('this data set has no sentences that know their image and label.',
-                        fix="Give phrases='…' (nbs/193), or a phantom.")
+                        fix="Give phrases='…' (nbs/197), or a phantom.")
     ids, rows = {str(i): k for k, i in enumerate(data.manifest.image_id)}, []
     for r in s[s.image_id.astype(str).isin(list(ids))].head(limit).itertuples():
         on = data.boxes[(data.boxes.image_id.astype(str) == str(r.image_id)) & (data.boxes.label == r.label)]

@@ -288,7 +288,19 @@ def show_prepared(
                           boxes=prepared.boxes[prepared.boxes.image_id == row.image_id],
                           heat=(heat or {}).get(row.image_id)))
     if title is None: title = _exam_title(table)
+    if not {'L', 'R'} & set(table.laterality.fillna('')): return _films(views, title)
     return show_exam(views, title=title, **kwargs)
+
+
+def _films(views, title, each=2.6):
+    "Films of the chest have no side: they stand beside each other."
+    high = each * max(v['image'].shape[0] / v['image'].shape[1] for v in views)
+    fig, axes = plt.subplots(1, len(views), figsize=(each * len(views), high + .32), squeeze=False, facecolor='black',
+                             layout='constrained')
+    for ax, v in zip(axes[0], views):
+        draw_view(ax, v['image'], v['boxes'], v['mask'], v['heat'], title=str(v['view'] or ''))
+    if title: fig.suptitle(title, color='white', fontsize=9)
+    return fig
 
 
 def _exam_title(table):

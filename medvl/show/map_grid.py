@@ -69,8 +69,8 @@ def draw_map_grid(
     told = {n: m.meta['quantity'] for n, m in maps.items() if hasattr(m, 'meta')}
     limits = signed_limits(plain, told or None)
     rows = -(-(len(maps) + 1)//columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(1.75*columns, (.5 + 1.35*max(.8, image.shape[0]/image.shape[1]))*rows),
-                             squeeze=False, layout='constrained')
+    each = .5 + 1.35*max(.8, image.shape[0]/image.shape[1]) # inches a row
+    fig, axes = plt.subplots(rows, columns, figsize=(1.75*columns, each*rows), squeeze=False, layout='constrained')
     for ax in axes.flat: ax.axis('off')
     axes.flat[0].imshow(image, cmap='gray', vmin=0, vmax=255)
     axes.flat[0].set_title('image', fontsize=7)

@@ -3,11 +3,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import sparse
+from scipy.sparse.linalg import spsolve
 
 from medvl.attribute import bench
 from medvl.attribute.attribute import EXPLANATIONS
 from medvl.attribute.bench import CONTROLS, beside_controls, bench_scores, bench_table, control_map
-from medvl.attribute.targets import Explanation
+from medvl.attribute.faithfulness import change_curves, imputed
+from medvl.attribute.gradcam import grad_cams
+from medvl.attribute.masking import occlusion, rise, rise_masks, score_cam
+from medvl.attribute.targets import Explanation, Target, score_of
 from medvl.core.errors import DataError
 from medvl.data.phantom.breast_prepared import prepared_phantom
 from medvl.methods.recipes import new_method
@@ -129,3 +134,46 @@ def test_odd_maps_in_every_measure():
     with pytest.raises(ValueError, match='validation image'): tuned_share([np.eye(8)], [truth & False])
     with pytest.raises(ValueError, match='finite'): box_overlaps(np.full((8, 8), np.nan), box)
     assert region_shape(truth & False) == dict(number=0, size=0., elongation=None, irrectangularity=None)
+
+
+@pytest.mark.parametrize('missing', ['half', 'block', 'all but a corner'])
+def test_road_solves_its_system(missing):
+    "Against a sparse solver. A fixed number of plain sweeps leaves the inside of a large gap where it began."
+    h, w = 24, 30
+    rng = np.random.default_rng(0)
+    image, y, x = rng.random((h, w)).cumsum(0) / h, *np.mgrid[:h, :w]
+    gone = {'half': rng.random((h, w)) < .5, 'block': (abs(y - 12) < 10) & (abs(x - 15) < 12), 'all but a corner': (y > 3) | (x > 3)}[missing]
+    at, rows, known = {p: k for k, p in enumerate(zip(*np.nonzero(gone)))}, [], np.zeros(gone.sum())
+    for (a, b), k in at.items():
+        for da, db in ((da, db) for da in (-1, 0, 1) for db in (-1, 0, 1) if da or db):
+            n, share = (a + da, b + db), (1 / 6 if not (da and db) else 1 / 12)
+            if not (0 <= n[0] < h and 0 <= n[1] < w): continue
+            rows.append((k, k, share))
+            if n in at: rows.append((k, at[n], -share))
+            else: known[k] += share * image[n]
+    i, j, v = zip(*rows)
+    exact = image.copy()
+    exact[gone] = spsolve(sparse.csr_matrix((v, (i, j))), known)
+    ours = imputed(torch.from_numpy(image)[None, None], torch.from_numpy(gone)[None, None], noise=0)[0, 0].numpy()
+    assert np.abs(ours - exact).max() < 1e-3 * image.std() and np.array_equal(ours[~gone], image[~gone])
+
+
+def test_no_more_than_a_chunk_at_once(data, model):
+    "Memory is bounded: the network never sees more images at once than `chunk`, and the result is the same."
+    image = torch.from_numpy(np.array(data.image(0)))[None].float()
+    many = torch.from_numpy(np.stack([np.array(data.image(i)) for i in range(7)]))[:, None]
+    seen, score = [], score_of(model, Target('sentence', 'there is a mass'))
+    hook = model.image_encoder.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
+    heats, masks, channels = torch.rand(3, 96, 64), rise_masks((96, 64), 20, seed=1), torch.rand(9, 6, 4)
+    ways = {'grad_cams': lambda c: grad_cams(model, many, ['a mass', 'no mass'], chunk=c), 'rise': lambda c: rise(score, image, masks, chunk=c),
+            'score_cam': lambda c: score_cam(score, image, channels, chunk=c)[0], 'occlusion': lambda c: occlusion(score, image, window=24, stride=12, chunk=c),
+            'curves': lambda c: torch.from_numpy(change_curves(score, image, heats, 'deletion', 'mean', 5, c)[2])}
+    try:
+        for name, way in ways.items():
+            found = {}
+            for chunk in (2, 64):
+                seen.clear()
+                with torch.set_grad_enabled(name == 'grad_cams'): found[chunk] = way(chunk).detach()
+                assert max(seen) <= chunk and (chunk == 64 or len(seen) > 2), (name, chunk, seen)
+            assert torch.allclose(found[2], found[64], atol=1e-4, rtol=1e-3), name
+    finally: hook.remove()

@@ -232,6 +232,6 @@ def read_heat_maps(
     if not out:
         pickles = find_files(folder, ('*_map.pkl',))
         raise DataError('it holds pickled heat maps, which can run code.' if pickles else 'there is no heat map in it.',
-                        file=str(folder), fix='Convert them to .npz where you trust them (nbs/191).' if pickles else
+                        file=str(folder), fix='Convert them to .npz where you trust them (nbs/195).' if pickles else
                         'They are called IMAGE_FINDING_map.npz.')
     return out
