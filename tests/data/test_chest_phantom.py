@@ -1,6 +1,9 @@
 "The chest phantom: purity, agreement of masks, boxes, words and places, absence of shortcuts, files, prepared form, releases."
+import json
 import re
 import time
+from collections import Counter
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -14,9 +17,10 @@ from medvl.core.config import config_dict, config_from_dict
 from medvl.core.errors import DataError
 from medvl.data.phantom.chest_anatomy import FINDINGS, SIDE_WORDS, ChestConfig, in_lung, outer_wall, zone_of
 from medvl.data.phantom.chest_exports import EXPORTS, export_chest_phantom
-from medvl.data.phantom.chest_film import chest_exam, chest_truth, write_chest_phantom
+from medvl.data.phantom.chest_film import chest_exam, chest_layers, chest_truth, giving_share, render_chest, told_chest, write_chest_phantom
 from medvl.data.phantom.chest_prepared import chest_features, chest_shortcuts, finding_masks, prepared_chest_phantom
 from medvl.data.phantom.chest_report import region_of
+from medvl.data.phantom.counterfactual import counterfactual
 from medvl.data.dicom.read import read_dicom
 from medvl.data.releases.folder import read_folder
 from medvl.data.releases.mimic_cxr import read_mimic_cxr
@@ -369,3 +373,43 @@ def test_exports_are_pure_and_whole(tmp_path):
     with pytest.raises(DataError, match='another export'): export_chest_phantom('siim', tmp_path/'1', 11, (64, 64))
     with pytest.raises(ValueError, match='Did you mean'): export_chest_phantom('siimm', tmp_path/'x', 10)
     with pytest.raises(ValueError, match='at least 10'): export_chest_phantom('siim', tmp_path/'x', 3)
+
+
+@pytest.mark.parametrize('size,difficulty', [((96, 96), 'easy'), ((160, 128), 'hard')])
+def test_what_gives_grey_where_lungs_give(size, difficulty):
+    "Outside the surroundings of lungs, heart and devices a film with findings is the film without; the whole body gives elsewhere."
+    config = ChestConfig(size=size, difficulty=difficulty, balance='lungs', p_oedema=.6, p_cardiomegaly=.5)
+    moved, count = [], 0
+    for i in range(16):
+        truth = chest_truth(7, i, config)
+        if not truth.findings: continue
+        ill, well = render_chest(truth, config), render_chest(told_chest(truth, [], config), config)
+        drawn, healthy, added, _, _ = chest_layers(truth, config)
+        share = giving_share(drawn, added + (0 if healthy is None else drawn['tissue'] - healthy))
+        away = np.abs(ill.pixels.astype(int) - well.pixels)[share == 0]
+        assert away.max() <= int(truth.labels['cardiomegaly']) # a large heart's shadows are scaled with it: one level
+        assert 0 <= share.min() and share.max() == 1 and (share == 0).mean() > .2
+        old = replace(config, balance='body')
+        moved.append((np.abs(render_chest(truth, old).pixels.astype(int) - render_chest(told_chest(truth, [], old), old).pixels)[share == 0] > 1).mean())
+        count += 1
+    assert count > 10 and np.mean(moved) > .1
+
+
+def test_a_film_whose_lungs_give_can_be_changed_and_has_a_version_of_its_own(tmp_path):
+    config = ChestConfig(size=(96, 96), difficulty='easy', balance='lungs')
+    done = Counter()
+    for i in range(24):
+        exam = chest_exam(3, i, config)
+        for label in {f.label for f in exam.truth.findings}:
+            for change in ('removed', 'shrunk', 'mirrored'):
+                try: pair = counterfactual(exam, change, label, config)
+                except DataError: continue
+                (a, b), support = pair.images(), pair.support['']
+                assert not (a != b)[~support].any() and (a != b).any()
+                done[change] += 1
+    assert min(done.values()) > 8 and len(done) == 3
+    assert json.loads((write_chest_phantom(tmp_path/'four', 2, (64, 64), balance='lungs')/'phantom.json').read_text())['version'] == 4
+    three = json.loads((write_chest_phantom(tmp_path/'three', 2, (64, 64))/'phantom.json').read_text())
+    assert three['version'] == 3 and 'balance' not in three['config'] # as folders written before say it
+    with pytest.raises(DataError): write_chest_phantom(tmp_path/'three', 2, (64, 64), balance='lungs')
+    with pytest.raises(ValueError, match='balance'): ChestConfig(balance='lung')
