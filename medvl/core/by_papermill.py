@@ -63,6 +63,7 @@ def papermill_places(
 ) -> dict: # told (is it the program papermill), patterns (of files to look at)
     "Say where papermill may be writing its notebook."
     at = [k for k, a in enumerate(command[:4]) if Path(a).stem in ('papermill', 'papermill-script')]
+    if '--cwd' in command: folders = [*folders, *(p for f in folders if f for p in list(Path(f).parents)[:4])]
     folders = list(dict.fromkeys(str(f) for f in folders if f))
     if not at: # a script: look around
         deep = lambda f: range(3 if len(Path(f).parts) > 1 else 1) # not through the whole disk
@@ -106,8 +107,11 @@ def _surroundings():
     number = int(os.environ.get('JPY_PARENT_PID') or 0) if os.name == 'posix' else 0
     try:
         parent = psutil.Process(number or os.getppid())
-        with parent.oneshot(): return parent.cmdline(), [os.environ.get('PWD', ''), parent.cwd(), os.getcwd()]
+        command, here = parent.cmdline(), parent.cwd()
     except (psutil.Error, OSError): return [], []
+    try: caller = parent.parent().cwd() # the shell's: papermill itself moves for its option --cwd
+    except (psutil.Error, OSError, AttributeError): caller = ''
+    return command, [os.environ.get('PWD', ''), here, caller, os.getcwd()]
 
 
 def _stated(sources, folders):

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.errors import DataError, unknown_name
-from ..core.paths import atomic_path, sha256_file, write_csv
+from ..core.paths import atomic_path, digest, sha256_file, write_csv
 from .archive_files import SCAN, read_scan, scan_archive, write_scan
 from .dicom.header import hash_id
 from .prepare.plan import project_salt
@@ -94,6 +94,9 @@ def read_report_rows(
         raise DataError(unknown_name('column', on, df.columns), file=str(table), column=on)
     if text and text not in df: raise DataError(unknown_name('column', text, df.columns), file=str(table), column=text)
     keys = df[on].astype(str).str.strip()
+    known = {*RECORDS, *TEXTS, *(a for a, b in ALIASES.items() if b in TEXTS)} # 'Report' and 'BI_RADS ' are names, too
+    plain = {c: re.sub(r'\W+', '_', c.strip().lower()) for c in df if c not in (on, text)}
+    df = df.rename(columns={c: p for c, p in plain.items() if p in known and p not in df})
     df = df.rename(columns={text: 'report_text'} if text else
                    {a: b for a, b in ALIASES.items() if a in df and b not in df and b in TEXTS})
     if not set(TEXTS) & set(df):
@@ -140,12 +143,13 @@ def join_reports(
     rows, merged = _without_repeats(rows, aside)
     key = {'accession': images.accession, 'patient': images.patient, 'study': images.study, 'file': images.path}[field]
     wanted = rows.key.map(lambda k: hash_id(k, salt)) if field == 'study' else rows.key
-    owner = 'patient' if field != 'patient' else 'exam'
-    owners = images.groupby(key)[owner].nunique()
-    several = set(owners.index[owners > 1])
-    why = ('the patient has several exams: join on the accession number' if field == 'patient'
-           else 'its key belongs to several patients')
-    for r in rows[wanted.isin(several)].itertuples(): aside.append(('table row', str(r.row), why))
+    people, exams = (images.assign(exam=images.patient + '\n' + images.exam).groupby(key)[c].nunique()
+                     for c in ('patient', 'exam'))
+    several = set(exams.index[exams > 1])
+    for r, k in zip(rows.itertuples(), wanted):
+        if k in several: aside.append(('table row', str(r.row), 'its key belongs to several patients' if people[k] > 1 else
+                                       'the patient has several exams: join on the accession number' if field == 'patient'
+                                       else 'its key stands on exams of several days'))
     good = rows[~wanted.isin(several)]
     at = dict(zip(wanted[good.index], good.index))
     for r in good[~wanted[good.index].isin(key)].itertuples(): aside.append(('table row', str(r.row), 'no image has it'))
@@ -242,10 +246,16 @@ def persons_and_parts(
     return who, dealt, notes
 
 # %% ../../nbs/193_data.archive.ipynb #2616be5a
+def _exams(scan, person):
+    "Name exams by the accession number, or where it says nothing (none, or used again on another day) by the study."
+    days = scan.day.where(scan.day != '').groupby([person, scan.accession]).transform('nunique')
+    return scan.accession.where((scan.accession != '') & (days < 2), scan.study).where(lambda e: e != '', scan.patient)
+
+
 def _records(scan, who, dealt, prefix):
     "Rows of the index without reports."
     person = scan.patient.map(who)
-    exam = scan.accession.where(scan.accession != '', scan.study).where(lambda e: e != '', scan.patient)
+    exam = _exams(scan, person)
     out = pd.DataFrame({'image_path': prefix + scan.path, 'patient_id': person, 'exam_id': exam,
                         'laterality': scan.laterality, 'view': scan['view'],
                         'source': scan.kind.map({'synthetic': 'archive_synthetic'}).fillna('archive'),
@@ -298,13 +308,19 @@ def index_archive(
     if field and field not in KEYS: raise ValueError(unknown_name('field', field, KEYS))
     place, prefix = _place_of(folder, out)
     old = _remembered(place)
-    settings = json.loads(json.dumps([options, hash_id('salt', secret)]))
+    # tables first: what is wrong with them is said before the files are opened
+    table = None if reports is None else read_report_rows(reports, on, text)
+    pairs = _same_table(same)
+    settings = json.loads(json.dumps([options, hash_id('salt', secret), 'days']))
     before = read_scan(place/SCAN)
-    names = ('index.csv', 'index.json', 'index_aside.csv', SCAN)
-    scan = scan_archive(folder, secret, before if old.get('settings') == settings else None, jobs,
+    draft = place/f'index_scan_{digest(settings)[:8]}.part.jsonl' # of a start that could not be brought to its end
+    known = read_scan(draft) if draft.exists() else before if old.get('settings') == settings else None
+    names = ('index.csv', 'index.json', 'index_aside.csv', SCAN, *(p.name for p in place.glob('index_scan_*.part.jsonl')))
+    scan = scan_archive(folder, secret, known, jobs,
                         tuple(p for p in (*(place/n for n in names), reports, same, *(() if not prefix else (place,)))
                               if p is not None), **options)
-    who, dealt, notes = persons_and_parts(scan, before, old.get('parts', {}), _same_table(same), apart, fractions, seed)
+    write_scan(scan, draft)
+    who, dealt, notes = persons_and_parts(scan, before, old.get('parts', {}), pairs, apart, fractions, seed)
     taken = _first_copies(scan, aside)
     if not len(taken):
         raise DataError(f'none of {len(scan)} files is an image to take: {aside[0][2]} …', file=str(folder),
@@ -312,7 +328,7 @@ def index_archive(
     records = _records(taken, who, dealt, prefix)
     counts = dict(files=len(scan), reports=None)
     if reports is not None:
-        rows, behind = read_report_rows(reports, on, text)
+        rows, behind = table
         linked, kind = taken.assign(patient=records.patient_id, exam=records.exam_id), field or key_of_column(on)
         if kind == 'patient': rows = rows.assign(key=[who.get(k, k) for k in rows.key])
         found, merged = join_reports(linked, rows, kind, secret, aside)
@@ -330,6 +346,7 @@ def index_archive(
     answer = Indexed(place, records, pd.DataFrame(aside, columns=['what', 'item', 'reason']), counts, notes)
     _check_books(answer)
     _write(answer, scan, dict(settings=settings, parts={i: dealt[p] for i, p in who.items() if p in dealt}))
+    draft.unlink()
     return answer
 
 # %% ../../nbs/193_data.archive.ipynb #4407dc7f

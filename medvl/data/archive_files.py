@@ -79,10 +79,10 @@ def _why_aside(ds, side, view, modalities, kind):
 
 def file_facts(
     path:str|Path, # any file
-    salt:str, # the project's: uids, names and birth dates leave as keyed hashes only
+    salt:str, # the project's: uids, names and dates leave as keyed hashes only
     modalities:tuple=MODALITIES, # to take
     view:str='', # of films that are no mammograms and do not say their view; '' sets them aside
-) -> dict: # aside ('' taken), patient, accession, study, sop, person, laterality, view, age, sex, kind
+) -> dict: # aside ('' taken), patient, accession, study, day, sop, person, laterality, view, age, sex, kind
     "Say what a file is, from its header; a file that cannot be read is an answer, too."
     try: opened = open_dicom(path, Limits())
     except DataError as e:
@@ -95,14 +95,14 @@ def file_facts(
         side, sex = '' if seen in CHEST_VIEWS else side, text('PatientSex').upper()
         hashed = lambda name: hash_id(text(name), salt) if text(name) else ''
         return dict(aside=_why_aside(ds, side, seen, modalities, kind), patient=text('PatientID'), kind=kind,
-                    accession=text('AccessionNumber'), study=hashed('StudyInstanceUID'), sop=hashed('SOPInstanceUID'),
-                    person=_person(ds, salt), laterality=side, view=seen, age=_years(ds),
+                    accession=text('AccessionNumber'), study=hashed('StudyInstanceUID'), day=hashed('StudyDate'),
+                    sop=hashed('SOPInstanceUID'), person=_person(ds, salt), laterality=side, view=seen, age=_years(ds),
                     sex=sex if sex in ('F', 'M', 'O') else '')
 
 # %% ../../nbs/192_data.archive_files.ipynb #89bd7582
 SCAN = 'index_scan.jsonl'
-_COLUMNS = ('path', 'bytes', 'changed', 'aside', 'patient', 'accession', 'study', 'sop', 'person', 'laterality', 'view',
-            'age', 'sex', 'kind')
+_COLUMNS = ('path', 'bytes', 'changed', 'aside', 'patient', 'accession', 'study', 'day', 'sop', 'person', 'laterality',
+            'view', 'age', 'sex', 'kind')
 
 
 def _files(folder, without):

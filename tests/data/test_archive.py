@@ -81,6 +81,42 @@ def test_an_accession_number_of_two_patients_tells_nothing(archive):
     assert found.counts['exams'] == 3 # of two patients, two exams
 
 
+def test_an_accession_number_that_is_used_again_on_another_day(archive):
+    "A placeholder, or numbers that begin anew each year: the exams stay apart by their study, and a report of that number is nobody's."
+    first, again, third = (generate_uid() for _ in range(3))
+    for study, day in ((first, '20200301'), (first, '20200301'), (again, '20220301')): archive.add('p0', 'A0', StudyInstanceUID=study, StudyDate=day)
+    archive.add('p1', 'A1', StudyInstanceUID=third, StudyDate='20200301'); archive.add('p1', 'A1', StudyInstanceUID=generate_uid(), StudyDate='20200301') # two series of one exam
+    archive.reports('A0,A mass.', 'A1,Clear.')
+    found = archive.index()
+    assert found.records.groupby('patient_id').exam_id.nunique().to_dict() == {'p0': 2, 'p1': 1} and found.counts['exams'] == 3
+    assert found.records.exam_id[0] == found.records.exam_id[1] != found.records.exam_id[2]
+    assert found.records.report_text.tolist() == ['', '', '', 'Clear.', 'Clear.'] and why(found, 'table row') == {'its key stands on exams of several days': 1}
+    assert not {'20200301', '20220301'} & set(str(v) for v in found.records.to_numpy().ravel()) and '20220301' not in (archive.root/'index_scan.jsonl').read_text()
+
+
+def test_column_names_in_capitals_are_names(archive):
+    archive.add('p0', 'A0')
+    archive.reports('A0;Clear.;2;A', header='Accession Number;Report;BIRADS;Density')
+    found = archive.index(on='Accession Number')
+    assert found.records[['report_text', 'birads', 'density']].iloc[0].tolist() == ['Clear.', '2', 'A']
+
+
+def test_a_mistake_in_the_table_costs_no_scan(archive, monkeypatch, tmp_path):
+    "The table is looked at before the files; what was looked at is kept where the join then fails."
+    opened, real = [], files.file_facts
+    monkeypatch.setattr(files, 'file_facts', lambda path, *a, **k: (opened.append(path.name), real(path, *a, **k))[1])
+    for i in range(3): archive.add(f'p{i}', f'A{i}')
+    archive.reports('A0,Clear.')
+    with pytest.raises(DataError): archive.index(on='acession')
+    with pytest.raises(DataError): archive.index(same=tmp_path/'none.csv')
+    assert opened == []
+    archive.reports('0,Clear.')
+    with pytest.raises(DataError, match='not one of 1 reports'): archive.index()
+    assert len(opened) == 3
+    archive.reports('A0,Clear.')
+    assert archive.index().counts['joined'] == 1 and len(opened) == 3 and not list(archive.root.glob('*.part.jsonl'))
+
+
 def test_nothing_that_matches_is_an_error_that_shows_no_id(archive):
     archive.add('p0', 'A1234'); archive.add('p1', 'A1235')
     archive.reports('1234,Clear.', '1235,Clear.')

@@ -154,3 +154,24 @@ def test_a_run_goes_on_with_other_processes(place):
     assert len(told) == 1 and told[0]['processes'] == [2, 1] and again.params['processes'] == 1 and again.state == 'done'
     notes = [e['text'] for e in read_jsonl(run.folder/'journal.jsonl') if e['event'] == 'note']
     assert any('processes = 1 instead of 2' in n for n in notes) and any(n.startswith('Inexact: from step') for n in notes)
+
+
+def test_the_file_of_groups_and_its_lines(place):
+    "The file in the guide is the file beside it; its lines make the tables that it says, those not yet run are named."
+    guide = (REPO/'nbs'/'guides'/'command_line.md').read_text()
+    block, = re.findall(r'^```csv\n(.*?)^```', guide, re.M | re.S)
+    assert block == (REPO/'nbs'/'guides'/'runs_paper.csv').read_text()
+    here = place/'groups'
+    here.mkdir()
+    (here/'runs_paper.csv').write_text(block)
+    (here/'prepared').symlink_to(place/'prepared')
+    from medvl.api import Model
+    from medvl.methods.recipes import new_method
+    Model(new_method('mammoclip', 'smoke', ['a mass in the left breast']), size=(48, 32)).save_pretrained(here/'outputs'/'pretrain-1'/'model')
+    said = [line for line in guide.splitlines() if line.startswith('medvl ') and ('--groups' in line or line.startswith('medvl run zero_shot    -p data='))]
+    asked, shown = said[:2], said[2:]
+    assert len(asked) == len(shown) == 2
+    for line in asked: ended([subprocess.Popen(['bash', '-c', line], cwd=here, env=environment(place, MEDVL_OUTPUTS=str(here/'outputs')), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)])
+    tables = ended([subprocess.Popen(['bash', '-c', line], cwd=here, env=environment(place, MEDVL_OUTPUTS=str(here/'outputs')), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for line in shown])
+    for text in tables: assert re.search(r'untrained \(baseline\)  0\.\d{3} \(', text) and re.search(r'pre-trained +0\.\d{3} \(.*\)  [+-]0\.\d{3} \(.*\), patients', text), text
+    assert "medvl: missing: row 2: there is no run 'linear_probe model='." in tables[0]

@@ -72,6 +72,17 @@ def test_known_parameters_and_none_are_quiet(good, tmp_path):
         assert Run(run).state == 'done' and not [e for e in run_events(run) if e['event'] == 'note']
 
 
+@pytest.mark.parametrize('how', ['another folder', 'written at the end only', 'read from a pipe'])
+def test_other_ways_to_call_papermill(good, tmp_path, how):
+    (tmp_path/'sub').mkdir()
+    more = {'another folder': ('e01_fit.ipynb', 'out.ipynb', '--cwd', 'sub'), 'read from a pipe': ('-', 'out.ipynb'),
+            'written at the end only': ('e01_fit.ipynb', 'out.ipynb', '--no-request-save-on-cell-execute', '--autosave-cell-every', '0')}[how]
+    process = started('-m', 'papermill', *more, '-p', 'lr', '0.2', outputs=tmp_path/'runs', cwd=tmp_path, stdin=subprocess.PIPE)
+    process.communicate(good.read_text() if how == 'read from a pipe' else None, timeout=240)
+    run = settled(tmp_path/'runs')
+    assert process.returncode == 0 and Run(run).state == 'done' and 'told 0.2' in (run/'report.html').read_text()
+
+
 def test_failed_run_leaves_copy_and_report_with_the_failing_cell(tmp_path):
     nb = notebook(tmp_path/'e01_fit.ipynb', PARAMETERS, BEGIN, METRIC, 'raise ValueError("no such breast")', 'run.done()')
     code, said = papermill(nb, tmp_path/'out.ipynb', '-p', 'lr', '0.3', outputs=tmp_path/'runs')

@@ -4,8 +4,9 @@ import re
 
 import pandas as pd
 import pytest
-from medvl.core.run import Run
+from medvl.core.run import Run, run_folders
 from medvl.run.brief import model_facts, run_sentences, side_by_side, weight_count
+from medvl.run.parameters import RefusedError
 from medvl.run.report import write_report
 from medvl.run.runner import run_experiment
 from medvl.run.sweep import run_sweep
@@ -74,6 +75,21 @@ def test_a_run_that_failed_in_its_first_cell_has_a_page(tmp_path, browse):
     assert 'Result: none, the run failed before it measured anything.' in page and 'It had written no number, figure or table until then.' in page
     assert 'there is no folder &lt;gone&gt;' in page and '<gone>' not in page
     assert browse(run.folder/'report.html', 390, 'return document.documentElement.scrollWidth <= innerWidth')
+
+
+@pytest.mark.parametrize('first, says', [('lr: float = 0.1\nimport <no such thing>', None), ('lr: float = 0.1\nraise ValueError("gone & <lost>")', 'ValueError: gone &amp; &lt;lost&gt;'),
+                                         ('lr: float = 0.1\nfolder = undefined_name', 'NameError'), ('lr: float = 0.1\nimport os; os.kill(os.getpid(), 9)', 'the kernel died')])
+def test_the_very_first_cell_fails(tmp_path, first, says):
+    "The cell of the parameters itself: refused where it is not Python, else a page that names the error and holds no numbers."
+    nb = notebook(tmp_path/'e01_x.ipynb', first, BEGIN, 'run.done()')
+    if says is None:
+        with pytest.raises(RefusedError, match='parameters cell of e01_x.ipynb is not Python'): run_experiment(nb, outputs=tmp_path/'out')
+        assert not run_folders(tmp_path/'out')
+        return
+    run = run_experiment(nb, outputs=tmp_path/'out', check=False)
+    page = (run.folder/'report.html').read_text()
+    assert run.state == ('killed' if 'died' in says else 'failed') and says in page and 'This run recorded no metrics.' in page and '<lost>' not in page
+    assert 'It had written no number, figure or table until then.' in page and f'This run is not done ({run.state})' in page
 
 
 @pytest.mark.parametrize('left', [(), ('params.json',), ('params.json', 'provenance.json'), ('params.json', 'run.ipynb')])

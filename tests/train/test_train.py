@@ -46,6 +46,19 @@ def test_it_is_the_plain_loop(tmp_path):
     assert result.step == 12 and not any(k.startswith('valid') for k in result.history)
 
 
+def test_the_bar_says_epoch_and_loss(tmp_path, monkeypatch):
+    told = []
+
+    class Bar:
+        def __enter__(self): return self
+        def __exit__(self, *error): pass
+        def update(self): pass
+        def set_postfix(self, refresh, **said): told.append(said)
+    monkeypatch.setattr('medvl.train.loop.progress', lambda **k: Bar())
+    run(tmp_path, small(), valid=None, **{**PLAIN, 'epochs': 2})
+    assert [t['epoch'] for t in told] == ['1 of 2'] * 6 + ['2 of 2'] * 6 and all(float(t['loss']) > 0 for t in told)
+
+
 def test_it_learns(tmp_path):
     "Pairs never seen are matched far better than before; chance is log 24."
     method = small(drop=0.0)
