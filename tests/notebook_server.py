@@ -59,7 +59,7 @@ def wait(pid, seconds):
 
 def main():
     import IPython, nbdev.test, matplotlib.pyplot, pandas, pandera.pandas, scipy.stats, seaborn, sklearn.linear_model, sklearn.metrics, torch  # noqa: E401, F401
-    import accelerate, cv2, pyarrow.parquet, pydicom, safetensors.torch, torch.utils.tensorboard, transformers  # noqa: E401, F401
+    import accelerate, cv2, hypothesis, imagecodecs, PIL.Image, pyarrow.parquet, pydicom, safetensors.torch, torch.utils.tensorboard, transformers  # noqa: E401, F401
     from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer  # noqa: F401
     torch.set_num_threads(1)
     answer = os.fdopen(os.dup(1), 'w')
