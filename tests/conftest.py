@@ -23,13 +23,13 @@ def one_thread():
 
 @pytest.fixture(scope='session')
 def run_notebook():
-    "Run a notebook, or a file of tests, in a process of its own: path, folder for its outputs and log, pytest's arguments, further environment -> (exit state, what it printed)."
+    "Run a notebook, or a file of tests, in a process of its own: path, folder for its outputs and log, pytest's arguments or the notebook's parameters, further environment -> (exit state, what it printed)."
     env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
     server = subprocess.Popen([sys.executable, str(Path(__file__).parent/'notebook_server.py')], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               text=True, env=env, cwd=Path(__file__).resolve().parents[1])
-    def ask(path, folder, seconds=600, arguments=(), **more):
+    def ask(path, folder, seconds=600, arguments=(), parameters=None, **more):
         log = Path(folder)/'notebook.log'
-        server.stdin.write(json.dumps(dict(path=str(path), arguments=list(arguments), env={'MEDVL_OUTPUTS': str(Path(folder)/'outputs'), **more}, seconds=seconds, log=str(log))) + '\n')
+        server.stdin.write(json.dumps(dict(path=str(path), arguments=list(arguments), parameters=parameters, env={'MEDVL_OUTPUTS': str(Path(folder)/'outputs'), **more}, seconds=seconds, log=str(log))) + '\n')
         server.stdin.flush()
         answer = server.stdout.readline()
         assert answer, f'the notebook server died while it ran {path}'

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from notebook_sizes import smaller
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (REPO/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and not p.name.startswith('_'))
@@ -20,7 +21,7 @@ def name(path): return path.relative_to(REPO/'nbs').as_posix()
 
 @pytest.mark.parametrize('path', RUN_HERE, ids=name)
 def test_runs(path, tmp_path, run_notebook):
-    state, said = run_notebook(path, tmp_path)
+    state, said = run_notebook(path, tmp_path, parameters=smaller(path))
     assert state == 0, f'{name(path)} failed ({state}):\n{said[-6000:]}'
 
 
