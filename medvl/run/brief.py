@@ -174,6 +174,19 @@ def side_by_side(
 _UNITS = ('image', 'patient', 'exam', 'map', 'question', 'report', 'breast', 'sentence', 'word')
 
 
+def _leaking(folder, params):
+    "A warning where chest films of a version up to 3 are among the data: nbs/158 says why."
+    given = [Path(str(v)) for k in ('data', 'real') if (v := params.get(k))]
+    for source in (*folder.glob('*/source'), *(p/'source' for p in given), *(p.parent/'source' for p in given)):
+        made = _json(source/'phantom.json')
+        if made.get('kind') == 'chest phantom' and made.get('version', 0) < 4:
+            where = ('The outline of a rectangle around the lungs tells the label of these hearts'
+                     if made.get('config', {}).get('heart') == 'ratio' else
+                     'The border of these chest films tells of a large heart and of oedema')
+            return f" {where}, whatever a network looks at (balance='body'; nbs/158)."
+    return ''
+
+
 def _on_what(folder, params, metrics, events):
     "The second sentence."
     notes = ' '.join(e.get('text', '') for e in events if e['event'] == 'note')
@@ -193,7 +206,7 @@ def _on_what(folder, params, metrics, events):
     sizes = sorted({f"{m['n']} {m['unit']}s" for m in metrics.values() if m.get('n') and m.get('low') is not None
                     and m.get('unit') in _UNITS})
     if sizes and not parts: parts = f'; judged on {", ".join(sizes[:3])}'
-    return f'Data: {what}{parts}.'
+    return f'Data: {what}{parts}.{_leaking(folder, params)}'
 
 
 def _came_out(info, metrics, beside, modelled):

@@ -138,3 +138,15 @@ def test_a_sweep_has_a_page_that_links_its_runs(tmp_path, browse):
     page.unlink()
     said = CliRunner().invoke(app, ['report', str(page.parent)])
     assert said.exit_code == 0 and page.is_file(), said.output
+
+
+@pytest.mark.parametrize('version,kind,says', [(3, 'chest phantom', True), (4, 'chest phantom', False), (2, 'breast phantom', False)])
+def test_films_whose_border_tells_are_named(tmp_path, version, kind, says):
+    from medvl.run.brief import _leaking
+    (tmp_path/'phantom'/'source').mkdir(parents=True)
+    (tmp_path/'phantom'/'source'/'phantom.json').write_text(json.dumps(dict(kind=kind, version=version)))
+    for folder, params in ((tmp_path, {}), (tmp_path/'run', dict(data=str(tmp_path/'phantom'/'prepared'))), (tmp_path/'run', dict(data=str(tmp_path/'phantom')))):
+        assert ('border' in _leaking(folder, params)) == says
+    assert _leaking(tmp_path/'run', dict(data='')) == ''
+    (tmp_path/'phantom'/'source'/'phantom.json').write_text(json.dumps(dict(kind=kind, version=version, config=dict(heart='ratio'))))
+    assert ('rectangle' in _leaking(tmp_path, {})) == says

@@ -29,7 +29,9 @@ def heart_phantom(
     difficulty:float|str='medium', # 'easy', 'medium', 'hard' or 0..1
     **changes:Any, # of write_chest_phantom, e.g. shortcut='view', rho=.8, age_effect=0, label_noise=0
 ) -> Prepared: # split by patient
-    "Make and prepare chests whose label cardiomegaly is their cardiothoracic ratio; what is there already is opened."
+    """Make and prepare chests whose label cardiomegaly is their cardiothoracic ratio; what is there already is opened.
+
+    As drawn by default the outline of a rectangle around the lungs tells the label (nbs/158): balance='lungs' does not."""
     return prepared_chest_phantom(folder, n, size, seed, difficulty, **{'heart': 'ratio', **changes})
 
 
