@@ -55,7 +55,7 @@ def test_age_moves_the_picture_and_nothing_else_of_the_patient():
 @pytest.mark.parametrize('shortcut', ['view', 'pacemaker', 'portable'])
 def test_shortcuts_are_as_strict_as_asked(shortcut):
     for rho, low, high in ((0., .45, .55), (.6, .75, .85), (1., 1., 1.)):
-        t = truths(800, ChestConfig(heart='ratio', shortcut=shortcut, rho=rho))
+        t = truths(200 if rho == 1 else 800, ChestConfig(heart='ratio', shortcut=shortcut, rho=rho)) # shares are estimated; what always holds, not
         agree = np.mean([x.cue == x.labels['cardiomegaly'] for x in t])
         assert low <= agree <= high, (rho, agree)
         if shortcut == 'view': assert all((x.view == 'AP') == x.cue for x in t)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from medvl.data.augment.breast_versions import Augment, AugmentConfig
 from medvl.data.samples.breast import BreastTextConfig, BreastTextDataset
@@ -16,6 +17,7 @@ from medvl.data.samples.builders import Parts, new_samples, sample_kind
 from medvl.evaluate.stats.selection import splits_of
 from medvl.methods.parts.image import WithVersions
 from medvl.methods.recipes import method_names, new_method, recipe
+from medvl.run.cli import app
 from medvl.train.loop import train
 from medvl.train.plan import kept_for_backward, plan
 from medvl.train.settings import TrainConfig
@@ -101,6 +103,6 @@ def test_command(tmp_path):
     done = run('pretrain', '--plan')
     assert done.returncode == 0, done.stderr
     assert 'memory, together' in done.stdout and 'time of a step' in done.stdout and not list(tmp_path.rglob('*.safetensors'))
-    refused = run('zero_shot', '--plan')
-    assert refused.returncode == 2 and "'plan'" in refused.stderr
-    assert run('--plan', '--resume', 'pretrain').returncode == 2
+    refused = CliRunner().invoke(app, ['run', 'zero_shot', '--plan', '--outputs', str(tmp_path)])
+    assert refused.exit_code == 2 and "'plan'" in refused.output
+    assert CliRunner().invoke(app, ['run', '--plan', '--resume', 'pretrain', '--outputs', str(tmp_path)]).exit_code == 2

@@ -45,11 +45,22 @@ def _reduce(values, codes, n, how):
     if how not in ('mean', 'max', 'min'): raise ValueError(f'cannot aggregate by {how!r}: choose mean, max or min')
     return getattr(frame, how)().reindex(range(n)).to_numpy()
 
-def _shared(column, codes):
-    "Keep a column's value where all rows of a unit have it, else None/NaN."
-    grouped = column.groupby(codes)
-    first, same = grouped.first(), grouped.nunique(dropna=False) <= 1
-    return first.where(same).reset_index(drop=True)
+def _shared(manifest, codes):
+    "One row a unit: the value of each column where all rows of the unit have it, else None/NaN."
+    first = np.unique(codes, return_index=True)[1]
+    frame, before = manifest.iloc[first].reset_index(drop=True), first[codes]
+    for name in frame:
+        column = manifest[name]
+        plain = isinstance(column.dtype, np.dtype) and column.dtype.kind in 'iuf'
+        kinds = column.to_numpy() if plain else pd.factorize(column, use_na_sentinel=False)[0]
+        differs = kinds != kinds[before]
+        if kinds.dtype.kind == 'f': differs &= ~(np.isnan(kinds) & np.isnan(kinds[before]))
+        if not differs.any(): continue
+        same = np.ones(len(first), bool)
+        same[codes[differs]] = False
+        frame[name] = frame[name].where(same)
+    return frame
+
 
 # %% ../../../nbs/500a_evaluate.stats.scored.ipynb #2765a701
 def aggregate(
@@ -71,7 +82,7 @@ def aggregate(
     if unit == 'image' and 'image_id' in manifest and manifest['image_id'].is_unique:
         return s, y, manifest.reset_index(drop=True)
     codes, n, _ = unit_keys(manifest, unit)
-    frame = pd.DataFrame({c: _shared(manifest[c].reset_index(drop=True), codes) for c in manifest})
+    frame = _shared(manifest, codes)
     shape = lambda out, ref: out.reshape((n,) + ref.shape[1:])
     return (shape(_reduce(s.reshape(len(s), -1), codes, n, how), s),
             shape(_reduce(y.reshape(len(y), -1), codes, n, label_how), y), frame)
