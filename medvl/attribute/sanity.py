@@ -234,7 +234,8 @@ def sanity_lines(
         last = part[part.check == 'cascade'].sort_values('step').iloc[-1]
         alone = part[(part.check == 'independent') & (part.step > 0)].sort_values('value').iloc[-1]
         dealt = part[(part.check == 'random labels') & (part.step == 1)]
-        told = lambda r: f'{r.value:.2f} ({r.low:.2f} to {r.high:.2f})'
+        # where all patients agree there is no interval: similarities have no bound that is known
+        told = lambda r: f'{r.value:.2f}' + (f' ({r.low:.2f} to {r.high:.2f})' if r.low == r.low else ' (all alike)')
         out.append(dict(explanation=name, **{'another image': told(other), 'all random': told(last),
                                              'one stage': told(alone),
                         'stage': alone.stage, 'random labels': told(dealt.iloc[0]) if len(dealt) else ''},

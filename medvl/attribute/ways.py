@@ -174,7 +174,8 @@ def _cam(method, images, target, level):
 
 CHANNEL_WAYS = {'cam': (_cam, 'weight times map'),
                 'gradcam': (_gradient_way('grad_cam'), 'gradient times map'),
-                'gradcam++': (_gradient_way('grad_cam++'), 'gradient times map'),
+                # its weights are sums over places, Grad-CAM's means: another scale
+                'gradcam++': (_gradient_way('grad_cam++'), 'summed gradient times map'),
                 'hirescam': (_gradient_way('hires_cam'), 'gradient times map'),
                 'layercam': (_gradient_way('layer_cam'), 'gradient times map'),
                 'scorecam': (_score_way(False), 'weighed map'), 'gscorecam': (_score_way(True), 'weighed map'),
