@@ -17,13 +17,12 @@ help:
 	@echo "make lab                  open JupyterLab on the notebooks"
 	@echo "make export               write medvl/ from the notebooks"
 
-# Without --no-compile half of pip's time goes into byte code of 20,000 files, of which Python compiles itself the few that it imports.
 # The stamp holds the digest of what decides the environment, so a changed dependency reinstalls.
 STAMP := $(VENV)/.installed-$(shell cat pyproject.toml constraints.txt 2>/dev/null | cksum | cut -d' ' -f1)
 $(STAMP):
 	$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else 'medvl needs Python 3.11 to 3.13; set PYTHON=...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e ".[dev,samples,pretrained,hdf5,cluster,oracles]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,samples,pretrained,hdf5,cluster,oracles]"
 	rm -f $(VENV)/.installed-*
 	touch $@
 install: $(STAMP)
