@@ -447,7 +447,8 @@ def push_to_hub(
 
     def save(folder):
         folder = model.save_pretrained(folder)
-        text = (folder/'README.md').read_text(encoding='utf-8').replace('medvl.load("this folder")', f'medvl.load("{repo}")')
+        text = (folder/'README.md').read_text(encoding='utf-8').replace('medvl.load("this folder")',
+                                                                        f'medvl.load("{repo}")')
         (folder/'README.md').write_text(text, encoding='utf-8')
         return folder
     return push_method(model.factor or model.method, repo, private, token, api, save=save)

@@ -76,7 +76,8 @@ def _word_way(kind):
     def draw(method, images, target, level, report=None):
         require(method, 'word_maps', by=f'the {kind} of a word')
         if not isinstance(level, int):
-            raise ValueError(f'level={level!r}: a word is looked up in a layer by number; -1: the one the method prefers')
+            raise ValueError(f'level={level!r}: a word is looked up in a layer by number; -1: the one the method '
+                             'prefers')
         text = str(target.value if report is None else report)
         maps, words = method.word_maps(images, [text], kind, None if level == -1 else level)
         place = next((s for s in word_spans(text) if s[0].lower() == str(target.value).lower()), None)

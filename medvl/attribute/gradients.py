@@ -244,7 +244,8 @@ def deep_lift(
         if not said.requires_grad or torch.autograd.grad(said.sum(), x, allow_unused=True)[0] is None:
             raise no_gradient('the image')
         whole = _Numbered(model, met.count)
-        found, gap = captum.DeepLift(whole).attribute(images.detach().clone().requires_grad_(), baselines=baseline, target=target,
+        found, gap = captum.DeepLift(whole).attribute(images.detach().clone().requires_grad_(), baselines=baseline,
+                                                      target=target,
                                                       return_convergence_delta=True)
     return found.detach(), gap.detach()
 

@@ -21,7 +21,8 @@ def metric_rows(
         interval = f'{m["low"]:.4g} to {m["high"]:.4g}' if both else 'none'
         rows.append(f'| {name} | {m["value"]:.4g} | {interval} | {m.get("n") or ""} | {m.get("unit") or ""} | '
                     f'{m.get("split") or ""} |')
-    return ['| metric | value | interval | n | unit | part |', '| --- | --- | --- | --- | --- | --- |', *rows] * bool(rows)
+    return ['| metric | value | interval | n | unit | part |', '| --- | --- | --- | --- | --- | --- |',
+            *rows] * bool(rows)
 
 # %% ../../nbs/603a_attribute.model_card.ipynb #bf4bb86e
 LIMITS = (

@@ -147,12 +147,15 @@ def join_reports(
                      for c in ('patient', 'exam'))
     several = set(exams.index[exams > 1])
     for r, k in zip(rows.itertuples(), wanted):
-        if k in several: aside.append(('table row', str(r.row), 'its key belongs to several patients' if people[k] > 1 else
-                                       'the patient has several exams: join on the accession number' if field == 'patient'
+        if k in several: aside.append(('table row', str(r.row),
+                                       'its key belongs to several patients' if people[k] > 1 else
+                                       'the patient has several exams: join on the accession number'
+                                       if field == 'patient'
                                        else 'its key stands on exams of several days'))
     good = rows[~wanted.isin(several)]
     at = dict(zip(wanted[good.index], good.index))
-    for r in good[~wanted[good.index].isin(key)].itertuples(): aside.append(('table row', str(r.row), 'no image has it'))
+    for r in good[~wanted[good.index].isin(key)].itertuples(): aside.append(('table row', str(r.row),
+                                                                             'no image has it'))
     found = key.map(lambda k: at.get(k, -1)).astype(int)
     if len(images) and not (found >= 0).any() and not several & set(wanted):
         raise DataError(f'not one of {len(given)} reports has an image: the {field} of the files looks like '
@@ -177,7 +180,8 @@ class Indexed:
         lines += [f'{n:8} × {why}' for why, n in left.items()]
         if c['reports'] is not None:
             rows = self.aside[self.aside.what == 'table row'].reason.value_counts()
-            lines += [f'{c["reports"]} reports: {c["joined"]} joined, {c["merged"]} merged, {int(rows.sum())} set aside']
+            lines += [f'{c["reports"]} reports: {c["joined"]} joined, {c["merged"]} merged, '
+                      f'{int(rows.sum())} set aside']
             lines += [f'{n:8} × {why}' for why, n in rows.items()]
             lines += [f'{c["without_report"]} images have no report']
         parts = self.records.drop_duplicates('patient_id').split.value_counts()
@@ -192,7 +196,8 @@ def _remembered(out):
     path, index = out/'index.json', out/'index.csv'
     old = json.loads(path.read_text()) if path.exists() else {}
     if index.exists() and old.get('index') != sha256_file(index):
-        raise DataError('there is an index.csv that ' + ('was changed by hand.' if old else 'medvl index did not write.'),
+        raise DataError('there is an index.csv that ' + ('was changed by hand.' if old
+                                                         else 'medvl index did not write.'),
                         file=str(index), fix='Put what you changed into the table of reports and move this file away '
                         '(the parts are kept in index.json), or give another --out.')
     return old
@@ -315,7 +320,8 @@ def index_archive(
     before = read_scan(place/SCAN)
     draft = place/f'index_scan_{digest(settings)[:8]}.part.jsonl' # of a start that could not be brought to its end
     known = read_scan(draft) if draft.exists() else before if old.get('settings') == settings else None
-    names = ('index.csv', 'index.json', 'index_aside.csv', SCAN, *(p.name for p in place.glob('index_scan_*.part.jsonl')))
+    names = ('index.csv', 'index.json', 'index_aside.csv', SCAN,
+             *(p.name for p in place.glob('index_scan_*.part.jsonl')))
     scan = scan_archive(folder, secret, known, jobs,
                         tuple(p for p in (*(place/n for n in names), reports, same, *(() if not prefix else (place,)))
                               if p is not None), **options)

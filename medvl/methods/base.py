@@ -449,7 +449,8 @@ tags: [medical, vision-language, {name}]
 ---
 # {name}, trained with medvl {version}
 
-Research only: not a medical device, not for diagnosis. These are weights alone: how images were prepared, what they were trained on and how good they are is not recorded here. \
+Research only: not a medical device, not for diagnosis. These are weights alone: how images were prepared, \
+what they were trained on and how good they are is not recorded here. \
 Load with `medvl.methods.base.from_pretrained("{repo}")`.
 
 Configuration:

@@ -49,7 +49,7 @@ class BertPretraining(Method):
 
     def __init__(self,
                  config: BertPretrainingConfig | None = None,
-                 tokenizer: Any = None, # kept beside the weights, and its size is the vocabulary's; None: codes have none
+                 tokenizer: Any = None, # kept with the weights; its size is the vocabulary's; None: codes have none
                  ):
         config = config or BertPretrainingConfig()
         if tokenizer is not None: config = replace(config, vocab_size=len(tokenizer))
@@ -134,7 +134,8 @@ RECIPES = {
     'paper': _WORDS, 'base': _WORDS,
     'reference': vary(_WORDS, "the original's network, optimiser and rate (its codes: `medvl run bert_pretrain -p "
                       "source=codes`)", config=ORIGINAL, sample_options=dict(max_length=128, remask_every=20),
-                      train=dict(optimizer='adamw_reference', lr=5e-5, weight_decay=0., warmup=0, clip=0., batch_size=10,
+                      train=dict(optimizer='adamw_reference', lr=5e-5, weight_decay=0., warmup=0, clip=0.,
+                                 batch_size=10,
                                  epochs=200, precision='fp16')),
     'small': vary(_WORDS, 'minutes on two cores', size=(96, 96), config=dict(**SIZES['small'], positions=256),
                   train=dict(lr=5e-4), **_LITTLE),

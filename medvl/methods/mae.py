@@ -105,7 +105,8 @@ class MAE(ImageMethod):
         "Say which patches of a batch are hidden."
         grid = tuple(n // self.image_encoder.stride for n in x.shape[-2:])
         index = batch.get('index', torch.arange(len(x)))
-        return hidden_patches(index.to(x.device, non_blocking=True), batch.get('epoch', 0), grid, self.config.hidden, self.config.seed)
+        return hidden_patches(index.to(x.device, non_blocking=True), batch.get('epoch', 0), grid, self.config.hidden,
+                              self.config.seed)
 
     def encode(self, batch: dict) -> dict: # images (b,1,1,h,w)
         "Give `error` (b,): the mean squared error of each image's hidden patches."

@@ -92,7 +92,8 @@ class Reconstruction(ImageMethod):
         if not c.hidden: return x, torch.zeros_like(x, dtype=torch.bool)
         index = batch.get('index', torch.arange(len(x)))
         grid = (-(-h // c.patch), -(-w // c.patch))
-        holes = hidden_patches(index.to(x.device, non_blocking=True), batch.get('epoch', 0), grid, c.hidden, c.seed)[:, None]
+        holes = hidden_patches(index.to(x.device, non_blocking=True), batch.get('epoch', 0), grid, c.hidden,
+                               c.seed)[:, None]
         holes = holes.repeat_interleave(c.patch, 2).repeat_interleave(c.patch, 3)[..., :h, :w]
         return x.masked_fill(holes, 0.), holes
 
@@ -109,7 +110,8 @@ class Reconstruction(ImageMethod):
         seen, holes = self.hide(x, batch)
         drawn, low = self.draw(seen)
         check_samples(batch, low, module=self)
-        mask = {'all': None, 'hidden': holes, 'nonzero': batch['images'].flatten(0, -4).to(x.device, non_blocking=True) > 0,
+        mask = {'all': None, 'hidden': holes, 'nonzero': batch['images'].flatten(0, -4).to(x.device,
+                                                                                           non_blocking=True) > 0,
                 'bright': bright(x)}[self.config.counts]
         out = {'sums': error_sums(drawn.to(x.dtype), x, mask, self.config.error)}
         return out if self.joint is None else {**out, 'joint': self.joint(low.mean((2, 3)))}

@@ -152,7 +152,8 @@ def datasets_command() -> None:
     short = [r if len(r) <= 44 else f'{r[:43]}…' for r in found.release]
     _listed(found.assign(release=short)[['release', 'layout', 'access', 'licence']])
     typer.echo('\nmedvl run prepare -p layout=NAME -p data=FOLDER; other layouts: folder (index.csv), report_table, '
-               'breast_table,\nexam_table, image_table, path_target, openi_impressions, cardiomegaly. Without a layout: '
+               'breast_table,\nexam_table, image_table, path_target, openi_impressions, cardiomegaly. Without a '
+               'layout: '
                'questions and mistaken reports,\nwhich other experiments read.')
 
 
@@ -303,7 +304,8 @@ def _as(table, form):
 
 
 Groups = Annotated[Optional[Path],
-                   typer.Option('--groups', help='CSV file that names runs and the tables they stand in: columns group, '
+                   typer.Option('--groups',
+                                help='CSV file that names runs and the tables they stand in: columns group, '
                                                  'run (or experiment, parameters), order, name, baseline.')]
 
 
@@ -390,7 +392,8 @@ def _show_groups(groups, run, outputs):
     named = bool(len(here))
     if not named:
         try: folder = find_run(run, outputs).name
-        except RefusedError as e: _refuse(f'{e} In {groups} stand {", ".join(dict.fromkeys([*table.group, *table.name]))}.')
+        except RefusedError as e:
+            _refuse(f'{e} In {groups} stand {", ".join(dict.fromkeys([*table.group, *table.name]))}.')
         here = table[[folder in [Path(r).name for r in runs.split()] for runs in table.runs]]
         if not len(here): typer.echo(f'medvl: {folder} stands in no table of {groups}.', err=True)
     shown = table[table.group.isin(here.group)]

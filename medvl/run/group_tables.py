@@ -108,7 +108,8 @@ def _group_rows(part, known, home, metric, said):
         said += more
         for e in entries:
             if e['folder'] in taken:
-                said.append(f'duplicate: row {k}: {e["name"]} stands in {row.group} in row {taken[e["folder"]]} already.')
+                said.append(f'duplicate: row {k}: {e["name"]} stands in {row.group} in row '
+                            f'{taken[e["folder"]]} already.')
             taken.setdefault(e['folder'], k)
         found[k] = entries
     done = {k: [Run(e['folder'], e['params']) for e in es if e['state'] == 'done'] for k, es in found.items()}
@@ -121,7 +122,8 @@ def _group_rows(part, known, home, metric, said):
         value, state = _value(runs, metric), found[k][0]['state'] if found[k] else 'missing'
         if runs and not value: said.append(f'row {k}: {found[k][0]["name"]} has no metric {metric!r}.')
         apart = value and base is not None and k != base and _value(done[base], metric)
-        lines.append(dict(group=row.group, order=position, name=row['name'] or (found[k][0]['name'] if found[k] else row.run
+        lines.append(dict(group=row.group, order=position, name=row['name']
+                          or (found[k][0]['name'] if found[k] else row.run
                           or row.experiment), baseline=bool(row.baseline), state=state, metric=metric, **value,
                           **(_difference(runs, done[base], metric) if apart else {}),
                           **{c: row[c] for c in part if c.startswith('has_')},
@@ -171,7 +173,8 @@ def readable_groups(
         apart = [_between(r.difference, r.difference_low, r.difference_high, '+.3f')
                  + (f', {r.difference_over}' if isinstance(r.difference_over, str) and r.difference_over else '')
                  for r in part.itertuples()]
-        flags = {c: ['yes' if v is True else '' for v in part[c]] for c in part if c.startswith('has_') and part[c].any()}
+        flags = {c: ['yes' if v is True else '' for v in part[c]] for c in part if c.startswith('has_')
+                 and part[c].any()}
         metric = next((m for m in part.metric if m), 'value')
         shown = {'name': name, **{k.removeprefix('has_'): v for k, v in flags.items()}, metric: value}
         out[group] = pd.DataFrame({**shown, **({'difference': apart} if any(apart) else {})})

@@ -52,7 +52,8 @@ def _order(text, file, row):
     try: number = float(text) if text else float('inf')
     except ValueError: number = float('nan')
     if number != number:
-        raise DataError(f'{text!r} is no number', file=file, row=row, column='order', fix='Write 1, 2 …, or leave it empty.')
+        raise DataError(f'{text!r} is no number', file=file, row=row, column='order',
+                        fix='Write 1, 2 …, or leave it empty.')
     return number
 
 

@@ -35,7 +35,8 @@ background:#6b7280} \
 .wide{overflow-x:auto;background:linear-gradient(90deg,var(--page) 45%,transparent) 0/3rem 100% no-repeat local,\
 linear-gradient(-90deg,var(--page) 45%,transparent) 100%/3rem 100% no-repeat local,\
 linear-gradient(90deg,var(--edge),transparent) 0/.8rem 100% no-repeat scroll,\
-linear-gradient(-90deg,var(--edge),transparent) 100%/.8rem 100% no-repeat scroll} table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.4rem 0;
+linear-gradient(-90deg,var(--edge),transparent) 100%/.8rem 100% no-repeat scroll}
+table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;margin:.4rem 0;
 overflow-wrap:normal} th,td{text-align:left;vertical-align:top;padding:.32rem .9rem .32rem 0;
 border-bottom:1px solid var(--line)} th{font-weight:600;color:var(--soft)} .beside \
 td+td{white-space:nowrap;line-height:1.35} .beside .soft{font-size:.82rem} .beside td{vertical-align:baseline}
@@ -48,9 +49,11 @@ details{margin:.4rem 0} summary{cursor:pointer;color:var(--blue);font-size:.95re
 .nb h1{font-size:1.35rem;margin-top:1.5rem}.nb h2{font-size:1.15rem;border:0;margin-top:1.4rem}
 .nb blockquote{margin:0;color:var(--soft)}
 @media (max-width:600px){main{padding:1.2rem .9rem 3rem} h1{font-size:1.5rem} h2{font-size:1.15rem;margin-top:2rem}
-th,td{padding-right:.6rem} .stack table,.stack tbody,.stack tr,.stack td{display:block} .stack tr:first-child{display:none}
+th,td{padding-right:.6rem}
+.stack table,.stack tbody,.stack tr,.stack td{display:block} .stack tr:first-child{display:none}
 .stack tr{padding:.45rem .4rem;border-bottom:1px solid var(--line)} .stack tr.changed{background:var(--mark)}
-.stack td{border:0;padding:0;overflow-wrap:anywhere} .stack td:empty{display:none} .stack td:first-child{font-weight:600}
+.stack td{border:0;padding:0;overflow-wrap:anywhere} .stack td:empty{display:none}
+.stack td:first-child{font-weight:600}
 .stack td[data-of]::before{content:\
 attr(data-of) " "}} @media print{main{max-width:none} details:not([open]){display:none}}
 '''

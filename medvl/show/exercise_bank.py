@@ -182,7 +182,8 @@ def _(vectors):
     v = np.asarray(vectors)
     right = lambda f: all(int(f(v.copy(), i)) == _nearest(v, i) for i in range(len(v)))
     return Exercise('1', right, 'All cosines with image i are v @ v[i]; leave i itself out, then take the largest.',
-                    wrong=(lambda v, i: int((v @ v[i]).argmax()), lambda v, i: 0, lambda v, i: int((v @ v[i]).argmin())))
+                    wrong=(lambda v, i: int((v @ v[i]).argmax()), lambda v, i: 0, lambda v,
+                           i: int((v @ v[i]).argmin())))
 
 
 @_ask('t03b.2')

@@ -33,7 +33,8 @@ def make_accelerator(
         known = [str(getattr(t, 'value', t)) for t in get_available_trackers()]
         if name not in known: raise ValueError(unknown_name('tracker (or not installed)', name, known))
     return Accelerator(mixed_precision='no', cpu=config.cpu, log_with=list(config.trackers) or None,
-                       project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(Path(folder)/'tensorboard')))
+                       project_config=ProjectConfiguration(project_dir=str(folder),
+                                                           logging_dir=str(Path(folder)/'tensorboard')))
 
 # %% ../../nbs/417_train.machine.ipynb #c4ef2ea7
 HALVES = {'bf16': torch.bfloat16, 'fp16': torch.float16}

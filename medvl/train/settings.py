@@ -190,7 +190,7 @@ def check_same_run(
     old:dict, # fingerprint in the checkpoint
     new:dict, # fingerprint of the run that wants to go on
 ) -> None:
-    """Refuse to resume a run that is another one. Another number of processes that share the same whole batch is allowed.
+    """Refuse to resume a run that is another one. Other processes that share the same whole batch are allowed.
 
     Raises: DataError naming every field that differs.
     """

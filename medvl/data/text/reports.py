@@ -227,8 +227,8 @@ _CATEGORY = (r'(?:(?:4 [abcABC](?=\s*(?:[.,;:)/]|$|\n))|[0-6][abcABC])(?![\w%])|
              r'|(?:VI|IV|V|III|II|I|vi|iv|v|iii|ii)\b)')
 # behind the first category, a number of months, of millimetres, of masses or on the clock is none
 _COUNTED = (r"(?:mm|cm|o['’]?\s?clock|months?|mos?|weeks?|wks?|years?|yrs?|days?|mes(?:es)?|semanas?|a[nñ]os?)\b")
-_THINGS = (r'(?:\w+\s+){0,2}?(?:mass(?:es)?|nodules?|cysts?|lesions?|foc(?:us|i)|groups?|clusters?|(?:micro)?calcifications?'
-           r'|views?|images?|areas?|sites?|lymph nodes?|biops(?:y|ies))\b')
+_THINGS = (r'(?:\w+\s+){0,2}?(?:mass(?:es)?|nodules?|cysts?|lesions?|foc(?:us|i)|groups?|clusters?'
+           r'|(?:micro)?calcifications?|views?|images?|areas?|sites?|lymph nodes?|biops(?:y|ies))\b')
 _NUMBER_OF = rf'\d(?::\d\d)?(?:\s?(?:-|–|to|or|x|×|/)\s?\d{{1,2}}(?:[:.,]\d+)?)?[\s-]*{_COUNTED}'
 _MORE = (rf'(?:\s*(?:/|-|–|and|or|to|&)\s*(?!{_NUMBER_OF})|\s*,\s*(?:(?:and|or)\s+)?(?!{_NUMBER_OF}|\d[ \t]+{_THINGS}))'
          + _CATEGORY)
