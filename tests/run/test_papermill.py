@@ -36,10 +36,11 @@ def papermill(*args, outputs, cwd=None):
 
 
 def settled(outputs, more=lambda run: True):
-    "The one run, when its helper has written its page and the last marks of papermill are in the copy."
+    "The one run, when the last marks of papermill are in the copy and its helper has written its page after that copy."
     run, = run_folders(outputs)
-    last = lambda: (run/'report.html').exists() and (run/'run.ipynb').exists() and read_json(run/'run.ipynb')['metadata']['papermill']['end_time']
-    until(lambda: last() and more(run), 120)
+    copy, page = run/'run.ipynb', run/'report.html'
+    ended = lambda: copy.exists() and read_json(copy)['metadata']['papermill']['end_time']
+    until(lambda: ended() and page.exists() and page.stat().st_mtime_ns >= copy.stat().st_mtime_ns and more(run), 120)
     return run
 
 
