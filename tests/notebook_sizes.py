@@ -13,11 +13,11 @@ SMALLER = {
     'e41_attribution_comparison': dict(n_prompts=6, epochs=1, sanity_images=2, stages=2),
     'e43_attribution_bench': dict(images=4, absent=2, tune=2, faithful=2, noisy=1, masks=16),
     'e44_causal_truth': dict(population=60, patients=3, steps=4, samples=2, masks=16),
-    'e49_oversight': dict(limit=12),
+    'e49_oversight': dict(reports=12),
     'e50_mammo_clip': dict(factor_epochs=1, jobs=1),
     'e63_demo_search': dict(exams=8),
     'e81_real_alignment': dict(images=24),
-    'e83_xvl_parts': dict(studies=20, limit=40),
+    'e83_xvl_parts': dict(studies=20, reports=40),
     'e84_features_over_training': dict(moments=2, exams=12),
     'e85_a2i2_learns': dict(exams=20, mapped=8),
 }

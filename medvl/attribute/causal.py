@@ -23,6 +23,7 @@ from .maps import upsample
 from .targets import Target, class_names, score_of
 from .ways import WAYS
 from ..core.errors import DataError, unknown_name
+from ..core.first_patients import patient_limit
 from ..core.progress import progress
 from ..core.seed import numpy_rng
 from ..data.phantom.breast_anatomy import PhantomConfig
@@ -133,7 +134,7 @@ class CausalSystem:
 
 def draw_patients(
     kind:str, # 'chest' or 'breast'
-    n:int, # patients
+    n:int, # patients; under `medvl run NAME -p limit=N` at most N
     config:ChestConfig|PhantomConfig, # how they look
     seed:int=1000, # of the population: another one than that of training
 ) -> list: # of ChestExam or Exam
@@ -141,6 +142,7 @@ def draw_patients(
 
     Raises: ValueError for an unknown kind."""
     if kind not in ('chest', 'breast'): raise ValueError(unknown_name('kind of phantom', kind, ('chest', 'breast')))
+    n = min(n, patient_limit() or n)
     draw = chest_exam if kind == 'chest' else phantom_exam
     return [draw(seed, i, config) for i in progress(range(n), desc=f'{kind} patients', unit='patient')]
 

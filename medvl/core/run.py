@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from .by_papermill import attend_papermill
+from .first_patients import limit_patients, patient_limit, tried_note
 from .patch import patch
 from .paths import (append_jsonl, atomic_path, digest, outputs_path, read_json, read_jsonl, write_csv,
                               write_json)
@@ -525,6 +526,7 @@ def done(self: Run) -> None:
 @patch(Run)
 def _close(self: Run, state, reason='', code=0):
     if self.by_hand and self._handle: self.end(state, reason, code)
+    if self.by_hand and self.params.get('limit'): limit_patients(0) # whatever this kernel opens next
     Run._open = None
 
 
@@ -544,21 +546,29 @@ def current(cls: type[Run],
     params:dict|None=None, # its parameters, or a notebook's `globals()`, of which the plain values are kept
     outputs:str|Path|None=None, # folder of runs, when by hand
 ) -> Run:
-    "Open the run this notebook belongs to, or by hand make a new one."
+    """Open the run this notebook belongs to, or by hand make a new one. A parameter `limit` holds for all data that are
+    opened from here on: the first so many patients of each split (nbs/008b).
+
+    Raises: ValueError for a parameter that is not what the run is labelled with, or a limit that is no number."""
     run = _handed_over()
     if run is None: return cls._by_hand(name, params or {}, outputs)
     _same_params(run, params or {})
+    limit_patients(run.params.get('limit') or 0)
     return run
 
 
 @patch(Run)
 @classmethod
 def _by_hand(cls: type[Run], name, params, outputs):
-    if Run._open is not None: Run._open.end('killed', 'another run was started in the same kernel', 137)
+    if Run._open is not None: Run._open._close('killed', 'another run was started in the same kernel', 137)
     if outputs is None and 'IN_TEST' in os.environ and 'MEDVL_OUTPUTS' not in os.environ:
         outputs = tempfile.mkdtemp(prefix='medvl-')
+    params = _namespace(params)
+    if patient_limit(): params.setdefault('limit', patient_limit()) # of the shell, or of a run that this is a step of
+    limit_patients(params.get('limit') or 0)
     run = cls.create(name, params, outputs)
     run.by_hand = True
+    if params.get('limit'): run.note(tried_note(params['limit']))
     run.begin('notebook')
     Run._open = run
     attend_papermill(run.folder, run.note, run._release) # does nothing elsewhere

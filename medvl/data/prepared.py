@@ -8,7 +8,6 @@ __all__ = ['typed', 'write_table', 'read_prepared_table', 'table_digest', 'Prepa
 
 # %% ../../nbs/112_data.prepared.ipynb #c4d41e88
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 
 from ..core.errors import DataError
+from ..core.first_patients import among_first, patient_limit
 from ..core.paths import atomic_path, digest, read_json
 from .schema import TABLES, validate
 from .store import ImageStore
@@ -189,21 +189,19 @@ def _escape(text): return str(text).replace('&', '&amp;').replace('<', '&lt;').r
 # %% ../../nbs/112_data.prepared.ipynb #18035398
 def first_patients(
     data:Prepared, # the data set
-    n:int, # patients wanted, at least 1
-) -> Prepared: # the first ones of each part of the split, in its share
+    n:int, # patients of each split; 0: all
+) -> Prepared: # the first ones of each part of the split, in the order of the manifest
     "Take a few patients, to try something; too few to learn anything about it."
-    who = data.manifest.drop_duplicates('patient_id')
-    if len(who) <= n: return data
-    kept = [p for _, part in who.groupby('split', sort=False).patient_id
-            for p in part.iloc[:max(1, round(n*len(part)/len(who)))]]
-    return data.subset(data.manifest.patient_id.isin(kept).to_numpy())
+    here = among_first(data.manifest, n)
+    return data if here.all() else data.subset(here)
 
 
 def open_prepared(
     folder:str|Path, # written by `prepare`
+    whole:bool=False, # all patients, also where only the first ones are looked at
 ) -> Prepared:
-    """Open a prepared folder; every table is checked, no pixel is read. Under `medvl run NAME -p limit=100` (which sets
-    MEDVL_LIMIT) only the first patients are taken.
+    """Open a prepared folder; every table is checked, no pixel is read. Under `medvl run NAME -p limit=N` only the
+    first N patients of each split are taken (nbs/008b).
 
     Raises: DataError when the folder is unfinished, incomplete, or its parts do not belong together."""
     folder = Path(folder)
@@ -223,5 +221,5 @@ def open_prepared(
         raise DataError(f'box of an image that is not in the manifest: {boxes.image_id.iloc[bad[0]]!r}.',
                         file=str(folder/'boxes.parquet'),
                         row=int(bad[0]), column='image_id')
-    data, limit = Prepared(folder, info, images, masks, manifest, boxes, sentences), os.environ.get('MEDVL_LIMIT', '')
-    return first_patients(data, int(limit)) if limit.isdigit() and int(limit) else data
+    data = Prepared(folder, info, images, masks, manifest, boxes, sentences)
+    return data if whole else first_patients(data, patient_limit())

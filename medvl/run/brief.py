@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..core.first_patients import tried_note
 from ..core.paths import read_json, read_jsonl
 from ..core.run import Run, run_events, run_info
 
@@ -206,7 +207,8 @@ def _on_what(folder, params, metrics, events):
     sizes = sorted({f"{m['n']} {m['unit']}s" for m in metrics.values() if m.get('n') and m.get('low') is not None
                     and m.get('unit') in _UNITS})
     if sizes and not parts: parts = f'; judged on {", ".join(sizes[:3])}'
-    return f'Data: {what}{parts}.{_leaking(folder, params)}'
+    tried = f' {tried_note(params["limit"])}' if isinstance(params.get('limit'), int) and params['limit'] > 0 else ''
+    return f'Data: {what}{parts}.{tried}{_leaking(folder, params)}'
 
 
 def _came_out(info, metrics, beside, modelled):

@@ -64,8 +64,8 @@ def parameter_lines(
         if those: out.append(f'{group}:')
         out += [f'  {p.name}: {p.type} = {"…" if p.computed else repr(p.default)}' + (f'  # {p.help}' if p.help else '')
                 for p in those]
-    return out + ['any experiment:', f'  {LIMIT.name}: {LIMIT.type} = {LIMIT.default!r}  # {LIMIT.help}']*(
-        'limit' not in {p.name for p in found})
+    if LIMIT.name in {p.name for p in found}: return out
+    return [*out, 'any experiment:', f'  {LIMIT.name}: {LIMIT.type} = {LIMIT.default!r}  # {LIMIT.help}']
 
 # %% ../../nbs/713_run.catalogue.ipynb #d1ab10de
 def _said(thing): return (thing.__doc__ or '').strip().split('\n')[0]

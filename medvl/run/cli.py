@@ -208,11 +208,11 @@ def run_command(
 def params_command(experiment: Annotated[str,
                                          typer.Argument(help='Name of an experiment, or path of a notebook.')]) -> None:
     "Show what an experiment can be told: name, type, default, meaning."
-    from medvl.run.parameters import RefusedError, notebook_parameters
+    from medvl.run.parameters import LIMIT, RefusedError, notebook_parameters
     from medvl.run.runner import find_experiment
     try: found = notebook_parameters(find_experiment(experiment))
     except RefusedError as e: _refuse(e)
-    for p in found:
+    for p in [*found, *([LIMIT] if LIMIT.name not in {p.name for p in found} else [])]:
         typer.echo(f'{p.name}: {p.type} = {"…" if p.computed else repr(p.default)}'
                    + (f'  # {p.help}' if p.help else ''))
 

@@ -336,8 +336,9 @@ def check_options(
     if twice: raise RefusedError(f'{twice[0]} is given twice: as a parameter, and in {p.name}.')
 
 # %% ../../nbs/700_run.parameters.ipynb #f808ff5a
-# what every experiment can be told besides, see `medvl.data.prepared.first_patients`
-LIMIT = Parameter('limit', 'int', 0, 'try it on the first patients only, with the split in its shares; at least 0')
+# what every experiment can be told besides, see nbs/008b
+LIMIT = Parameter('limit', 'int', 0, 'try it on the first so many patients of each split, in the order of the file, '
+                                     'for training too; 0: all; at least 0')
 
 
 def _unknown(path, name, known, given):

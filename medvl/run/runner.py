@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'EXIT_CODES', 'REPEATS', 'MACHINE', 'Alias', 'experiment_name', 'experiments', 'find_experiment',
-           'names_now', 'unfinished', 'RunFailedError', 'limited', 'find_run', 'run_experiment']
+           'names_now', 'unfinished', 'RunFailedError', 'apart', 'find_run', 'run_experiment']
 
 # %% ../../nbs/705_run.runner.ipynb #0dd90013
 import importlib.util
@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import unknown_name
+from ..core.first_patients import patient_limit, tried_note
 from ..core.paths import digest, find_repo, outputs_path, read_json, sha256_file, write_json
 from ..core.places import absolute, runs_named
 from ..core.progress import STATE, progress_line
@@ -206,14 +207,6 @@ def _import_papermill():
     return nbformat, papermill
 
 # %% ../../nbs/705_run.runner.ipynb #89ca7c73
-def limited(
-    run:Run, # of any state
-    notebook:str|Path, # of its experiment
-) -> bool: # whether it sees its first patients only
-    "Tell a run that was told `limit`, which its notebook does not have itself."
-    return bool(run.params.get('limit')) and 'limit' not in {p.name for p in notebook_parameters(notebook)}
-
-
 def _papermill(run, notebook, cwd, started, box):
     "Execute the notebook; what happened goes into `box`."
     import logging
@@ -221,7 +214,7 @@ def _papermill(run, notebook, cwd, started, box):
     logging.getLogger('papermill').setLevel(logging.CRITICAL) # what it says is in the verdict
     env = {'MEDVL_RUN': str(run.folder.resolve()), 'MEDVL_ATTEMPT': str(run.attempt)}
     env |= {k: absolute(os.environ[k]) for k in ('MEDVL_OUTPUTS', 'MEDVL_SALT') if os.environ.get(k)}
-    if limited(run, notebook): env['MEDVL_LIMIT'] = str(run.params['limit'])
+    env['MEDVL_LIMIT'] = str(run.params.get('limit') or '')
     # papermill formats paths: a folder `a {seed}` must stay one
     plain = str(run.folder/'run.ipynb').replace('{', '{{').replace('}', '}}')
 
@@ -284,6 +277,17 @@ class _Terminated:
     def __exit__(self, *error):
         if self.main: signal.signal(signal.SIGTERM, self.old)
 
+# %% ../../nbs/705_run.runner.ipynb #5b1d48f4
+def apart(
+    notebook:str|Path, # of an experiment
+    params:dict, # its typed values
+) -> dict: # the values, where those of a folder "to go on with" name a part of it
+    "Give a trial on the first patients a part of its own of a folder that is gone on with: full results stay full."
+    if not params.get('limit'): return params
+    part = f'first-{params["limit"]}-patients'
+    kept = [p.name for p in notebook_parameters(notebook) if 'to go on with' in p.help and params.get(p.name)]
+    return params | {k: str(Path(params[k])/part) for k in kept if Path(params[k]).name != part}
+
 # %% ../../nbs/705_run.runner.ipynb #33a6a1dc
 def _verdict(run, why, error):
     "State, reason and exit code of an attempt: (state, reason, code)."
@@ -322,15 +326,17 @@ def _say(text): print(f'medvl: {text}', file=sys.stderr)
 def _new(experiment, params, outputs, folder):
     "Check everything, then make the folder."
     notebook, told = find_experiment(experiment), []
-    values = check_parameters(notebook, names_now(experiment, params or {}), outputs, told.append)
+    # a step of a run on the first patients is one, too
+    within = {'limit': patient_limit()} if patient_limit() else {}
+    values = check_parameters(notebook, {**within, **names_now(experiment, params or {})}, outputs, told.append)
+    values = apart(notebook, values)
     if folder is not None and (Path(folder)/'journal.jsonl').exists():
         raise RefusedError(f'{Path(folder).name} is a run already; resume it.')
     run = Run.create(experiment_name(notebook), values, absolute(outputs or outputs_path()),
                      folder and absolute(folder), notebook=str(notebook), notebook_sha256=sha256_file(notebook),
                      cwd=os.getcwd())
     shutil.copyfile(notebook, run.folder/'source.ipynb')
-    if limited(run, notebook):
-        told.append(f'Tried on the first {run.params["limit"]} patients of each data set only: no result.')
+    if values.get('limit'): told.append(tried_note(values['limit']))
     for text in told: _say(text); run.note(text)
     return run, notebook
 
@@ -396,7 +402,9 @@ def _old(experiment, params, resume, outputs):
     given = dict(params or {})
     if alias and notebook == experiments().get(alias.name): # a sweep's copy of a notebook keeps its names
         run.params, given = _labelled(run, notebook), {alias.renamed.get(k, k): v for k, v in given.items()}
-    values = check_parameters(notebook, {**run.params, **given}, outputs)
+    # of a run of before, when it meant another thing
+    if run.params.get('limit', 0) is None: run.params = {**run.params, 'limit': 0}
+    values = apart(notebook, check_parameters(notebook, {**run.params, **given}, outputs))
     changed = [k for k, v in given.items() if digest([values[k]]) != digest([run.params.get(k)])]
     if wrong := [k for k in changed if k not in MACHINE]:
         raise RefusedError(

@@ -74,6 +74,33 @@ def test_categories_read():
     assert {t: birads_of(normalise(t)) for t in read} == read # normalising changes no category
 
 
+SIDED = {'BI-RADS right 2, left 4': ['2', '4'], 'right breast BI-RADS 2, left breast BI-RADS 4': ['2', '4'], 'R: 2, L: 4 BI-RADS': ['2', '4'], 'right breast BI-RADS 2, left breast 4': ['2', '4'],
+         'BI-RADS: Right breast: 2. Left breast: 4A.': ['2', '4A'], 'BI-RADS (right): 2; (left): 4c': ['2', '4C'], 'BI-RADS R2 L4': ['2', '4'], 'BI-RADS 2 right, 4 left': ['2', '4'],
+         'BI-RADS 2 on the right and 4 on the left': ['2', '4'], 'BI-RADS right II, left IV': ['2', '4'], 'BI-RADS both breasts 2': ['2'], 'Right 2, left 4a (BI-RADS).': ['2', '4A'],
+         'BI-RADS\nRight: 2\nLeft: 4': ['2', '4'], 'Assessment: Rt. 1, Lt. 5 BIRADS': ['1', '5'], 'BI-RADS for the right breast is 2 and for the left breast is 4': ['2', '4'],
+         # no category: a size, a count, a month, a place on the clock, the word I, and sides that belong to another sentence
+         'BI-RADS 2, left 4 mm mass': ['2'], 'BI-RADS 2, left 4 masses': ['2'], 'BI-RADS 2. Left breast 3 masses': ['2'], "BI-RADS 2. Left breast 3 o'clock": ['2'], 'BI-RADS 4, left 4 x 5 mm': ['4'],
+         'BI-RADS left 2 year follow-up': [], 'BI-RADS right: 4 weeks': [], 'BI-RADS 3. Right breast, 3 of 5 nodes.': ['3'], 'BI-RADS left breast, I recommend': [], 'BI-RADS left 7': [],
+         'Right 2, left 4 BI-RADS 3': ['3'], 'Right breast: 2, left breast: 3 masses. BI-RADS 4': ['4'], 'BI-RADS 4, right 3.5 cm': ['4']}
+
+
+def test_a_category_of_each_side():
+    assert {t: birads_of(t) for t in SIDED} == SIDED
+    assert {t: birads_of(normalise(t)) for t in SIDED} == SIDED
+
+
+FORMS_OF_SIDES = ['BI-RADS {a} {x}, {b} {y}', 'BI-RADS: {a} breast: {x}; {b} breast: {y}.', '{a} breast BI-RADS {x}, {b} breast BI-RADS {y}', '{a}: {x}, {b}: {y} BI-RADS',
+                  'BIRADS {a} breast {x} and {b} breast {y}', 'BI-RADS category {x} in the {a} breast and {y} in the {b} breast.', 'BI-RADS® {x} ({a}), {y} ({b})', 'BI-RADS {a}-{x}/{b}-{y}']
+
+
+@quick
+@given(st.sampled_from(FORMS_OF_SIDES), st.sampled_from([('right', 'left'), ('Left', 'Right'), ('R', 'L'), ('lt', 'rt'), ('RIGHT', 'LEFT')]),
+       st.sampled_from(['0', '1', '2', '3', '4', '4A', '4b', '5', '6']), st.sampled_from(['0', '1', '2', '3', '4', '4c', '4B', '5', '6']), st.sampled_from(['', 'No mass. ', 'A mass of 4 mm, left. ']))
+def test_two_sides_in_any_form(form, sides, x, y, before):
+    text = before + form.format(a=sides[0], b=sides[1], x=x, y=y)
+    assert birads_of(text) == [x.upper(), y.upper()] == birads_of(normalise(text)) == birads_of(swap_sides(text)), text
+
+
 def test_densities_read():
     assert [density_of(t) for t in ('(ACR C)', 'Breast density: B', 'extremely dense', 'almost entirely fatty', 'dense', float('nan'))] == ['C', 'B', 'D', 'A', '', '']
 
@@ -151,7 +178,7 @@ def test_sections_habits():
 
 def test_ten_thousand_words_are_quick():
     import time
-    for piece in ('No mass in the left breast. ', 'mass ', 'BI-RADS 4A ', '1. ', '. ', 'FINDINGS: ', '\n', '10 o clock ', 'A. ', '(', '    '):
+    for piece in ('No mass in the left breast. ', 'mass ', 'BI-RADS 4A ', '1. ', '. ', 'FINDINGS: ', '\n', '10 o clock ', 'A. ', '(', '    ', 'right 2, ', 'BI-RADS right ', 'on the left ', 'R2 L4 '):
         text, start = piece*10_000, time.process_time()
         split_sections(text), normalise(text), split_sentences(text), birads_of(text), swap_sides(text)
         assert time.process_time() - start < 3, piece

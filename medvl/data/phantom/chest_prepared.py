@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError, unknown_name
+from ...core.first_patients import first_rows
 from ..histogram import histogram_table, judge_histogram
 from .chest_anatomy import FINDINGS, LOCAL_FINDINGS
 from .chest_film import write_chest_phantom
@@ -110,7 +111,7 @@ def chest_histograms(
     family:float=.05, # probability that a clean data set has any row that is not ok
 ) -> pd.DataFrame: # histogram_control's columns, and profile, local, ok: a row a way and label, the worst first
     "Check that the histogram alone does not predict local findings, after every way of preparing."
-    index, tables = pd.read_csv(Path(folder)/'index.csv'), []
+    index, tables = first_rows(pd.read_csv(Path(folder)/'index.csv')), []
     stored = [(255*read_pixels(Path(folder)/p)).round().astype(np.uint8) for p in index.image_path]
     for profile in dict.fromkeys(p for p, _ in ways):
         images = np.stack([preprocess(x, profile, size or x.shape).pixels for x in stored])

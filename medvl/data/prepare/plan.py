@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ...core.errors import DataError
+from ...core.first_patients import first_rows
 from ...core.paths import digest, outputs_path
 from ..cells import quoted
 from ..dicom.header import Limits, hash_id
@@ -233,7 +234,10 @@ def make_plan(
     report:Report|None=None, # of the builder
     salt:str='', # the project's
 ) -> Plan:
-    "Check the tables and lay down the run; with a salt, image ids that are file names are hashed."
+    """Check the tables and lay down the run; with a salt, image ids that are file names are hashed. Under `medvl run
+    NAME -p limit=N` only the first N patients of each split are taken (nbs/008b)."""
+    given, records = records, first_rows(records)
+    if len(records) < len(given): boxes, sentences = _here(boxes, records), _here(sentences, records)
     profile = get_profile(profile)
     if dtype: profile = get_profile(replace(profile, dtype=str(dtype)))
     good, rejects = sort_records(records, root)
@@ -257,6 +261,13 @@ def make_plan(
     return Plan(good, boxes, good_sentences.reset_index(drop=True), rejects, Path(root), profile,
                 tuple(int(s) for s in size or profile.size), settings, names, before, len(records), file_ids,
                 tuple(remarks))
+
+
+def _here(part, records):
+    "Boxes or sentences of these records; others are for a judgement elsewhere."
+    if part is None: return None
+    keys = [k for k in ('image_id', 'exam_id') if k in part and k in records][:1]
+    return part if not keys else part[part[keys[0]].isin(records[keys[0]])].reset_index(drop=True)
 
 # %% ../../../nbs/114_data.prepare.plan.ipynb #01217594
 def plan_jobs(

@@ -36,7 +36,7 @@ class Earlier:
         """Open it.
 
         Raises: DataError for a folder that is unfinished, or that does not say how its images were made."""
-        self.data = open_prepared(folder)
+        self.data = open_prepared(folder, whole=True)
         done = [e for e in read_jsonl(Path(folder)/'journal.jsonl', damaged='stop') if 'row' in e]
         if done and not any('rules' in e for e in done):
             raise DataError('this folder was prepared by a medvl that did not note how: nothing can be taken over.',

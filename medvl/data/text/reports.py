@@ -232,9 +232,19 @@ _THINGS = (r'(?:\w+\s+){0,2}?(?:mass(?:es)?|nodules?|cysts?|lesions?|foc(?:us|i)
 _NUMBER_OF = rf'\d(?::\d\d)?(?:\s?(?:-|–|to|or|x|×|/)\s?\d{{1,2}}(?:[:.,]\d+)?)?[\s-]*{_COUNTED}'
 _MORE = (rf'(?:\s*(?:/|-|–|and|or|to|&)\s*(?!{_NUMBER_OF})|\s*,\s*(?:(?:and|or)\s+)?(?!{_NUMBER_OF}|\d[ \t]+{_THINGS}))'
          + _CATEGORY)
-_BIRADS_OF = re.compile(rf'\b{BIRADS}[\s\-:#=.,(®™]*(?:(?:final|overall|assessment|category|categories|cat|code|score'
-                        r'|grade|class|is|of|mammography|no)\b[\s:.#=(\-]*)*'
-                        rf'(?P<c>{_CATEGORY}(?:{_MORE})*)', re.I)
+_TAIL = (r'[\s\-:#=.,(®™]*(?:(?:final|overall|assessment|category|categories|cat|code|score|grade|class|is|of'
+         r'|mammography|no)\b[\s:.#=(\-]*)*')
+# each side has its own: "right 2, left 4", "R: 2", "2 on the right"
+_SIDE = (r'\(?(?:\b(?:in|on|for|of|at)\s+)?(?:\bthe\s+)?\b(?:(?:right|left|rt|lt|both|bilateral(?:ly)?|[rl])\b'
+         r'|[rl](?=[0-6]))\.?(?:\s+(?:breasts?|sides?)\b)?\)?')
+_OWN = (rf'(?!{_NUMBER_OF}|\d[ \t]+{_THINGS}|\d\s?[x×]\s?\d|i\s+(?!(?:and|or|left|right)\b)\w){_CATEGORY}')
+_SIDED = rf'{_SIDE}[\s:=\-–]*(?:(?:is|category|cat|score)\b[\s:.=]*)*{_OWN}'
+_THEN = r'(?:\s*[,;/&]\s*(?:(?:and|but)\s+)?|\s+(?:and|but)\s+)'
+_AGAIN = (rf'(?:(?:{_THEN}|\s+){_SIDED}|\s*[.\n]\s*{_SIDED}(?=\s*(?:[.,;)]|\n|$))'
+          rf'|\s*{_SIDE}{_THEN}{_OWN}(?=\s*{_SIDE})|{_MORE})')
+_BIRADS_OF = re.compile(rf'\b{BIRADS}{_TAIL}(?P<c>(?:{_CATEGORY}|{_SIDED})(?:{_AGAIN})*)'
+                        rf'|(?P<before>{_SIDED}(?:{_THEN}|\s+){_SIDED})[\s,(\-–]*'
+                        rf'\b{BIRADS}(?![\w®™]|{_TAIL}[0-6ivo])', re.I)
 
 
 def _no_marks(text):
@@ -245,12 +255,12 @@ def _no_marks(text):
 def birads_of(
     text:str|float|None, # any text
 ) -> list: # categories in order of appearance, e.g. ['4A', '2']; [] where none is named
-    """Read the BI-RADS categories that a text names.
+    """Read the BI-RADS categories that a text names, also where each side has its own ("right 2, left 4").
 
     Source: ACR BI-RADS Atlas, 5th edition: categories 0 to 6, 4 divided into A, B, C."""
     found = []
     for m in _BIRADS_OF.finditer(unicodedata.normalize('NFKC', _no_marks(as_text(text)))):
-        for c in re.findall(_CATEGORY, m['c'], re.I):
+        for c in re.findall(_CATEGORY, m['c'] or m['before'], re.I):
             c = c.replace(' ', '').lower()
             found.append(_ROMAN.get(c, c).upper())
     return found
