@@ -12,7 +12,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,8 @@ from .attribute.evidence import (CARD, believed_way, best_cells, best_channels, 
 from .attribute.mammo_factor import Explainer, MammoFactor
 from .attribute.maps import boxes_from_map, scale_01, upsample
 from .attribute.model_card import model_card
-from .attribute.similarity import similarity_map
-from .attribute.targets import class_names, target_of
+from .attribute.similarity import similarity_map, text_vector
+from .attribute.targets import Target, class_names, target_of
 from .core.errors import DataError, unknown_name
 from .core.paths import atomic_path, read_json, write_json
 from .data.pixels.file import read_image
@@ -209,12 +209,18 @@ class Explanation:
     card: dict = field(default_factory=dict, repr=False) # of the model
     why: str = '' # that this map was drawn, and how well founded it is
     score: float|None = None # of a class: its probability
+    against: str = '' # the contrary, whose map was taken off
+    nearer: tuple = () # of a sentence and its contrary: cosines of the whole image, -1..1
 
     @property
     def notes(self) -> list: # of lines
         "What must be said beside the picture: whether anything matches, what the model saw, how well it points."
         first = (match_text(self.sentence, self.match) if self.score is None
                  else f'The model gives “{self.sentence}” the probability {self.score:.2f}.')
+        if self.nearer:
+            yes, no = self.nearer
+            first += (f' Asked against “{self.against}”: the image as a whole is nearer to '
+                      f'“{self.sentence if yes > no else self.against}” ({yes:.3f} against {no:.3f}).')
         return [first, *([self.why] if self.why else []), *card_text(self.card)]
 
     def __repr__(self): return f'Explanation by {self.by}\n' + '\n'.join(self.notes)
@@ -230,7 +236,7 @@ class Explanation:
                          transform=axes[1].transAxes)
             axes[1].axis('off')
         else: draw_view(axes[1], self.image, boxes=[(*map(float, b), '') for b in self.boxes[:1]], heat=self.heat)
-        fig.suptitle(f'“{self.sentence}”', fontsize=10)
+        fig.suptitle(f'“{self.sentence}”' + (f' against “{self.against}”' if self.against else ''), fontsize=10)
         lines = [self.by + ('' if self.match['matches'] is False else '; box: hottest region'), *self.notes]
         fig.supxlabel('\n'.join(part for line in lines for part in textwrap.wrap(line, 64)), fontsize=7, color='0.4')
         return fig
@@ -244,22 +250,37 @@ class Explanation:
         return buffer.getvalue()
 
 # %% ../nbs/800_api.ipynb #b2bfd93e
-def _asked(model, pixels, sentence, how):
+def _asked(model, pixels, target, how):
     "The map of a way of `attribute`: positive where something speaks for the sentence."
     name, _, layer = how.partition('@')
     if name not in EXPLANATIONS: raise ValueError(unknown_name('way of explaining', name, EXPLANATIONS))
-    target = target_of(model.method, sentence)
     with torch.enable_grad(): found = attribute(model.method, pixels, target, name, layer or -1)
-    return (found.map.relu() if found.meta['signed'] else found.map)[None], f'{how}, {target.kind}'
+    return (found.map.relu() if found.meta['signed'] else found.map)[None], (
+        f'{how}, {target.kind}' + ('' if target.against is None else ' minus its contrary'))
 
 
-def _by_default(model, pixels, sentence):
+def _by_default(model, pixels, target):
     "What is drawn where no way is founded."
-    if model.factor:
-        heat, head = Explainer(model.factor).sentence({'images': pixels[:, None]}, sentence)
+    if model.factor and target.against is None:
+        heat, head = Explainer(model.factor).sentence({'images': pixels[:, None]}, target.value)
         return heat, f'Mammo-FActOR, head of {head}'
-    if class_names(model.method): return _asked(model, pixels, sentence, 'gradcam')
-    return similarity_map(model.method, pixels, sentence), 'similarity map (no Mammo-FActOR trained)'
+    if class_names(model.method): return _asked(model, pixels, target, 'gradcam')
+    if target.against is not None: return _asked(model, pixels, target, 'similarity')
+    return similarity_map(model.method, pixels, target.value), 'similarity map (no Mammo-FActOR trained)'
+
+
+def _target(model, sentence, against):
+    "What is asked, and against what."
+    if against and not against.strip(): raise ValueError('The contrary is empty.')
+    target = target_of(model.method, sentence) if class_names(model.method) else Target('sentence', sentence)
+    return replace(target, against=against) if against else target
+
+
+def _nearer(model, pixels, target):
+    "Cosines of the whole image with a sentence and its contrary; () without one."
+    if target.against is None: return ()
+    image = model.method.encode_image(pixels).float()[0]
+    return tuple(float(image @ text_vector(model.method, s).to(image)) for s in (target.value, target.against))
 
 
 @torch.no_grad()
@@ -269,20 +290,24 @@ def explain(
     sentence:str, # what to look for: a sentence, or a class of a classifier
     quantile:float=0.95, # boxes: regions above this quantile of the heat
     how:str='', # way of `attribute`, 'way' or 'way@layer'; '': the best founded one of the model's card
+    against:str='', # the sentence's contrary, 'no mass': what speaks for it is taken off; '': the sentence alone
 ) -> Explanation: # with `match`: whether anything matches at all; and `why` this way
     """Draw where an image answers to a sentence, and say whether it does. The way is the one that followed its cause
     best in the model's causal test (`medvl run causal_truth -p record=true`); without such a test, the one that lay
     best on the finding (`medvl run attribution_bench -p record=true`). Where none was founded, or none was asked, it is
     Mammo-FActOR, the similarity map, or Grad-CAM of a classifier, and it is said that it is not founded. `how=` takes
-    any other way.
+    any other way. With `against` the map is that of the sentence minus that of its contrary, which is what zero-shot
+    asks, and only what the two do not share is drawn.
 
-    Raises: ValueError for an empty sentence, an unknown class or way, or more than one image."""
+    Raises: ValueError for an empty sentence, an unknown class or way, the contrary of a class, a way that knows no
+    contrary, or more than one image."""
     if isinstance(image, (list, tuple)): raise ValueError('explain takes one image at a time.')
     if not sentence.strip(): raise ValueError('The sentence is empty.')
     pixels, (believed, why) = pixels_of(model, image), believed_way(model.card)
     if how: why = 'This way was chosen by hand.'
     elif believed: how = '@'.join(filter(None, believed))
-    heat, by = _asked(model, pixels, sentence, how) if how else _by_default(model, pixels, sentence)
+    target = _target(model, sentence, against)
+    heat, by = _asked(model, pixels, target, how) if how else _by_default(model, pixels, target)
     match, score = {'matches': None}, None
     if sentence in class_names(model.method):
         score = float(model.method.predict(pixels)[0, class_names(model.method).index(sentence)])
@@ -293,7 +318,7 @@ def explain(
         match = match_of(values[0], values[1:])
     heat = scale_01(upsample(heat, model.size))[0].cpu().numpy()
     return Explanation(pixels[0, 0].cpu().numpy(), heat, *boxes_from_map(heat, quantile), sentence, by, match,
-                       model.card, why, score)
+                       model.card, why, score, against, _nearer(model, pixels, target))
 
 # %% ../nbs/800_api.ipynb #926a336e
 @dataclass

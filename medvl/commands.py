@@ -74,12 +74,14 @@ def explain_command(model: Source, image: Image,
                     sentence: Annotated[str, typer.Argument(help='A sentence of a report.')],
                     out: Annotated[Path, typer.Option('-o', '--out',
                                                       help='Picture to write (.png).')] = Path(
-                                                          'explanation.png')) -> None:
+                                                          'explanation.png'),
+                    against: Annotated[str, typer.Option(
+                        help='Its contrary, such as "no mass": what speaks for that is taken off.')] = '') -> None:
     "Draw where in the image a sentence is found."
     from medvl.api import load
     from medvl.show.style import save
     _room_for(out, '.png')
-    answer = load(model_of(model)).explain(image, sentence)
+    answer = load(model_of(model)).explain(image, sentence, against=against)
     typer.echo(f'{answer.by}: {save(answer.figure(), out, limit=2_000_000)}')
     for line in answer.notes: typer.echo(line)
 

@@ -7,7 +7,7 @@ __all__ = ['EXPLANATIONS', 'Attribution', 'attribute']
 
 # %% ../../nbs/630_attribute.attribute.ipynb #c35fe6b7
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,9 +29,11 @@ def _last(level, by):
     if level != -1: raise ValueError(f'level={level}: {by} reads the last map, -1')
 
 
-def _similarity(method, images, target, level, normalise=True):
+def _similarity(method, images, target, level, normalise=True, against=None):
     _last(level, 'the cosine of cells')
-    return similarity_map(method, images, target.value, normalise)[0], {}
+    if against is not None: target = replace(target, against=against)
+    heat = similarity_map(method, images, target.value, normalise)[0]
+    return heat if target.against is None else heat - similarity_map(method, images, target.against, normalise)[0], {}
 
 
 def _sentence_way(kind):
@@ -104,6 +106,7 @@ def _relevant(method, images, target, level, report=None):
     return maps[hit].mean(0), {'score': score, 'report': text}
 
 
+_ALONE = ('word_relevance', 'attention', 'aligned', 'places', 'factor') # they read one text, and know no contrary
 EXPLANATIONS: dict[str, Explanation] = WAYS | {
     'word_relevance': Explanation(_relevant, ('word', 'sentence'), 'relevance', signed=False),
     'word_attention': Explanation(_word_way('attention'), ('word',), 'attention weight', signed=False),
@@ -120,12 +123,14 @@ EXPLANATIONS: dict[str, Explanation] = WAYS | {
 class Attribution:
     "A map, and what must be said beside it."
     map: Tensor  # float32 (h',w'): raw, on the grid of its cells
-    meta: dict = field(default_factory=dict)  # how, target, quantity, signed, level, method, image_size, options …
+    # how, target, against, quantity, signed, level, method, image_size, options …
+    meta: dict = field(default_factory=dict)
 
     def __repr__(self):
         m = self.meta
-        return (f'Attribution({m.get("how")} of {m.get("kind")} {m.get("target")!r}, {tuple(self.map.shape)} cells, '
-                f'{float(self.map.min()):.3g} to {float(self.map.max()):.3g})')
+        against = '' if m.get('against') is None else f' against {m["against"]!r}'
+        return (f'Attribution({m.get("how")} of {m.get("kind")} {m.get("target")!r}{against}, '
+                f'{tuple(self.map.shape)} cells, {float(self.map.min()):.3g} to {float(self.map.max()):.3g})')
 
 
 def _weights(method):
@@ -136,7 +141,8 @@ def _weights(method):
 def attribute(method: Method, # any system, trained
               image: Tensor, # (h,w), (1,h,w) or (1,1,h,w), uint8 or float 0..255
               target: Target | str | int | Sequence[str] | Tensor, # name or number of a class, or a sentence; sentences
-                                                                  # of one meaning; a text vector (d,); a Target
+                                                                  # of one meaning; a text vector (d,); a Target,
+                                                                  # which may name a sentence's contrary
               how: str = 'gradcam', # a key of EXPLANATIONS
               level: int | str = -1, # -1: the last map; or the dotted name of a layer
               **options: Any, # of the way: against (a sentence), report (sentences), normalise …
@@ -155,6 +161,10 @@ def attribute(method: Method, # any system, trained
         raise ValueError(f'how={how!r} explains {" and ".join(way.targets)}, not {target.kind} '
                          f'({TARGETS[target.kind]}). '
                          + (f'These do: {", ".join(able)}.' if able else 'No way explains that yet.'))
+    if options.get('against') is not None: target = replace(target, against=options['against'])
+    if target.against is not None and how in _ALONE:
+        raise ValueError(f"how={how!r} reads the sentence alone: leave its contrary out, or take how='similarity', "
+                         "'gradcam' or another way that explains a difference of scores")
     images = torch.as_tensor(image)
     if images.ndim not in (2, 3, 4) or images.ndim > 2 and images.shape[:-2].numel() != 1:
         raise ValueError(f'one image (h,w), (1,h,w) or (1,1,h,w) is explained at a time, not {tuple(images.shape)}')
@@ -165,7 +175,7 @@ def attribute(method: Method, # any system, trained
     try:
         with torch.inference_mode(False):
             images = images.reshape(1, 1, *images.shape[-2:]).to(method.device).clone()
-            if isinstance(target.value, Tensor): target = Target(target.kind, target.value.clone())
+            if isinstance(target.value, Tensor): target = replace(target, value=target.value.clone())
             heat, facts = way.draw(method, images, target, level, **options)
     except TypeError as e:
         if 'unexpected keyword' not in str(e): raise
@@ -181,7 +191,7 @@ def attribute(method: Method, # any system, trained
         ill = next((n for n, p in _weights(method) if not p.isfinite().all()), None)
         raise ValueError(f'the map of how={how!r} is not finite: ' + (f'{ill} holds NaN or infinity, the method is '
                          'broken' if ill else 'the numbers grow out of their range on this image; try another way'))
-    said = 'a text vector' if isinstance(target.value, Tensor) else target.value
+    said, contrary = ('a text vector' if isinstance(v, Tensor) else v for v in (target.value, target.against))
     return Attribution(heat.detach().float().cpu(), dict(
-        how=how, kind=target.kind, target=said, quantity=way.quantity, signed=way.signed, level=level,
+        how=how, kind=target.kind, target=said, against=contrary, quantity=way.quantity, signed=way.signed, level=level,
         method=method.name, image_size=tuple(images.shape[-2:]), options=options, **facts))

@@ -7,7 +7,7 @@ __all__ = ['TARGETS', 'BY', 'Target', 'class_names', 'target_of', 'score_of', 'E
 
 # %% ../../nbs/629a_attribute.targets.ipynb #233c1b4c
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,9 +31,13 @@ class Target:
     # sentence, sentences of one meaning or a text vector (d,); name of a class; word; name of a number;
     # box: (name of the class, (x0,y0,x1,y1)); answer: text, or (question, text)
     value: Any
+    against: Any = None  # of a sentence: its contrary, whose score is taken off; a sentence, sentences or a vector
 
     def __post_init__(self):
         if self.kind not in TARGETS: raise ValueError(unknown_name('kind of target', self.kind, TARGETS))
+        if self.against is not None and self.kind != 'sentence':
+            raise ValueError(f'against={self.against!r}: only a sentence has a contrary, not a target of the kind '
+                             f'{self.kind!r} ({TARGETS[self.kind]})')
 
 
 def class_names(method: Method,
@@ -64,27 +68,36 @@ def target_of(method: Method,
 BY = ('cosine', 'match')
 
 
+def _matched(method, value, against):
+    "How well images and a text belong together, minus how well its contrary does."
+    sides = [[t] if isinstance(t, str) else list(t) for t in (value, against) if t is not None]
+    with torch.no_grad(): read = [method.read_texts(texts) for texts in sides]
+    def score(x):
+        own = [method.match(method.read_images(x), r).mean(1) for r in read]
+        return own[0] if len(own) == 1 else own[0] - own[1]
+    return score
+
+
 def score_of(
     method: Method, # any system
     target: Target, # see `target_of`
-    against: str | Sequence[str] | Tensor | None = None, # of a sentence: what must not explain it, e.g. 'no mass'
+    against: str | Sequence[str] | Tensor | None = None, # of a sentence: its contrary, 'no mass'; None: the target's
     by: str = 'cosine', # of a sentence: one of BY
 ) -> Callable: # images (n,1,h,w) -> (n,)
     """Make the number that is explained.
 
-    Raises: ValueError for an unknown class, number or comparison, or a word, which needs its report; TypeError for a
-    method that lacks what the target asks for."""
+    Raises: ValueError for an unknown class, number or comparison, a word, which needs its report, or a contrary of
+    what is no sentence; TypeError for a method that lacks what the target asks for."""
     if by not in BY: raise ValueError(unknown_name('comparison', by, BY))
-    kind, value = target.kind, target.value
+    if against is not None: target = replace(target, against=against)
+    kind, value, against = target.kind, target.value, target.against
     if kind == 'class':
         require(method, 'logits', by='the map of a class')
         i = class_names(method).index(value)
         return lambda x: method.logits(x)[:, i]
     if kind == 'sentence' and by == 'match':
         require(method, 'match', 'read_images', 'read_texts', by='the map of a matched sentence')
-        texts = [value] if isinstance(value, str) else list(value)
-        with torch.no_grad(): read = method.read_texts(texts)
-        return lambda x: method.match(method.read_images(x), read).mean(1)
+        return _matched(method, value, against)
     if kind == 'sentence':
         require(method, 'encode_image', by='the map of a sentence')
         score = sentence_score(method, value, against)

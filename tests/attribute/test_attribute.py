@@ -40,6 +40,21 @@ def test_a_sentence_by_gradcam(tiny, shape):
     with torch.no_grad(): tiny.eval(); assert a.meta['score'] == pytest.approx(float(tiny.encode_image(IMAGE[None, None])[0] @ nn.functional.normalize(tiny.project_text(['a mass']), dim=1)[0]), rel=1e-5)
 
 
+def test_a_sentence_against_its_contrary(tiny):
+    "One score minus the other: for ways that are linear in what is asked, one map minus the other."
+    pair = Target('sentence', 'a mass', 'no mass at all')
+    for how in ('gradcam', 'hirescam', 'similarity', 'saliency', 'integrated_gradients', 'occlusion'):
+        yes, no = (attribute(tiny, IMAGE, s, how).map for s in ('a mass', 'no mass at all'))
+        found = attribute(tiny, IMAGE, pair, how)
+        torch.testing.assert_close(found.map, yes - no, rtol=1e-4, atol=1e-6)
+        assert torch.equal(attribute(tiny, IMAGE, 'a mass', how, against='no mass at all').map, found.map) and not torch.allclose(found.map, yes)
+        assert found.meta['against'] == 'no mass at all' and "against 'no mass at all'" in repr(found)
+    assert attribute(tiny, IMAGE, 'a mass').meta['against'] is None and 'against' not in repr(attribute(tiny, IMAGE, 'a mass'))
+    for how in ('attention', 'aligned', 'places'):
+        with pytest.raises(ValueError, match='reads the sentence alone'): attribute(lovt(), torch.rand(64, 64) * 255, Target('sentence', 'There is a mass.', 'No mass.'), how)
+    with pytest.raises(ValueError, match='only a sentence has a contrary'): Target('class', 'mass', 'no mass')
+
+
 def test_nothing_is_normalised(tiny):
     "Twice the text vector gives twice the map of every signed way that is linear in it."
     v = torch.randn(6, generator=torch.Generator().manual_seed(1))

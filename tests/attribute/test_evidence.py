@@ -7,13 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from medvl.api import Model, load
+from medvl.api import Model, load, zero_shot
 from medvl.attribute.evidence import CARD, THINGS, card_text, match_of, match_text, pointing_rows, read_card, trained_on, unrelated
 from medvl.attribute.localisation import localisation_table
 from medvl.attribute.mammo_factor import MammoFactor, MammoFactorConfig
 from medvl.core.errors import DataError
 from medvl.data.phantom.breast_exam import phantom_exam
 from medvl.data.phantom.breast_prepared import prepared_phantom
+from medvl.methods.classifier import new_classifier
 from medvl.methods.recipes import new_method
 
 
@@ -86,6 +87,23 @@ def test_mappers_are_asked_through_their_heads(exam, method):
     factor = MammoFactor(MammoFactorConfig(prompts=prompts, grid=tuple(maps.shape[-2:]), width=method.project_text(['mass']).shape[1]), base=method)
     answer = Model(factor, size=(128, 80)).explain(exam.views['L', 'CC'].pixels, 'banana')
     assert answer.by.startswith('Mammo-FActOR, head of') and 0 < answer.match['p'] <= 1 and answer.match['phrases'] == 60
+
+
+def test_a_sentence_is_explained_against_its_contrary(exam, method):
+    model, view = Model(method, size=(128, 80)), exam.views['L', 'CC'].pixels
+    alone, pair = model.explain(view, 'there is a mass'), model.explain(view, 'there is a mass', against='there is no mass')
+    cosines = zero_shot(model, view, ['there is a mass', 'there is no mass'], scale=1000.)
+    assert alone.nearer == () and 'against' not in alone.notes[0] and alone.by.startswith('similarity map')
+    assert pair.by == 'similarity, sentence minus its contrary' and not np.allclose(pair.heat, alone.heat)
+    nearest = cosines.idxmax()
+    assert f'nearer to “{nearest}”' in pair.notes[0] and pair.notes[0].startswith(alone.notes[0]) and (pair.nearer[0] > pair.nearer[1]) == (nearest == 'there is a mass')
+    fig = pair.figure()
+    assert fig._suptitle.get_text() == '“there is a mass” against “there is no mass”'
+    plt.close(fig)
+    by_hand = model.explain(view, 'there is a mass', how='gradcam', against='there is no mass')
+    assert by_hand.by == 'gradcam, sentence minus its contrary' and by_hand.why == 'This way was chosen by hand.'
+    with pytest.raises(ValueError, match='contrary is empty'): model.explain(view, 'a mass', against=' ')
+    with pytest.raises(ValueError, match='only a sentence'): Model(new_classifier(method, ('mass',)), size=(128, 80)).explain(view, 'mass', against='no mass')
 
 
 def test_the_card_travels_with_the_model(method, exam, tmp_path):

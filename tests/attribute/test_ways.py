@@ -45,6 +45,16 @@ def test_a_map_of_every_system(how, system, systems, film):
     assert all(torch.equal(v, before[k]) for k, v in method.state_dict().items()) and all(p.grad is None for p in method.parameters())
 
 
+def test_a_matched_sentence_against_its_contrary(systems, film):
+    "A fusion network is asked twice and the odds are subtracted; before, the contrary was dropped without a word."
+    method, x = systems['fusion'][0], film[None, None]
+    yes, no = (score_of(method, Target('sentence', s), by='match')(x) for s in ('a mass', 'the heart is large'))
+    pair = Target('sentence', 'a mass', 'the heart is large')
+    torch.testing.assert_close(score_of(method, pair, by='match')(x), yes - no)
+    assert attribute(method, film, pair, 'saliency', by='match').meta['score'] == pytest.approx(float(yes - no), abs=1e-5) and float(yes - no) != 0
+    with pytest.raises(ValueError, match='only a sentence'): attribute(systems['CNN'][0], film, 'mass', 'saliency', against='no mass')
+
+
 @pytest.mark.parametrize('how', sorted(ATTENTION_WAYS))
 def test_attention_of_a_vit_and_of_nothing_else(how, systems, film):
     method, target, _ = systems['ViT']

@@ -92,6 +92,8 @@ def test_model_commands(tmp_path, model_and_image):
         assert said.exit_code == 0 and said.output.splitlines()[1].endswith('  mass'), said.output
     shown = cli.invoke(full, ['explain', model, image, 'there is a mass', '-o', str(tmp_path/'x.png')])
     assert shown.exit_code == 0 and (tmp_path/'x.png').stat().st_size > 500, shown.output
+    pair = cli.invoke(full, ['explain', model, image, 'there is a mass', '--against', 'there is no mass', '-o', str(tmp_path/'y.png')])
+    assert pair.exit_code == 0 and 'minus its contrary' in pair.output and 'Asked against “there is no mass”' in pair.output, pair.output
 
 
 @pytest.mark.parametrize('args, says', [(['zero-shot', 'MODEL', 'IMAGE', 'mass'], 'at least two'), (['explain', 'MODEL', 'IMAGE', ' '], 'empty'),

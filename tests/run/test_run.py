@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from medvl.core.paths import append_jsonl, read_json, read_jsonl
 from medvl.core.run import HEARTBEAT, STALE, Run, RunBusy, is_alive, process_identity, run_info, run_state
-from medvl.run.parameters import Parameter, RefusedError, check_parameters, convert, notebook_parameters
+from medvl.run.parameters import Parameter, RefusedError, check_bounds, check_parameters, convert, notebook_parameters
 from medvl.run.report import clean_html, write_report
 from medvl.run.runner import ALIASES, RunFailedError, find_experiment, find_run, names_now, run_experiment
 from run_notebooks import BEGIN, counting, medvl, notebook, total, until
@@ -60,6 +60,12 @@ def test_refused_before_anything_runs(tmp_path, params, says):
     nb = notebook(tmp_path/'x.ipynb', 'lr: float = 0.1\nsteps: int = 3', BEGIN, DONE)
     with pytest.raises(RefusedError, match=says): run_experiment(nb, params, outputs=tmp_path/'out')
     assert not (tmp_path/'out').exists()
+
+
+@pytest.mark.parametrize('path', sorted((Path(__file__).parents[2]/'nbs').glob('[eb]*/[eb]*.ipynb')), ids=lambda p: p.stem)
+def test_what_stands_in_a_notebook_may_be_typed(path):
+    "A default that its own help refuses ('0: none; else at least 2') could not be given by hand."
+    for p in notebook_parameters(path): check_bounds(p, p.default)
 
 
 @pytest.mark.parametrize('tags, source, says', [((), 'lr = 1', 'tagged "parameters"'), (('parameters',), 'lr = = 1', 'not Python')])
