@@ -240,7 +240,10 @@ class Run:
     @property
     def metrics(self) -> dict: # results by name
         path = self.folder/'metrics.json'
-        return read_json(path) if path.exists() else {}
+        found = read_json(path) if path.exists() else {}
+        if not isinstance(found, dict) or not all(isinstance(m, dict) and 'value' in m for m in found.values()):
+            raise ValueError(f'{path} holds no metrics: it was changed. Restore it, or delete it.')
+        return found
 
     def __repr__(self): return f'Run({self.folder.name}: {self.state})'
 

@@ -84,6 +84,7 @@ def file_facts(
     view:str='', # of films that are no mammograms and do not say their view; '' sets them aside
 ) -> dict: # aside ('' taken), patient, accession, study, day, sop, person, laterality, view, age, sex, kind
     "Say what a file is, from its header; a file that cannot be read is an answer, too."
+    if not os.path.exists(path): return dict(aside='a link that leads nowhere')
     try: opened = open_dicom(path, Limits())
     except DataError as e:
         return dict(aside='no DICOM file' if 'not a DICOM' in e.message else f'header: {reason_about(e.message, path)}')
@@ -147,10 +148,12 @@ def scan_archive(
 
     Raises: DataError when the folder is absent, holds no file, or a folder in it cannot be read."""
     root = Path(folder)
-    if not root.is_dir(): raise DataError('the folder does not exist.', file=str(root))
+    if not root.is_dir():
+        why = 'this is a file, not a folder.' if root.exists() else 'the folder does not exist.'
+        raise DataError(why, file=str(root))
     paths = list(_files(root, {Path(os.path.abspath(w)) for w in without} | {root/w for w in without}))
     if not paths: raise DataError('the folder holds no file.', file=str(root))
-    looks = {p.relative_to(root).as_posix(): (s.st_size, s.st_mtime_ns) for p in paths if (s := p.stat())}
+    looks = {p.relative_to(root).as_posix(): _look(p) for p in paths}
     old = {} if known is None else {r['path']: r for r in known.to_dict('records')}
     old = {k: r for k, r in old.items() if looks.get(k) == (r['bytes'], r['changed'])}
     todo = [k for k in looks if k not in old]
@@ -159,3 +162,10 @@ def scan_archive(
     rows = pd.DataFrame([old.get(k) or new[k] for k in looks], columns=list(_COLUMNS))
     text = [c for c in _COLUMNS if c not in ('bytes', 'changed', 'age')]
     return rows.assign(**{c: rows[c].astype(object).where(rows[c].notna(), '') for c in text})
+
+
+def _look(path):
+    "Size and time of a file; of a link that leads nowhere, nothing."
+    try: found = path.stat()
+    except OSError: return 0, 0
+    return found.st_size, found.st_mtime_ns

@@ -207,7 +207,9 @@ def open_prepared(
     folder = Path(folder)
     if not (folder/'dataset.json').exists():
         state = 'the preparation is unfinished' if (folder/'plan.json').exists() else 'this is no prepared folder'
-        raise DataError(f'{state}.', file=str(folder), fix='Run the preparation again: it goes on where it stopped.')
+        raise DataError(f'{state}.', file=str(folder),
+                        fix='Run the preparation again: it goes on where it stopped.' if 'unfinished' in state
+                        else 'Give a folder that `medvl run prepare` wrote.')
     info, images = read_json(folder/'dataset.json'), ImageStore.open(folder/'images')
     masks = ImageStore.open(folder/'masks') if (folder/'masks'/'store.json').exists() else None
     manifest, boxes, sentences = (read_prepared_table(k, folder) for k in ('manifest', 'boxes', 'sentences'))

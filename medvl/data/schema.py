@@ -197,6 +197,7 @@ def read_csv(
     Raises: DataError for a file that is absent, unreadable, empty, not UTF-8, not a table or not separated by
     commas, that has a column twice, or a quote that swallows rows."""
     path = Path(path)
+    if path.is_dir(): raise DataError('this is a folder, not a table.', file=str(path), fix='Name the file.')
     if not path.is_file(): raise DataError('the file does not exist.', file=str(path))
     try:
         _check_separator(path)

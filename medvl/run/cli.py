@@ -11,6 +11,8 @@ __all__ = ['app', 'runs_app', 'Params', 'ParamFile', 'Outputs', 'Timeout', 'SHOW
 
 # %% ../../nbs/720_run.cli.ipynb #f96d2602
 import os
+import re
+import shlex
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -24,7 +26,9 @@ def error_line(
     "Say an error in one line; a file that cannot be read or written is named."
     text = str(error)
     if isinstance(error, OSError) and error.filename and error.strerror:
-        text = (f'{error.filename}: {error.strerror}. Give a path that exists and may be read, or written where '
+        # a file is written under another name first
+        where = re.sub(r'(^|/)\.([^/]+)\.\d+-[0-9a-f]{8}\.tmp$', r'\1\2', str(error.filename))
+        text = (f'{where}: {error.strerror}. Give a path that exists and may be read, or written where '
                 'something is to be written.')
     return ' '.join(text.split())
 
@@ -181,7 +185,9 @@ def run_command(
     from medvl.core.paths import read_jsonl
     from medvl.run.parameters import RefusedError
     from medvl.run.runner import RunFailedError, run_experiment
-    if experiment is None and resume is None: return experiments_command()
+    if experiment is None and resume is None:
+        if params or file or plan or processes: _refuse('Name an experiment: medvl run NAME …; `medvl run` lists them.')
+        return experiments_command()
     if plan and resume: _refuse('--plan is for a run that has not started; --resume continues one. Give one of them.')
     more = {**({'plan': True} if plan else {}), **({} if processes is None else {'processes': processes})}
     try:
@@ -345,6 +351,8 @@ def list_command(outputs: Outputs = None,
     from medvl.run.parameters import RefusedError
     try: brief = brief_runs(outputs, experiment, state, metric, sort)
     except RefusedError as e: _refuse(e)
+    for name, why in brief.attrs['damaged'].items():
+        typer.echo(f'medvl: {name} is damaged and left out: {why}', err=True)
     if everything or form == 'csv':
         whole = list_runs(outputs, experiment, state)
         if metric: whole = whole[whole.run.isin(brief.run)]
@@ -433,7 +441,14 @@ def info_command() -> None:
 
 # %% ../../nbs/720_run.cli.ipynb #2036ddad
 Size = Annotated[tuple[int, int], typer.Option('--size', help='Height and width of the stored images, pixels.')]
-Jobs = Annotated[int, typer.Option('--jobs', help='Processes; -1: one a core.')]
+def _jobs(number):
+    "Refuse a number of processes that means nothing."
+    if number == 0 or number < -1:
+        raise typer.BadParameter(f'{number} processes; give at least 1, or -1 for one a core.')
+    return number
+
+
+Jobs = Annotated[int, typer.Option('--jobs', callback=_jobs, help='Processes; -1: one a core.')]
 
 
 @app.command('phantom')
@@ -493,7 +508,7 @@ def index_command(
     found = index_archive(folder, reports, on, field, text, out, same, apart, need_report, seed=seed, jobs=jobs,
                           view=view.upper(), **told)
     typer.echo(f'{found}\nindex: {found.folder/"index.csv"}; set aside: {found.folder/"index_aside.csv"}\n'
-               f'next: medvl run prepare -p data={found.folder} -p out=prepared')
+               f'next: medvl run prepare -p {shlex.quote(f"data={found.folder}")} -p out=prepared')
 
 # %% ../../nbs/720_run.cli.ipynb #1d92eb27
 def main() -> None:

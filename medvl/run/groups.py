@@ -90,7 +90,9 @@ def read_groups(
     path = Path(path)
     try: table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
     except OSError as e: raise DataError(f'cannot be read: {e.strerror}', file=path) from e
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
+    except UnicodeDecodeError as e:
+        raise DataError(f'is not UTF-8 text ({e.reason})', file=path.name, fix='Save the table as UTF-8 CSV.') from e
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as e:
         raise DataError(f'is no CSV table: {" ".join(str(e).split())}', file=path.name) from e
     table = _columns(table.map(str.strip).rename(columns=str.strip), path.name)
     for row, r in table.iterrows():
@@ -100,6 +102,7 @@ def read_groups(
                             fix='Fill either run or experiment.')
         if r.run and r.parameters:
             raise DataError('parameters belong to an experiment', file=path.name, row=row, column='parameters')
+    if not len(table): raise DataError('the table has no rows', file=path.name, fix='Write a line for each run.')
     flags = {c: [_flag(v, path.name, k, c) for k, v in enumerate(table[c])]
              for c in table if c == 'baseline' or c.startswith('has_')}
     table = table.assign(**flags, order=[_order(v, path.name, k) for k, v in enumerate(table.order)],

@@ -498,6 +498,7 @@ def run_experiment(
     """Run an experiment notebook, or continue a run, and wait for its end.
 
     Raises: RefusedError before anything runs; RunFailedError when it was not done and `check` is on."""
+    if timeout is not None and not timeout > 0: raise RefusedError(f'timeout is {timeout} s; it must be more than 0.')
     if resume is None and experiment is None: raise RefusedError('Name an experiment, or a run to resume.')
     run, notebook = (_new(experiment, params, outputs, folder) if resume is None
                      else _old(experiment, params, resume, outputs))

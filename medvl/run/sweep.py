@@ -290,6 +290,8 @@ def run_sweep(
     Raises: RefusedError before anything runs."""
     backends = dict(local=_local, dask=_dask, slurm=_slurm)
     if backend not in backends: raise RefusedError(f'Backend {backend!r} is none of {", ".join(backends)}.')
+    if experiment is None and folder is None: raise RefusedError('Name an experiment, or a sweep to resume.')
+    if gpus < 0: raise RefusedError(f'gpus must be at least 0, not {gpus}.')
     if jobs < 1: raise RefusedError(f'jobs must be at least 1, not {jobs}.')
     # a sweep's name
     if folder and not Path(folder).is_dir() and (Path(outputs or outputs_path())/folder).is_dir():

@@ -95,7 +95,7 @@ def test_advice_can_be_followed():
     from typer.testing import CliRunner
 
     from medvl.run.cli import app
-    assert check_parameters(experiments()['prepare'], dict(overwrite='true'))['overwrite'] is True
+    assert check_parameters(experiments()['prepare'], dict(overwrite='true', out='prepared'))['overwrite'] is True
     assert '--overwrite' in CliRunner().invoke(app, ['prepare', '--help']).output
 
 

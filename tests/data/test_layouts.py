@@ -170,4 +170,4 @@ def test_the_miniature_runs(tmp_path, monkeypatch):
 def test_options_of_a_reader_are_checked_before_anything_runs():
     e = experiments()['prepare']
     with pytest.raises(RefusedError, match='views'): check_parameters(e, dict(layout='openi', layout_options='{"view": ["LATERAL"]}'))
-    assert check_parameters(e, dict(layout='openi', layout_options='{"views": ["LATERAL"]}'))['layout_options'] == {'views': ['LATERAL']}
+    assert check_parameters(e, dict(data='.', layout='openi', layout_options='{"views": ["LATERAL"]}'))['layout_options'] == {'views': ['LATERAL']}

@@ -41,11 +41,12 @@ def test_what_is_needed_may_be_there():
     for name in experiments(): check(name)
 
 
-def test_a_phantoms_parameter_beside_data_is_said():
+def test_a_phantoms_parameter_beside_data_is_said(tmp_path):
+    (tmp_path/'dataset.json').touch() # looks like a prepared folder
     assert check('prepare', data='/tmp', exams=64, difficulty='hard') == ["exams=64 says how a phantom is made; data are given, so it has no effect.",
                                                                          "difficulty='hard' says how a phantom is made; data are given, so it has no effect."]
     assert check('prepare', exams=64) == [] and check('prepare', data='/tmp', seed=3) == [] # the seed deals the split, too
-    assert len(check('generate', data='/tmp', count=50)) == len(check('xvl_learns', data='/tmp', images=50)) == 1
+    assert len(check('generate', data=str(tmp_path), count=50)) == len(check('xvl_learns', data='/tmp', images=50)) == 1
 
 
 def test_what_a_help_names_is_a_parameter():

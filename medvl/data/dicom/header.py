@@ -76,7 +76,7 @@ def check_file_size(
     """Refuse an empty or oversized file before it is opened.
 
     Raises: DataError."""
-    if not os.path.isfile(path): raise DataError('no such file.', file=path, fix='Check the path in the table.')
+    if not os.path.isfile(path): raise DataError('no such file.', file=path, fix='Check the path.')
     size = os.path.getsize(path)
     if size == 0: raise DataError('the file is empty (0 bytes).', file=path, fix='Copy it again from its source.')
     if size > limits.file_bytes:

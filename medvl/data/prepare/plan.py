@@ -239,6 +239,8 @@ def make_plan(
     given, records = records, first_rows(records)
     if len(records) < len(given): boxes, sentences = _here(boxes, records), _here(sentences, records)
     profile = get_profile(profile)
+    if min(size or profile.size) < 1:
+        raise ValueError(f'size is {tuple(size)}; give (height, width) of at least 1 pixel each.')
     if dtype: profile = get_profile(replace(profile, dtype=str(dtype)))
     good, rejects = sort_records(records, root)
     boxes, bad_boxes = sort_boxes(boxes, set(good.image_id))

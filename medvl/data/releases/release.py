@@ -12,6 +12,7 @@ import html
 import importlib.util
 import os
 import re
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -133,8 +134,12 @@ def read_table(
     Raises: DataError for a file that is absent, empty or no table, a column that is there twice, and Excel files
         without openpyxl."""
     path = Path(path)
+    if path.is_dir(): raise DataError('this is a folder, not a table.', file=str(path), fix='Name the file.')
     if not path.is_file(): raise DataError('the file does not exist.', file=str(path))
     try: df = _read_excel(path, sheet) if path.suffix.lower() in ('.xlsx', '.xls') else _read_csv(path)
+    except zipfile.BadZipFile as e:
+        raise DataError('not an Excel file, whatever its name says.', file=str(path),
+                        fix='Open it and save it as .xlsx or as UTF-8 CSV.') from e
     except UnicodeDecodeError as e:
         raise DataError(f'not UTF-8 text ({e.reason}).', file=str(path), fix='Save the table as UTF-8 CSV.') from e
     except (EOFError, gzip.BadGzipFile) as e:

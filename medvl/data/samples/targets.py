@@ -16,6 +16,7 @@ from ...core.errors import DataError, unknown_name
 from ...core.paths import digest
 from .image import ImageSamples, box_groups
 from ..prepared import Prepared
+from ..schema import read_csv
 
 # %% ../../../nbs/149_data.samples.targets.ipynb #157ba55e
 WORDS = {'1': 1., '1.0': 1., 'true': 1., 'yes': 1., 'present': 1., 'positive': 1., '0': 0., '0.0': 0., 'false': 0.,
@@ -149,7 +150,7 @@ def with_labels(
 
     Raises: DataError for a missing key, contradicting rows, values that are no label, or when no row matches."""
     file = None if isinstance(table, pd.DataFrame) else str(table)
-    table = table if file is None else pd.read_csv(file, dtype=str, keep_default_na=False)
+    table = table if file is None else read_csv(file)
     for frame in (table, prepared.manifest):
         if on not in frame: raise DataError(unknown_name('key column', on, frame.columns), file=file, column=on)
     columns = ([c for c in table if c != on] if columns is None else [columns] if isinstance(columns, str)
