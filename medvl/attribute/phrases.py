@@ -85,7 +85,7 @@ def phrase_scores(
     thresholds: Sequence[float] = THRESHOLDS, # of `miou`
     unit: str = 'range', # 'range': thresholds are shares of the map's range; 'raw': of its own values
 ) -> pd.DataFrame: # a row a phrase: image_id, patient_id, label, regions, missing, cnr, pointing, miou, iou@T, alarm …
-    """Score the map of every phrase.
+    """Score the map of every phrase. Boxes without a pixel at this size give NaN.
 
     Raises: ValueError for another unit, or a map with NaN."""
     if unit not in ('range', 'raw'): raise ValueError(unknown_name('unit', unit, ('range', 'raw')))
@@ -105,10 +105,12 @@ def phrase_scores(
         if kind == 'none':
             rows.append(about | dict(alarm=float(regions[len(regions) // 2].mean())))
             continue
-        truth = box_mask(p.boxes, size)
+        truth, parts = box_mask(p.boxes, size), [m for b in p.boxes if (m := box_mask(b[None], size)).any()]
+        if not parts: # so small that no pixel's centre lies in it: nothing can be said at this size
+            rows.append(about | dict.fromkeys(names, np.nan))
+            continue
         overlap = [float((r & truth).sum() / (r | truth).sum()) for r in regions]
-        signed = contrast_to_noise(wide, truth)
-        each = [contrast_to_noise(wide, box_mask(b[None], size)) for b in p.boxes]
+        signed, *each = [np.nan if (v := contrast_to_noise(wide, m)) is None else v for m in (truth, *parts)]
         values = [signed, abs(signed), float(np.mean(np.abs(each))), pointing_score(wide, truth),
                   float(np.mean(overlap))]
         rows.append(about | dict(zip(names, values + overlap)))
