@@ -292,7 +292,7 @@ def sweep_command(
 def _print(table):
     import pandas as pd
     with pd.option_context('display.width', 200, 'display.max_columns', 30, 'display.max_colwidth', 48):
-        typer.echo(table.fillna('').to_string(index=isinstance(table.index, pd.MultiIndex)))
+        typer.echo(table.astype(object).fillna('').to_string(index=isinstance(table.index, pd.MultiIndex)))
 
 
 FORMATS = ('table', 'csv', 'latex', 'md')
@@ -302,10 +302,10 @@ def _as(table, form):
     "Print a table in one of FORMATS."
     if form not in FORMATS: _refuse(f'Unknown format {form!r}; there are {", ".join(FORMATS)}.')
     if form == 'csv': return typer.echo(table.to_csv(index=False), nl=False)
-    if form == 'latex': return typer.echo(table.fillna('').to_latex(index=False, escape=True))
+    if form == 'latex': return typer.echo(table.astype(object).fillna('').to_latex(index=False, escape=True))
     if form == 'table': return _listed(table, 'No runs.')
     cell = lambda v: str(v).replace('|', '\\|')
-    for row in [list(table), ['---'] * table.shape[1], *table.fillna('').values.tolist()]:
+    for row in [list(table), ['---'] * table.shape[1], *table.astype(object).fillna('').values.tolist()]:
         typer.echo(f'| {" | ".join(map(cell, row))} |')
 
 # %% ../../nbs/720_run.cli.ipynb #186c3642
