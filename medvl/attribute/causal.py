@@ -131,7 +131,7 @@ class CausalSystem:
         said = lambda phrase, s: Target('sentence', phrase.format(name=word, side=s))
         return {s: (said(self.sided, s), said(self.sided_contrary, s)) for s in ('left', 'right')}
 
-
+# %% ../../nbs/633_attribute.causal.ipynb #76986a1d
 def draw_patients(
     kind:str, # 'chest' or 'breast'
     n:int, # patients; under `medvl run NAME -p limit=N` at most N
@@ -173,7 +173,7 @@ def system_scores(
             out.append(score(torch.from_numpy(x)[:, None].float().to(system.method.device)).float().cpu().numpy())
     return np.concatenate(out)
 
-
+# %% ../../nbs/633_attribute.causal.ipynb #7d436ef9
 def causal_knowledge(
     system:CausalSystem, # trained
     exams:Sequence, # of `draw_patients`

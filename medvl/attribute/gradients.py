@@ -210,7 +210,7 @@ def guided_grad_cam(
     wide = F.interpolate(cam.relu()[:, None], images.shape[-2:], mode=mode, **more)
     return guided_backprop(score, images, model) * wide
 
-
+# %% ../../nbs/626a_attribute.gradients.ipynb #63525df6
 class _Numbered(nn.Module):
     "A network whose every call of a ReLU is a module of its own, as captum's rule needs it."
     def __init__(self, model, calls):
@@ -248,4 +248,3 @@ def deep_lift(
                                                       target=target,
                                                       return_convergence_delta=True)
     return found.detach(), gap.detach()
-

@@ -136,6 +136,13 @@ def write_scan(
         temporary.write_text(scan.to_json(orient='records', lines=True))
 
 
+def _look(path):
+    "Size and time of a file; of a link that leads nowhere, nothing."
+    try: found = path.stat()
+    except OSError: return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+# %% ../../nbs/192_data.archive_files.ipynb #303b508a
 def scan_archive(
     folder:str|Path, # of the archive
     salt:str, # the project's
@@ -162,10 +169,3 @@ def scan_archive(
     rows = pd.DataFrame([old.get(k) or new[k] for k in looks], columns=list(_COLUMNS))
     text = [c for c in _COLUMNS if c not in ('bytes', 'changed', 'age')]
     return rows.assign(**{c: rows[c].astype(object).where(rows[c].notna(), '') for c in text})
-
-
-def _look(path):
-    "Size and time of a file; of a link that leads nowhere, nothing."
-    try: found = path.stat()
-    except OSError: return 0, 0
-    return found.st_size, found.st_mtime_ns

@@ -198,7 +198,7 @@ def _begin(writer, first, c, given):
     sums = torch.tensor([0.] + [-torch.inf] * (k - 1), device=first.device).repeat(len(first), 1)
     return first[each, None], sums, None if given is None else given[each]
 
-
+# %% ../../nbs/227_models.search.ipynb #1f1bf343
 def _standard(writer, first, end, c, never, given):
     k, b, device = c.beams, len(first), first.device
     text, sums, given = _begin(writer, first, c, given)
@@ -240,7 +240,7 @@ def _standard(writer, first, end, c, never, given):
             given = None if given is None else given[each]
     return out
 
-
+# %% ../../nbs/227_models.search.ipynb #abeb4368
 def _reference(writer, first, end, c, never, given):
     k, device = c.beams, first.device
     text, sums, given = _begin(writer, first, c, given)

@@ -125,7 +125,7 @@ def _listed(table, empty='Nothing.', wide=118):
         line = '  '.join(f'{v:{w}}' for v, w in zip(row, room)).rstrip()
         typer.echo(line if len(line) <= wide else f'{line[:wide - 1]}…')
 
-
+# %% ../../nbs/720_run.cli.ipynb #c939d313
 @app.command('experiments')
 def experiments_command() -> None:
     "List the experiments with a line each, as `medvl run` does."
@@ -160,7 +160,7 @@ def datasets_command() -> None:
                'layout: '
                'questions and mistaken reports,\nwhich other experiments read.')
 
-
+# %% ../../nbs/720_run.cli.ipynb #9414be7f
 @app.command('run', cls=RunCommand)
 def run_command(
     experiment: Annotated[Optional[str],
@@ -292,7 +292,7 @@ def sweep_command(
 def _print(table):
     import pandas as pd
     with pd.option_context('display.width', 200, 'display.max_columns', 30, 'display.max_colwidth', 48):
-        typer.echo(table.fillna('').to_string(index=isinstance(table.index, pd.MultiIndex)))
+        typer.echo(table.astype(object).fillna('').to_string(index=isinstance(table.index, pd.MultiIndex)))
 
 
 FORMATS = ('table', 'csv', 'latex', 'md')
@@ -302,13 +302,13 @@ def _as(table, form):
     "Print a table in one of FORMATS."
     if form not in FORMATS: _refuse(f'Unknown format {form!r}; there are {", ".join(FORMATS)}.')
     if form == 'csv': return typer.echo(table.to_csv(index=False), nl=False)
-    if form == 'latex': return typer.echo(table.fillna('').to_latex(index=False, escape=True))
+    if form == 'latex': return typer.echo(table.astype(object).fillna('').to_latex(index=False, escape=True))
     if form == 'table': return _listed(table, 'No runs.')
     cell = lambda v: str(v).replace('|', '\\|')
-    for row in [list(table), ['---'] * table.shape[1], *table.fillna('').values.tolist()]:
+    for row in [list(table), ['---'] * table.shape[1], *table.astype(object).fillna('').values.tolist()]:
         typer.echo(f'| {" | ".join(map(cell, row))} |')
 
-
+# %% ../../nbs/720_run.cli.ipynb #186c3642
 Groups = Annotated[Optional[Path],
                    typer.Option('--groups',
                                 help='CSV file that names runs and the tables they stand in: columns group, '
@@ -365,7 +365,7 @@ def list_command(outputs: Outputs = None,
         brief = brief.assign(run=[cut(v, 40) for v in brief.run], metric=[number(v) for v in brief.metric])
     _as(brief, form)
 
-
+# %% ../../nbs/720_run.cli.ipynb #cffc0c97
 @runs_app.command('best')
 def best_command(metric: Annotated[str, typer.Argument(help='Name of a metric.')], outputs: Outputs = None,
                  experiment: Annotated[Optional[str], typer.Option(help='Only this experiment.')] = None,

@@ -80,7 +80,7 @@ def _group_checked(part, file):
                         file=file, row=int(row), column='metric', fix='One metric a group.')
     return part.assign(metric=named.metric.iloc[0] if len(named) else '')
 
-
+# %% ../../nbs/712a_run.groups.ipynb #9e9cf65b
 def read_groups(
     path:str|Path, # CSV file, see COLUMNS; LoVT's names are read too
 ) -> pd.DataFrame: # the columns of COLUMNS, and flags has_…; a group's rows in their order, groups as they come

@@ -155,7 +155,7 @@ def fits_once(ask: Callable, # (images, rows, texts) -> fits, as of `pair_fits`
         return np.array(found, float)
     return fits
 
-
+# %% ../../../nbs/519_evaluate.protocols.image_use.ipynb #365dde1c
 @dataclass(frozen=True)
 class ImageTask:
     "A question that is asked with several images."
@@ -198,7 +198,7 @@ def zero_shot_task(
         return np.stack(asked_once(known, image_keys(pixels), lambda new: judge(pixels[new])))
     return ImageTask(f'zero-shot by {score}', ask, np.stack(truths, 1))
 
-
+# %% ../../../nbs/519_evaluate.protocols.image_use.ipynb #1225894f
 def retrieval_task(
     method: Method, # with match, or with vectors
     texts: Sequence[str], # (n,) the report of each image

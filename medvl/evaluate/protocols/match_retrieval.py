@@ -147,7 +147,7 @@ class MatchRetrievalResult(RetrievalResult):
         out = g.pivot_table(index=['task', 'metric'], columns='gallery', values='value', sort=False)
         return out.assign(moved=out.iloc[:, 1] - out.iloc[:, 0]) if out.shape[1] > 1 else out
 
-
+# %% ../../../nbs/513_evaluate.protocols.match_retrieval.ipynb #9a52e50a
 def match_retrieval(
     method: Method, # with read_images, read_texts and match, and encode_image and encode_text for the first choice
     prepared: Prepared, # data set with reports
@@ -198,7 +198,7 @@ def match_retrieval(
     table = table.assign(split=split or 'test', reports=reports, score=score, positives=positives, own=own)
     return MatchRetrievalResult(table, ranks, left_out, x @ t.T, frame, texts, leaks, galleries, pairs, without)
 
-
+# %% ../../../nbs/513_evaluate.protocols.match_retrieval.ipynb #6fcedc11
 def unit_matches(
     method: Method, part: Prepared, # the images
     codes: np.ndarray, kept: np.ndarray, # unit of each image; numbers of the units

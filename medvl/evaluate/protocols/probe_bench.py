@@ -135,7 +135,7 @@ class ProbeBenchResult:
 
     def _repr_html_(self): return self.shown().to_html(index=False)
 
-
+# %% ../../../nbs/523_evaluate.protocols.probe_bench.ipynb #1b3f0680
 def _controls(sets, labels, control, options):
     "Provenance of every set and label: rows of the table, and {(set, label): line} where it fires."
     tables, fired, small = [], {}, {}

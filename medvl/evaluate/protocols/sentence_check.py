@@ -221,7 +221,7 @@ def _doubted(sentence, fits, rivals, mirrored, candidates):
     better = sorted((c for c in [*rivals, *filter(None, [mirrored])] if fits[c] > own), key=lambda c: -fits[c])
     return float(max(yard) - own), ' and '.join(against), better[:3]
 
-
+# %% ../../../nbs/518b_evaluate.protocols.sentence_check.ipynb #bcfce3ab
 def check_sentences(
     method: Method, # with match, or with vectors of images and texts
     image: torch.Tensor, # (1,1,h,w), uint8 or float 0..255
