@@ -293,8 +293,9 @@ def explain(
     against:str='', # the sentence's contrary, 'no mass': what speaks for it is taken off; '': the sentence alone
 ) -> Explanation: # with `match`: whether anything matches at all; and `why` this way
     """Draw where an image answers to a sentence, and say whether it does. The way is the one that followed its cause
-    best in the model's causal test (`medvl run causal_truth -p record=true`); without such a test, the one that lay
-    best on the finding (`medvl run attribution_bench -p record=true`). Where none was founded, or none was asked, it is
+    best in the model's causal test (`medvl run causal_truth -p record=true`) among those that lay on the finding, too
+    (`medvl run attribution_bench -p record=true`); where none did both, the best of the causal test; without such a
+    test, the one that lay best. Where none was founded, or none was asked, it is
     Mammo-FActOR, the similarity map, or Grad-CAM of a classifier, and it is said that it is not founded. `how=` takes
     any other way. With `against` the map is that of the sentence minus that of its contrary, which is what zero-shot
     asks, and only what the two do not share is drawn.

@@ -216,25 +216,31 @@ def _ways_of(card, name, score, again):
     return ways
 
 
-def _best(ways, score):
-    good = sorted((w for w in ways if w.get('founded') is True), key=lambda w: -w[score])
-    if not good: return None, None, ''
-    name, _, layer = good[0]['explanation'].partition('@')
-    return good[0], (name, layer), str(len(ways))
+def _best(ways, score, among=None):
+    "The founded way with the highest score (of those named), its name and layer; None, None."
+    good = [w for w in ways if w.get('founded') is True and (among is None or w['explanation'] in among)]
+    if not good: return None, None
+    best = max(good, key=lambda w: w[score])
+    name, _, layer = best['explanation'].partition('@')
+    return best, (name, layer)
+
+
+def _span(way):
+    return f" ({way['low']:.2f} to {way['high']:.2f})" if all(_number(way.get(k)) for k in ('low', 'high')) else ''
 
 
 def _placed(way, patients):
     "What the bench says of a way."
-    span = f" ({way['low']:.2f} to {way['high']:.2f})" if all(_number(way.get(k)) for k in ('low', 'high')) else ''
     gap = way.get('minus_control')
-    over = f", {gap:+.2f}{span} over {way.get('control')}" if _number(gap) else ''
+    over = f", {gap:+.2f}{_span(way)} over {way.get('control')}" if _number(gap) else ''
     return f"pixel AUROC {way['auroc']:.2f}{over} ({patients[:60]})"
 
 
 def believed_way(
     card: dict, # of `read_card`
 ) -> tuple: # way and layer ('' the last), or None; a line that says why
-    """Name the best-founded way of a model: by the causal test; where there was none, by the bench.
+    """Name the best-founded way of a model: one that follows the cause and lies on the finding; where none does both,
+    the best by the causal test; where there was none, by the bench.
 
     Raises: DataError for a record that is none."""
     causal, bench = (_ways_of(card, *r) for r in (('causal', 'causal', 'causal_truth'),
@@ -243,17 +249,21 @@ def believed_way(
     if causal is None:
         never = 'Never put to the causal test: whether this map follows the cause is not known.'
         if bench is None: return None, never
-        best, way, many = _best(bench, 'auroc')
+        best, way = _best(bench, 'auroc')
         if way is None: return None, f'On the bench no way of {len(bench)} beat its controls. {never}'
-        return way, (f'Best founded of {many} ways on the bench: it lies on the finding better than any map without a '
-                     f"model, than the shuffled network's and than a stranger's: {_placed(best, where)}. {never}")
-    best, way, many = _best(causal, 'causal')
+        return way, (f'Best founded of {len(bench)} ways on the bench: it lies on the finding better than any map '
+                     f"without a model, than the shuffled network's and than a stranger's: {_placed(best, where)}. {never}")
+    most, way = _best(causal, 'causal')
     if way is None:
         return None, f'In the causal test no way of {len(causal)} beat its controls: this map is not founded.'
-    span = f' ({best["low"]:.2f} to {best["high"]:.2f})' if all(_number(best.get(k)) for k in ('low', 'high')) else ''
+    best, twice = _best(causal, 'causal', [w['explanation'] for w in bench or () if w.get('founded') is True])
+    best = best or most
     beside = next((w for w in bench or () if w['explanation'] == best['explanation']), None)
     also = '' if beside is None else f' On the bench: {_placed(beside, where)}.'
-    return way, (f'Best founded of {many} ways: when the finding was taken away, moved or shrunk, this map '
-                 f'followed by {best["causal"]:.2f}{span} of 1, more than brightness and the untrained network '
-                 f'({str(card["causal"].get("data", ""))[:60]}).{also}')
+    if twice and best is not most:
+        also += (f' {most["explanation"]} followed its cause by {most["causal"]:.2f}, but was not founded there.')
+    return twice or way, (
+        f'{"Founded twice, best" if twice else "Best founded"} of {len(causal)} ways: when the finding was taken away, '
+        f'moved or shrunk, this map followed by {best["causal"]:.2f}{_span(best)} of 1, more than brightness and the '
+        f'untrained network ({str(card["causal"].get("data", ""))[:60]}).{also}')
 

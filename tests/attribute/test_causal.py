@@ -10,7 +10,7 @@ from medvl.api import Model, explain
 from medvl.attribute.attribute import EXPLANATIONS, attribute
 from medvl.attribute.causal import (side_knowledge, PLACES, CausalSystem, causal_knowledge, causal_lines, causal_pairs, causal_rows, causal_table, change_score, draw_patients, founded_ways, grown, map_mass,
                                     mass_fall, shortcut_knowledge, side_rows)
-from medvl.attribute.evidence import CARD, believed_way, read_card, record_causal
+from medvl.attribute.evidence import CARD, believed_way, read_card, record_bench, record_causal
 from medvl.attribute.fusion_flow import fused_relevance
 from medvl.attribute.sanity import sanity_bench, sanity_lines
 from medvl.attribute.targets import Explanation, Target
@@ -221,6 +221,14 @@ def test_the_record_decides_what_explain_draws(tmp_path, films, system):
     record_causal(folder, verdict, pd.DataFrame([dict(finding='nodule', auroc=.9)]), 'chest phantom')
     told = explain(Model(system.method, 'resize_v1', (96, 96), card=read_card(folder)), films[0].pixels, 'opacity')
     assert told.by.startswith('gradcam@image_encoder.layer3.0') and 'Best founded of 2 ways' in told.why and told.why in told.notes
+    placed = pd.DataFrame([dict(method='occlusion', value=.8, control='centre', minus_control=.1, low=.05, high=.2, images=9, patients=5, founded=True),
+                           dict(method='gradcam@image_encoder.layer3.0', value=.6, control='centre', minus_control=-.1, low=-.2, high=-.05, images=9, patients=5, founded=False)])
+    record_bench(folder, placed, pd.DataFrame([dict(finding='nodule', value=.9)]), '5 test patients')
+    twice = explain(Model(system.method, 'resize_v1', (96, 96), card=read_card(folder)), films[0].pixels, 'opacity')
+    assert twice.by.startswith('occlusion') and twice.why.startswith('Founded twice, best of 2 ways') and 'followed its cause by 0.60, but was not founded there' in twice.why
+    record_bench(folder, placed.assign(founded=False), pd.DataFrame([dict(finding='nodule', value=.9)]), '5 test patients')
+    once = explain(Model(system.method, 'resize_v1', (96, 96), card=read_card(folder)), films[0].pixels, 'opacity')
+    assert once.by.startswith('gradcam@image_encoder.layer3.0') and 'Best founded of 2 ways' in once.why and 'pixel AUROC 0.60, -0.10' in once.why
     record_causal(folder, verdict.assign(founded=False), pd.DataFrame(columns=['finding', 'auroc']), 'chest phantom')
     none = explain(Model(system.method, 'resize_v1', (96, 96), card=read_card(folder)), films[0].pixels, 'nodule')
     assert none.by == plain.by and 'not founded' in none.why
