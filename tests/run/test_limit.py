@@ -173,3 +173,9 @@ def test_rows_of_any_table():
 def test_help_says_so():
     assert 'any experiment:' in CliRunner().invoke(app, ['run', 'zero_shot', '--help']).output
     assert 'first so many patients' in CliRunner().invoke(app, ['params', 'vqa']).output
+
+
+def test_too_few_patients_are_named_as_the_reason(tmp_path):
+    bad = notebook(tmp_path/'e03_bad.ipynb', 'x: int = 0', "from medvl.core.run import Run\nrun = Run.current('bad', globals())\nraise ValueError('one class only')")
+    got = CliRunner().invoke(app, ['run', str(bad), '-p', 'limit=2', '--outputs', str(tmp_path/'o'), '--no-report'])
+    assert got.exit_code == 1 and 'one class only' in got.output and 'with a larger limit' in got.output
