@@ -197,6 +197,8 @@ def run_command(
         again = ('The same would happen again: mend what it says, then start a new run.' if e.repeats else
                  f'Continue with: medvl run --resume {e.run.folder.name}'
                  + (f' --outputs {outputs}' if outputs else ''))
+        few = e.run.params.get('limit')
+        if few: again += f' It saw {few} patients of each split: with a larger limit it may find what it lacks.'
         typer.echo(f'medvl: {e}\nKept in {e.run.folder}\n{again}', err=True)
         raise typer.Exit(e.exit_code) from None
     if plan:

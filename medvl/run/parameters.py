@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLACES', 'MODELS', 'FILES', 'LIMIT', 'RefusedError', 'Parameter', 'notebook_parameters', 'convert', 'check_bounds',
-           'check_needs', 'placed', 'options_class', 'check_recipe', 'check_options', 'check_parameters',
+           'check_needs', 'placed', 'options_class', 'check_recipe', 'check_options', 'apart', 'check_parameters',
            'parse_assignments', 'read_parameters']
 
 # %% ../../nbs/700_run.parameters.ipynb #75053a73
@@ -21,6 +21,7 @@ from typing import Any
 
 from ..core.config import check_fields
 from ..core.errors import closest, unknown_name
+from ..core.first_patients import patient_limit
 from ..core.places import absolute, place, prepared_part
 from ..core.words import Word, plain_value, read_structure, read_yaml
 
@@ -393,6 +394,17 @@ def check_options(
     twice = [k for k in values[p.name] if k in given]
     if twice: raise RefusedError(f'{twice[0]} is given twice: as a parameter, and in {p.name}.')
 
+# %% ../../nbs/700_run.parameters.ipynb #81fac0e4
+def apart(
+    parameters:Iterable, # of an experiment: `Parameter` objects
+    values:dict, # their typed values
+) -> dict: # the values, where those of a folder "to go on with" name a part of it
+    "Give a trial on the first patients a part of its own of a folder that is gone on with: full results stay full."
+    if not values.get('limit'): return values
+    part = f'first-{values["limit"]}-patients'
+    kept = [p.name for p in parameters if 'to go on with' in p.help and values.get(p.name)]
+    return values | {k: str(Path(values[k])/part) for k in kept if Path(values[k]).name != part}
+
 # %% ../../nbs/700_run.parameters.ipynb #f808ff5a
 # what every experiment can be told besides, see nbs/008b
 LIMIT = Parameter('limit', 'int', 0, 'try it on the first so many patients of each split, in the order of the file, '
@@ -422,6 +434,7 @@ def check_parameters(
     Raises: RefusedError for an unknown name (with the closest valid one), a wrong type, or a field that an options
     parameter does not have."""
     known = {p.name: p for p in notebook_parameters(path)}
+    if patient_limit(): given = {'limit': patient_limit(), **given} # a step of a run on the first patients is one, too
     if 'limit' in given: known.setdefault('limit', LIMIT)
     for name in given:
         if name not in known: raise RefusedError(_unknown(path, name, known, given))
@@ -436,7 +449,7 @@ def check_parameters(
     for name, p in known.items():
         if isinstance(values.get(name), dict) and values[name]: check_options(p, values, set(given) - {name})
     for p in known.values(): check_needs(p, values, say)
-    return values
+    return apart(known.values(), values)
 
 # %% ../../nbs/700_run.parameters.ipynb #a7cc1702
 def parse_assignments(

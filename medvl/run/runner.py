@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALIASES', 'EXIT_CODES', 'REPEATS', 'MACHINE', 'Alias', 'experiment_name', 'experiments', 'find_experiment',
-           'names_now', 'unfinished', 'RunFailedError', 'apart', 'find_run', 'run_experiment']
+           'names_now', 'unfinished', 'RunFailedError', 'find_run', 'run_experiment']
 
 # %% ../../nbs/705_run.runner.ipynb #0dd90013
 import importlib.util
@@ -22,13 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..core.errors import unknown_name
-from ..core.first_patients import patient_limit, tried_note
+from ..core.first_patients import tried_note
 from ..core.paths import digest, find_repo, outputs_path, read_json, sha256_file, write_json
 from ..core.places import absolute, runs_named
 from ..core.progress import STATE, progress_line
 from ..core.provenance import provenance
 from ..core.run import Run, RunBusy, is_alive, is_run, run_events, run_folders
-from .parameters import RefusedError, check_parameters, notebook_parameters
+from .parameters import RefusedError, check_parameters
 from .report import write_report
 
 # %% ../../nbs/705_run.runner.ipynb #32e3f6fb
@@ -277,17 +277,6 @@ class _Terminated:
     def __exit__(self, *error):
         if self.main: signal.signal(signal.SIGTERM, self.old)
 
-# %% ../../nbs/705_run.runner.ipynb #5b1d48f4
-def apart(
-    notebook:str|Path, # of an experiment
-    params:dict, # its typed values
-) -> dict: # the values, where those of a folder "to go on with" name a part of it
-    "Give a trial on the first patients a part of its own of a folder that is gone on with: full results stay full."
-    if not params.get('limit'): return params
-    part = f'first-{params["limit"]}-patients'
-    kept = [p.name for p in notebook_parameters(notebook) if 'to go on with' in p.help and params.get(p.name)]
-    return params | {k: str(Path(params[k])/part) for k in kept if Path(params[k]).name != part}
-
 # %% ../../nbs/705_run.runner.ipynb #33a6a1dc
 def _verdict(run, why, error):
     "State, reason and exit code of an attempt: (state, reason, code)."
@@ -326,10 +315,7 @@ def _say(text): print(f'medvl: {text}', file=sys.stderr)
 def _new(experiment, params, outputs, folder):
     "Check everything, then make the folder."
     notebook, told = find_experiment(experiment), []
-    # a step of a run on the first patients is one, too
-    within = {'limit': patient_limit()} if patient_limit() else {}
-    values = check_parameters(notebook, {**within, **names_now(experiment, params or {})}, outputs, told.append)
-    values = apart(notebook, values)
+    values = check_parameters(notebook, names_now(experiment, params or {}), outputs, told.append)
     if folder is not None and (Path(folder)/'journal.jsonl').exists():
         raise RefusedError(f'{Path(folder).name} is a run already; resume it.')
     run = Run.create(experiment_name(notebook), values, absolute(outputs or outputs_path()),
@@ -404,7 +390,7 @@ def _old(experiment, params, resume, outputs):
         run.params, given = _labelled(run, notebook), {alias.renamed.get(k, k): v for k, v in given.items()}
     # of a run of before, when it meant another thing
     if run.params.get('limit', 0) is None: run.params = {**run.params, 'limit': 0}
-    values = apart(notebook, check_parameters(notebook, {**run.params, **given}, outputs))
+    values = check_parameters(notebook, {**run.params, **given}, outputs)
     changed = [k for k, v in given.items() if digest([values[k]]) != digest([run.params.get(k)])]
     if wrong := [k for k in changed if k not in MACHINE]:
         raise RefusedError(

@@ -17,7 +17,8 @@ from medvl.run.brief import run_sentences
 from medvl.run.catalogue import parameter_lines
 from medvl.run.cli import app
 from medvl.run.parameters import RefusedError, check_parameters, notebook_parameters
-from medvl.run.runner import apart, experiments, run_experiment
+from medvl.run.runner import experiments, run_experiment
+from medvl.run.sweep import run_sweep
 
 # experiments in which a limit has nothing to cut
 NO_PATIENTS = {
@@ -149,9 +150,18 @@ def test_a_folder_that_is_gone_on_with_is_left_alone(tmp_path):
     assert len(shared) >= 9
     for name in shared:
         path = experiments()[name]
-        values = apart(path, check_parameters(path, dict(folder=str(tmp_path), limit=3)))
-        assert values['folder'] == str(tmp_path/'first-3-patients') == apart(path, values)['folder'], name
-        assert apart(path, check_parameters(path, dict(folder=str(tmp_path))))['folder'] == str(tmp_path), name
+        values = check_parameters(path, dict(folder=str(tmp_path), limit=3))
+        assert values['folder'] == str(tmp_path/'first-3-patients') == check_parameters(path, values)['folder'], name # also when it goes on
+        assert check_parameters(path, dict(folder=str(tmp_path)))['folder'] == str(tmp_path), name
+
+
+def test_a_sweep_on_the_first_patients(tmp_path, monkeypatch):
+    data = prepared_phantom(tmp_path/'p', 16, (48, 32))
+    inner = notebook(tmp_path/'e02_inner.ipynb', "data: 'Data' = ''\nfolder: 'File' = ''  # where things lie, to go on with\nseed: int = 0",
+                     "from medvl.core.run import Run\nfrom medvl.data.prepared import open_prepared\nrun = Run.current('inner', globals())\nrun.metric('n', open_prepared(data).manifest.patient_id.nunique())\nrun.done()")
+    given = dict(data=str(data.folder), folder=str(tmp_path/'f'), limit=1)
+    table = run_sweep(inner, dict(seed=[0, 1]), given, tmp_path/'out')
+    assert table.state.tolist() == ['done', 'done'] and table.n.tolist() == [3, 3]
 
 
 def test_rows_of_any_table():
@@ -163,3 +173,9 @@ def test_rows_of_any_table():
 def test_help_says_so():
     assert 'any experiment:' in CliRunner().invoke(app, ['run', 'zero_shot', '--help']).output
     assert 'first so many patients' in CliRunner().invoke(app, ['params', 'vqa']).output
+
+
+def test_too_few_patients_are_named_as_the_reason(tmp_path):
+    bad = notebook(tmp_path/'e03_bad.ipynb', 'x: int = 0', "from medvl.core.run import Run\nrun = Run.current('bad', globals())\nraise ValueError('one class only')")
+    got = CliRunner().invoke(app, ['run', str(bad), '-p', 'limit=2', '--outputs', str(tmp_path/'o'), '--no-report'])
+    assert got.exit_code == 1 and 'one class only' in got.output and 'with a larger limit' in got.output

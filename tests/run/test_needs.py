@@ -37,7 +37,7 @@ def test_traps(name, given, says):
 
 def test_what_is_needed_may_be_there():
     check('prepare', layout='vindr', data='/tmp', reuse='/tmp', source='A'); check('localized', phantom=False, data='/tmp'); check('vqa', release='slake', folder='/tmp')
-    check('pretrain', hosts=2, host=1, meet='a:1'); check('grounding', protocol='phrases', phrases='/tmp/x'); check('generate', how='beam', beams=5)
+    check('pretrain', hosts=2, host=1, meet='a:1'); check('pretrain', hosts=1, host=0, meet='a:1', shared='/tmp'); check('grounding', protocol='phrases', phrases='/tmp/x'); check('generate', how='beam', beams=5)
     for name in experiments(): check(name)
 
 
