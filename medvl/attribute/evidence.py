@@ -252,7 +252,8 @@ def believed_way(
         best, way = _best(bench, 'auroc')
         if way is None: return None, f'On the bench no way of {len(bench)} beat its controls. {never}'
         return way, (f'Best founded of {len(bench)} ways on the bench: it lies on the finding better than any map '
-                     f"without a model, than the shuffled network's and than a stranger's: {_placed(best, where)}. {never}")
+                     "without a model, than the shuffled network's and than a stranger's: "
+                     f'{_placed(best, where)}. {never}')
     most, way = _best(causal, 'causal')
     if way is None:
         return None, f'In the causal test no way of {len(causal)} beat its controls: this map is not founded.'

@@ -10,7 +10,7 @@ from golden import sample
 from medvl.attribute.chexlocalize import behind_human, chexlocalize_table, heat_segmentation, hit_scores, overlap_scores, published_interval
 from medvl.core.errors import DataError
 from medvl.data.pixels.coco_rle import coco_rle_mask, mask_coco_rle
-from medvl.data.releases.chexlocalize import CHEXLOCALIZE_FINDINGS, annotation_mask, read_heat_maps, read_finding_outlines, read_segmentations, write_heat_map, write_segmentations
+from medvl.data.releases.chexlocalize import CHEXLOCALIZE_FINDINGS, annotation_mask, read_heat_maps, read_finding_outlines, read_points, read_segmentations, write_heat_map, write_segmentations
 
 
 def public(name): return sample(f'grounding/chexlocalize_sample/{name}')
@@ -143,3 +143,87 @@ def test_files_that_are_wrong(tmp_path):
     with pytest.raises(DataError, match='no heat map'): read_heat_maps(tmp_path/'maps')
     (tmp_path/'empty').mkdir()
     with pytest.raises(DataError, match='there is no heat map in it'): read_heat_maps(tmp_path/'empty')
+
+
+def test_points_of_a_reader_as_the_published_program_counts_them(tmp_path):
+    """Its loop over made points: any point inside is a hit, a finding that was not pointed at is none, no truth is no score."""
+    rng, truth, points = np.random.default_rng(0), {}, {}
+    for k in range(8):
+        image = f'patient{k}_study1_view1_frontal'
+        truth[image] = {f: np.zeros((20, 24), bool) for f in ('Edema', 'Lung Lesion')}
+        if k % 4: truth[image]['Edema'][3:15, 2 + k:12 + k] = True
+        truth[image]['Lung Lesion'][k:k + 5, 4:9] = True
+        if k != 5: points[image] = {'Edema': (rng.random((2 * (k % 3), 2)) * [24, 20]).round(3).tolist(), 'Lung Lesion': (rng.random((9, 2)) * [24, 20]).tolist()}
+    (tmp_path/'hb_salient_pts.json').write_text(json.dumps(points))
+    read, theirs = read_points(tmp_path/'hb_salient_pts.json'), {}
+    for image in truth:
+        for finding, mask in truth[image].items():
+            hit = np.nan
+            if mask.any(): hit = 0.
+            if mask.any() and finding in points.get(image, {}):
+                for x, y in points[image][finding]: hit = max(hit, float(mask[int(y), int(x)]))
+            theirs[image, finding] = hit
+    ours = hit_scores(truth, read).set_index(['image_id', 'finding'])
+    assert read == points and all(np.array_equal([ours.hit[k]], [v], equal_nan=True) for k, v in theirs.items()) and 0 < ours.hit.mean() < 1
+    assert ours.missing.sum() == 2 and ours.hit[('patient5_study1_view1_frontal', 'Edema')] == 0
+    for text, says in (('{"a": {"Edema": [[1]]}}', 'no list of'), ('{"a": {"Edema": {"size": [2, 2], "counts": "4"}}}', 'read_segmentations'), ('{"a": {"Bone": []}}', 'finding'), ('{"a": {"Edema": [[-1, 2]]}}', 'lies on no image'), ('[', 'Download it again')):
+        (tmp_path/'bad.json').write_text(text)
+        with pytest.raises(DataError, match=says): read_points(tmp_path/'bad.json')
+
+
+@pytest.fixture(scope='module')
+def release(tmp_path_factory):
+    """A made release of CheXlocalize with a reader who draws half of every region and points at one corner; prepared, and a network of two of its findings."""
+    import cv2
+    from medvl.api import Model
+    from medvl.data.phantom.chest_film import chest_exam
+    from medvl.data.prepare.run import prepare
+    from medvl.data.releases.chexlocalize import read_chexlocalize
+    from medvl.methods.supervised import Supervised, SupervisedConfig
+    root, truth, half, points = tmp_path_factory.mktemp('chex'), {}, {}, {}
+    for k in range(6):
+        image, folder = f'patient{k}_study1_view1_frontal', root/'release'/'CheXpert-v1.0'/'valid'/f'patient{k}'/'study1'
+        folder.mkdir(parents=True)
+        cv2.imwrite(str(folder/'view1_frontal.jpg'), chest_exam(0, k, size=(96, 96), difficulty='easy').pixels)
+        heart, lung = np.zeros((96, 96), bool), np.zeros((96, 96), bool)
+        heart[50:80, 30 + 2*k:66], lung[20:60, 4:24] = True, k % 2 == 0
+        truth[image] = {'Cardiomegaly': heart, 'Edema': lung}
+        half[image] = {f: m & (np.arange(96)[:, None] < (64 if f == 'Cardiomegaly' else 40)) for f, m in truth[image].items()}
+        points[image] = {'Cardiomegaly': [[40.5, 60.2]], 'Edema': [[90, 90]]}
+    write_segmentations(truth, root/'release'/'gt_segmentations_val.json'); write_segmentations(half, root/'hb.json')
+    (root/'hb_salient_pts.json').write_text(json.dumps(points)); (root/'salt').write_text('for tests only')
+    data = prepare(read_chexlocalize(root/'release', root/'derived'), root/'derived', root/'prepared', profile='resize_v1', size=(48, 48), jobs=1, backend='sequential', salt=root/'salt')
+    torch.manual_seed(0)
+    net = Supervised(SupervisedConfig(image_encoder='resnet-tiny', labels=('cardiomegaly', 'edema'))).eval()
+    return root, data, Model(net, 'resize_v1', (48, 48)).save_pretrained(root/'model')
+
+
+def test_the_bench_has_a_column_for_a_reader(release):
+    from medvl.attribute.bench import bench_scores, bench_table
+    from medvl.attribute.bench_tables import believed_lines, strata_table, way_differences
+    from medvl.data.releases.chexlocalize import reader_masks
+    root, data, model = release
+    from medvl.api import load
+    findings = {f: ((f,), f) for f in ('cardiomegaly', 'edema')}
+    scores, lost = bench_scores(load(model).method, data, findings, {'gradcam': ('gradcam', -1, {})}, images=4, human=reader_masks(root/'hb.json', data))
+    human = scores[scores.method == 'human']
+    assert not lost and len(human) == 7 and (human.pointing == 1).all() and human.iou_half.between(.4, .62).all() and (human.energy == 1).all() # half of each region, nothing outside
+    table = bench_table(scores, ['iou_half'], n_boot=20).set_index(['finding', 'method'])
+    assert table.kind['all', 'human'] == 'human' and table.value['all', 'human'] > table.value['all', 'gradcam']
+    assert 'human' in set(way_differences(scores, 'gradcam', ['auroc'], 20).method) and 'human' in set(strata_table(scores, n_boot=20).method)
+    lines = believed_lines(scores.assign(system='x', model=0), n_boot=20).set_index('method')
+    assert lines.kind['human'] == 'human' and not lines.founded['human'] and lines.minus_control['human'] == lines.minus_control['human'] # shown, never "founded"
+
+
+def test_pages_with_a_reader(release, tmp_path):
+    from medvl.run.runner import find_experiment, run_experiment
+    root, data, model = release
+    shared = dict(model=str(model), data=str(root/'prepared'), split='all', human=str(root/'hb.json'), n_boot=20)
+    run = run_experiment(find_experiment('grounding'), shared | dict(protocol='chexlocalize', truth_file=str(root/'release'/'gt_segmentations_val.json'), human_points=str(root/'hb_salient_pts.json')), outputs=tmp_path)
+    chex = pd.read_csv(run.folder/'tables'/'chexlocalize.csv')
+    human = chex[chex.map_of == 'human'].set_index(['finding', 'metric']).value
+    assert human['Cardiomegaly', 'hit'] == 1 and human['Edema', 'hit'] == 0 and human['all', 'iou'] == pytest.approx(.5, abs=.02)
+    behind = pd.read_csv(run.folder/'tables'/'behind_human.csv').set_index('finding')
+    assert behind.human['all'] == pytest.approx(human['all', 'iou']) and behind.behind['all'] > 0 and set(pd.read_csv(run.folder/'tables'/'behind_points.csv').finding) == {'Cardiomegaly', 'Edema', 'all'}
+    run = run_experiment(find_experiment('attribution_bench'), shared | dict(knows=0, ways=['gradcam'], images=2, absent=0, tune=0, faithful=0), outputs=tmp_path)
+    assert (pd.read_csv(run.folder/'tables'/'bench.csv').method == 'human').any()

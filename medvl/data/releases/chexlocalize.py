@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHEXLOCALIZE_FINDINGS', 'CHEXLOCALIZE', 'read_segmentations', 'annotation_mask', 'read_finding_outlines',
-           'write_segmentations', 'read_chexlocalize', 'on_prepared', 'reader_masks', 'write_heat_map',
+           'write_segmentations', 'read_chexlocalize', 'on_prepared', 'reader_masks', 'read_points', 'write_heat_map',
            'read_heat_maps']
 
 # %% ../../../nbs/195_data.releases.chexlocalize.ipynb #d411c519
@@ -196,6 +196,25 @@ def reader_masks(
         item = found.get(str(data.manifest.image_id.iloc[i]), {}).get(label_name(finding))
         return None if item is None else on_prepared(coco_rle_mask(item, Path(path).name), data, i)
     return draw
+
+# %% ../../../nbs/195_data.releases.chexlocalize.ipynb #58b6ba31
+def read_points(
+    path: str | Path, # JSON: image -> finding -> points [[x, y], …]
+) -> dict: # image_id -> finding -> list of [x, y], pixels of the image; [] where the reader saw nothing
+    """Read the most representative points of a reader.
+
+    Raises: DataError for a file that is absent, cut, or holds something else."""
+    out, name = {}, Path(path).name
+    for image, own in _whole(path).items():
+        for finding, given in own.items():
+            try: pixels = np.asarray(given, float).reshape(len(given), 2)
+            except (TypeError, ValueError):
+                raise DataError(f'the points of {image}, {finding} are no list of [x, y].', file=name,
+                                fix='Segmentations are read by read_segmentations.') from None
+            if not np.isfinite(pixels).all() or (pixels < 0).any():
+                raise DataError(f'a point of {image}, {finding} lies on no image.', file=name, fix='[x, y] in pixels.')
+            out.setdefault(str(image), {})[_finding(finding, name)] = pixels.tolist()
+    return out
 
 # %% ../../../nbs/195_data.releases.chexlocalize.ipynb #9052221a
 def write_heat_map(
