@@ -36,7 +36,9 @@ def told(x):
 def phantoms():
     breast = {f'breast {level} {i} {"".join(k)}': told(v.pixels) for level in ('easy', 'medium', 'hard') for i in range(2)
               for k, v in phantom_exam(5, i, difficulty=level, size=(128, 80)).views.items()}
-    chest = {f'chest {level} {i}': told(chest_exam(5, i, difficulty=level, size=(96, 96)).pixels) for level in ('easy', 'medium', 'hard') for i in range(3)}
+    chest = {f'{name} {level} {i}': told(chest_exam(5, i, difficulty=level, size=(96, 96), **how).pixels)
+             for name, how in {'chest': {}, 'chest body': dict(balance='body'), 'heart': dict(heart='ratio'), 'heart body': dict(heart='ratio', balance='body')}.items()
+             for level in ('easy', 'medium', 'hard') for i in range(3)}
     return breast | chest
 
 

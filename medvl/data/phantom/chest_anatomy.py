@@ -48,9 +48,9 @@ class ChestConfig:
     p_mimic: float = 0.4
     # the grey values of an ill chest occur as often as if it were healthy; False gives findings away
     compensate: bool = True
-    # what gives a finding its grey: 'body', the whole body, so that border, neck and shoulders tell of a large heart
-    # and of oedema (data of versions up to 3); 'lungs', the surroundings of lungs and heart alone (version 4)
-    balance: str = 'body'
+    # what gives a finding its grey: 'lungs', the surroundings of lungs and heart alone (data of version 5); 'body', the
+    # whole body, so that border, neck and shoulders tell of a large heart and of oedema (versions up to 3)
+    balance: str = 'lungs'
     contrast: float | None = None  # brightness of a lesion, share of the grey scale; None: by difficulty
     # standard deviation of the noise of a middling image, share of the grey scale; None: by difficulty
     noise: float | None = None

@@ -23,7 +23,7 @@ from ...core.errors import DataError, unknown_name
 from ...core.orphans import pool_options
 from ...core.paths import atomic_path, read_json, write_json
 from .chest_anatomy import ChestConfig
-from .chest_film import chest_exam
+from .chest_film import CHEST_VERSIONS, chest_exam, same_balance
 from ..releases.chexpert_labels import CHEXPERT_FINDINGS
 from .chest_releases import covid_item, mimic_item, nih_item, object_item, rsna_item, siim_item
 from ..releases.lovt_splits import LOVT_SETS
@@ -189,7 +189,8 @@ def is_this_export(folder:Path, settings:dict) -> bool:
     "Tell whether the folder holds this very export; refuse anything else."
     if not folder.exists() or not any(folder.iterdir()): return False
     there = read_json(folder/'export.json') if (folder/'export.json').is_file() else None
-    if there == json.loads(json.dumps(settings)): return True
+    if {'version': 3, **(there or {})} == json.loads(json.dumps(settings)): return True # older: 3
+    if there: same_balance(folder/'export.json', settings['config']['balance'])
     raise DataError('the folder holds something else.' if there is None else 'the folder holds another export.',
                     file=str(folder), fix='Choose another folder.')
 
@@ -212,7 +213,8 @@ def export_chest_phantom(
     if name == 'nih' and size[0] != size[1]: raise ValueError(f'size is {tuple(size)!r}; NIH images are square.')
     _, tables, usual = EXPORTS[name]
     config, folder = ChestConfig(size=tuple(size), difficulty=difficulty, **(usual | changes)), Path(folder)
-    settings = dict(name=name, n=int(n), seed=int(seed), config=config_dict(config))
+    settings = dict(name=name, n=int(n), seed=int(seed), config=config_dict(config),
+                    version=CHEST_VERSIONS[config.balance])
     out = ChestExport(folder/'release', folder/'tables', folder/'phantom.csv')
     if is_this_export(folder, settings): return out
     with atomic_path(folder) as temporary:

@@ -31,8 +31,8 @@ def heart_phantom(
 ) -> Prepared: # split by patient
     """Make and prepare chests whose label cardiomegaly is their cardiothoracic ratio; what is there already is opened.
 
-    As drawn by default the outline of a rectangle around the lungs tells the label (nbs/158):
-    balance='lungs' does not."""
+    Drawn with balance='body', as up to version 3, the outline of a rectangle around the lungs tells the label
+    (nbs/158). Raises: DataError where the folder holds such hearts and balance='body' is not given."""
     return prepared_chest_phantom(folder, n, size, seed, difficulty, **{'heart': 'ratio', **changes})
 
 
