@@ -177,3 +177,29 @@ def test_no_more_than_a_chunk_at_once(data, model):
                 assert max(seen) <= chunk and (chunk == 64 or len(seen) > 2), (name, chunk, seen)
             assert torch.allclose(found[2], found[64], atol=1e-4, rtol=1e-3), name
     finally: hook.remove()
+
+
+def test_systems_and_seeds_joined_with_those_that_were_not_asked(tmp_path):
+    "Three made runs of the bench: two seeds of one system, one of a system that knows nothing; every system has a line, and the picture is drawn."
+    import json
+    from medvl.core.run import run_info
+    from medvl.run.runner import find_experiment, run_experiment
+    rng, runs = np.random.default_rng(0), []
+    for k, (model, knows) in enumerate((('seen', .9), ('seen', .85), ('blind', .5))):
+        rows = []
+        for i in range(12):
+            base = dict(finding='mass', image_id=f'{k}-{i}', patient_id=f'p{i}', present=True, area=.1, number=1, pointing=1., energy=.5, iou_tuned=.4)
+            for m, kind, v in (('gradcam', 'way', .9), ('gradcam, untrained', 'untrained', .5), ("gradcam, another's image", 'stranger', .5), ('centre', 'control', .7), ('random', 'control', .5)):
+                rows.append(base | dict(method=m, kind=kind, auroc=v + .02 * rng.random(), **{'insertion - deletion (road)': v}))
+        folder = tmp_path/f'run{k}'; (folder/'tables').mkdir(parents=True)
+        pd.DataFrame(rows).to_csv(folder/'tables'/'bench_scores.csv', index=False)
+        pd.DataFrame([dict(finding='mass', value=knows, low=knows - .05, high=knows + .05, asked=knows >= .8)]).to_csv(folder/'tables'/'known.csv', index=False)
+        (folder/'params.json').write_text(json.dumps(dict(model=f'models/{model}{k}', knows=.8))); runs.append(str(folder))
+    run = run_experiment(find_experiment('believed_maps'), dict(runs=runs, names=['seen', 'seen', 'blind'], n_boot=50), outputs=tmp_path/'out')
+    words = pd.read_csv(run.folder/'tables'/'words.csv').set_index(['system', 'method'])
+    assert words.founded['seen', 'gradcam'] == 'yes' and words.models['seen', 'gradcam'] == 2 and words.n['seen', 'gradcam'] == 24
+    assert words.founded['blind', 'not asked'] == 'knows none: mass 0.50 (0.45 to 0.55)' and len(words.loc['blind']) == 1
+    notes = str(run_info(run.folder))
+    assert (run.folder/'figures'/'believed.png').is_file() and 'was not drawn' not in notes
+    none = run_experiment(find_experiment('believed_maps'), dict(runs=runs[2:], names=['blind'], n_boot=50), outputs=tmp_path/'out')
+    assert pd.read_csv(none.folder/'tables'/'words.csv').method.tolist() == ['not asked']
