@@ -248,8 +248,8 @@ def _recorded(method, images, target, against, by, encoder):
         recorded_all(maps, encoder, 'attention')
         if not value.requires_grad or not all(m.requires_grad for m in maps): raise pixels.no_gradient('the attention')
         gradients = torch.autograd.grad(value, maps, allow_unused=True)
-    return [m.detach() for m in maps], [torch.zeros_like(m) if g is None else g for m,
-                                        g in zip(maps, gradients)], float(value.detach())
+    gradients = [torch.zeros_like(m) if g is None else pixels.none_of_none(g, value[None]) for m, g in zip(maps, gradients)]
+    return [m.detach() for m in maps], gradients, float(value.detach())
 
 
 def _grid(images, encoder): return tuple(s // encoder.stride for s in images.shape[-2:])

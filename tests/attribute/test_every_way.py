@@ -125,8 +125,15 @@ def test_weights_that_are_broken_or_born_without_gradients_are_named():
     assert attribute(born, FILM, 'mass', 'occlusion', **QUICK['occlusion']).map.isfinite().all()
     ill = make()
     with torch.no_grad(): ill.head.weight[0, 0] = float('nan')
-    for how in ('gradcam', 'saliency', 'occlusion', 'rise', 'hirescam'):
-        with pytest.raises(ValueError, match=f"how='{how}' is not finite: head.weight holds NaN"): attribute(ill, FILM, 'mass', how, **QUICK.get(how, {}))
+    class Off(torch.nn.Module):
+        "A ReLU whose first channel is off: autograd brings no NaN through it."
+        def forward(self, x): return (x - torch.tensor([1e9] + [0.]*(x.shape[1] - 1)).view(1, -1, *[1]*(x.ndim - 2))).relu()
+    off = make()
+    off.load_state_dict(ill.state_dict())
+    off.head = torch.nn.Sequential(Off(), off.head)
+    for method, name in ((ill, 'head.weight'), (off, 'head.1.weight')):
+        for how in ('gradcam', 'saliency', 'integrated_gradients', 'smoothgrad', 'guided_backprop', 'occlusion', 'rise', 'hirescam'):
+            with pytest.raises(ValueError, match=f"how='{how}' is not finite: {name} holds NaN"): attribute(method, FILM, 'mass', how, **QUICK.get(how, {}))
     with pytest.raises(ValueError, match='no gradient reaches the image'): saliency(lambda v: torch.zeros(len(v)), torch.rand(1, 1, 4, 4))
 
 
