@@ -458,7 +458,7 @@ def same_balance(
                         fix=f'Pass balance={drawn!r} to open them, or draw anew, elsewhere or after deleting these.')
     if there.get('kind') == CHEST_SOURCE and there.get('version') == 4:
         raise DataError('The folder holds chest films of version 4, which give grey with a fade of 20 mm (nbs/158).',
-                        file=str(path), fix='Draw anew, elsewhere or after deleting these; what is prepared can be read.')
+                        file=str(path), fix='Draw anew, elsewhere or after deleting these; prepared data can be read.')
 
 
 def write_chest_phantom(
