@@ -136,9 +136,8 @@ def match_picture(
     like:np.ndarray, # float (h,w): the same without
     inside:np.ndarray, # bool (h,w): the body, or its part that is matched
     canvas:Canvas, # gives the scale
-    rounds:int=2, # of going back and forth between fine and coarse
-    share:np.ndarray|None=None, # float (h,w), 0..1: how far a pixel goes the whole way; None: all the way
-    times:int=1, # what comes out is matched again, where `share` stopped on the way
+    rounds:tuple=(2,), # a number a match: of going back and forth between fine and coarse
+    share:np.ndarray|None=None, # float (h,w), 0..1: how far a pixel goes, in every match; None: all the way
 ) -> np.ndarray: # float (h,w): the order of `picture`, the grey values of `like`, sharp and blurred
     "Give the picture the grey values of another, both as it is and as it looks from afar."
     even = np.linspace(0, 1, int(inside.sum()))
@@ -150,9 +149,9 @@ def match_picture(
     wanted, values, out = ranks(like[inside]), picture[inside], picture.copy()
     goals = {mm: afar(wanted, mm) for mm in AFAR}
     wished = {mm: (wanted - goals[mm]).std() for mm in AFAR}
-    for _ in range(times):
+    for turns in rounds:
         now = ranks(values)
-        for mm in AFAR*rounds:
+        for mm in AFAR*turns:
             far = afar(now, mm)
             fine = now - far # what a lesion's edges add, the rest of the picture gives
             sharp = np.clip(wished[mm]/max(float(fine.std()), 1e-6), 0.95, 1.01) # more: seen as blur or as rims
@@ -195,7 +194,7 @@ def chest_grey(
         below = inside & (depth > RIM)
         if share is not None:
             core = below & (share == 1)
-            ill = match_picture(ill, plain, below & (share > 0), drawn['canvas'], share=share, times=FADES)
+            ill = match_picture(ill, plain, below & (share > 0), drawn['canvas'], FADES, share)
             below = core if core.any() else below
         elif around is None: ill = match_picture(before, plain, below, drawn['canvas'])
         else:
@@ -254,7 +253,8 @@ def balanced_chest(
     return out
 
 # %% ../../../nbs/158_data.phantom.chest_film.ipynb #7f35d1d7
-NEAR, FADE, FADES = 15.0, 40.0, 3 # mm around what lies outside; mm over which the outline fades; times it is matched
+NEAR, FADE = 15.0, 40.0 # mm around what lies outside; mm over which the outline fades
+FADES = 1, 1, 1, 0, 0, 0, 0 # matches, with rounds between fine and coarse and without
 
 
 def giving_share(
@@ -455,10 +455,10 @@ def same_balance(
     if there.get('kind', CHEST_SOURCE) == CHEST_SOURCE and there and drawn != balance:
         raise DataError(f'The folder holds chest films drawn with balance={drawn!r}, not {balance!r} (nbs/158).',
                         file=str(path),
-                        fix=f'Pass balance={drawn!r} to open them, or draw anew in another folder.')
+                        fix=f'Pass balance={drawn!r} to open them, or draw anew, elsewhere or after deleting these.')
     if there.get('kind') == CHEST_SOURCE and there.get('version') == 4:
         raise DataError('The folder holds chest films of version 4, which give grey with a fade of 20 mm (nbs/158).',
-                        file=str(path), fix='Draw anew in another folder; what is prepared of them can still be read.')
+                        file=str(path), fix='Draw anew, elsewhere or after deleting these; prepared data can be read.')
 
 
 def write_chest_phantom(
