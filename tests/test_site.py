@@ -110,7 +110,7 @@ def test_runs_kept_for_the_gallery_are_small_and_anonymous(tmp_path):
     assert len(kept) >= 3
     for folder in kept:
         text = '\n'.join(p.read_text() for p in folder.rglob('*') if p.suffix in ('.json', '.jsonl', '.ipynb', '.csv'))
-        assert not re.search(r'"(/work|/home|/root|/tmp)/|"host"|"machine": "[0-9a-f]{12}"|"pid"', text), folder
+        assert not re.search(r'"(/work|/home|/root|/tmp)/|"host": "|"machine": "[0-9a-f]{12}"|"pid"', text), folder
         assert all(p.stat().st_size < 200_000 for p in folder.rglob('*') if p.is_file()), folder
     run = Run.create('mine', dict(data='/secret/place/set'), tmp_path/'out')
     run.begin('hand'); run.metric('auroc', .7, low=.6, high=.8); run.done()
