@@ -11,7 +11,7 @@ SMALLER = {
     'b66_attributions': dict(images=1, masks=8, channels=8, steps=4, size=112, repeats=1),
     'e39_levels': dict(seeds=[0, 1]),
     'e41_attribution_comparison': dict(n_prompts=6, epochs=1, sanity_images=2, stages=2),
-    'e43_attribution_bench': dict(images=3, absent=2, tune=2, faithful=1, noisy=1, masks=16, baselines=['blur', 'road']),
+    'e43_attribution_bench': dict(findings=['mass', 'suspicious_calcification'], images=3, absent=2, tune=2, faithful=1, noisy=1, baselines=['blur', 'road']),
     'e44_causal_truth': dict(population=60, patients=3, steps=4, samples=2, masks=16),
     'e49_oversight': dict(reports=12),
     'e50_mammo_clip': dict(factor_epochs=1, jobs=1),

@@ -129,7 +129,7 @@ def test_resume_is_not_offered_where_it_would_fail_again(tmp_path, monkeypatch):
     import medvl.run.runner as runner
     from medvl.run.cli import app
     for repeats in (True, False):
-        def fail(*args, repeats=repeats): raise RunFailedError(SimpleNamespace(folder=tmp_path/'fit-1'), 'failed', 'why', 1, repeats)
+        def fail(*args, repeats=repeats): raise RunFailedError(SimpleNamespace(folder=tmp_path/'fit-1', params={}), 'failed', 'why', 1, repeats)
         monkeypatch.setattr(runner, 'run_experiment', fail)
         out = CliRunner().invoke(app, ['run', 'pretrain'])
         assert out.exit_code == 1 and ('--resume' in out.output) is not repeats and ('happen again' in out.output) is repeats
