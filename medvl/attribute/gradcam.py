@@ -12,7 +12,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from .gradients import none_of_none
+from .gradients import undefined_as_nan
 from .similarity import text_vector
 from ..core.errors import unknown_name
 from ..methods.base import Method
@@ -107,7 +107,7 @@ def map_gradients(
                      for j in range(len(scores))]
         if any(g is None for g in gradients): raise ValueError(CUT)
     if maps.ndim == 3: maps, gradients = place(maps), [place(g) for g in gradients]
-    gradients = [none_of_none(g, v) for g, v in zip(gradients, values.T)]
+    gradients = [undefined_as_nan(g, v) for g, v in zip(gradients, values.T)]
     return maps.detach(), torch.stack(gradients, 1), values.detach()
 
 

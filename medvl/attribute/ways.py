@@ -248,7 +248,8 @@ def _recorded(method, images, target, against, by, encoder):
         recorded_all(maps, encoder, 'attention')
         if not value.requires_grad or not all(m.requires_grad for m in maps): raise pixels.no_gradient('the attention')
         gradients = torch.autograd.grad(value, maps, allow_unused=True)
-    gradients = [torch.zeros_like(m) if g is None else pixels.none_of_none(g, value[None]) for m, g in zip(maps, gradients)]
+    gradients = [torch.zeros_like(m) if g is None else pixels.undefined_as_nan(g, value[None])
+                 for m, g in zip(maps, gradients)]
     return [m.detach() for m in maps], gradients, float(value.detach())
 
 
