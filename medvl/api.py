@@ -223,21 +223,27 @@ class Explanation:
                       f'“{self.sentence if yes > no else self.against}” ({yes:.3f} against {no:.3f}).')
         return [first, *([self.why] if self.why else []), *card_text(self.card)]
 
+    @property
+    def empty(self) -> str: # why no map is drawn; '': there is one
+        "Tell what is drawn: against a contrary, what is nearer than it; without one, what matches at all."
+        if self.nearer: return '' if self.nearer[0] > self.nearer[1] else 'nearer to\nits contrary'
+        return 'nothing\nmatches' if self.match['matches'] is False else ''
+
     def __repr__(self): return f'Explanation by {self.by}\n' + '\n'.join(self.notes)
 
     def figure(self):
-        "Draw image and map side by side; no map where nothing matches."
+        "Draw image and map side by side; no map where it would be `empty`."
         from medvl.show.exam import draw_view
         from medvl.show.style import figure
         fig, axes = figure(1, 2, width=5.2, height=2.5 * self.image.shape[0] / self.image.shape[1] + 0.6)
         draw_view(axes[0], self.image)
-        if self.match['matches'] is False:
-            axes[1].text(.5, .5, 'nothing\nmatches', ha='center', va='center', fontsize=9, color='0.4',
+        if self.empty:
+            axes[1].text(.5, .5, self.empty, ha='center', va='center', fontsize=9, color='0.4',
                          transform=axes[1].transAxes)
             axes[1].axis('off')
         else: draw_view(axes[1], self.image, boxes=[(*map(float, b), '') for b in self.boxes[:1]], heat=self.heat)
         fig.suptitle(f'“{self.sentence}”' + (f' against “{self.against}”' if self.against else ''), fontsize=10)
-        lines = [self.by + ('' if self.match['matches'] is False else '; box: hottest region'), *self.notes]
+        lines = [self.by + ('' if self.empty else '; box: hottest region'), *self.notes]
         fig.supxlabel('\n'.join(part for line in lines for part in textwrap.wrap(line, 64)), fontsize=7, color='0.4')
         return fig
 

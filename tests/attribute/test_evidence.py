@@ -1,5 +1,6 @@
 """`explain` says when nothing matches, what the model was trained on and how well it points."""
 import json
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -100,6 +101,13 @@ def test_a_sentence_is_explained_against_its_contrary(exam, method):
     fig = pair.figure()
     assert fig._suptitle.get_text() == '“there is a mass” against “there is no mass”'
     plt.close(fig)
+    for said in ((.2, .1), (.1, .2)): # drawn where the sentence is the nearer one, whatever unrelated phrases say
+        one = replace(pair, nearer=said, match={**pair.match, 'matches': False})
+        fig = one.figure()
+        drawn = len(fig.axes[1].images)
+        plt.close(fig)
+        assert bool(drawn) == (said[0] > said[1]) == (not one.empty)
+    assert replace(alone, match={**alone.match, 'matches': False}).empty == 'nothing\nmatches'
     by_hand = model.explain(view, 'there is a mass', how='gradcam', against='there is no mass')
     assert by_hand.by == 'gradcam, sentence minus its contrary' and by_hand.why == 'This way was chosen by hand.'
     with pytest.raises(ValueError, match='contrary is empty'): model.explain(view, 'a mass', against=' ')
